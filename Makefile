@@ -1,0 +1,15 @@
+PYTHON ?= python3
+VENV = .venv/bin/python
+
+demo: .venv/ready
+	$(VENV) train.py
+
+test: .venv/ready
+	$(VENV) -m pytest -q
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV) -m pip install -q -r requirements.txt
+	touch $@
+
+.PHONY: demo test

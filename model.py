@@ -1,0 +1,539 @@
+"""A LLaMA-style decoder with Hugging Face's parameter names, its two heads, sampling, and safetensors in and out.
+
+    residual stream x (B, T, D) ─► [RMSNorm ─ attention ─ +] ─► [RMSNorm ─ SwiGLU ─ +] ... ─► RMSNorm ─┬► lm_head: logits
+                                                                                                      └► score:   Z
+
+B batch · T positions · D model width · H query heads · K key/value heads · E head width · F hidden · V vocabulary
+L layers · S cache columns · N response tokens; a size that is cut over tp is written as a fraction: H/tp
+"""
+
+import json
+import zlib
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from parallel import (ColumnLinear, KeyValueLinear, RowLinear, VocabEmbedding, check_divisible, copy_to_tp,  # fmt: skip
+                      gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum)
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's rule for longer contexts; the names are those of config.json."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture; fields are named as in Hugging Face's config.json."""
+
+    vocab_size: int
+    hidden_size: int  # D
+    intermediate_size: int  # F
+    num_hidden_layers: int  # L
+    num_attention_heads: int  # H
+    num_key_value_heads: int  # K
+    head_dim: int  # E
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    model_type: str = "llama"  # or "qwen2": the same block with biases on q, k and v
+
+    @classmethod
+    def from_dict(cls, raw):
+        """From config.json as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+
+        Raises ValueError with one line for anything that this code would get wrong silently.
+        """
+        kind = raw.get("model_type")
+        if kind not in ("llama", "qwen2"):
+            raise ValueError(f"model_type {kind!r} is not supported; expected 'llama' or 'qwen2'")
+        if raw.get("quantization_config"):
+            raise ValueError("the weights are quantised; expected bf16, fp16 or fp32 weights")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
+        biased = raw.get("mlp_bias") or (kind == "llama" and raw.get("attention_bias"))
+        if biased or raw.get("use_sliding_window"):
+            raise ValueError("mlp_bias, attention_bias and use_sliding_window are not supported; expected false")
+        rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})}
+        rule = rope.get("rope_type", rope.get("type", "default"))
+        if rule not in ("default", "llama3"):
+            raise ValueError(f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'")
+        try:
+            heads = int(raw["num_attention_heads"])
+            scaling = RopeScaling(**{k: rope[k] for k in RopeScaling.__annotations__}) if rule == "llama3" else None
+            cfg = cls(int(raw["vocab_size"]), int(raw["hidden_size"]), int(raw["intermediate_size"]), int(raw["num_hidden_layers"]),
+                      heads, int(raw.get("num_key_value_heads") or heads), int(raw.get("head_dim") or raw["hidden_size"] // heads),
+                      float(raw.get("rms_norm_eps", 1e-6)), float(rope.get("rope_theta", 10000.0)), scaling,
+                      bool(raw.get("tie_word_embeddings", False)), int(raw.get("max_position_embeddings", 2048)), kind)  # fmt: skip
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"a field is missing or not a number: {e}") from None
+        if min(cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, heads, cfg.num_key_value_heads) < 1:
+            raise ValueError("all sizes must be positive")
+        if heads % cfg.num_key_value_heads or cfg.head_dim % 2:
+            raise ValueError(f"{heads} heads with {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: expected "
+                             "query heads in equal groups, and an even width")  # fmt: skip
+        return cfg
+
+    def to_dict(self, head):
+        """config.json for a model with head "lm" or "score", readable by transformers 4 and 5."""
+        family = {"llama": "Llama", "qwen2": "Qwen2"}[self.model_type]
+        out = {"architectures": [f"{family}{'ForCausalLM' if head == 'lm' else 'ForTokenClassification'}"], "hidden_act": "silu"}
+        out |= {k: v for k, v in asdict(self).items() if k != "rope_scaling"}
+        if self.rope_scaling:
+            out["rope_scaling"] = {"rope_type": "llama3", **asdict(self.rope_scaling)}
+        if head == "score":  # transformers counts labels by id2label, and would drop out 10 % without the last entry
+            out |= {"num_labels": 1, "id2label": {"0": "Z"}, "label2id": {"Z": 0}, "classifier_dropout": 0.0}
+            out["tie_word_embeddings"] = False
+        return out
+
+
+# ------------------------------------------------------------------------------------------------ the block, bottom up
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight, computed in fp32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        x32 = x.float()
+        y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # (..., D)
+        return self.weight * y.to(x.dtype)
+
+
+@lru_cache(maxsize=16)
+def rope_frequencies(cfg, device=torch.device("cpu")):
+    """Angles per position (radians), (E/2,) fp32: theta^(-2i/E), after Llama 3.1's scaling where the config asks for it.
+
+    With wavelength w = 2 pi / f, old length C and factors low, high: w < C/high keeps f, w > C/low divides it by
+    `factor`, and between them the two are blended linearly in C/w. Wrong values are invisible on short texts.
+    """
+    i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64)
+    freqs = cfg.rope_theta ** (-i / cfg.head_dim)  # (E/2,)
+    if cfg.rope_scaling:
+        s = cfg.rope_scaling
+        turns = s.original_max_position_embeddings * freqs / (2 * torch.pi)  # C/w, turns within the old length
+        keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        freqs = keep * freqs + (1 - keep) * freqs / s.factor
+    return freqs.float().to(device)
+
+
+def rope_table(positions, cfg):
+    """positions (B or 1, T) int64 -> cos, sin, each (B or 1, 1, T, E/2) fp32"""
+    angles = positions.unsqueeze(-1) * rope_frequencies(cfg, positions.device)  # (B, T, E/2)
+    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+
+
+def apply_rope(x, cos, sin):
+    """Rotates pair (i, i + E/2) of each head by its angle: Hugging Face's "rotate half" layout. x (B, H, T, E)"""
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, E/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of what was read so far: L tensors (B, K/tp, S, E). Row b has used its first lengths[b] columns.
+
+    Rows are right-padded: the pad columns behind a short prompt are overwritten by the row's own new tokens, and
+    until then lie beyond its length, so they are never seen.
+    """
+
+    def __init__(self, cfg, rows, columns, kv_heads, device, dtype):
+        shape = (cfg.num_hidden_layers, rows, kv_heads, columns, cfg.head_dim)
+        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    def keep(self, rows):
+        """Drops all rows but these (finished answers need no more attention). rows (B',) int64"""
+        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+
+    def attend(self, layer, q, k, v, columns):
+        """One new token a row: stores its k, v and attends to the row's own past. q (B, H/tp, 1, E), k, v (B, K/tp, 1, E)"""
+        rows = torch.arange(len(q), device=q.device)
+        self.keys[layer, rows, :, self.lengths] = k[:, :, 0]
+        self.values[layer, rows, :, self.lengths] = v[:, :, 0]
+        seen = torch.arange(columns, device=q.device) <= self.lengths[:, None]  # (B, S)
+        grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, K/tp, H/K, E): the queries of a kv head side by side
+        y = F.scaled_dot_product_attention(grouped, self.keys[layer, :, :, :columns], self.values[layer, :, :, :columns],
+                                           attn_mask=seen[:, None, None])  # fmt: skip
+        return y.view(q.shape)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; heads are cut over tp."""
+
+    def __init__(self, cfg, grid):
+        super().__init__()
+        self.grid, self.head_dim, bias = grid, cfg.head_dim, cfg.model_type == "qwen2"
+        self.q_proj = ColumnLinear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, grid, bias)
+        self.k_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
+        self.v_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
+        self.o_proj = RowLinear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, grid)
+
+    def forward(self, x, rope, cache, layer, columns):
+        x = copy_to_tp(x, self.grid)  # f, once for q, k and v
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # (B, H/tp, T, E), (B, K/tp, T, E)
+        if cache is not None and columns:
+            y = cache.attend(layer, q, k, v, columns)
+        else:
+            if cache is not None:  # the prompt, read in one go
+                cache.keys[layer, :, :, : k.shape[2]], cache.values[layer, :, :, : v.shape[2]] = k, v
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H/tp * E)
+        return reduce_from_tp(self.o_proj(y), self.grid)  # g
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020); the hidden units are cut over tp."""
+
+    def __init__(self, cfg, grid):
+        super().__init__()
+        self.grid = grid
+        self.gate_proj = ColumnLinear(cfg.hidden_size, cfg.intermediate_size, grid)
+        self.up_proj = ColumnLinear(cfg.hidden_size, cfg.intermediate_size, grid)
+        self.down_proj = RowLinear(cfg.intermediate_size, cfg.hidden_size, grid)
+
+    def forward(self, x):
+        x = copy_to_tp(x, self.grid)  # f, once for gate and up
+        y = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F/tp)
+        return reduce_from_tp(self.down_proj(y), self.grid)  # g
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, grid):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.self_attn = Attention(cfg, grid)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.mlp = MLP(cfg, grid)
+
+    def forward(self, x, *context):
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm. `forward` returns the residual stream BEFORE the final norm: the heads apply it,
+    because the fused Q-RM head wants the norm, the head and the loss in one piece."""
+
+    def __init__(self, cfg, grid):
+        super().__init__()
+        self.cfg = cfg
+        self.embed_tokens = VocabEmbedding(cfg.vocab_size, cfg.hidden_size, grid)
+        self.layers = nn.ModuleList(Block(cfg, grid) for _ in range(cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def forward(self, ids, cache=None, columns=0):
+        """ids (B, T) int64 -> (B, T, D). With a cache: the first call reads the prompts; later ones read one token a
+        row (T = 1) and look at the cache's first `columns` columns."""
+        if columns:
+            positions = cache.lengths[:, None]  # (B, 1): the place of the new token
+        else:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+        rope = rope_table(positions, self.cfg)
+        x = self.embed_tokens(ids)  # (B, T, D)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, cache, i, columns)
+        return x
+
+
+# ------------------------------------------------------------------------------------------------ two heads
+
+
+class _Model(nn.Module):
+    """A decoder and a head; knows how its parameters are cut (parallel.shard_dim)."""
+
+    head = None
+
+    def __init__(self, cfg, grid):
+        super().__init__()
+        check_divisible(grid.tp_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.intermediate_size)
+        self.cfg, self.grid, self.model = cfg, grid, Decoder(cfg, grid)
+
+    def shard_dim(self, name):
+        return shard_dim(name, self.cfg.num_key_value_heads, self.grid.tp_size)
+
+    def full_size(self, name):
+        """Extent of a parameter along its sharded dimension in the whole model."""
+        c, layer = self.cfg, name.split(".")[-2]
+        return {"q_proj": c.num_attention_heads * c.head_dim, "o_proj": c.num_attention_heads * c.head_dim,
+                "k_proj": c.num_key_value_heads * c.head_dim, "v_proj": c.num_key_value_heads * c.head_dim,
+                "embed_tokens": c.vocab_size, "lm_head": c.vocab_size}.get(layer, c.intermediate_size)  # fmt: skip
+
+    def my_slice(self, name, full):
+        """This rank's part of the whole tensor (or of a safetensors slice, which then reads only that part)."""
+        dim = self.shard_dim(name)
+        if dim is None:
+            return full[:]
+        start, stop = shard_range(self.full_size(name), self.grid.tp_rank, self.grid.tp_size)
+        return full[start:stop] if dim == 0 else full[:, start:stop]
+
+    def full_shape(self, name, shape):
+        dim = self.shard_dim(name)
+        return tuple(shape) if dim is None else tuple(self.full_size(name) if d == dim else s for d, s in enumerate(shape))
+
+
+class LanguageModel(_Model):
+    """A policy: LlamaForCausalLM."""
+
+    head = "lm"
+
+    def __init__(self, cfg, grid):
+        super().__init__(cfg, grid)
+        if not cfg.tie_word_embeddings:
+            self.lm_head = ColumnLinear(cfg.hidden_size, cfg.vocab_size, grid)
+
+    def logits(self, x):
+        """Residual stream (..., D) -> this rank's logits (..., V/tp)."""
+        x = copy_to_tp(self.model.norm(x), self.grid)  # f
+        return F.linear(x, self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight)
+
+
+class ScalarModel(_Model):
+    """A reward model or a critic: one number a position. LlamaForTokenClassification with one label and a zero bias."""
+
+    head = "score"
+
+    def __init__(self, cfg, grid):
+        super().__init__(cfg, grid)
+        self.score = nn.Linear(cfg.hidden_size, 1, bias=False)
+
+    def scalars(self, x):
+        """Residual stream (..., D) -> (...) fp32: head and norm are the same on every tp rank."""
+        return F.linear(self.model.norm(x).float(), self.score.weight.float()).squeeze(-1)
+
+
+def response_log_softmax(policy, ids, response_mask, temperature=1.0):
+    """log pi(. | s_t) over the vocabulary, at the response positions only (elsewhere nobody needs 128,256 numbers).
+
+    ids (B, T+1), response_mask (B, T) -> (N, V/tp) fp32 nats; N = response_mask.sum(), rows in reading order
+    """
+    x = policy.model(ids[:, :-1])[response_mask]  # (N, D): position t has read s_t
+    return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
+
+
+def token_logprobs(policy, ids, response_mask, temperature=1.0):
+    """log pi(targets[:, t] | inputs[:, :t+1]) and the entropy of pi there, in nats.
+
+    ids (B, T+1) int64, response_mask (B, T) bool -> logprobs, entropy: (B, T) fp32, 0 outside the mask.
+    The entropy carries no gradient. Scores are taken at the temperature that the tokens were sampled at.
+    """
+    log_pi = response_log_softmax(policy, ids, response_mask, temperature)  # (N, V/tp)
+    picked = vocab_pick(log_pi, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid)  # (N,)
+    with torch.no_grad():
+        entropy = -vocab_sum(log_pi.exp() * log_pi, policy.grid)  # (N,)
+    blank = torch.zeros(response_mask.shape, device=ids.device)
+    return blank.masked_scatter(response_mask, picked), blank.masked_scatter(response_mask, entropy)
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def sample_tokens(logprobs, uniforms):
+    """Inverse CDF with one uniform a row: exact, one pass, and the same on every rank that is handed the same numbers.
+
+    logprobs (B, V) fp32, uniforms (B,) in [0, 1) -> (B,) int64; a token of probability 0 is never drawn
+    """
+    cdf = logprobs.exp().cumsum(-1)  # (B, V)
+    height = uniforms[:, None] * cdf[:, -1:]
+    height = torch.minimum(height, torch.nextafter(cdf[:, -1:], cdf.new_zeros(())))  # rounding must not step past the end
+    return torch.searchsorted(cdf, height, right=True).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0, batch_size=256):
+    """Samples one answer a prompt; ids in, ids out, so that what is scored later is exactly what was sampled.
+
+    prompts       list of id lists          stop_ids    ends an answer and belongs to it
+    temperature   0 is greedy               seed        prompt i, step t always get the same uniform number
+    -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
+    """
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(policy.grid.device)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths side by side
+    responses, truncated = [None] * len(prompts), [True] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        tokens = _generate_batch(policy, [prompts[i] for i in rows], max_new_tokens, stop_ids, temperature, uniforms[rows])
+        for i, row in zip(rows, tokens.tolist()):
+            end = next((t for t, token in enumerate(row) if token in stop_ids), None)
+            responses[i], truncated[i] = (row, True) if end is None else (row[: end + 1], False)
+    return responses, truncated
+
+
+def _generate_batch(policy, prompts, max_new_tokens, stop_ids, temperature, uniforms):
+    """-> (B, max_new_tokens) int64; what stands behind a row's stop token means nothing"""
+    device, widest = policy.grid.device, max(map(len, prompts))
+    ids = torch.zeros(len(prompts), widest, dtype=torch.int64)
+    for row, prompt in zip(ids, prompts):
+        row[: len(prompt)] = torch.tensor(prompt)
+    kv_heads = policy.model.layers[0].self_attn.k_proj
+    kv_heads = 1 if kv_heads.whole else kv_heads.out_features // policy.cfg.head_dim  # K/tp
+    cache = KVCache(policy.cfg, len(prompts), widest + max_new_tokens, kv_heads, device, policy.model.norm.weight.dtype)
+    x = policy.model(ids.to(device), cache)  # (B, widest, D)
+    cache.lengths = torch.tensor([len(p) for p in prompts], device=device)
+    x = x[torch.arange(len(prompts), device=device), cache.lengths - 1]  # (B, D): the last prompt token of each row
+    tokens, stops = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device), torch.tensor(stop_ids, device=device)
+    alive = torch.arange(len(prompts), device=device)  # rows of `tokens` that the cache still holds
+    for t in range(max_new_tokens):
+        logprobs = vocab_log_softmax(policy.logits(x).float() / (temperature or 1.0), policy.grid)  # (B', V/tp)
+        logprobs = gather_shards(logprobs, 1, policy.cfg.vocab_size, policy.grid)  # (B', V)
+        new = sample_tokens(logprobs, uniforms[alive, t]) if temperature else logprobs.argmax(-1)  # (B',)
+        tokens[alive, t] = new
+        going = ~torch.isin(new, stops)
+        if not going.any() or t == max_new_tokens - 1:
+            break
+        if going.sum() <= 0.75 * len(alive):  # dropping a finished row copies the cache, so do it for many at once
+            rows = going.nonzero().squeeze(-1)
+            cache.keep(rows)
+            alive, new = alive[rows], new[rows]
+        x = policy.model(new[:, None], cache, columns=widest + t + 1)[:, 0]  # (B', D)
+        cache.lengths = cache.lengths + 1
+    return tokens
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+@torch.no_grad()
+def init_weights(model, seed):
+    """Normal weights of variance 1/fan_in; norms 1; biases and the scalar head 0, so that a new reward model is neutral.
+
+    Every matrix is drawn whole from (seed, its name) and then sliced: each tp size holds the same model.
+    """
+    for name, param in model.named_parameters():
+        if "norm" in name:
+            param.fill_(1.0)
+        elif name.endswith("bias") or name.startswith("score"):
+            param.zero_()
+        else:
+            shape = model.full_shape(name, param.shape)
+            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            full = torch.randn(shape, generator=generator) * shape[1] ** -0.5
+            param.copy_(model.my_slice(name, full))
+    return model
+
+
+def build_model(kind, cfg, grid, dtype=torch.float32):
+    """An uninitialised LanguageModel or ScalarModel on the grid's device: made on the meta device, so nothing is filled twice."""
+    with torch.device("meta"):
+        model = kind(cfg, grid)
+    return model.to(dtype).to_empty(device=grid.device)
+
+
+def read_config(directory):
+    """config.json of a model directory -> (ModelConfig, the raw dict); ValueError with one line if it cannot be used."""
+    path = Path(directory) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("expected a JSON object")
+        return ModelConfig.from_dict(raw), raw
+    except (OSError, ValueError, RecursionError) as e:
+        reason = "no such file; expected a Hugging Face model directory" if isinstance(e, FileNotFoundError) else e
+        raise ValueError(f"{path}: {reason}") from None
+
+
+def _weight_files(directory):
+    """{tensor name: safetensors file}, from model.safetensors or the index of its shards; never outside the directory."""
+    directory, index = Path(directory), Path(directory) / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            if any(not isinstance(f, str) or Path(f).name != f for f in names.values()):
+                raise ValueError("a shard lies outside the directory")
+            return {name: directory / file for name, file in names.items()}
+        index = directory / "model.safetensors"
+        with safe_open(index, "pt") as f:
+            return {name: index for name in f.keys()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+        raise ValueError(f"{index}: not a readable safetensors file or index: {e}") from None
+
+
+@torch.no_grad()
+def load_model(kind, directory, grid, dtype=torch.float32):
+    """A LanguageModel or ScalarModel from a Hugging Face directory; each rank reads only its slices.
+
+    Strict: a missing, unexpected or misshapen tensor is a ValueError that names it. One exception, by design: a
+    ScalarModel made from a language model drops `lm_head` and gets a new zero head (a reward model's start).
+    """
+    cfg, raw = read_config(directory)
+    classes = raw.get("architectures") or ["?"]
+    from_lm = "ForCausalLM" in classes[0]
+    if not from_lm and (kind is LanguageModel or "ForTokenClassification" not in classes[0]):
+        raise ValueError(f"{directory}: config.json says {classes[0]}; expected {'a language model' if kind is LanguageModel else 'a reward model'}")
+    model = build_model(kind, cfg, grid, dtype)
+    files = _weight_files(directory)
+    params = dict(model.named_parameters())
+    optional = {"lm_head.weight"} if from_lm and (kind is ScalarModel or cfg.tie_word_embeddings) else {"score.bias"} - params.keys()
+    new_head = {"score.weight"} if from_lm and kind is ScalarModel else set()
+    missing, extra = params.keys() - files.keys() - new_head, files.keys() - params.keys() - optional
+    if missing or extra:
+        raise ValueError(f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}")
+    handles = {}
+    for name in (params.keys() & files.keys()) | (files.keys() & {"score.bias"}):
+        try:
+            if files[name] not in handles:
+                handles[files[name]] = safe_open(files[name], "pt")
+            view = handles[files[name]].get_slice(name)
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"{files[name]}: cannot read {name}: {e}") from None
+        if name == "score.bias":
+            if view[:].any():
+                raise ValueError(f"{files[name]}: score.bias is not zero; expected a head without bias")
+            continue
+        expected = model.full_shape(name, params[name].shape)
+        if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+            raise ValueError(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
+        params[name].copy_(model.my_slice(name, view))
+    if new_head:
+        model.score.weight.zero_()
+    return model
+
+
+@torch.no_grad()
+def save_model(model, directory, max_shard_bytes=5 * 10**9):
+    """Writes config.json and safetensors shards in Hugging Face's layout: all ranks call it, the main one writes.
+
+    The layout does not depend on tp: tensors are gathered one by one, and a shard is written as soon as it is full.
+    """
+    directory, grid = Path(directory), model.grid
+    names = [n for n, _ in model.named_parameters()]
+    width = {n: torch.Size(model.full_shape(n, p.shape)).numel() * p.element_size() for n, p in model.named_parameters()}
+    plan = [[]]  # names per shard
+    for n in names:
+        if plan[-1] and sum(width[m] for m in plan[-1]) + width[n] > max_shard_bytes:
+            plan.append([])
+        plan[-1].append(n)
+    params, weight_map = dict(model.named_parameters()), {}
+    for i, shard in enumerate(plan):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors"
+        tensors = {n: gather_shards(params[n], model.shard_dim(n), model.full_size(n), grid).cpu().contiguous() for n in shard}
+        if "score.weight" in tensors:
+            tensors["score.bias"] = torch.zeros(1, dtype=tensors["score.weight"].dtype)
+        weight_map |= dict.fromkeys(tensors, file)
+        if grid.is_main:
+            save_file(tensors, directory / file, metadata={"format": "pt"})
+    if grid.is_main:
+        if len(plan) > 1:
+            index = {"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        (directory / "config.json").write_text(json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1), encoding="utf-8")

@@ -1,0 +1,127 @@
+"""Q-RM: token scores from preference pairs, the loss, and the fused head; the other reward models to compare with.
+
+    chosen   ids ─► decoder ─► Z(s_t, a_t) per token ─► mean over the response ─┐
+                                                                                ├─► -log sigmoid(beta * difference - margin)
+    rejected ids ─► decoder ─► Z(s_t, a_t) per token ─► mean over the response ─┘
+
+Source: Chen et al. 2025, "Discriminative Policy Optimization for Token-Level Reward Models" (ICML), sections 3.1-3.3.
+
+B sequences · P pairs (rows 2p and 2p+1 are the chosen and the rejected of pair p) · T positions · D model width
+"""
+
+import torch
+import torch.nn.functional as F
+
+# ------------------------------------------------------------------------------------------------ the method
+
+
+def token_scores(reward_model, ids):
+    """Z(s_t, a_t) for every token: a scalar read at the position where a_t is the *input*, so it has seen s_t and a_t.
+
+    ids (B, T+1) int64 -> scores (B, T) fp32, in the place of targets[:, t] (= ids[:, t+1]). A score depends on the
+    tokens up to its own and on none behind it.
+    """
+    return reward_model.scalars(reward_model.model(ids))[:, 1:]  # (B, T+1) -> (B, T)
+
+
+def masked_mean(x, mask):
+    """Mean over the positions in the mask, row by row: (B, T), (B, T) bool -> (B,). An empty row gives 0.
+
+    What stands outside the mask, NaN included, changes nothing.
+    """
+    return x.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def pairwise_loss(chosen, rejected, beta=1.0, margin=0.0):
+    """Bradley-Terry with a margin: mean over pairs of -log sigmoid(beta * (chosen - rejected) - margin).
+
+    chosen, rejected (P,) float: one number a sequence. `margin` is a float, or a (P,) tensor for a margin per pair.
+    -> loss (scalar), {"pair_accuracy", "score_gap"}: share of pairs in the right order, mean of chosen - rejected
+    """
+    gap = chosen.float() - rejected.float()  # (P,)
+    loss = -F.logsigmoid(beta * gap - margin).mean()
+    return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
+
+
+def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
+    """The Q-RM objective (section 3.3), in the plain form that the fused one is checked against.
+
+        loss = -log sigmoid( beta * (1/N sum_t Z(s_t^w, a_t^w) - 1/M sum_t Z(s_t^l, a_t^l)) - margin )
+
+    scores, response_mask (2P, T); the means run over response tokens, the stop token included. The paper calls the
+    margin gamma. With equal means the loss is log(1 + e^2) = 2.1269, and it reaches log 2 only at a gap of
+    margin / beta = 10: trained scores span tens of units, and are standardised before they become rewards.
+    """
+    means = masked_mean(scores.float(), response_mask)  # (2P,)
+    return pairwise_loss(means[0::2], means[1::2], beta, margin)
+
+
+class _FusedQRM(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_weight, head_weight, shares, beta, margin, eps):
+        flat, acc = x.flatten(0, -2), torch.promote_types(x.dtype, torch.float32)  # (n, D); fp32 inside, fp64 in the test
+        u = norm_weight.to(acc) * head_weight.to(acc).flatten()  # (D,)
+        r = (torch.linalg.vector_norm(flat, dim=-1, dtype=acc).square() / flat.shape[-1] + eps).rsqrt()  # (n,)
+        dot = torch.cat([chunk.to(acc) @ u for chunk in flat.split(4096)])  # (n,) x_t . u; no copy of an fp32 x
+        z = (r * dot).view(x.shape[:-1])  # (2P, T)
+        m = beta * (z * shares).view(len(z) // 2, -1).sum(1) - margin  # (P,)
+        ctx.save_for_backward(x, norm_weight, head_weight, r, dot, shares, m)
+        ctx.beta = beta
+        ctx.mark_non_differentiable(z)
+        return -F.logsigmoid(m).mean(), z
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):
+        x, norm_weight, head_weight, r, dot, shares, m = ctx.saved_tensors
+        flat, D = x.flatten(0, -2), x.shape[-1]
+        g, w = norm_weight.to(r.dtype), head_weight.to(r.dtype).flatten()
+        dm = -grad_loss * torch.sigmoid(-m) / len(m)  # (P,)
+        dz = (ctx.beta * dm.repeat_interleave(2)[:, None] * shares).flatten()  # (n,)
+        a, b = dz * r, dz * r.pow(3) * dot / -D  # dL/dx_t = a_t u + b_t x_t
+        dx = torch.mul(flat, b[:, None].to(x.dtype)).addr_(a.to(x.dtype), (g * w).to(x.dtype))  # (n, D)
+        s = sum(chunk.to(r.dtype).T @ part for chunk, part in zip(flat.split(4096), a.split(4096)))  # (D,)
+        return dx.view_as(x), (s * w).to(norm_weight), (s * g).view_as(head_weight).to(head_weight), None, None, None, None
+
+
+def fused_qrm_loss(x, norm_weight, head_weight, response_mask, beta=0.2, margin=2.0, eps=1e-5):
+    """Final RMSNorm + scalar head + masked mean + pairwise loss as one function with a closed-form backward.
+
+    The plain way keeps a normalised copy of the hidden states and reads them again; this one keeps two numbers a token.
+
+        u = g * w (norm weight times head),  r_t = (mean_d x_td^2 + eps)^(-1/2):    Z_t = r_t (x_t . u)
+        c_t = +1/N on a chosen response, -1/M on a rejected one, 0 elsewhere:       m = beta sum_t c_t Z_t - margin
+        L = mean over pairs of log(1 + e^-m), so                                    dL/dZ_t = -sigmoid(-m) beta c_t / P
+        dr_t/dx_t = -r_t^3 x_t / D, and the product rule on r_t (x_t . u) gives     dZ_t/dx_t = r_t u - r_t^3 (x_t . u) x_t / D
+        dZ_t/du = r_t x_t; with s = sum_t dL/dZ_t r_t x_t the chain rule gives      dL/dg = s * w,  dL/dw = s * g
+
+    x              (2P, T, D) residual stream before the final norm, in the place of targets, i.e. model(ids)[:, 1:]
+    norm_weight    (D,), head_weight (1, D) or (D,), response_mask (2P, T) bool; fp32 inside whatever the dtypes
+    -> loss (scalar, differentiable), scores (2P, T) (not differentiable: for metrics)
+    """
+    shares = response_mask / response_mask.sum(1, keepdim=True).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
+    shares = shares * torch.tensor([1.0, -1.0], device=x.device).repeat(len(x) // 2)[:, None]  # c_t (2P, T)
+    return _FusedQRM.apply(x, norm_weight, head_weight, shares, beta, margin, eps)
+
+
+# ------------------------------------------------------------------------------------------------ how good is it
+
+
+def credit_counts(scores, first_errors):
+    """Does the reward model know *where* an answer goes wrong? Counts over answers whose first wrong token is known.
+
+    scores         list of (n_i,) float: one score per response token of a wrong answer
+    first_errors   list of int: index of the first wrong token. With nothing before it (0) the answer is left out
+    -> {"wins", "comparisons", "hits", "n_errors"}, to be added over ranks:
+       wins / comparisons   AUC: P(Z at the first wrong token < Z at a token before it), ties 1/2, within one answer; .5
+                            is blind. (Theory predicts a step down, so the lowest token of all is not the question.)
+       hits / n_errors      share of answers whose largest drop Z_t - Z_(t-1) is at the first wrong token
+    """
+    counts = {"wins": 0.0, "comparisons": 0, "hits": 0, "n_errors": 0}
+    for z, error in zip(scores, first_errors):
+        if error:
+            before, at = z[:error], z[error]
+            counts["wins"] += (before > at).sum().item() + 0.5 * (before == at).sum().item()
+            counts["comparisons"] += error
+            counts["hits"] += int(z.diff().argmin().item() + 1 == error)
+            counts["n_errors"] += 1
+    return counts

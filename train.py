@@ -1,0 +1,625 @@
+"""Every stage of Q-RM from the command line; read top to bottom, it is the method.
+
+    python train.py                                        the whole path on the built-in task (--stage demo)
+    torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes (gloo)
+
+    sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model        eval, score and grade look at any of them
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+import data
+from data import BadInput, Example
+from model import LanguageModel, ModelConfig, ScalarModel, build_model, generate, init_weights, load_model, read_config, save_model, token_logprobs
+from parallel import Grid, Optimizer, all_sum, gather_shards, make_grid, update
+from qrm import credit_counts, fused_qrm_loss, masked_mean, token_scores
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+@dataclass(frozen=True)
+class Run:
+    stage: str = "demo"  # sft | pairs | rm | eval | grade | score | demo
+    run: str = "runs/arith"  # directory where the stages of the built-in task keep and find everything
+    out: str = ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
+    model: str = ""  # a Hugging Face directory to start from; "" is the built-in task's
+    reward_model: str = ""  # [eval] a reward model's directory: judges best-of-k
+    data: str = ""  # a JSON lines file; "" is the built-in task
+    seed: int = 0  # of weights, data order and sampling
+    tp: int = 0  # processes that share one model; 0 is all of them, the rest is data parallel
+    device: str = "auto"  # auto | cpu | cuda
+    dtype: str = "float32"  # float32 | bfloat16 (with fp32 masters)
+    chat: str = "none"  # none | llama3 | chatml: how prompts are written for the model
+    max_seq_len: int = 1024  # tokens of prompt and response; longer rows are dropped and counted
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 0  # [sft rm] updates; 0 is one pass over the data
+    lr: float = 1e-5  # [sft rm] learning rate after warm-up (the paper's value for the reward model)
+    batch_size: int = 2  # [sft rm] rows or pairs per update, over all processes (the paper: 2 pairs)
+    micro_batch: int = 16  # [sft rm eval score] rows or pairs per forward; changes memory and speed, not results
+    warmup: int = 0  # [sft rm] updates of linear warm-up
+    final_lr: float = 1.0  # [sft rm] share of lr left at the last update (linear decay); 1 is constant, as in the paper
+    max_grad_norm: float = 1.0  # [sft rm] gradients are scaled down to this norm; 0 is off
+    weight_decay: float = 0.0  # [sft rm] AdamW's
+    save_every: int = 0  # [sft rm] updates between resumable checkpoints; 0 is only on Ctrl-C
+    resume: bool = False  # [sft rm] go on from the last checkpoint of the same command
+
+
+@dataclass(frozen=True)
+class Reward:
+    reward: str = "qrm"  # [rm] qrm: the fused head and loss | plain: the same by autograd, to compare
+    beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4)
+    margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    task: str = "gsm8k"  # [pairs eval grade] which grader: gsm8k | math | arith
+    grader: str = "ours"  # [pairs eval grade] ours | strict | authors | math_verify
+    limit: int = 0  # [pairs eval grade score] use only so many rows; 0 is all
+    k: int = 8  # [pairs eval] samples a prompt
+    temperature: float = 1.0  # [pairs eval] of the samples; pass@1 is always greedy
+    max_new_tokens: int = 512  # [pairs eval] longest answer, tokens
+    pairs_per_prompt: int = 4  # [pairs] at most
+
+
+@dataclass(frozen=True)
+class Config(Run, Train, Reward, Sampling):
+    """All of the above: a stage reads the fields it needs, and nothing else."""
+
+
+# What the built-in task needs instead: a model of 0.1 M parameters learns at rates that would ruin a large one.
+ARITH = {
+    "sft": dict(steps=600, lr=4e-3, batch_size=64, micro_batch=64, warmup=50, final_lr=0.1),
+    "pairs": dict(limit=2500, k=12, max_new_tokens=96, task="arith"),
+    "rm": dict(steps=400, lr=1e-3, batch_size=32, micro_batch=32, warmup=20, final_lr=0.1),
+    "eval": dict(limit=500, k=8, max_new_tokens=96, task="arith", micro_batch=64),
+}
+
+
+def stages_of(comment):
+    return set(m[1].split()) if (m := re.match(r"\[([^\]]*)\]", comment)) else None
+
+
+def flags():
+    """{field: (default, type, comment)} of Config; the comments are those that stand behind the fields."""
+    out = {}
+    for cls in Config.__mro__[-2:0:-1]:
+        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+        out |= {f.name: (f.default, type(f.default), comments[f.name]) for f in dataclasses.fields(cls) if f.name in comments}
+    return out
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"train.py: {message}; flags: {' '.join('--' + name for name in flags())}")
+
+
+def parse(argv):
+    """argv -> Config. Raises BadInput for an unknown flag, a wrong type or a value out of range."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+    stage = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--stage"), None)
+    defaults = ARITH.get(stage, {}) if not any(a.split("=")[0] in ("--model", "--data") for a in argv) else {}
+    parser.add_argument("--help", "-h", action="help", help="the flags; with --stage X those of that stage")
+    for name, (default, kind, comment) in flags().items():
+        default = defaults.get(name, default)
+        stages = stages_of(comment)
+        text = comment if stage is None or stages is None or stage in stages else argparse.SUPPRESS
+        options = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
+        text = text if text is argparse.SUPPRESS else f"{text} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{name}", default=default, help=text, **options)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    choices = {"stage": tuple(STAGES), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
+               "chat": ("none", "llama3", "chatml"), "task": ("gsm8k", "math", "arith"),
+               "grader": ("ours", "strict", "authors", "math_verify"), "reward": ("qrm", "plain")}  # fmt: skip
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
+    for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed"):
+        if not 0 <= getattr(cfg, name) < math.inf:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more")
+    for name in ("batch_size", "micro_batch", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0")
+    return cfg
+
+
+def stage_config(cfg, stage):
+    """The Config with which a stage of the built-in task runs when another stage needs its result."""
+    return Config(stage=stage, run=cfg.run, seed=cfg.seed, device=cfg.device, **ARITH.get(stage, {}))
+
+
+# ------------------------------------------------------------------------------------------------ files and logs
+
+
+def say(grid, text):
+    """One line on the main rank; a tqdm bar that is being drawn stays whole."""
+    if grid.is_main:
+        tqdm.write(text)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def user_files():
+    """Inside, what model.py and parallel.py refuse (ValueError) is the user's input, not a bug."""
+    try:
+        yield
+    except ValueError as e:
+        raise BadInput(str(e)) from None
+
+
+def load(kind, directory, cfg, grid):
+    with user_files():
+        return load_model(kind, directory, grid, getattr(torch, cfg.dtype))
+
+
+def write_atomically(path, text):
+    """A file that exists is whole: written under a temporary name, flushed to disk, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def write_rows(path, rows, grid):
+    """JSON lines from all dp ranks, in the order of their `line` keys (which are not written)."""
+    if grid.dp_size > 1:
+        parts = [None] * grid.dp_size
+        dist.all_gather_object(parts, rows, group=grid.dp_group)
+        rows = sorted((row for part in parts for row in part), key=lambda row: row["line"])
+    if grid.is_main:
+        text = "".join(json.dumps({k: v for k, v in row.items() if k != "line"}, ensure_ascii=False) + "\n" for row in rows)
+        write_atomically(Path(path), text)
+    return len(rows)
+
+
+class Workdir:
+    """A result in the making: `<out>.partial` with metrics.jsonl and state/, renamed to `<out>` when it is whole.
+
+    Until then an older `<out>` stays as it is. The state holds whole tensors, so it can be resumed at another tp or dp.
+    """
+
+    def __init__(self, cfg, out, grid, optimizers):
+        self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
+        self.path, self.first_step = self.out.with_name(self.out.name + ".partial"), 0
+        state = self.path / "state" / "state.json"
+        if cfg.resume and not state.exists():
+            say(grid, f"--resume: no checkpoint in {state.parent}; starting anew")
+        elif cfg.resume:
+            self._restore(json.loads(state.read_text(encoding="utf-8")))
+        barrier()  # every rank has looked before the main one touches anything
+        if grid.is_main:
+            if not self.first_step:
+                shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lines = []
+            if self.first_step:
+                lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+                lines = [line + "\n" for line in lines[:-1] if json.loads(line)["step"] < self.first_step]
+            write_atomically(self.path / "metrics.jsonl", "".join(lines))
+
+    def log(self, row):
+        """One line on the terminal, the same row in metrics.jsonl."""
+        if self.grid.is_main:
+            tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def _identity(self):
+        ignored = {"resume", "save_every", "tp", "device", "micro_batch"}
+        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ignored}
+
+    def save(self, step):
+        """A checkpoint from which `--resume` goes on at update `step`: safetensors and JSON, no pickle."""
+        tensors = {}
+        for owner, (model, optimizer) in self.optimizers.items():
+            for name, x in optimizer.state_tensors().items():
+                param = name.split(".", 1)[1]
+                tensors[f"{owner}/{name}"] = gather_shards(x, model.shard_dim(param), model.full_size(param), self.grid).cpu().contiguous()
+        if self.grid.is_main:
+            fresh, state, old = (self.path / name for name in ("state.new", "state", "state.old"))
+            for leftover in (fresh, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            fresh.mkdir()
+            save_file(tensors, fresh / "optimizer.safetensors")
+            write_atomically(fresh / "state.json", json.dumps({"step": step, "config": self._identity()}))
+            if state.exists():
+                state.rename(old)
+            fresh.rename(state)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier()
+
+    def _restore(self, saved):
+        if changed := [k for k, v in self._identity().items() if saved["config"].get(k) != v]:
+            k = changed[0]
+            raise BadInput(f"--resume: {self.path}/state was made with --{k} {saved['config'].get(k)}, not {getattr(self.cfg, k)}")
+        tensors = load_file(self.path / "state" / "optimizer.safetensors")
+        for owner, (model, optimizer) in self.optimizers.items():
+            mine = {n.split("/", 1)[1]: x for n, x in tensors.items() if n.startswith(owner + "/")}
+            optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], x) for n, x in mine.items()}, saved["step"])
+        self.first_step = saved["step"]
+
+    def finish(self, model, tokenizer, **run):
+        """Writes the model directory and puts it in the place of `<out>`."""
+        if self.grid.is_main:
+            shutil.rmtree(self.path / "state", ignore_errors=True)
+        save_model(model, self.path)
+        if self.grid.is_main:
+            tokenizer.save(self.path)
+            run |= {"config": dataclasses.asdict(self.cfg), "tokenizer": tokenizer.fingerprint, "torch": torch.__version__}
+            write_atomically(self.path / "run.json", json.dumps(run, indent=1))
+            old = self.out.with_name(self.out.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            if self.out.exists():
+                self.out.rename(old)
+            self.path.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier()
+        say(self.grid, f"{self.cfg.stage}: {self.out}")
+
+
+def out_path(cfg):
+    """--out, or the place where the other stages look for this one's result."""
+    names = {"pairs": "pairs.jsonl", "rm": "rm" if cfg.reward == "qrm" else f"rm-{cfg.reward}", "score": "score.jsonl", "grade": "grade.jsonl"}
+    return Path(cfg.out or Path(cfg.run) / names.get(cfg.stage, cfg.stage))
+
+
+def need(stage, cfg, grid):
+    """Path of an earlier stage's result of the built-in task; what is missing is made first.
+
+    The main rank makes it alone (the model is far too small to share), so it is the same as one process makes.
+    """
+    earlier = stage_config(cfg, stage)
+    path = out_path(earlier)
+    barrier()
+    if grid.is_main and not path.exists():
+        say(grid, f"{cfg.stage} needs {path}: running --stage {stage} first")
+        STAGES[stage](earlier, Grid(grid.device))
+    barrier()
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ the training loop
+
+
+def lr_at(step, cfg, steps):
+    """Linear warm-up from 0, then linear decay to final_lr * lr at the last update (constant when final_lr is 1)."""
+    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    return cfg.lr * warm * (1 - (1 - cfg.final_lr) * step / max(steps, 1))
+
+
+def train_loop(cfg, grid, model, optimizer, rows, weigh, loss_fn, count_tokens):
+    """Updates `model` on shuffled batches of `rows`; yields nothing, returns the Workdir with its metrics.
+
+    weigh(row)          what the loss is a mean over: tokens, or 1 a pair
+    loss_fn(rows)       -> mean loss, {name: mean}
+    """
+    steps = cfg.steps or -(-len(rows) // cfg.batch_size)
+    if cfg.batch_size < grid.dp_size:
+        raise BadInput(f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do")
+    work = Workdir(cfg, out_path(cfg), grid, {"model": (model, optimizer)})
+    step = work.first_step
+    try:
+        for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=not grid.is_main):
+            began = time.perf_counter()
+            batch = [rows[i] for i in data.batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]
+            mine = batch[grid.dp_rank :: grid.dp_size]
+            parts = [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
+            lr = lr_at(step, cfg, steps)
+            stats = update(optimizer, [(sum(map(weigh, part)), part) for part in parts], loss_fn, lr)
+            tokens = sum(map(count_tokens, batch))
+            work.log({"step": step, **stats, "lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)})
+            if cfg.save_every and (step + 1) % cfg.save_every == 0:
+                work.save(step + 1)
+    except KeyboardInterrupt:
+        work.save(step)
+        raise
+    return work
+
+
+# ------------------------------------------------------------------------------------------------ sft
+
+
+def sequence_length(example):
+    return len(example.prompt_ids) + len(example.response_ids)
+
+
+def stage_sft(cfg, grid):
+    """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
+    if cfg.model:
+        tokenizer = data.Tokenizer.load(cfg.model, cfg.chat)
+        policy = load(LanguageModel, cfg.model, cfg, grid)
+    else:
+        tokenizer = data.arith_tokenizer()
+        with user_files():
+            policy = init_weights(build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed)
+    rows = data.load_rows(cfg.data, ("prompt", "response")) if cfg.data else data.arith_rows("train", 16_000, cfg.seed)
+    rows, _ = data.encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data or "built-in task", log=lambda text: say(grid, text))
+    optimizer = Optimizer(policy, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+
+    def loss_fn(part):
+        ids, mask = data.collate([row[0] for row in part], grid.device)
+        logprobs, entropy = token_logprobs(policy, ids, mask)
+        return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
+
+    work = train_loop(cfg, grid, policy, optimizer, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]))
+    work.finish(policy, tokenizer)
+
+
+def arith_model(tokenizer):
+    """0.15 M parameters; eight heads, so that eight processes can share it."""
+    return ModelConfig(tokenizer.vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
+                       num_attention_heads=8, num_key_value_heads=4, head_dim=16)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ pairs
+
+
+def sample_graded(policy, tokenizer, rows, cfg, grid, seed, temperature, k):
+    """k answers a row: -> [[(text, response ids, correct, truncated)] * k] for this dp rank's rows, and the token count."""
+    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows for _ in range(k)]
+    responses, truncated = generate(policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed)
+    texts = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in responses]
+    labels = [row["label"] for row in rows for _ in range(k)]
+    graded = [(text, ids, data.grade(text, label, cfg.task, cfg.grader)[1], cut) for text, ids, label, cut in zip(texts, responses, labels, truncated)]
+    return [graded[i : i + k] for i in range(0, len(graded), k)], sum(map(len, responses))
+
+
+def make_pairs(row, answers, most):
+    """Right answers paired with wrong ones of the same prompt, both without repetition; truncated ones are left out."""
+    right = list(dict.fromkeys(text for text, _, correct, cut in answers if correct and not cut))
+    wrong = list(dict.fromkeys(text for text, _, correct, cut in answers if not correct and not cut))
+    return [{"line": row["line"], "prompt": row["prompt"], "chosen": c, "rejected": r, "label": row["label"]}
+            for c, r in list(zip(right, wrong))[:most] if c.strip() and r.strip()]  # fmt: skip
+
+
+def stage_pairs(cfg, grid):
+    """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
+    directory = cfg.model or need("sft", cfg, grid)
+    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    policy = load(LanguageModel, directory, cfg, grid)
+    out = out_path(cfg)
+    jobs = [(cfg.data or "built-in task", out, None)]
+    if not cfg.data:  # held-out pairs, for eval
+        jobs = [("built-in task, training prompts", out, "train"), ("built-in task, held-out prompts", heldout_pairs(cfg), "test")]
+    for source, path, split in jobs:
+        n = cfg.limit if split != "test" else max(cfg.limit // 5, 1)
+        rows = data.arith_rows(split, n, cfg.seed + 1) if split else data.load_rows(cfg.data, ("prompt", "label"), cfg.limit)
+        mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
+        chunk = max(1, 1024 // cfg.k)
+        for start in tqdm(range(0, len(mine), chunk), "pairs", disable=not grid.is_main):
+            part = mine[start : start + chunk]
+            answers, _ = sample_graded(policy, tokenizer, part, cfg, grid, hash_seed(cfg.seed, split, grid.dp_rank, start), cfg.temperature, cfg.k)
+            correct += sum(a[2] for row in answers for a in row)
+            for row, answer in zip(part, answers):
+                found += make_pairs(row, answer, cfg.pairs_per_prompt)
+        (correct,) = all_sum([correct], grid)
+        written = write_rows(path, found, grid)
+        if not written:
+            raise BadInput(f"{source}: no prompt has both a right and a wrong answer; raise --k or --limit, or use another policy")
+        say(grid, f"pairs: {path}: {written} pairs from {len(rows)} prompts x {cfg.k} samples, {correct / len(rows) / cfg.k:.3f} of them right")
+    barrier()
+
+
+def heldout_pairs(cfg):
+    return out_path(dataclasses.replace(cfg, stage="pairs")).with_name("pairs-heldout.jsonl")
+
+
+def hash_seed(*parts):
+    """A sampling seed that depends on all of `parts` and on nothing else: no generator state to save."""
+    return data.stable_hash(repr(parts))
+
+
+# ------------------------------------------------------------------------------------------------ rm
+
+
+def stage_rm(cfg, grid):
+    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py)."""
+    directory = cfg.model or need("sft", cfg, grid)
+    path = cfg.data or need("pairs", cfg, grid)
+    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    reward_model = load(ScalarModel, directory, cfg, grid)
+    rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
+    pairs, _ = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
+    optimizer = Optimizer(reward_model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+
+    def loss_fn(part):
+        ids, mask = data.collate([example for pair in part for example in pair], grid.device)  # (2P, T+1), (2P, T)
+        norm, head = reward_model.model.norm, reward_model.score.weight
+        x = reward_model.model(ids)[:, 1:]  # (2P, T, D), in the place of targets
+        loss, scores = fused_qrm_loss(x, norm.weight, head, mask, cfg.beta, cfg.margin, norm.eps)
+        gap = masked_mean(scores, mask)
+        gap = gap[0::2] - gap[1::2]  # (P,)
+        return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
+
+    work = train_loop(cfg, grid, reward_model, optimizer, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair)))
+    work.finish(reward_model, tokenizer, reward=cfg.reward)
+
+
+# ------------------------------------------------------------------------------------------------ eval, score, grade
+
+
+def is_reward_model(directory):
+    with user_files():
+        return "ForTokenClassification" in (read_config(directory)[1].get("architectures") or [""])[0]
+
+
+@torch.no_grad()
+def score_examples(reward_model, examples, cfg, grid):
+    """Z per response token of each example, in chunks: list of (n_i,) fp32 tensors on the CPU."""
+    out = []
+    for i in range(0, len(examples), cfg.micro_batch):
+        ids, mask = data.collate(examples[i : i + cfg.micro_batch], grid.device)
+        out += [row[m].cpu() for row, m in zip(token_scores(reward_model, ids), mask)]
+    return out
+
+
+def eval_reward_model(directory, cfg, grid):
+    """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
+    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    reward_model = load(ScalarModel, directory, cfg, grid)
+    path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(cfg))[1]
+    rows = data.load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
+    pairs, _ = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
+    mine = pairs[grid.dp_rank :: grid.dp_size]
+    scores = score_examples(reward_model, [example for pair in mine for example in pair], cfg, grid)
+    right = sum(float(w.mean() > l.mean()) for w, l in zip(scores[0::2], scores[1::2]))
+    shorter = sum((len(w) < len(l)) + 0.5 * (len(w) == len(l)) for w, l in zip(scores[0::2], scores[1::2]))
+    counts = {"right": right, "shorter": shorter}
+    if not cfg.data:  # the built-in task knows the one right answer to each prompt, and so the first wrong token
+        solutions = [data.arith_solve(tokenizer.decode(chosen.prompt_ids[1:])) for chosen, _ in mine]
+        errors = [data.first_error(rejected.response_ids, tokenizer.encode_response(s)) for (_, rejected), s in zip(mine, solutions)]
+        counts |= credit_counts(scores[1::2], errors)
+    c = dict(zip(counts, all_sum(list(counts.values()), grid)))
+    out = {"n_pairs": len(pairs), "pair_accuracy": c["right"] / len(pairs), "length_baseline": c["shorter"] / len(pairs)}
+    if not cfg.data:
+        out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1)}
+    return out  # length_baseline: the accuracy of always preferring the shorter answer, ties counted half
+
+
+def pass_at_k(n, correct, k):
+    """Chance that at least one of k answers drawn from these n is right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def eval_policy(directory, cfg, grid):
+    """Greedy pass@1, unbiased pass@k of k samples, and best-of-k by a reward model's mean score when one is at hand."""
+    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    policy = load(LanguageModel, directory, cfg, grid)
+    rows = data.load_rows(cfg.data, ("prompt", "label"), cfg.limit) if cfg.data else data.arith_rows("test", cfg.limit, cfg.seed)
+    mine, began = rows[grid.dp_rank :: grid.dp_size], time.perf_counter()
+    greedy, tokens = sample_graded(policy, tokenizer, mine, cfg, grid, 0, 0.0, 1)
+    samples, more = sample_graded(policy, tokenizer, mine, cfg, grid, hash_seed(cfg.seed, "eval", grid.dp_rank), cfg.temperature, cfg.k)
+    seconds, ks = time.perf_counter() - began, [2**i for i in range(cfg.k.bit_length())]
+    counts = [len(mine), sum(row[0][2] for row in greedy), tokens + more]
+    counts += [sum(pass_at_k(cfg.k, sum(a[2] for a in row), k) for row in samples) for k in ks]
+    judge = cfg.reward_model or (str(out_path(stage_config(cfg, "rm"))) if not cfg.data else "")
+    if judge and Path(judge).exists():
+        scores = score_examples(load(ScalarModel, judge, cfg, grid),
+                                [Example(tokenizer.encode_prompt(row["prompt"]), a[1]) for row, answers in zip(mine, samples) for a in answers], cfg, grid)  # fmt: skip
+        best = [max(range(cfg.k), key=lambda j: scores[i * cfg.k + j].mean().item()) for i in range(len(mine))]
+        counts.append(sum(samples[i][j][2] for i, j in enumerate(best)))
+    counts = all_sum(counts, grid)
+    n = int(counts[0])
+    out = {"pass@1": counts[1] / n, "pass@k": {str(k): c / n for k, c in zip(ks, counts[3:])}, "n_prompts": n}
+    if len(counts) > 3 + len(ks):
+        out["best_of_k"] = counts[-1] / n
+    return out | {"generated_tokens": int(counts[2]), "tokens_per_s": counts[2] / seconds}
+
+
+def stage_eval(cfg, grid):
+    """eval.json in the model's own directory: a policy's pass@k, or a reward model's accuracy and credit."""
+    if cfg.model or cfg.out:
+        directories = [cfg.model or cfg.out]
+    else:
+        need("rm", cfg, grid)
+        directories = [d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""]
+    for directory in map(Path, directories):
+        result = (eval_reward_model if is_reward_model(directory) else eval_policy)(directory, cfg, grid)
+        path = Path(cfg.out) / "eval.json" if cfg.out else directory / "eval.json"
+        if grid.is_main:
+            write_atomically(path, json.dumps(result, indent=1))
+        say(grid, f"eval: {path}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+
+
+def stage_score(cfg, grid):
+    """One number a response token: a reward model's raw Z, or a policy's log-probability in nats."""
+    directory = cfg.model or need("rm", cfg, grid)
+    tokenizer, scalar = data.Tokenizer.load(directory, cfg.chat), is_reward_model(directory)
+    model = load(ScalarModel if scalar else LanguageModel, directory, cfg, grid)
+    if cfg.data:
+        rows = data.load_rows(cfg.data, ("prompt", "response"), cfg.limit)
+    else:
+        rows = [row | {"raw": {"prompt": row["prompt"], "response": row["response"]}} for row in data.arith_rows("test", cfg.limit or 8, cfg.seed)]
+    mine, written = rows[grid.dp_rank :: grid.dp_size], []
+    kept, rows = data.encode(mine, tokenizer, cfg.max_seq_len, ("response",), cfg.data or "built-in task", lambda text: say(grid, text))
+    for i in range(0, len(kept), cfg.micro_batch):
+        part = [examples[0] for examples in kept[i : i + cfg.micro_batch]]
+        ids, mask = data.collate(part, grid.device)
+        with torch.no_grad():
+            numbers = token_scores(model, ids) if scalar else token_logprobs(model, ids, mask)[0]
+        for row, example, x, m in zip(rows[i : i + cfg.micro_batch], part, numbers, mask):
+            written.append(row["raw"] | {"line": row["line"], "prompt_ids": example.prompt_ids, "ids": example.response_ids,
+                                         "tokens": tokenizer.token_texts(example.response_ids), "scores" if scalar else "logprobs": x[m].tolist()})  # fmt: skip
+    n = write_rows(out_path(cfg), written, grid)
+    say(grid, f"score: {out_path(cfg)}: {n} rows")
+
+
+def stage_grade(cfg, grid):
+    """The rows with `answer` (what the response claims, or null) and `correct`."""
+    if not cfg.data:
+        raise BadInput("--stage grade needs --data: JSON lines with a response and a label")
+    rows = data.load_rows(cfg.data, ("response", "label"), cfg.limit)
+    written = []
+    for row in rows:
+        answer, correct = data.grade(row["response"], row["label"], cfg.task, cfg.grader)
+        written.append(row["raw"] | {"line": row["line"], "answer": answer, "correct": correct})
+    if grid.is_main:
+        write_rows(out_path(cfg), written, Grid())
+    say(grid, f"grade: {out_path(cfg)}: {sum(r['correct'] for r in written)} of {len(written)} correct")
+
+
+# ------------------------------------------------------------------------------------------------ demo
+
+
+def stage_demo(cfg, grid):
+    """The whole path on the built-in task: what is there already is kept, the rest is made."""
+    for stage in ("sft", "pairs", "rm"):
+        need(stage, cfg, grid)
+    stage_eval(stage_config(cfg, "eval"), grid)
+    say(grid, f"demo: results are in {cfg.run}")
+
+
+STAGES = {"sft": stage_sft, "pairs": stage_pairs, "rm": stage_rm, "eval": stage_eval, "score": stage_score,
+          "grade": stage_grade, "demo": stage_demo}  # fmt: skip
+
+
+def main(argv=None):
+    """-> exit status: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C (a checkpoint is written)."""
+    try:
+        cfg = parse(sys.argv[1:] if argv is None else argv)
+        with user_files():
+            grid = make_grid(cfg.tp, cfg.device)
+        say(grid, "config: " + "  ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items() if v != ""))
+        STAGES[cfg.stage](cfg, grid)
+    except BadInput as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(e, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: --resume goes on from here", file=sys.stderr)
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
