@@ -234,8 +234,8 @@ class Tokenizer:
     def encode(self, text):
         """Ids of ordinary text: no BOS, and what spells a special token stays text. decode(encode(text)) == text.
 
-        Runs of LONGEST_RUN characters without a change between blank and not blank are cut there, for on longer ones
-        tiktoken overflows its stack. So does Meta's llama3/tokenizer.py; Hugging Face does not.
+        Runs of more than LONGEST_RUN characters without a change between blank and not blank are cut, for on very long
+        ones tiktoken overflows its stack. Meta's llama3/tokenizer.py cuts them too, Hugging Face does not.
         """
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
@@ -250,6 +250,10 @@ class Tokenizer:
 
     def decode(self, ids):
         return b"".join(self.token_bytes.get(id, b"\xff") for id in ids).decode("utf-8", "replace")
+
+    def ids_with(self, text):
+        """Ids of all tokens whose text contains `text`, such as the ends of lines."""
+        return [id for id, raw in self.token_bytes.items() if text.encode() in raw]
 
     def token_texts(self, ids):
         return [self.decode([id]) for id in ids]
@@ -550,12 +554,12 @@ def arith_solve(prompt):
 
 
 def first_error(ids, solution_ids):
-    """Index of the first token of a wrong answer that departs from the one right answer (both as ids, stop token included).
+    """Index of the first token that departs from the one right answer (both as ids, stop token included); len(ids) if none.
 
     >>> first_error([5, 6, 9, 1], [5, 6, 7, 1])
     2
     """
-    return next((i for i, (a, b) in enumerate(zip(ids, solution_ids)) if a != b), min(len(ids), len(solution_ids)) - 1)
+    return next((i for i, (a, b) in enumerate(zip(ids, solution_ids)) if a != b), min(len(ids), len(solution_ids)))
 
 
 def stable_hash(text):

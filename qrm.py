@@ -12,6 +12,8 @@ B sequences · P pairs (rows 2p and 2p+1 are the chosen and the rejected of pair
 import torch
 import torch.nn.functional as F
 
+from model import token_logprobs
+
 # ------------------------------------------------------------------------------------------------ the method
 
 
@@ -101,6 +103,89 @@ def fused_qrm_loss(x, norm_weight, head_weight, response_mask, beta=0.2, margin=
     shares = response_mask / response_mask.sum(1, keepdim=True).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
     shares = shares * torch.tensor([1.0, -1.0], device=x.device).repeat(len(x) // 2)[:, None]  # c_t (2P, T)
     return _FusedQRM.apply(x, norm_weight, head_weight, shares, beta, margin, eps)
+
+
+# ------------------------------------------------------------------------------------------------ the other reward models
+
+
+def last_token_mask(response_mask):
+    """(B, T) bool -> the same, true at the last response token only (the stop token, unless the answer was cut off)."""
+    return response_mask & ~F.pad(response_mask, (0, 1))[:, 1:]
+
+
+def step_end_mask(ids, response_mask, step_ids):
+    """True at the last token of each step: tokens in step_ids (those that end a line), and the response's last token."""
+    ends = torch.isin(ids[:, 1:], torch.tensor(step_ids, device=ids.device))
+    return (ends & response_mask) | last_token_mask(response_mask)
+
+
+def orm_loss(scores, response_mask):
+    """Outcome reward model, pairwise: -log sigmoid(Z^w - Z^l) at the last tokens; every other token goes untrained."""
+    last = scores.float()[last_token_mask(response_mask)]  # (2P,)
+    return pairwise_loss(last[0::2], last[1::2])
+
+
+def outcome_loss(scores, response_mask, correct):
+    """Outcome reward model, pointwise: cross-entropy of sigmoid(Z at the last token) on right or wrong. correct (B,)"""
+    last = scores.float()[last_token_mask(response_mask)]  # (B,)
+    loss = F.binary_cross_entropy_with_logits(last, correct.float())
+    return loss, {"accuracy": ((last > 0) == correct.bool()).float().mean().item()}
+
+
+def step_loss(scores, ends, labels):
+    """Step-level process reward model: mean over step ends of (tanh(Z) - y)^2, y = +1 right, -1 wrong, 0 neutral.
+
+    scores, ends (bool), labels (float): (B, T), labels read at the ends only. As in the authors' PRM800K baseline.
+    """
+    error = (torch.tanh(scores.float()) - labels)[ends]
+    return error.square().mean(), {"step_accuracy": (error.abs() < 1).float().mean().item()}
+
+
+def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
+    """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref on the chosen - the same on the rejected)); (2P, T)"""
+    sums = (logprobs - ref_logprobs).masked_fill(~response_mask, 0.0).sum(1)  # (2P,)
+    return pairwise_loss(sums[0::2], sums[1::2], beta)
+
+
+def plackett_luce_loss(ranked):
+    """K-wise ranking (Plackett 1975): -log prod_k exp(s_k) / sum_{j >= k} exp(s_j), mean over prompts and ranks.
+
+    ranked (prompts, K): sequence scores from best to worst. Each prompt weighs the same, however many pairs its K
+    answers make; K = 2 is Bradley-Terry. -> loss (scalar), {}
+    """
+    rest = ranked.float().flip(1).logcumsumexp(1).flip(1)  # (prompts, K): log sum over what is left to choose from
+    return (rest - ranked.float())[:, :-1].mean(), {}
+
+
+# A reward_fn maps (ids (B, T+1), response_mask (B, T)) to rewards (B, T), 0 outside the mask, in the place of targets.
+
+
+def token_reward(reward_model):
+    """Q-RM: the raw Z(s_t, a_t) of every response token."""
+    return lambda ids, mask: token_scores(reward_model, ids).masked_fill(~mask, 0.0)
+
+
+def outcome_reward(reward_model, every_token=False):
+    """ORM: the score at the last token, 0 elsewhere; or that score on every token, as the authors' REINFORCE has it."""
+
+    def reward_fn(ids, mask):
+        last = token_scores(reward_model, ids).masked_fill(~last_token_mask(mask), 0.0)  # (B, T)
+        return last.sum(1, keepdim=True) * mask if every_token else last
+
+    return reward_fn
+
+
+def step_reward(reward_model, step_ids):
+    """Step-level PRM: tanh(Z) at the end of each step, 0 elsewhere."""
+    return lambda ids, mask: torch.tanh(token_scores(reward_model, ids)).masked_fill(~step_end_mask(ids, mask, step_ids), 0.0)
+
+
+def dpo_reward(policy, reference, beta=0.1):
+    """DPO as a token reward: beta (log pi(a_t | s_t) - log ref(a_t | s_t)), at the token it belongs to.
+
+    (The authors' code reads it one token late: a_i gets the ratio of a_(i+1), and the stop token that of a pad.)
+    """
+    return lambda ids, mask: beta * (token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0])
 
 
 # ------------------------------------------------------------------------------------------------ how good is it

@@ -3,7 +3,8 @@
     python train.py                                        the whole path on the built-in task (--stage demo)
     torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes (gloo)
 
-    sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model        eval, score and grade look at any of them
+    sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model ─► reinforce, ppo ─► policy
+                                                                     eval, score and grade look at any of them
 """
 
 import argparse
@@ -29,18 +30,21 @@ import data
 from data import BadInput, Example
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, generate, init_weights, load_model, read_config, save_model, token_logprobs
 from parallel import Grid, Optimizer, all_sum, gather_shards, make_grid, update
-from qrm import credit_counts, fused_qrm_loss, masked_mean, token_scores
+from ppo import PPO, ppo_step
+from qrm import (credit_counts, dpo_loss, dpo_reward, fused_qrm_loss, last_token_mask, masked_mean, orm_loss, outcome_reward,  # fmt: skip
+                 qrm_loss, step_end_mask, step_loss, step_reward, token_reward, token_scores)
+from reinforce import RL, collect_rollout, reinforce_step, rollout_stats
 
 # ------------------------------------------------------------------------------------------------ configuration
 
 
 @dataclass(frozen=True)
 class Run:
-    stage: str = "demo"  # sft | pairs | rm | eval | grade | score | demo
+    stage: str = "demo"  # sft | pairs | rm | reinforce | ppo | eval | score | grade | demo
     run: str = "runs/arith"  # directory where the stages of the built-in task keep and find everything
     out: str = ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
     model: str = ""  # a Hugging Face directory to start from; "" is the built-in task's
-    reward_model: str = ""  # [eval] a reward model's directory: judges best-of-k
+    reward_model: str = ""  # [reinforce ppo eval] a reward model's directory (eval: it judges best-of-k)
     data: str = ""  # a JSON lines file; "" is the built-in task
     seed: int = 0  # of weights, data order and sampling
     tp: int = 0  # processes that share one model; 0 is all of them, the rest is data parallel
@@ -52,38 +56,38 @@ class Run:
 
 @dataclass(frozen=True)
 class Train:
-    steps: int = 0  # [sft rm] updates; 0 is one pass over the data
-    lr: float = 1e-5  # [sft rm] learning rate after warm-up (the paper's value for the reward model)
-    batch_size: int = 2  # [sft rm] rows or pairs per update, over all processes (the paper: 2 pairs)
-    micro_batch: int = 16  # [sft rm eval score] rows or pairs per forward; changes memory and speed, not results
-    warmup: int = 0  # [sft rm] updates of linear warm-up
-    final_lr: float = 1.0  # [sft rm] share of lr left at the last update (linear decay); 1 is constant, as in the paper
-    max_grad_norm: float = 1.0  # [sft rm] gradients are scaled down to this norm; 0 is off
-    weight_decay: float = 0.0  # [sft rm] AdamW's
-    save_every: int = 0  # [sft rm] updates between resumable checkpoints; 0 is only on Ctrl-C
-    resume: bool = False  # [sft rm] go on from the last checkpoint of the same command
+    steps: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts); 0 is one pass over the data
+    lr: float = 1e-5  # [sft rm reinforce ppo] learning rate after warm-up (the paper's value for the reward model)
+    batch_size: int = 2  # [sft rm reinforce ppo] rows, pairs or trajectories a step, over all processes (the paper: 2 pairs)
+    micro_batch: int = 16  # [sft rm reinforce ppo eval score] rows or pairs per forward; changes memory and speed, not results
+    warmup: int = 0  # [sft rm reinforce ppo] updates of linear warm-up
+    final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr left at the last update (linear decay); 1 is constant, as in the paper
+    max_grad_norm: float = 1.0  # [sft rm reinforce ppo] gradients are scaled down to this norm; 0 is off
+    weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
+    save_every: int = 0  # [sft rm reinforce ppo] updates between resumable checkpoints; 0 is only on Ctrl-C
+    resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
 
 
 @dataclass(frozen=True)
 class Reward:
-    reward: str = "qrm"  # [rm] qrm: the fused head and loss | plain: the same by autograd, to compare
-    beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4)
+    reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo; rm: plain (qrm by autograd); RL: outcome (graded), oracle
+    beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4); dpo: 0.1 is the paper's
     margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    task: str = "gsm8k"  # [pairs eval grade] which grader: gsm8k | math | arith
-    grader: str = "ours"  # [pairs eval grade] ours | strict | authors | math_verify
-    limit: int = 0  # [pairs eval grade score] use only so many rows; 0 is all
+    task: str = "gsm8k"  # [pairs reinforce ppo eval grade] which grader: gsm8k | math | arith
+    grader: str = "ours"  # [pairs reinforce ppo eval grade] ours | strict | authors | math_verify
+    limit: int = 0  # [pairs reinforce ppo eval grade score] use only so many rows (reinforce, ppo: for evaluation); 0 is all
     k: int = 8  # [pairs eval] samples a prompt
-    temperature: float = 1.0  # [pairs eval] of the samples; pass@1 is always greedy
-    max_new_tokens: int = 512  # [pairs eval] longest answer, tokens
+    temperature: float = 1.0  # [pairs reinforce ppo eval] of the samples; pass@1 is always greedy
+    max_new_tokens: int = 512  # [pairs reinforce ppo eval] longest answer, tokens
     pairs_per_prompt: int = 4  # [pairs] at most
 
 
 @dataclass(frozen=True)
-class Config(Run, Train, Reward, Sampling):
+class Config(Run, Train, Reward, Sampling, RL, PPO):
     """All of the above: a stage reads the fields it needs, and nothing else."""
 
 
@@ -92,6 +96,9 @@ ARITH = {
     "sft": dict(steps=600, lr=4e-3, batch_size=64, micro_batch=64, warmup=50, final_lr=0.1),
     "pairs": dict(limit=2500, k=12, max_new_tokens=96, task="arith"),
     "rm": dict(steps=400, lr=1e-3, batch_size=32, micro_batch=32, warmup=20, final_lr=0.1),
+    "reinforce": dict(steps=24, lr=3e-4, batch_size=256, minibatch=64, micro_batch=64, limit=300, max_new_tokens=96, task="arith"),
+    "ppo": dict(steps=24, lr=3e-4, critic_lr=1e-3, batch_size=256, minibatch=64, micro_batch=64, limit=300, kl_coef=0.01,
+                max_new_tokens=96, task="arith"),
     "eval": dict(limit=500, k=8, max_new_tokens=96, task="arith", micro_batch=64),
 }
 
@@ -130,7 +137,8 @@ def parse(argv):
     cfg = Config(**vars(parser.parse_args(argv)))
     choices = {"stage": tuple(STAGES), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
                "chat": ("none", "llama3", "chatml"), "task": ("gsm8k", "math", "arith"),
-               "grader": ("ours", "strict", "authors", "math_verify"), "reward": ("qrm", "plain")}  # fmt: skip
+               "grader": ("ours", "strict", "authors", "math_verify"), "reward": ("qrm", "plain", "orm", "prm", "dpo", "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
+               "advantage": ("", "token", "return", "gae", "rloo", "grpo"), "kl": ("exact", "k1", "k3", "abs")}  # fmt: skip
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
@@ -326,7 +334,7 @@ def train_loop(cfg, grid, model, optimizer, rows, weigh, loss_fn, count_tokens):
     work = Workdir(cfg, out_path(cfg), grid, {"model": (model, optimizer)})
     step = work.first_step
     try:
-        for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=not grid.is_main):
+        for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
             began = time.perf_counter()
             batch = [rows[i] for i in data.batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]
             mine = batch[grid.dp_rank :: grid.dp_size]
@@ -413,7 +421,7 @@ def stage_pairs(cfg, grid):
         rows = data.arith_rows(split, n, cfg.seed + 1) if split else data.load_rows(cfg.data, ("prompt", "label"), cfg.limit)
         mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
         chunk = max(1, 1024 // cfg.k)
-        for start in tqdm(range(0, len(mine), chunk), "pairs", disable=not grid.is_main):
+        for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
             part = mine[start : start + chunk]
             answers, _ = sample_graded(policy, tokenizer, part, cfg, grid, hash_seed(cfg.seed, split, grid.dp_rank, start), cfg.temperature, cfg.k)
             correct += sum(a[2] for row in answers for a in row)
@@ -440,26 +448,156 @@ def hash_seed(*parts):
 
 
 def stage_rm(cfg, grid):
-    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py)."""
-    directory = cfg.model or need("sft", cfg, grid)
+    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py); or one to compare it with."""
+    directory = str(cfg.model or need("sft", cfg, grid))
     path = cfg.data or need("pairs", cfg, grid)
     tokenizer = data.Tokenizer.load(directory, cfg.chat)
-    reward_model = load(ScalarModel, directory, cfg, grid)
+    model = load(LanguageModel if cfg.reward == "dpo" else ScalarModel, directory, cfg, grid)
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
-    pairs, _ = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
-    optimizer = Optimizer(reward_model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+    pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
+    if cfg.reward == "prm":
+        if cfg.data:
+            raise BadInput("--reward prm learns from step labels, which only the built-in task knows; leave --data out")
+        pairs = [pair + tuple(error_places(tokenizer, row["prompt"], pair)) for pair, row in zip(pairs, rows)]
+    optimizer = Optimizer(model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+    reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False) if cfg.reward == "dpo" else None
+    step_ids = tokenizer.ids_with("\n")
 
     def loss_fn(part):
-        ids, mask = data.collate([example for pair in part for example in pair], grid.device)  # (2P, T+1), (2P, T)
-        norm, head = reward_model.model.norm, reward_model.score.weight
-        x = reward_model.model(ids)[:, 1:]  # (2P, T, D), in the place of targets
-        loss, scores = fused_qrm_loss(x, norm.weight, head, mask, cfg.beta, cfg.margin, norm.eps)
-        gap = masked_mean(scores, mask)
-        gap = gap[0::2] - gap[1::2]  # (P,)
-        return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
+        ids, mask = data.collate([example for pair in part for example in pair[:2]], grid.device)  # (2P, T+1), (2P, T)
+        if cfg.reward == "qrm":
+            norm = model.model.norm
+            x = model.model(ids)[:, 1:]  # (2P, T, D), in the place of targets
+            loss, scores = fused_qrm_loss(x, norm.weight, model.score.weight, mask, cfg.beta, cfg.margin, norm.eps)
+            gap = masked_mean(scores, mask)
+            gap = gap[0::2] - gap[1::2]  # (P,)
+            return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
+        if cfg.reward == "dpo":
+            logprobs = token_logprobs(model, ids, mask)[0]
+            with torch.no_grad():
+                ref_logprobs = token_logprobs(reference, ids, mask)[0]
+            return dpo_loss(logprobs, ref_logprobs, mask, cfg.beta)
+        scores = token_scores(model, ids)
+        if cfg.reward == "plain":
+            return qrm_loss(scores, mask, cfg.beta, cfg.margin)
+        if cfg.reward == "orm":
+            return orm_loss(scores, mask)
+        place = mask.cumsum(1) - 1  # (2P, T): index within the response
+        errors = torch.tensor([error for pair in part for error in pair[2:]], device=grid.device)[:, None]
+        return step_loss(scores, step_end_mask(ids, mask, step_ids), torch.where(place < errors, 1.0, -1.0))
 
-    work = train_loop(cfg, grid, reward_model, optimizer, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair)))
-    work.finish(reward_model, tokenizer, reward=cfg.reward)
+    work = train_loop(cfg, grid, model, optimizer, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])))
+    work.finish(model, tokenizer, reward=cfg.reward, reference=directory)
+
+
+def error_places(tokenizer, prompt, examples):
+    """Index of the first wrong token of each answer to a prompt of the built-in task; its length when nothing is wrong."""
+    solution = tokenizer.encode_response(data.arith_solve(prompt))
+    return [data.first_error(e.response_ids, solution) for e in examples]
+
+
+# ------------------------------------------------------------------------------------------------ reinforce, ppo
+
+
+def reward_kind(directory):
+    """qrm, orm, prm or dpo, as the rm stage noted it in run.json; a directory made elsewhere is taken for a Q-RM."""
+    path = Path(directory) / "run.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("reward", "qrm").replace("plain", "qrm") if path.exists() else "qrm"
+
+
+def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
+    """-> reward_fn, reward_mask_fn (None: every response token), whether the reward is a token's own Q.
+
+    outcome (the graded answer, 1 or 0, at the last token) and oracle (1 before the first wrong token, 0 from there on)
+    look up `rows` by their prompts; the others are models from `directory`.
+    """
+    if kind in ("outcome", "oracle"):
+        known = {tuple(tokenizer.encode_prompt(row["prompt"])): row for row in rows}
+        last = lambda ids, mask: last_token_mask(mask)
+
+        def reward_fn(ids, mask):
+            out = torch.zeros(mask.shape, device=ids.device)
+            for i, (row_ids, row_mask) in enumerate(zip(ids.tolist(), mask.tolist())):
+                start, n = row_mask.index(True) + 1, sum(row_mask)
+                row, response = known[tuple(row_ids[:start])], row_ids[start : start + n]
+                text = tokenizer.decode([t for t in response if t not in tokenizer.stop_ids])
+                correct = response[-1] in tokenizer.stop_ids and data.grade(text, row["label"], cfg.task, cfg.grader)[1]
+                if kind == "outcome":
+                    out[i, start + n - 2] = float(correct)
+                else:
+                    out[i, start - 1 : start - 1 + (n if correct else error_places(tokenizer, row["prompt"], [Example([], response)])[0])] = 1.0
+            return out
+
+        return reward_fn, (last if kind == "outcome" else None), kind == "oracle"
+    own = data.Tokenizer.load(directory, cfg.chat)
+    if own.fingerprint != tokenizer.fingerprint:
+        raise BadInput(f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids")
+    if kind == "dpo":
+        reference = json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))["reference"]
+        models = [load(LanguageModel, d, cfg, grid).requires_grad_(False) for d in (directory, reference)]
+        return dpo_reward(*models), None, True
+    model, step_ids = load(ScalarModel, directory, cfg, grid).requires_grad_(False), tokenizer.ids_with("\n")
+    return {"qrm": (token_reward(model), None, True), "orm": (outcome_reward(model), lambda ids, mask: last_token_mask(mask), False),
+            "prm": (step_reward(model, step_ids), lambda ids, mask: step_end_mask(ids, mask, step_ids), False)}[kind]  # fmt: skip
+
+
+def stage_rl(cfg, grid):
+    """REINFORCE or PPO: sample, score every token, update; greedy pass@1 on held-out prompts now and then."""
+    is_ppo = cfg.stage == "ppo"
+    directory = str(cfg.model or need("sft", cfg, grid))
+    graded = cfg.reward in ("outcome", "oracle")
+    judge = "" if graded else str(cfg.reward_model or need("rm", dataclasses.replace(cfg, out=""), grid))
+    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    policy, reference = load(LanguageModel, directory, cfg, grid), load(LanguageModel, directory, cfg, grid).requires_grad_(False)
+    if cfg.data:
+        rows = data.load_rows(cfg.data, ("prompt", "label") if graded else ("prompt",), optional=("label",))
+        heldout = [row for row in rows if "label" in row][: cfg.limit or None]
+    else:
+        rows, heldout = data.arith_rows("train", 8192, cfg.seed + 2), data.arith_rows("test", cfg.limit, 0)
+    reward_fn, reward_mask_fn, is_q = reward_functions(cfg.reward if graded else reward_kind(judge), judge, tokenizer, cfg, grid, rows)
+    if not cfg.advantage:
+        cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
+    optimizers = {"policy": (policy, Optimizer(policy, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm))}
+    if is_ppo:  # the critic starts from the reward model, with a new head
+        critic = load(ScalarModel, judge if judge and is_reward_model(judge) else directory, cfg, grid)
+        critic.score.weight.data.zero_()
+        optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, max_grad_norm=cfg.max_grad_norm))
+    prompts, n = [tokenizer.encode_prompt(row["prompt"]) for row in rows], cfg.batch_size // cfg.group_size
+    steps = cfg.steps or -(-len(prompts) // n)
+    work = Workdir(cfg, out_path(cfg), grid, optimizers)
+    step = work.first_step
+    try:
+        for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
+            began = time.perf_counter()
+            batch = [prompts[i] for i in data.batch_indices(len(prompts), n, step, cfg.seed)][grid.dp_rank :: grid.dp_size]
+            rollout = collect_rollout(policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg,
+                                      hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank), reward_mask_fn)  # fmt: skip
+            lr = lr_at(step, cfg, steps)
+            if is_ppo:
+                stats = ppo_step(policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, cfg.critic_lr)
+            else:
+                stats = reinforce_step(policy, optimizers["policy"][1], rollout, cfg, lr)
+            row = {"step": step, "trajectories": (step + 1) * n * cfg.group_size, **stats, **rollout_stats(rollout, grid), "lr": lr}
+            row["tokens_per_s"] = row["response_length"] * n * cfg.group_size / (time.perf_counter() - began)
+            if heldout and (step + 1 == steps or (step + 1) % cfg.eval_every == 0):
+                row["pass@1"] = greedy_pass(policy, tokenizer, heldout, cfg, grid)
+            work.log(row)
+            if cfg.save_every and (step + 1) % cfg.save_every == 0:
+                work.save(step + 1)
+    except KeyboardInterrupt:
+        work.save(step)
+        raise
+    if is_ppo:
+        if grid.is_main:
+            (work.path / "critic").mkdir(exist_ok=True)
+        save_model(critic, work.path / "critic")
+    work.finish(policy, tokenizer)
+
+
+def greedy_pass(policy, tokenizer, rows, cfg, grid):
+    """Share of rows whose greedy answer is right, over all dp ranks."""
+    answers, _ = sample_graded(policy, tokenizer, rows[grid.dp_rank :: grid.dp_size], cfg, grid, 0, 0.0, 1)
+    return all_sum([sum(row[0][2] for row in answers)], grid)[0] / len(rows)
 
 
 # ------------------------------------------------------------------------------------------------ eval, score, grade
@@ -471,33 +609,40 @@ def is_reward_model(directory):
 
 
 @torch.no_grad()
-def score_examples(reward_model, examples, cfg, grid):
-    """Z per response token of each example, in chunks: list of (n_i,) fp32 tensors on the CPU."""
+def score_examples(reward_fn, examples, cfg, grid):
+    """One number per response token of each example, in chunks: list of (n_i,) fp32 tensors on the CPU."""
     out = []
     for i in range(0, len(examples), cfg.micro_batch):
         ids, mask = data.collate(examples[i : i + cfg.micro_batch], grid.device)
-        out += [row[m].cpu() for row, m in zip(token_scores(reward_model, ids), mask)]
+        out += [row[m].cpu() for row, m in zip(reward_fn(ids, mask), mask)]
     return out
+
+
+def sequence_score(kind):
+    """How a kind of reward model ranks whole answers: Q-RM by the mean, ORM by the last token, DPO by the sum."""
+    return {"qrm": lambda z: z.mean().item(), "prm": lambda z: z[z != 0].mean().item()}.get(kind, lambda z: z.sum().item())
 
 
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
-    reward_model = load(ScalarModel, directory, cfg, grid)
+    kind, tokenizer = reward_kind(directory), data.Tokenizer.load(directory, cfg.chat)
+    reward_fn, _, _ = reward_functions(kind, directory, tokenizer, cfg, grid)
     path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(cfg))[1]
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
-    pairs, _ = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
-    mine = pairs[grid.dp_rank :: grid.dp_size]
-    scores = score_examples(reward_model, [example for pair in mine for example in pair], cfg, grid)
-    right = sum(float(w.mean() > l.mean()) for w, l in zip(scores[0::2], scores[1::2]))
+    pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
+    mine, n, rank_by = pairs[grid.dp_rank :: grid.dp_size], len(pairs), sequence_score(kind)
+    scores = score_examples(reward_fn, [example for pair in mine for example in pair], cfg, grid)
+    right = sum(float(rank_by(w) > rank_by(l)) for w, l in zip(scores[0::2], scores[1::2]))
     shorter = sum((len(w) < len(l)) + 0.5 * (len(w) == len(l)) for w, l in zip(scores[0::2], scores[1::2]))
     counts = {"right": right, "shorter": shorter}
     if not cfg.data:  # the built-in task knows the one right answer to each prompt, and so the first wrong token
-        solutions = [data.arith_solve(tokenizer.decode(chosen.prompt_ids[1:])) for chosen, _ in mine]
-        errors = [data.first_error(rejected.response_ids, tokenizer.encode_response(s)) for (_, rejected), s in zip(mine, solutions)]
+        if kind in ("orm", "prm"):  # their head read at every token, trained there or not
+            model = load(ScalarModel, directory, cfg, grid)
+            scores = score_examples(token_reward(model), [example for pair in mine for example in pair], cfg, grid)
+        errors = [error_places(tokenizer, row["prompt"], pair[1:])[0] for row, pair in zip(rows[grid.dp_rank :: grid.dp_size], mine)]
         counts |= credit_counts(scores[1::2], errors)
     c = dict(zip(counts, all_sum(list(counts.values()), grid)))
-    out = {"n_pairs": len(pairs), "pair_accuracy": c["right"] / len(pairs), "length_baseline": c["shorter"] / len(pairs)}
+    out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "length_baseline": c["shorter"] / n}
     if not cfg.data:
         out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1)}
     return out  # length_baseline: the accuracy of always preferring the shorter answer, ties counted half
@@ -521,9 +666,11 @@ def eval_policy(directory, cfg, grid):
     counts += [sum(pass_at_k(cfg.k, sum(a[2] for a in row), k) for row in samples) for k in ks]
     judge = cfg.reward_model or (str(out_path(stage_config(cfg, "rm"))) if not cfg.data else "")
     if judge and Path(judge).exists():
-        scores = score_examples(load(ScalarModel, judge, cfg, grid),
-                                [Example(tokenizer.encode_prompt(row["prompt"]), a[1]) for row, answers in zip(mine, samples) for a in answers], cfg, grid)  # fmt: skip
-        best = [max(range(cfg.k), key=lambda j: scores[i * cfg.k + j].mean().item()) for i in range(len(mine))]
+        kind = reward_kind(judge)
+        examples = [Example(tokenizer.encode_prompt(row["prompt"]), a[1]) for row, answers in zip(mine, samples) for a in answers]
+        scores = score_examples(reward_functions(kind, judge, tokenizer, cfg, grid)[0], examples, cfg, grid)
+        ranks = list(map(sequence_score(kind), scores))
+        best = [max(range(cfg.k), key=lambda j: ranks[i * cfg.k + j]) for i in range(len(mine))]
         counts.append(sum(samples[i][j][2] for i, j in enumerate(best)))
     counts = all_sum(counts, grid)
     n = int(counts[0])
@@ -541,7 +688,8 @@ def stage_eval(cfg, grid):
         need("rm", cfg, grid)
         directories = [d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""]
     for directory in map(Path, directories):
-        result = (eval_reward_model if is_reward_model(directory) else eval_policy)(directory, cfg, grid)
+        judges = is_reward_model(directory) or (directory / "run.json").exists() and '"reward": "dpo"' in (directory / "run.json").read_text()
+        result = (eval_reward_model if judges else eval_policy)(directory, cfg, grid)
         path = Path(cfg.out) / "eval.json" if cfg.out else directory / "eval.json"
         if grid.is_main:
             write_atomically(path, json.dumps(result, indent=1))
@@ -590,13 +738,13 @@ def stage_grade(cfg, grid):
 
 def stage_demo(cfg, grid):
     """The whole path on the built-in task: what is there already is kept, the rest is made."""
-    for stage in ("sft", "pairs", "rm"):
+    for stage in ("sft", "pairs", "rm", "reinforce", "ppo"):
         need(stage, cfg, grid)
     stage_eval(stage_config(cfg, "eval"), grid)
     say(grid, f"demo: results are in {cfg.run}")
 
 
-STAGES = {"sft": stage_sft, "pairs": stage_pairs, "rm": stage_rm, "eval": stage_eval, "score": stage_score,
+STAGES = {"sft": stage_sft, "pairs": stage_pairs, "rm": stage_rm, "reinforce": stage_rl, "ppo": stage_rl, "eval": stage_eval, "score": stage_score,
           "grade": stage_grade, "demo": stage_demo}  # fmt: skip
 
 
