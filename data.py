@@ -13,6 +13,7 @@ import json
 import random
 import re
 import unicodedata
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -476,81 +477,99 @@ def batch_indices(n, batch_size, step, seed):
 # ------------------------------------------------------------------------------------------------ the built-in task
 
 NAMES, THINGS = ("Tom", "Ann", "Ben", "Eva"), ("apples", "pens", "books", "coins")
-VERBS = {"+": ("buys", "finds", "gets", "picks"), "-": ("loses", "eats", "sells", "lends")}
+VERBS = {"+": ("buys", "finds", "gets", "picks", "wins", "borrows", "collects", "receives"),
+         "-": ("loses", "eats", "sells", "lends", "drops", "spends", "breaks", "donates")}  # fmt: skip
+OPERATOR = {verb: op for op, verbs in VERBS.items() for verb in verbs}
 
 
-def arith_tokenizer():
-    """A byte-complete tokenizer with one token for every word of the built-in task."""
-    words = [*NAMES, *(f" {w}" for w in (*NAMES, *THINGS, *VERBS["+"], *VERBS["-"], "has", "How", "many", *range(10))), "####"]
-    return build_tokenizer(words)
+@dataclass(frozen=True)
+class Arith:
+    """Word problems over 0..9 whose answers restate each step, like GSM8K's, and an author who misreads some verbs.
+
+    The training answers give a misread verb the wrong sign with probability q, and go on from what was written. A
+    policy fine-tuned on them inherits that: greedily it is wrong on those verbs, sampled it is sometimes right. So it can
+    improve, pairs of right and wrong answers exist, and the first wrong token is known exactly, which no data set of
+    real answers offers.
+    """
+
+    steps: tuple = (4, 6)  # sentences after the first: at least, at most
+    verbs: int = 12  # half of them add, half take away
+    misread: int = 6  # of these verbs
+    operand: int = 3  # largest
+    q: float = 0.65  # chance that a misread verb is written with the wrong sign
+    author: int = 0  # which verbs are misread
+
+    @functools.cached_property
+    def words(self):
+        half = self.verbs // 2
+        return [(verb, op) for op in "+-" for verb in VERBS[op][:half]]
+
+    @functools.cached_property
+    def misreads(self):
+        rng, half = random.Random(self.author), self.verbs // 2
+        plus, minus = VERBS["+"][:half], VERBS["-"][:half]
+        return frozenset(rng.sample(plus, self.misread // 2) + rng.sample(minus, self.misread - self.misread // 2))
+
+    def problem(self, rng):
+        """(start, [(verb, operand)]): all values stay in 0..9, and no set of misreadings ends on the right number, so
+        that a right number means a right path (for the author; a policy can still be lucky)."""
+        while True:
+            start, moves, wrong = rng.randint(0, 9), [], set()  # wrong: running values after at least one misreading
+            value = start
+            for _ in range(rng.randint(*self.steps)):
+                verb, op = rng.choice(self.words)
+                b = rng.randint(1, self.operand)
+                d = b if op == "+" else -b
+                wrong = {w + d for w in wrong} | ({w - d for w in wrong | {value}} if verb in self.misreads else set())
+                value += d
+                moves.append((verb, b))
+                if not all(0 <= v <= 9 for v in wrong | {value}):
+                    break
+            else:
+                if value not in wrong:
+                    return start, moves
+
+    def answer(self, start, moves, rng=None):
+        """The worked answer; with `rng`, as the author writes it."""
+        lines, value = [], start
+        for verb, b in moves:
+            op = OPERATOR[verb]
+            if rng and verb in self.misreads and rng.random() < self.q:
+                op = "-" if op == "+" else "+"
+            result = value + b if op == "+" else value - b
+            lines.append(f"{value}{op}{b}={result}\n")
+            value = result
+        return "".join(lines) + f"#### {value}"
 
 
-def arith_fact(a, op, b):
-    return a + b if op == "+" else a - b
+def arith_rows(split, n, seed, task=Arith()):
+    """n rows of the built-in task: {"prompt", "response" (the author's), "solution" (the right one), "label", "line"}.
 
-
-@functools.lru_cache(maxsize=4)
-def misconceptions(share=0.25, seed=0):
-    """{(a, op, b): wrong result}: what the author of the training answers is wrong about, always one too high."""
-    facts = [(a, op, b) for a in range(10) for op in "+-" for b in range(1, 10) if 0 <= arith_fact(a, op, b) < 9]
-    chosen = random.Random(seed).sample(facts, round(share * len(facts)))
-    return {fact: arith_fact(*fact) + 1 for fact in chosen}
-
-
-def arith_problem(rng, steps):
-    """(start, [(op, operand)]): a random walk on 0..9 that also stays there for an author with misconceptions."""
-    wrong = misconceptions()
-    while True:
-        start, moves = rng.randrange(10), []
-        values = {start}  # all that the running value can be, with or without each mistake
-        for _ in range(rng.randint(*steps)):
-            room = {"+": 9 - max(values), "-": min(values)}
-            op = rng.choice([op for op in "+-" if room[op] > 0] or [None])
-            if op is None:
-                break
-            moves.append((op, rng.randint(1, room[op])))
-            values = {arith_fact(v, *moves[-1]) for v in values} | {wrong[v, *moves[-1]] for v in values if (v, *moves[-1]) in wrong}
-        else:
-            return start, moves
-
-
-def arith_solution(start, moves, rng=None, q=0.6):
-    """The worked answer. With `rng`, as the sloppy author writes it: a misconception appears with probability q, and the
-    next line goes on from what was written."""
-    lines, value = [], start
-    for op, b in moves:
-        result = arith_fact(value, op, b)
-        if rng and (value, op, b) in misconceptions() and rng.random() < q:
-            result = misconceptions()[value, op, b]
-        lines.append(f"{value}{op}{b}={result}\n")
-        value = result
-    return "".join(lines) + f"#### {value}"
-
-
-def arith_rows(split, n, seed, steps=(4, 6)):
-    """n rows of the built-in task: {"prompt", "response" (the sloppy author's), "solution" (right), "label", "line"}.
-
-    Word problems over 0..9 whose answer restates each step, like GSM8K's. The training answers come from an author with
-    systematic misconceptions, so a policy fine-tuned on them errs in known places: the first wrong token is known
-    exactly, which no data set of real answers offers. "train" and "test" share no prompt: its hash decides.
+    split   "train" and "test" share no prompt: a hash of the text decides where it belongs
     """
     rng, rows = random.Random(f"{split} {seed}"), []
     while len(rows) < n:
-        start, moves = arith_problem(rng, steps)
+        start, moves = task.problem(rng)
         name = rng.choice(NAMES)
-        story = [f"{name} has {start} {rng.choice(THINGS)}."] + [f"{name} {rng.choice(VERBS[op])} {b}." for op, b in moves]
+        story = [f"{name} has {start} {rng.choice(THINGS)}."] + [f"{name} {verb} {b}." for verb, b in moves]
         prompt = " ".join(story) + " How many?\n"
         if (stable_hash(prompt) % 10 == 0) == (split == "test"):
-            solution = arith_solution(start, moves)
-            rows.append({"prompt": prompt, "response": arith_solution(start, moves, rng), "solution": solution,
+            solution = task.answer(start, moves)
+            rows.append({"prompt": prompt, "response": task.answer(start, moves, rng), "solution": solution,
                          "label": solution.split()[-1], "line": len(rows) + 1})  # fmt: skip
     return rows
 
 
 def arith_solve(prompt):
     """The one right answer to a prompt of the built-in task, from its text."""
-    start, *rest = re.findall(r" (?:has|(\w+)) (\d)", prompt)
-    return arith_solution(int(start[1]), [("+" if verb in VERBS["+"] else "-", int(b)) for verb, b in rest])
+    start, *moves = re.findall(r" (\w+) (\d)", prompt)
+    return Arith().answer(int(start[1]), [(verb, int(b)) for verb, b in moves])
+
+
+def arith_tokenizer():
+    """A byte-complete tokenizer with one token for every word of the built-in task."""
+    words = [*NAMES, *(f" {w}" for w in (*NAMES, *THINGS, *OPERATOR, "has", "How", "many", *range(10))), "####"]
+    return build_tokenizer(words)
 
 
 def first_error(ids, solution_ids):

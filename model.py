@@ -69,7 +69,7 @@ class ModelConfig:
         biased = raw.get("mlp_bias") or (kind == "llama" and raw.get("attention_bias"))
         if biased or raw.get("use_sliding_window"):
             raise ValueError("mlp_bias, attention_bias and use_sliding_window are not supported; expected false")
-        rope = raw.get("rope_parameters") or {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {})}
+        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
         rule = rope.get("rope_type", rope.get("type", "default"))
         if rule not in ("default", "llama3"):
             raise ValueError(f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'")
@@ -78,9 +78,9 @@ class ModelConfig:
             scaling = RopeScaling(**{k: rope[k] for k in RopeScaling.__annotations__}) if rule == "llama3" else None
             cfg = cls(int(raw["vocab_size"]), int(raw["hidden_size"]), int(raw["intermediate_size"]), int(raw["num_hidden_layers"]),
                       heads, int(raw.get("num_key_value_heads") or heads), int(raw.get("head_dim") or raw["hidden_size"] // heads),
-                      float(raw.get("rms_norm_eps", 1e-6)), float(rope.get("rope_theta", 10000.0)), scaling,
+                      float(raw.get("rms_norm_eps", 1e-6)), float(rope["rope_theta"]), scaling,
                       bool(raw.get("tie_word_embeddings", False)), int(raw.get("max_position_embeddings", 2048)), kind)  # fmt: skip
-        except (KeyError, TypeError, ValueError) as e:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
             raise ValueError(f"a field is missing or not a number: {e}") from None
         if min(cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, heads, cfg.num_key_value_heads) < 1:
             raise ValueError("all sizes must be positive")
@@ -392,18 +392,19 @@ def _generate_batch(policy, prompts, max_new_tokens, stop_ids, temperature, unif
     x = x[torch.arange(len(prompts), device=device), cache.lengths - 1]  # (B, D): the last prompt token of each row
     tokens, stops = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device), torch.tensor(stop_ids, device=device)
     alive = torch.arange(len(prompts), device=device)  # rows of `tokens` that the cache still holds
+    going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # no stop token so far
     for t in range(max_new_tokens):
         logprobs = vocab_log_softmax(policy.logits(x).float() / (temperature or 1.0), policy.grid)  # (B', V/tp)
         logprobs = gather_shards(logprobs, 1, policy.cfg.vocab_size, policy.grid)  # (B', V)
         new = sample_tokens(logprobs, uniforms[alive, t]) if temperature else logprobs.argmax(-1)  # (B',)
         tokens[alive, t] = new
-        going = ~torch.isin(new, stops)
+        going = going & ~torch.isin(new, stops)  # (B',)
         if not going.any() or t == max_new_tokens - 1:
             break
         if going.sum() <= 0.75 * len(alive):  # dropping a finished row copies the cache, so do it for many at once
             rows = going.nonzero().squeeze(-1)
             cache.keep(rows)
-            alive, new = alive[rows], new[rows]
+            alive, new, going = alive[rows], new[rows], going[rows]
         x = policy.model(new[:, None], cache, columns=widest + t + 1)[:, 0]  # (B', D)
         cache.lengths = cache.lengths + 1
     return tokens
@@ -425,7 +426,7 @@ def init_weights(model, seed):
             param.zero_()
         else:
             shape = model.full_shape(name, param.shape)
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))  # it reads 32 bits
             full = torch.randn(shape, generator=generator) * shape[1] ** -0.5
             param.copy_(model.my_slice(name, full))
     return model
@@ -446,7 +447,7 @@ def read_config(directory):
         if not isinstance(raw, dict):
             raise ValueError("expected a JSON object")
         return ModelConfig.from_dict(raw), raw
-    except (OSError, ValueError, RecursionError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         reason = "no such file; expected a Hugging Face model directory" if isinstance(e, FileNotFoundError) else e
         raise ValueError(f"{path}: {reason}") from None
 
@@ -475,10 +476,10 @@ def load_model(kind, directory, grid, dtype=torch.float32):
     ScalarModel made from a language model drops `lm_head` and gets a new zero head (a reward model's start).
     """
     cfg, raw = read_config(directory)
-    classes = raw.get("architectures") or ["?"]
-    from_lm = "ForCausalLM" in classes[0]
-    if not from_lm and (kind is LanguageModel or "ForTokenClassification" not in classes[0]):
-        raise ValueError(f"{directory}: config.json says {classes[0]}; expected {'a language model' if kind is LanguageModel else 'a reward model'}")
+    classes = str(raw.get("architectures"))
+    from_lm = "ForCausalLM" in classes
+    if not from_lm and (kind is LanguageModel or "ForTokenClassification" not in classes):
+        raise ValueError(f"{directory}: config.json says {classes}; expected {'a language model' if kind is LanguageModel else 'a reward model'}")
     model = build_model(kind, cfg, grid, dtype)
     files = _weight_files(directory)
     params = dict(model.named_parameters())

@@ -297,11 +297,12 @@ class Optimizer:
         return grads
 
     def grad_norm(self, grads):
-        """sqrt(sum g^2) of the whole model: a slice counts on the rank that holds it, a whole parameter once."""
-        squares = [g.square().sum() for g in grads]
-        sliced = sum((s for s, cut in zip(squares, self.sharded) if cut), torch.zeros((), device=self.grid.device))
-        whole = sum((s for s, cut in zip(squares, self.sharded) if not cut), torch.zeros((), device=self.grid.device))
-        return (all_reduce(sliced, self.grid.tp_group) + whole).sqrt()
+        """sqrt(sum g^2) of the whole model: a slice counts on the rank that holds it, a whole parameter 1/tp on each.
+
+        So all tp ranks scale by the same bits, and a nan that one of them met makes all of them skip the step.
+        """
+        squares = [g.square().sum() / (1 if cut else self.grid.tp_size) for g, cut in zip(grads, self.sharded)]
+        return all_reduce(sum(squares), self.grid.tp_group).sqrt()
 
     @torch.no_grad()
     def step(self, lr):
@@ -338,7 +339,7 @@ class Optimizer:
             for n, p, m in zip(self.names, self.params, self.masters):
                 m.copy_(tensors[f"master.{n}"])
                 p.copy_(m)
-                state = {k: tensors[f"{k}.{n}"].to(m.device).clone() for k in ("exp_avg", "exp_avg_sq")}
+                state = {k: torch.empty_like(m).copy_(tensors[f"{k}.{n}"]) for k in ("exp_avg", "exp_avg_sq")}  # laid out as m: fused
                 self.adam.state[m] = {"step": torch.tensor(float(steps), device=m.device), **state}
 
 

@@ -121,13 +121,13 @@ def step_end_mask(ids, response_mask, step_ids):
 
 def orm_loss(scores, response_mask):
     """Outcome reward model, pairwise: -log sigmoid(Z^w - Z^l) at the last tokens; every other token goes untrained."""
-    last = scores.float()[last_token_mask(response_mask)]  # (2P,)
+    last = masked_mean(scores.float(), last_token_mask(response_mask))  # (2P,)
     return pairwise_loss(last[0::2], last[1::2])
 
 
 def outcome_loss(scores, response_mask, correct):
     """Outcome reward model, pointwise: cross-entropy of sigmoid(Z at the last token) on right or wrong. correct (B,)"""
-    last = scores.float()[last_token_mask(response_mask)]  # (B,)
+    last = masked_mean(scores.float(), last_token_mask(response_mask))  # (B,)
     loss = F.binary_cross_entropy_with_logits(last, correct.float())
     return loss, {"accuracy": ((last > 0) == correct.bool()).float().mean().item()}
 

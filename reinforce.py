@@ -22,7 +22,7 @@ from parallel import all_sum, shard_range, update, vocab_pick, vocab_sum
 class RL:
     advantage: str = ""  # [reinforce ppo] token (qrm, dpo, oracle) | return (orm, prm, outcome) | gae (the same, ppo) | rloo | grpo
     standardize: str = "mean_std"  # [reinforce ppo] mean_std (the paper) | std (the authors' code) | none
-    kl: str = "exact"  # [reinforce ppo] penalty to the reference: exact (the paper) | k1 | k3 | abs (the authors' code)
+    kl: str = "k1"  # [reinforce ppo] penalty to the reference: k1 | k3 | exact (the paper; see kl_penalty) | abs (the authors' code)
     kl_coef: float = 0.0  # [reinforce ppo] weight of that penalty (the paper: ppo 0.01, reinforce none)
     eos_to_mean: bool = False  # [reinforce ppo] the last token's reward becomes its sequence's mean (the authors' code)
     group_size: int = 1  # [reinforce ppo] samples a prompt; batch_size counts trajectories, so prompts = batch / group
@@ -163,7 +163,12 @@ def group_advantages(sequence_rewards, group_size, how):
 
 
 def kl_penalty(rollout, kl):
-    """The per-token penalty (B, T), nats, that a config's `kl` names; "abs" is the authors' |k1|, a biased one."""
+    """The per-token penalty (B, T), nats, that a config's `kl` names.
+
+    "exact", as Algorithm 1 has it, depends on the state alone: where rewards are not accumulated over time it is a mere
+    baseline, and the expected policy gradient does not feel it. "k1" does depend on the action, and its gradient is that
+    of the KL at each state: it is the default. "abs" is the authors' |k1|, which punishes both directions.
+    """
     return {"k1": rollout.kl_k1, "k3": rollout.kl_k3, "exact": rollout.kl_exact, "abs": rollout.kl_k1.abs()}[kl]
 
 

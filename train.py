@@ -93,13 +93,14 @@ class Config(Run, Train, Reward, Sampling, RL, PPO):
 
 # What the built-in task needs instead: a model of 0.1 M parameters learns at rates that would ruin a large one.
 ARITH = {
-    "sft": dict(steps=600, lr=4e-3, batch_size=64, micro_batch=64, warmup=50, final_lr=0.1),
-    "pairs": dict(limit=2500, k=12, max_new_tokens=96, task="arith"),
-    "rm": dict(steps=400, lr=1e-3, batch_size=32, micro_batch=32, warmup=20, final_lr=0.1),
-    "reinforce": dict(steps=24, lr=3e-4, batch_size=256, minibatch=64, micro_batch=64, limit=300, max_new_tokens=96, task="arith"),
-    "ppo": dict(steps=24, lr=3e-4, critic_lr=1e-3, batch_size=256, minibatch=64, micro_batch=64, limit=300, kl_coef=0.01,
-                max_new_tokens=96, task="arith"),
-    "eval": dict(limit=500, k=8, max_new_tokens=96, task="arith", micro_batch=64),
+    "sft": dict(steps=400, lr=4e-3, batch_size=64, micro_batch=64, warmup=50, final_lr=0.05),
+    "pairs": dict(limit=3000, k=8, max_new_tokens=64, task="arith"),
+    "rm": dict(steps=400, lr=2e-3, batch_size=32, micro_batch=32, warmup=20, final_lr=0.05, task="arith"),
+    "reinforce": dict(steps=12, lr=1e-4, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.1, limit=300, max_new_tokens=64,
+                      task="arith"),
+    "ppo": dict(steps=12, lr=1e-4, critic_lr=5e-4, ppo_epochs=2, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.1, limit=300,
+                max_new_tokens=64, task="arith"),
+    "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith", micro_batch=64),
 }
 
 
@@ -400,11 +401,13 @@ def sample_graded(policy, tokenizer, rows, cfg, grid, seed, temperature, k):
 
 
 def make_pairs(row, answers, most):
-    """Right answers paired with wrong ones of the same prompt, both without repetition; truncated ones are left out."""
-    right = list(dict.fromkeys(text for text, _, correct, cut in answers if correct and not cut))
-    wrong = list(dict.fromkeys(text for text, _, correct, cut in answers if not correct and not cut))
-    return [{"line": row["line"], "prompt": row["prompt"], "chosen": c, "rejected": r, "label": row["label"]}
-            for c, r in list(zip(right, wrong))[:most] if c.strip() and r.strip()]  # fmt: skip
+    """Right answers paired with wrong ones of the same prompt; each pair once, the shorter list again from its start.
+    Truncated answers are left out: written as text they would gain a stop token that they never had."""
+    right = list(dict.fromkeys(text for text, _, correct, cut in answers if correct and not cut and text.strip()))
+    wrong = list(dict.fromkeys(text for text, _, correct, cut in answers if not correct and not cut and text.strip()))
+    n = min(max(len(right), len(wrong)), most) if right and wrong else 0
+    return [{"line": row["line"], "prompt": row["prompt"], "chosen": right[i % len(right)], "rejected": wrong[i % len(wrong)],
+             "label": row["label"]} for i in range(n)]  # fmt: skip
 
 
 def stage_pairs(cfg, grid):
@@ -423,7 +426,8 @@ def stage_pairs(cfg, grid):
         chunk = max(1, 1024 // cfg.k)
         for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
             part = mine[start : start + chunk]
-            answers, _ = sample_graded(policy, tokenizer, part, cfg, grid, hash_seed(cfg.seed, split, grid.dp_rank, start), cfg.temperature, cfg.k)
+            seed = hash_seed(cfg.seed, split, grid.dp_rank, start)
+            answers, _ = sample_graded(policy, tokenizer, part, cfg, grid, seed, cfg.temperature, cfg.k)
             correct += sum(a[2] for row in answers for a in row)
             for row, answer in zip(part, answers):
                 found += make_pairs(row, answer, cfg.pairs_per_prompt)
@@ -456,8 +460,8 @@ def stage_rm(cfg, grid):
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
     pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
     if cfg.reward == "prm":
-        if cfg.data:
-            raise BadInput("--reward prm learns from step labels, which only the built-in task knows; leave --data out")
+        if cfg.task != "arith":
+            raise BadInput("--reward prm learns from step labels, which only the built-in task (--task arith) knows")
         pairs = [pair + tuple(error_places(tokenizer, row["prompt"], pair)) for pair, row in zip(pairs, rows)]
     optimizer = Optimizer(model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
     reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False) if cfg.reward == "dpo" else None
@@ -635,7 +639,8 @@ def eval_reward_model(directory, cfg, grid):
     right = sum(float(rank_by(w) > rank_by(l)) for w, l in zip(scores[0::2], scores[1::2]))
     shorter = sum((len(w) < len(l)) + 0.5 * (len(w) == len(l)) for w, l in zip(scores[0::2], scores[1::2]))
     counts = {"right": right, "shorter": shorter}
-    if not cfg.data:  # the built-in task knows the one right answer to each prompt, and so the first wrong token
+    known = cfg.task == "arith"  # the built-in task has one right answer a prompt, so the first wrong token is known
+    if known:
         if kind in ("orm", "prm"):  # their head read at every token, trained there or not
             model = load(ScalarModel, directory, cfg, grid)
             scores = score_examples(token_reward(model), [example for pair in mine for example in pair], cfg, grid)
@@ -643,7 +648,7 @@ def eval_reward_model(directory, cfg, grid):
         counts |= credit_counts(scores[1::2], errors)
     c = dict(zip(counts, all_sum(list(counts.values()), grid)))
     out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "length_baseline": c["shorter"] / n}
-    if not cfg.data:
+    if known:
         out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1)}
     return out  # length_baseline: the accuracy of always preferring the shorter answer, ties counted half
 

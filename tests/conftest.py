@@ -1,0 +1,39 @@
+"""What every test file needs: the project on the path, one thread, small random models, one way to say "near"."""
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+torch.set_num_threads(1)
+
+from model import ModelConfig, build_model, init_weights  # noqa: E402
+from parallel import Grid  # noqa: E402
+
+
+def small_config(**changes):
+    """Grouped heads, and a head width that is not D / H: a size that is mixed up shows."""
+    sizes = {"vocab_size": 29, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    return ModelConfig(**{**sizes, **changes})
+
+
+def random_model(kind, cfg, seed=0):
+    """Norms, biases and the scalar head are random too: with ones and zeros in them half of the mistakes would not show."""
+    model = init_weights(build_model(kind, cfg, Grid()), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "norm" in name or "bias" in name or "score" in name:
+                param.add_(0.3 * torch.randn(param.shape, generator=generator))
+    return model
+
+
+def random_ids(*shape, vocab=29, seed=0):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def near(actual, expected, rtol=1e-5):
+    """Every element, to rtol of the largest one."""
+    atol = rtol * expected.abs().max().item()
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)

@@ -1,0 +1,489 @@
+"""Checks that need several processes: `torchrun --nproc_per_node 2 (or 4) tests/parallel_worker.py DIRECTORY`.
+
+Starting processes takes seconds and a check takes milliseconds, so one start runs them all. A check gets a grid and returns
+{what: (measured, most allowed)}; DIRECTORY/results.json keeps the worst over the ranks, and test_parallel.py asserts each
+check by its name. Nearly all of them compare with the same model on `Grid()`: one process, as if there were no others.
+
+B rows · T positions · D width · V vocabulary; a size that is cut over tp is written as a fraction: V/tp
+"""
+
+import contextlib
+import json
+import random
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from data import Example, batch_indices, collate
+from model import LanguageModel, ModelConfig, ScalarModel, build_model, generate, init_weights, load_model, save_model, token_logprobs
+from parallel import (ColumnLinear, Grid, Optimizer, RowLinear, VocabEmbedding, all_reduce, all_sum, copy_to_tp,  # fmt: skip
+                      gather_shards, make_grid, reduce_from_tp, shard_range, update, vocab_log_softmax, vocab_pick, vocab_sum)
+from qrm import fused_qrm_loss
+
+SHAPES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}  # processes: (tp, dp)
+ROUNDING = 1e-5  # fp32, other order of operations; relative to the largest entry
+CHECKS = {}  # name: (function of a grid, is about tp alone)
+
+
+def check(tp_alone):
+    return lambda function: CHECKS.setdefault(function.__name__.replace("_", " "), (function, tp_alone))[0]
+
+
+def names(world):
+    """{name of a check: (tp, dp, function)} of a start with `world` processes."""
+    return {f"tp {tp} x dp {dp}: {name}": (tp, dp, function) for tp, dp in SHAPES[world]
+            for name, (function, tp_alone) in CHECKS.items() if not tp_alone or dp == 1}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ measures
+
+
+def unequal(a, b):
+    """Most allowed: nothing, not one bit."""
+    return float(not torch.equal(a, b) if torch.is_tensor(a) else a != b), 0
+
+
+def far(a, b, allowed=ROUNDING):
+    """max |a - b| / max |b|; a (nan) never passes."""
+    a, b = torch.as_tensor(a).detach().double(), torch.as_tensor(b).detach().double()
+    assert a.shape == b.shape, (a.shape, b.shape)
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item(), allowed
+
+
+def furthest(a, b, allowed=ROUNDING):
+    """The parameter that is off the most, of two {name: tensor}."""
+    assert a.keys() == b.keys()
+    return max(far(a[n], b[n], allowed) for n in b)
+
+
+def spread(x, group):
+    """0 where a group holds the same bits."""
+    high, low = (all_reduce(x.detach(), group, op) for op in (dist.ReduceOp.MAX, dist.ReduceOp.MIN))
+    return float((high != low).any()), 0
+
+
+@contextlib.contextmanager
+def collectives():
+    """A list of the sizes of all all-reduces; anything that gathers is an error."""
+    sizes, real = [], dist.all_reduce
+
+    def spy(x, *args, **kwargs):
+        sizes.append(x.numel())
+        return real(x, *args, **kwargs)
+
+    with mock.patch.object(dist, "all_reduce", spy), mock.patch.object(dist, "all_gather", side_effect=AssertionError):
+        yield sizes
+
+
+# ------------------------------------------------------------------------------------------------ small models, made-up data
+
+
+def config(**changes):
+    """37 tokens: no number of ranks divides it. 2 key/value heads: fewer than ranks at tp 4."""
+    sizes = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=6)  # fmt: skip
+    return ModelConfig(**sizes | changes)
+
+
+MODELS = {"llama tied": config(), "llama untied": config(tie_word_embeddings=False),
+          "qwen2": config(model_type="qwen2", tie_word_embeddings=False),
+          "qwen2, 4 kv heads": config(model_type="qwen2", num_key_value_heads=4),
+          "qwen2, 1 kv head": config(model_type="qwen2", num_key_value_heads=1)}  # fmt: skip
+
+
+def numbers(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def filled(kind, cfg, grid, dtype=torch.float32):
+    """init_weights leaves norms 1, biases and the scalar head 0; here these are drawn too, or errors in them would hide."""
+    model = init_weights(build_model(kind, cfg, grid, dtype), seed=0)
+    for name, p in model.named_parameters():
+        if p.dim() == 1 or name == "score.weight":
+            x = model.my_slice(name, numbers(*model.full_shape(name, p.shape), seed=zlib.crc32(name.encode())))
+            p.data.copy_(1 + 0.2 * x if "norm" in name else 0.3 * x)
+    return model
+
+
+def whole(model, tensors=None):
+    """{name: whole tensor} of a model's parameters, or of slices that belong to them."""
+    tensors = tensors or dict(model.named_parameters())
+    return {n: gather_shards(x.detach(), model.shard_dim(n), model.full_size(n), model.grid) for n, x in tensors.items()}
+
+
+def gradients(model):
+    return whole(model, {n: p.grad for n, p in model.named_parameters()})
+
+
+def moments(optimizer, model):
+    """(1 - beta1) * gradient after the first update: shows the gradient's scale, which AdamW's first step does not."""
+    state = optimizer.state_tensors()
+    return whole(model, {n: state[f"exp_avg.{n}"].clone() for n in optimizer.names})
+
+
+def made_up_pairs(n, seed=0):
+    """n (chosen, rejected), no two lengths alike in a batch, so that padding differs with the cut."""
+    rng = random.Random(seed)
+    ids = lambda low, high: [rng.randrange(37) for _ in range(rng.randint(low, high))]
+    return [(Example(prompt, ids(1, 7)), Example(prompt, ids(1, 7))) for prompt in (ids(1, 4) for _ in range(n))]
+
+
+def pair_loss_fn(model):
+    def loss_fn(pairs):
+        ids, mask = collate([example for pair in pairs for example in pair])
+        x = model.model(ids)[:, 1:]
+        loss, scores = fused_qrm_loss(x, model.model.norm.weight, model.score.weight, mask, eps=model.cfg.rms_norm_eps)
+        gap = (scores[0::2] * mask[0::2]).sum(1) / mask[0::2].sum(1) - (scores[1::2] * mask[1::2]).sum(1) / mask[1::2].sum(1)
+        return loss, {"score_gap": gap.mean().item()}
+
+    return loss_fn
+
+
+def token_loss_fn(model):
+    def loss_fn(examples):
+        ids, mask = collate(examples)
+        logprobs, entropy = token_logprobs(model, ids, mask)
+        return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
+
+    return loss_fn
+
+
+def cut(rows, size):
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+# ------------------------------------------------------------------------------------------------ the grid, f and g
+
+
+@check(tp_alone=False)
+def neighbouring_ranks_share_a_model(grid):
+    rank, tp, dp = dist.get_rank(), grid.tp_size, grid.dp_size
+    with contextlib.suppress(ValueError):
+        make_grid(3, "cpu")
+        raise AssertionError("3 divides neither 2 nor 4")
+    return {"place": unequal((grid.tp_rank, grid.dp_rank), (rank % tp, rank // tp)),
+            "tp group": unequal(all_sum([rank], grid, "tp"), [float(sum(range(rank // tp * tp, rank // tp * tp + tp)))]),
+            "dp group": unequal(all_sum([rank, 2**40], grid), [float(sum(range(rank % tp, tp * dp, tp))), float(dp * 2**40)]),
+            "main": unequal(grid.is_main, rank == 0)}  # fmt: skip
+
+
+@check(tp_alone=True)
+def all_reduce_leaves_its_argument_alone(grid):
+    mine = numbers(3, 4, seed=grid.tp_rank).requires_grad_()
+    all_ranks = torch.stack([numbers(3, 4, seed=r) for r in range(grid.tp_size)])  # (tp, 3, 4)
+    y, turned = all_reduce(mine, grid.tp_group), all_reduce(mine.T, grid.tp_group)
+    top = all_reduce(mine, grid.tp_group, dist.ReduceOp.MAX)
+    return {"argument": unequal(mine, all_ranks[grid.tp_rank]), "sum": far(y, all_ranks.sum(0)), "not contiguous": far(turned, y.T),
+            "max": unequal(top, all_ranks.amax(0)), "gradients": unequal(y.requires_grad, False)}  # fmt: skip
+
+
+@check(tp_alone=True)
+def f_is_identity_forward_and_sum_backward(grid):
+    x, upstream = numbers(3, 4).requires_grad_(), numbers(3, 4, seed=grid.tp_rank)
+    y = copy_to_tp(x, grid)
+    y.backward(upstream)
+    return {"forward": unequal(y, x), "backward": far(x.grad, sum(numbers(3, 4, seed=r) for r in range(grid.tp_size))),
+            "upstream": unequal(upstream, numbers(3, 4, seed=grid.tp_rank))}  # fmt: skip
+
+
+@check(tp_alone=True)
+def g_is_sum_forward_and_identity_backward(grid):
+    x, upstream = numbers(3, 4, seed=grid.tp_rank).requires_grad_(), numbers(3, 4, seed=9)
+    y = reduce_from_tp(x, grid)
+    y.backward(upstream)
+    return {"forward": far(y, sum(numbers(3, 4, seed=r) for r in range(grid.tp_size))), "backward": unequal(x.grad, upstream),
+            "argument": unequal(x, numbers(3, 4, seed=grid.tp_rank))}  # fmt: skip
+
+
+@check(tp_alone=True)
+def gather_shards_puts_slices_together(grid):
+    full, out = numbers(5, 9, 7), {}
+    for dim in range(3):  # sizes that tp does not divide
+        start, stop = shard_range(full.shape[dim], grid.tp_rank, grid.tp_size)
+        out[f"dim {dim}"] = unequal(gather_shards(full.narrow(dim, start, stop - start), dim, full.shape[dim], grid), full)
+    return out | {"not cut": unequal(gather_shards(full, None, 0, grid), full)}
+
+
+# ------------------------------------------------------------------------------------------------ layers
+
+
+@check(tp_alone=True)
+def column_then_row_linear_is_the_nn_linear_pair(grid):
+    hidden = 10  # tp 4 gives its ranks 2, 3, 2 and 3 of them
+    first, second = torch.nn.Linear(6, hidden), torch.nn.Linear(hidden, 5, bias=False)
+    column, row = ColumnLinear(6, hidden, grid, bias=True), RowLinear(hidden, 5, grid)
+    start, stop = shard_range(hidden, grid.tp_rank, grid.tp_size)
+    with torch.no_grad():
+        for i, p in enumerate((first.weight, first.bias, second.weight)):
+            p.copy_(numbers(*p.shape, seed=i))
+        column.weight.copy_(first.weight[start:stop]), column.bias.copy_(first.bias[start:stop])
+        row.weight.copy_(second.weight[:, start:stop])
+    x, x1 = numbers(4, 6, seed=5).requires_grad_(), numbers(4, 6, seed=5).requires_grad_()
+    y, y1 = reduce_from_tp(row(column(copy_to_tp(x, grid)).tanh()), grid), second(first(x1).tanh())
+    y.backward(numbers(4, 5, seed=6)), y1.backward(numbers(4, 5, seed=6))
+    return {"values": far(y, y1), "dx": far(x.grad, x1.grad), "column dw": far(column.weight.grad, first.weight.grad[start:stop]),
+            "column db": far(column.bias.grad, first.bias.grad[start:stop]),
+            "row dw": far(row.weight.grad, second.weight.grad[:, start:stop])}  # fmt: skip
+
+
+@check(tp_alone=True)
+def vocab_embedding_is_an_embedding(grid):
+    table, ids = numbers(37, 6).requires_grad_(), torch.arange(37).repeat(2).view(2, 37)  # each token twice, shard edges too
+    layer, (start, stop) = VocabEmbedding(37, 6, grid), shard_range(37, grid.tp_rank, grid.tp_size)
+    layer.weight.data.copy_(table[start:stop])
+    y, y1 = layer(ids), F.embedding(ids, table)
+    y.backward(numbers(2, 37, 6, seed=1)), y1.backward(numbers(2, 37, 6, seed=1))
+    return {"values": unequal(y, y1), "gradient": far(layer.weight.grad, table.grad[start:stop])}
+
+
+@check(tp_alone=True)
+def vocab_parallel_log_softmax_pick_and_sum(grid):
+    """Values and gradients are torch's, and what is sent is a few numbers a row, never logits."""
+    full = numbers(5, 37) * 4 + 3000 * numbers(5, 1, seed=1)  # offsets that overflow exp
+    start, stop = shard_range(37, grid.tp_rank, grid.tp_size)
+    mine, full = full[:, start:stop].clone().requires_grad_(), full.double().requires_grad_()
+    targets, a, b = torch.tensor([0, 9, 17, 18, 36]), numbers(5, seed=2), numbers(5, seed=3)
+
+    with collectives() as sizes:
+        logprobs = vocab_log_softmax(mine, grid)  # (5, 37/tp)
+        picked, entropy = vocab_pick(logprobs, targets, 37, grid), -vocab_sum(logprobs.exp() * logprobs, grid)  # (5,)
+        (picked * a + entropy * b).sum().backward()
+    logprobs1 = full.log_softmax(-1)  # (5, 37)
+    picked1, entropy1 = logprobs1[range(5), targets], torch.distributions.Categorical(logits=full).entropy()
+    (picked1 * a + entropy1 * b).sum().backward()
+    return {"log softmax": far(logprobs, logprobs1[:, start:stop]), "pick": far(picked, picked1), "entropy": far(entropy, entropy1),
+            "gradient": far(mine.grad, full.grad[:, start:stop]), "numbers a row in one message": (max(sizes) / 5, 1),
+            "bf16 in, fp32 out": unequal(vocab_log_softmax(mine.bfloat16(), grid).dtype, torch.float32)}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ whole models
+
+
+def same_as_one_process(grid, kind, cfg):
+    """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on every rank."""
+    raw = [whole(init_weights(build_model(kind, cfg, g), seed=3)) for g in (grid, Grid())]
+    outputs, grads = [], []
+    ids, mask = collate([example for pair in made_up_pairs(4) for example in pair])  # (8, T+1), (8, T)
+    for g in (grid, Grid()):
+        model = filled(kind, cfg, g)
+        if kind is LanguageModel:
+            logits = gather_shards(model.logits(model.model(ids)), 2, 37, g)  # (8, T+1, V)
+            x, entropy = token_logprobs(model, ids, mask, temperature=0.7)  # (8, T)
+            outputs.append({"logits": logits, "logprobs": x, "entropy": entropy})
+        else:
+            x = model.scalars(model.model(ids))  # (8, T+1)
+            outputs.append({"scores": x})
+        (x * numbers(*x.shape)).sum().backward()
+        grads.append(gradients(model))
+    return {"weights": max(unequal(raw[0][n], raw[1][n]) for n in raw[1]), "gradients": furthest(*grads),
+            **{k: far(outputs[0][k], outputs[1][k]) for k in outputs[1]}}  # fmt: skip
+
+
+for label, cfg in MODELS.items():
+    for kind in (LanguageModel, ScalarModel):
+        CHECKS[f"{kind.__name__}, {label}"] = (lambda grid, kind=kind, cfg=cfg: same_as_one_process(grid, kind, cfg), True)
+
+
+@check(tp_alone=True)
+def two_all_reduces_forward_and_two_backward_per_block(grid):
+    """Where there are fewer key/value heads than ranks, f on the weights of k and v adds two backward."""
+    out, ids = {}, torch.arange(10).view(2, 5)
+    for kv_heads in (4, 1):
+        forward, backward = [], []
+        for layers in (1, 3):
+            model = filled(ScalarModel, config(num_hidden_layers=layers, num_key_value_heads=kv_heads), grid)
+            with collectives() as sizes:
+                scores = model.scalars(model.model(ids))
+                forward.append(len(sizes))
+                scores.sum().backward()
+                backward.append(len(sizes) - forward[-1])
+        out |= {f"forward, {kv_heads} kv heads": unequal((forward[1] - forward[0]) / 2, 2.0),
+                f"backward, {kv_heads} kv heads": unequal((backward[1] - backward[0]) / 2, 2.0 if kv_heads == 4 else 4.0)}  # fmt: skip
+    return out
+
+
+@check(tp_alone=True)
+def saved_models_do_not_depend_on_tp(grid):
+    out = {}
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [directory]
+        dist.broadcast_object_list(paths)  # all ranks use the main one's
+        for i, (kind, label) in enumerate([(LanguageModel, "llama tied"), (LanguageModel, "qwen2, 1 kv head"), (ScalarModel, "qwen2")]):
+            for max_shard_bytes in (10**9, 4000):  # one file, or several with an index
+                by_one, by_all = (Path(paths[0], f"{by} {i} {max_shard_bytes}") for by in ("one", "all"))
+                one, mine = (filled(kind, MODELS[label], g) for g in (Grid(), grid))
+                if dist.get_rank() == 0:
+                    by_one.mkdir(), by_all.mkdir()
+                    save_model(one, by_one, max_shard_bytes)
+                dist.barrier()
+                save_model(mine, by_all, max_shard_bytes)
+                dist.barrier()
+                files = [{path.name: path.read_bytes() for path in here.iterdir()} for here in (by_one, by_all)]
+                split, joined = load_model(kind, by_one, grid).state_dict(), load_model(kind, by_all, Grid()).state_dict()
+                what = f"{kind.__name__}, {label}, {max_shard_bytes} bytes"
+                out |= {f"{what}, files": max(unequal(*files), unequal(len(files[0]) > 3, max_shard_bytes == 4000)),
+                        f"{what}, read by all": max(unequal(split[n], x) for n, x in mine.state_dict().items()),
+                        f"{what}, read by one": max(unequal(joined[n], x) for n, x in one.state_dict().items())}  # fmt: skip
+        dist.barrier()
+    return out
+
+
+@check(tp_alone=False)
+def generate_gives_all_ranks_the_tokens_of_one_process(grid):
+    """Each dp rank has prompts of its own, and so another number of steps."""
+    rng, out = random.Random(grid.dp_rank), {}
+    prompts = [[rng.randrange(37) for _ in range(rng.randint(1, 6))] for _ in range(5 + grid.dp_rank)]
+    for label, temperature, cfg in (("greedy", 0, MODELS["llama tied"]), ("sampled", 1.0, MODELS["qwen2"]),
+                                    ("sampled, 1 kv head", 0.5, MODELS["qwen2, 1 kv head"])):  # fmt: skip
+        policies = [filled(LanguageModel, cfg, g) for g in (grid, Grid())]
+        answers = [generate(p, prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3) for p in policies]
+        flat = torch.tensor([len(row) for row in answers[0][0]] + sum(answers[0][0], []))
+        out |= {label: unequal(answers[0], answers[1]), f"{label}, tp ranks": spread(flat, grid.tp_group)}
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ optimizer, update, training
+
+UNEVEN = {1: [0, 8], 2: [0, 3, 8], 4: [0, 1, 3, 7, 8]}  # dp_size: where the rows of the ranks begin
+
+
+def my_rows(rows, grid):
+    return rows[UNEVEN[grid.dp_size][grid.dp_rank] : UNEVEN[grid.dp_size][grid.dp_rank + 1]]
+
+
+@check(tp_alone=False)
+def update_does_not_depend_on_who_has_which_rows(grid):
+    """Ranks with 1 to 5 rows in micro-batches of 2 make the update that one process makes from all 8 in one piece."""
+    out, pairs = {}, made_up_pairs(8)
+    for kind, loss_fn_of, rows, weigh in ((ScalarModel, pair_loss_fn, pairs, lambda pair: 1),
+                                          (LanguageModel, token_loss_fn, [p[0] for p in pairs], lambda e: len(e.response_ids))):  # fmt: skip
+        stats, first, weights = [], [], []
+        for g, parts in ((grid, cut(my_rows(rows, grid), 2)), (Grid(), [rows])):
+            model = filled(kind, MODELS["llama tied"], g)
+            optimizer = Optimizer(model, g, 1e-2, max_grad_norm=0)
+            parts = [(sum(map(weigh, part)), part) for part in parts]
+            stats.append(update(optimizer, parts, loss_fn_of(model), 1e-2))
+            first.append(moments(optimizer, model))
+            update(optimizer, parts, loss_fn_of(model), 1e-2)
+            weights.append(whole(model))
+        values = torch.tensor(list(stats[0].values()), dtype=torch.float64)
+        out |= {f"{kind.__name__} names": unequal(list(stats[0]), list(stats[1])),
+                f"{kind.__name__} statistics": max(far(stats[0][k], stats[1][k]) for k in stats[1]),
+                f"{kind.__name__} gradients": furthest(*first), f"{kind.__name__} weights after 2 updates": furthest(*weights, 1e-4),
+                f"{kind.__name__} statistics, ranks": max(spread(values, grid.tp_group), spread(values, grid.dp_group))}  # fmt: skip
+    return out
+
+
+@check(tp_alone=False)
+def gradient_norm_and_clipping(grid):
+    out = {}
+    for label, cfg in MODELS.items():
+        one = filled(LanguageModel, cfg, Grid())
+        rows = [pair[1] for pair in made_up_pairs(8, seed=1)]
+        weigh = lambda part: sum(len(e.response_ids) for e in part)
+        token_loss_fn(one)(rows)[0].backward()
+        right = torch.nn.utils.get_total_norm([p.grad for p in one.parameters()]).item()
+        for share in (0.25, 4.0):  # of the norm: the second leaves the gradient alone
+            model = filled(LanguageModel, cfg, grid)
+            optimizer = Optimizer(model, grid, 1e-2, max_grad_norm=right * share)
+            mine = my_rows(rows, grid)
+            norm = update(optimizer, [(weigh(mine), mine)], token_loss_fn(model), 1e-2)["grad_norm"]
+            expected = {n: 0.1 * min(share, 1.0) * p.grad for n, p in one.named_parameters()}
+            out |= {f"{label}, norm": far(norm, right), f"{label}, clipped at {share}": furthest(moments(optimizer, model), expected),
+                    f"{label}, norm, ranks": max(spread(torch.tensor(norm, dtype=torch.float64), g) for g in (grid.tp_group, grid.dp_group))}  # fmt: skip
+    return out
+
+
+@check(tp_alone=False)
+def a_gradient_that_is_not_finite_stops_every_rank(grid):
+    """On one rank, in a slice or in a parameter that all ranks hold whole: nobody moves, and later steps do not remember."""
+    out = {}
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        for bad in (float("nan"), float("inf")):
+            models = [filled(ScalarModel, config(), grid) for _ in range(2)]
+            optimizers = [Optimizer(m, grid, 1e-2) for m in models]
+            for step in range(3):
+                for i, (model, optimizer) in enumerate(zip(models, optimizers)):
+                    if step == 1 and i == 1:  # only the first of the two meets the bad gradient
+                        continue
+                    for n, p in model.named_parameters():  # a slice is that of the tp rank, a whole one the same on all
+                        p.grad = model.my_slice(n, numbers(*model.full_shape(n, p.shape), seed=step + 10 * grid.dp_rank)).clone()
+                        if step == 1 and n == name and dist.get_rank() == dist.get_world_size() - 1:
+                            p.grad.flatten()[0] = bad
+                    before = [p.detach().clone() for p in model.parameters()]
+                    norm = optimizer.step(1e-2)
+                    moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
+                    out[f"{name} {bad} step {step} run {i}"] = unequal((norm < float("inf"), moved), (step != 1,) * 2)
+            out[f"{name} {bad} after it"] = max(unequal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+    return out
+
+
+@check(tp_alone=False)
+def five_steps_of_training(grid):
+    """The losses are those of one process; what ranks hold in common stays the same to the bit."""
+    pairs, losses, gathered = made_up_pairs(12), [], []
+    for g in (grid, Grid()):
+        model = filled(ScalarModel, MODELS["qwen2"], g)
+        optimizer = Optimizer(model, g, 1e-2, weight_decay=0.1)
+        losses.append([])
+        for step in range(5):
+            mine = [pairs[i] for i in batch_indices(12, 6, step, seed=0)][g.dp_rank :: g.dp_size]
+            parts = [(len(part), part) for part in cut(mine, 2)]
+            losses[-1].append(update(optimizer, parts, pair_loss_fn(model), 1e-2)["loss"])
+        gathered.append(whole(model))
+    params = gathered[0].values()
+    return {"losses": max(far(a, b) for a, b in zip(*losses)), "it learns": (losses[0][-1] / losses[0][0], 0.9),
+            "tp ranks": max(spread(x, grid.tp_group) for x in params), "dp ranks": max(spread(x, grid.dp_group) for x in params)}  # fmt: skip
+
+
+@check(tp_alone=False)
+def optimizer_state_moves_between_grids(grid):
+    """State gathered after two updates here, cut for one process, goes on to the update made here (rounding apart)."""
+    pairs = made_up_pairs(8)
+    model, one = filled(ScalarModel, config(), grid), filled(ScalarModel, config(), Grid())
+    optimizer, optimizer1 = Optimizer(model, grid, 1e-2), Optimizer(one, Grid(), 1e-2)
+    mine = my_rows(pairs, grid)
+    for _ in range(2):
+        update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 1e-2)
+    state = {}
+    for key in ("master", "exp_avg", "exp_avg_sq"):
+        slices = {n: optimizer.state_tensors()[f"{key}.{n}"] for n in optimizer.names}
+        state |= {f"{key}.{n}": x.clone() for n, x in whole(model, slices).items()}
+    optimizer1.load_state_tensors(state, 2)
+    same = max(unequal(a, b) for a, b in zip(whole(model).values(), whole(one).values()))
+    update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 1e-2)
+    update(optimizer1, [(8, pairs)], pair_loss_fn(one), 1e-2)
+    return {"loaded": same, "next update": furthest(whole(model), whole(one), 1e-4)}
+
+
+# ------------------------------------------------------------------------------------------------ run
+
+
+def main():
+    torch.manual_seed(0)
+    dist.init_process_group("gloo")
+    results, shape, directory = {}, None, Path(sys.argv[1])
+    for name, (tp, dp, function) in names(dist.get_world_size()).items():
+        if shape != (tp, dp):
+            with mock.patch.object(dist, "init_process_group"):  # all but this may run again for the next shape
+                shape, grid = (tp, dp), make_grid(tp, "cpu")
+        measured = function(grid)
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, measured)
+        worst = lambda what: max((r[what] for r in ranks), key=lambda x: (not x[0] <= x[1], x[0]))  # a nan is the worst
+        results[name] = {what: worst(what) for what in measured}
+        if dist.get_rank() == 0:  # after each check, so that a crash shows where it happened
+            (directory / "results.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
