@@ -11,13 +11,18 @@ N tokens · D model width · V vocabulary; a sharded size is written as a fracti
 """
 
 import datetime
+import json
 import os
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import nn
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ the grid
 
@@ -282,7 +287,7 @@ class Optimizer:
     """
 
     def __init__(self, model, grid, lr, betas=(0.9, 0.999), weight_decay=0.0, max_grad_norm=1.0):
-        self.grid, self.lr, self.max_grad_norm = grid, lr, max_grad_norm
+        self.grid, self.max_grad_norm, self.updates = grid, max_grad_norm, 0
         self.names, self.params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
         self.sharded = [model.shard_dim(n) is not None for n in self.names]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
@@ -318,6 +323,7 @@ class Optimizer:
                 master.grad = grad.mul_(scale)
             self.adam.param_groups[0]["lr"] = lr
             self.adam.step()
+            self.updates += 1
             for param, master in zip(self.params, self.masters):
                 if param is not master:
                     param.copy_(master)
@@ -333,14 +339,15 @@ class Optimizer:
                 out[f"{key}.{n}"] = self.adam.state[m][key] if m in self.adam.state else torch.zeros_like(m)
         return out
 
-    def load_state_tensors(self, tensors, steps):
-        """The inverse of `state_tensors`; `steps` is the number of updates made, which Adam's bias correction needs."""
+    def load_state_tensors(self, tensors, updates):
+        """The inverse of `state_tensors`; `updates` is the number made so far, which Adam's bias correction needs."""
+        self.updates = updates
         with torch.no_grad():
             for n, p, m in zip(self.names, self.params, self.masters):
                 m.copy_(tensors[f"master.{n}"])
                 p.copy_(m)
                 state = {k: torch.empty_like(m).copy_(tensors[f"{k}.{n}"]) for k in ("exp_avg", "exp_avg_sq")}  # laid out as m: fused
-                self.adam.state[m] = {"step": torch.tensor(float(steps), device=m.device), **state}
+                self.adam.state[m] = {"step": torch.tensor(float(updates), device=m.device), **state}
 
 
 def update(optimizer, parts, loss_fn, lr):
@@ -360,3 +367,109 @@ def update(optimizer, parts, loss_fn, lr):
             sums[name] = sums.get(name, 0.0) + x * weight / total
     sums = dict(zip(sums, all_sum(list(sums.values()), grid)))
     return {**sums, "grad_norm": optimizer.step(lr)}
+
+
+# ------------------------------------------------------------------------------------------------ results on disk
+
+
+def say(grid, text):
+    """One line on the main rank; a tqdm bar that is being drawn stays whole."""
+    if grid.is_main:
+        tqdm.write(text)
+
+
+def barrier(grid):
+    """Waits for all ranks of a grid that has any; on a `Grid()` made by one rank alone it does nothing."""
+    if grid.tp_group is not None:
+        dist.barrier()
+
+
+def write_atomically(path, text):
+    """A file that exists is whole: written under a temporary name, flushed to disk, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+class Workdir:
+    """A result in the making: `<out>.partial` with metrics.jsonl and state/, renamed to `<out>` when it is whole.
+
+    Until then an older `<out>` stays as it is. The state holds whole tensors, so it can be resumed at another tp or dp.
+    """
+
+    def __init__(self, cfg, out, grid, optimizers):
+        self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
+        self.path, self.first_step = self.out.with_name(self.out.name + ".partial"), 0
+        state = self.path / "state" / "state.json"
+        if cfg.resume and not state.exists():
+            say(grid, f"--resume: no checkpoint in {state.parent}; starting anew")
+        elif cfg.resume:
+            self._restore(json.loads(state.read_text(encoding="utf-8")))
+        barrier(self.grid)  # every rank has looked before the main one touches anything
+        if grid.is_main:
+            if not self.first_step:
+                shutil.rmtree(self.path, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            lines = []
+            if self.first_step:
+                lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
+                lines = [line + "\n" for line in lines[:-1] if json.loads(line)["step"] < self.first_step]
+            write_atomically(self.path / "metrics.jsonl", "".join(lines))
+
+    def log(self, row):
+        """One line on the terminal, the same row in metrics.jsonl."""
+        if self.grid.is_main:
+            tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
+
+    def _identity(self):
+        ignored = {"resume", "save_every", "tp", "device", "micro_batch"}
+        return {k: v for k, v in asdict(self.cfg).items() if k not in ignored}
+
+    def save(self, step):
+        """A checkpoint from which `--resume` goes on at update `step`: safetensors and JSON, no pickle."""
+        tensors, updates = {}, {owner: optimizer.updates for owner, (_, optimizer) in self.optimizers.items()}
+        for owner, (model, optimizer) in self.optimizers.items():
+            for name, x in optimizer.state_tensors().items():
+                param = name.split(".", 1)[1]
+                tensors[f"{owner}/{name}"] = gather_shards(x, model.shard_dim(param), model.full_size(param), self.grid).cpu().contiguous()
+        if self.grid.is_main:
+            fresh, state, old = (self.path / name for name in ("state.new", "state", "state.old"))
+            for leftover in (fresh, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            fresh.mkdir()
+            save_file(tensors, fresh / "optimizer.safetensors")
+            write_atomically(fresh / "state.json", json.dumps({"step": step, "updates": updates, "config": self._identity()}))
+            if state.exists():
+                state.rename(old)
+            fresh.rename(state)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier(self.grid)
+
+    def _restore(self, saved):
+        if changed := [k for k, v in self._identity().items() if saved["config"].get(k) != v]:
+            k = changed[0]
+            raise ValueError(f"--resume: {self.path}/state was made with --{k} {saved['config'].get(k)}, not {getattr(self.cfg, k)}")
+        tensors = load_file(self.path / "state" / "optimizer.safetensors")
+        for owner, (model, optimizer) in self.optimizers.items():
+            mine = {n.split("/", 1)[1]: x for n, x in tensors.items() if n.startswith(owner + "/")}
+            optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], x) for n, x in mine.items()}, saved["updates"][owner])
+        self.first_step = saved["step"]
+
+    def publish(self):
+        """Puts the finished directory in the place of `<out>`; an older one goes only now."""
+        if self.grid.is_main:
+            shutil.rmtree(self.path / "state", ignore_errors=True)
+            old = self.out.with_name(self.out.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            if self.out.exists():
+                self.out.rename(old)
+            self.path.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+        barrier(self.grid)
+        say(self.grid, f"{self.cfg.stage}: {self.out}")

@@ -9,10 +9,20 @@ Source: Chen et al. 2025, "Discriminative Policy Optimization for Token-Level Re
 B sequences · P pairs (rows 2p and 2p+1 are the chosen and the rejected of pair p) · T positions · D model width
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 
 from model import token_logprobs
+
+
+@dataclass(frozen=True)
+class Reward:
+    reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo; rm: plain (qrm by autograd); RL: outcome (graded), oracle
+    beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4); dpo: 0.1 is the paper's
+    margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)
+
 
 # ------------------------------------------------------------------------------------------------ the method
 
@@ -186,6 +196,48 @@ def dpo_reward(policy, reference, beta=0.1):
     (The authors' code reads it one token late: a_i gets the ratio of a_(i+1), and the stop token that of a pad.)
     """
     return lambda ids, mask: beta * (token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0])
+
+
+# ------------------------------------------------------------------------------------------------ by name
+
+
+def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(), errors=None):
+    """The training loss of cfg.reward on a batch of pairs; rows 2p and 2p+1 are the chosen and the rejected of pair p.
+
+    ids (2P, T+1), response_mask (2P, T)      reference   the frozen start of a DPO policy
+    step_ids   ids that end a step (prm)      errors      (2P,) int: index of the first wrong response token (prm)
+    -> loss (scalar), {name: float}
+    """
+    if cfg.reward == "qrm":
+        norm = model.model.norm
+        x = model.model(ids)[:, 1:]  # (2P, T, D), in the place of targets
+        loss, scores = fused_qrm_loss(x, norm.weight, model.score.weight, response_mask, cfg.beta, cfg.margin, norm.eps)
+        means = masked_mean(scores, response_mask)
+        return loss, pairwise_loss(means[0::2], means[1::2], cfg.beta, cfg.margin)[1]
+    if cfg.reward == "dpo":
+        with torch.no_grad():
+            ref_logprobs = token_logprobs(reference, ids, response_mask)[0]
+        return dpo_loss(token_logprobs(model, ids, response_mask)[0], ref_logprobs, response_mask, cfg.beta)
+    scores = token_scores(model, ids)
+    if cfg.reward == "prm":
+        place = response_mask.cumsum(1) - 1  # (2P, T): index within the response
+        return step_loss(scores, step_end_mask(ids, response_mask, step_ids), torch.where(place < errors[:, None], 1.0, -1.0))
+    return orm_loss(scores, response_mask) if cfg.reward == "orm" else qrm_loss(scores, response_mask, cfg.beta, cfg.margin)
+
+
+def reward_function(kind, model, reference=None, step_ids=()):
+    """-> reward_fn, reward_mask_fn (where it speaks; None is every response token), whether it is a token's own Q."""
+    return {"qrm": (token_reward(model), None, True),
+            "dpo": (dpo_reward(model, reference), None, True),
+            "orm": (outcome_reward(model), lambda ids, mask: last_token_mask(mask), False),
+            "prm": (step_reward(model, step_ids), lambda ids, mask: step_end_mask(ids, mask, step_ids), False)}[kind]  # fmt: skip
+
+
+def sequence_score(kind, scores):
+    """One number for a whole answer, from its rewards (n,): Q-RM and PRM by the mean, ORM by the last token, DPO by the sum."""
+    if kind == "prm":
+        scores = scores[scores != 0]
+    return (scores.mean() if kind in ("qrm", "prm") else scores.sum()).item()
 
 
 # ------------------------------------------------------------------------------------------------ how good is it

@@ -128,7 +128,8 @@ def standardize(rewards, reward_mask, how, grid):
     n, total = all_sum([picked.numel(), picked.sum().item()], grid)
     mean = total / n
     (squares,) = all_sum([(picked - mean).square().sum().item()], grid)
-    sigma = max((squares / n) ** 0.5, 1e-6)
+    sigma = (squares / n) ** 0.5
+    sigma = sigma if sigma > 1e-6 else 1.0  # equal rewards: nothing to scale
     return ((rewards - (mean if how == "mean_std" else 0.0)) / sigma).masked_fill(~reward_mask, 0.0)
 
 
@@ -179,9 +180,11 @@ def advantages(rollout, cfg, grid):
         return        reward-to-go of (reward_std - kl_coef * KL)  for outcome and step rewards
         rloo, grpo    the trajectory's mean reward against its group's, on every token, - kl_coef * KL
     """
+    if cfg.advantage == "gae":
+        raise ValueError("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
     mask, penalty = rollout.response_mask, cfg.kl_coef * kl_penalty(rollout, cfg.kl)
     if cfg.advantage in ("rloo", "grpo"):
-        means = (rollout.scores * rollout.reward_mask).sum(1) / rollout.reward_mask.sum(1)  # (B,)
+        means = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1) / rollout.reward_mask.sum(1)  # (B,)
         weights = group_advantages(means, cfg.group_size, cfg.advantage)[:, None].expand(mask.shape)
         return (weights - penalty).masked_fill(~mask, 0.0)
     rewards = standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -23,17 +22,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import data
 from data import BadInput, Example
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, generate, init_weights, load_model, read_config, save_model, token_logprobs
-from parallel import Grid, Optimizer, all_sum, gather_shards, make_grid, update
+from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
-from qrm import (credit_counts, dpo_loss, dpo_reward, fused_qrm_loss, last_token_mask, masked_mean, orm_loss, outcome_reward,  # fmt: skip
-                 qrm_loss, step_end_mask, step_loss, step_reward, token_reward, token_scores)
-from reinforce import RL, collect_rollout, reinforce_step, rollout_stats
+from qrm import Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward, token_scores
+from reinforce import RL, collect_rollout, minibatches, reinforce_step, rollout_stats
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -66,13 +63,6 @@ class Train:
     weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
     save_every: int = 0  # [sft rm reinforce ppo] updates between resumable checkpoints; 0 is only on Ctrl-C
     resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
-
-
-@dataclass(frozen=True)
-class Reward:
-    reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo; rm: plain (qrm by autograd); RL: outcome (graded), oracle
-    beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4); dpo: 0.1 is the paper's
-    margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)
 
 
 @dataclass(frozen=True)
@@ -160,17 +150,6 @@ def stage_config(cfg, stage):
 # ------------------------------------------------------------------------------------------------ files and logs
 
 
-def say(grid, text):
-    """One line on the main rank; a tqdm bar that is being drawn stays whole."""
-    if grid.is_main:
-        tqdm.write(text)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
 @contextlib.contextmanager
 def user_files():
     """Inside, what model.py and parallel.py refuse (ValueError) is the user's input, not a bug."""
@@ -185,17 +164,6 @@ def load(kind, directory, cfg, grid):
         return load_model(kind, directory, grid, getattr(torch, cfg.dtype))
 
 
-def write_atomically(path, text):
-    """A file that exists is whole: written under a temporary name, flushed to disk, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 def write_rows(path, rows, grid):
     """JSON lines from all dp ranks, in the order of their `line` keys (which are not written)."""
     if grid.dp_size > 1:
@@ -206,91 +174,6 @@ def write_rows(path, rows, grid):
         text = "".join(json.dumps({k: v for k, v in row.items() if k != "line"}, ensure_ascii=False) + "\n" for row in rows)
         write_atomically(Path(path), text)
     return len(rows)
-
-
-class Workdir:
-    """A result in the making: `<out>.partial` with metrics.jsonl and state/, renamed to `<out>` when it is whole.
-
-    Until then an older `<out>` stays as it is. The state holds whole tensors, so it can be resumed at another tp or dp.
-    """
-
-    def __init__(self, cfg, out, grid, optimizers):
-        self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
-        self.path, self.first_step = self.out.with_name(self.out.name + ".partial"), 0
-        state = self.path / "state" / "state.json"
-        if cfg.resume and not state.exists():
-            say(grid, f"--resume: no checkpoint in {state.parent}; starting anew")
-        elif cfg.resume:
-            self._restore(json.loads(state.read_text(encoding="utf-8")))
-        barrier()  # every rank has looked before the main one touches anything
-        if grid.is_main:
-            if not self.first_step:
-                shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
-            lines = []
-            if self.first_step:
-                lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-                lines = [line + "\n" for line in lines[:-1] if json.loads(line)["step"] < self.first_step]
-            write_atomically(self.path / "metrics.jsonl", "".join(lines))
-
-    def log(self, row):
-        """One line on the terminal, the same row in metrics.jsonl."""
-        if self.grid.is_main:
-            tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
-
-    def _identity(self):
-        ignored = {"resume", "save_every", "tp", "device", "micro_batch"}
-        return {k: v for k, v in dataclasses.asdict(self.cfg).items() if k not in ignored}
-
-    def save(self, step):
-        """A checkpoint from which `--resume` goes on at update `step`: safetensors and JSON, no pickle."""
-        tensors = {}
-        for owner, (model, optimizer) in self.optimizers.items():
-            for name, x in optimizer.state_tensors().items():
-                param = name.split(".", 1)[1]
-                tensors[f"{owner}/{name}"] = gather_shards(x, model.shard_dim(param), model.full_size(param), self.grid).cpu().contiguous()
-        if self.grid.is_main:
-            fresh, state, old = (self.path / name for name in ("state.new", "state", "state.old"))
-            for leftover in (fresh, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            fresh.mkdir()
-            save_file(tensors, fresh / "optimizer.safetensors")
-            write_atomically(fresh / "state.json", json.dumps({"step": step, "config": self._identity()}))
-            if state.exists():
-                state.rename(old)
-            fresh.rename(state)
-            shutil.rmtree(old, ignore_errors=True)
-        barrier()
-
-    def _restore(self, saved):
-        if changed := [k for k, v in self._identity().items() if saved["config"].get(k) != v]:
-            k = changed[0]
-            raise BadInput(f"--resume: {self.path}/state was made with --{k} {saved['config'].get(k)}, not {getattr(self.cfg, k)}")
-        tensors = load_file(self.path / "state" / "optimizer.safetensors")
-        for owner, (model, optimizer) in self.optimizers.items():
-            mine = {n.split("/", 1)[1]: x for n, x in tensors.items() if n.startswith(owner + "/")}
-            optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], x) for n, x in mine.items()}, saved["step"])
-        self.first_step = saved["step"]
-
-    def finish(self, model, tokenizer, **run):
-        """Writes the model directory and puts it in the place of `<out>`."""
-        if self.grid.is_main:
-            shutil.rmtree(self.path / "state", ignore_errors=True)
-        save_model(model, self.path)
-        if self.grid.is_main:
-            tokenizer.save(self.path)
-            run |= {"config": dataclasses.asdict(self.cfg), "tokenizer": tokenizer.fingerprint, "torch": torch.__version__}
-            write_atomically(self.path / "run.json", json.dumps(run, indent=1))
-            old = self.out.with_name(self.out.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            if self.out.exists():
-                self.out.rename(old)
-            self.path.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
-        barrier()
-        say(self.grid, f"{self.cfg.stage}: {self.out}")
 
 
 def out_path(cfg):
@@ -306,11 +189,11 @@ def need(stage, cfg, grid):
     """
     earlier = stage_config(cfg, stage)
     path = out_path(earlier)
-    barrier()
+    barrier(grid)
     if grid.is_main and not path.exists():
         say(grid, f"{cfg.stage} needs {path}: running --stage {stage} first")
         STAGES[stage](earlier, Grid(grid.device))
-    barrier()
+    barrier(grid)
     return path
 
 
@@ -323,33 +206,46 @@ def lr_at(step, cfg, steps):
     return cfg.lr * warm * (1 - (1 - cfg.final_lr) * step / max(steps, 1))
 
 
-def train_loop(cfg, grid, model, optimizer, rows, weigh, loss_fn, count_tokens):
-    """Updates `model` on shuffled batches of `rows`; yields nothing, returns the Workdir with its metrics.
+def train_loop(cfg, grid, steps, optimizers, step_fn):
+    """Calls `step_fn(step, lr) -> metrics` for each step that is still to do, logs, saves; -> the Workdir to finish.
 
-    weigh(row)          what the loss is a mean over: tokens, or 1 a pair
-    loss_fn(rows)       -> mean loss, {name: mean}
+    optimizers   {name: (model, Optimizer)}: what a checkpoint holds. Everything random is a function of (seed, step), so
+                 nothing else is needed to go on exactly.
     """
-    steps = cfg.steps or -(-len(rows) // cfg.batch_size)
-    if cfg.batch_size < grid.dp_size:
-        raise BadInput(f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do")
-    work = Workdir(cfg, out_path(cfg), grid, {"model": (model, optimizer)})
+    with user_files():
+        work = Workdir(cfg, out_path(cfg), grid, optimizers)
     step = work.first_step
     try:
         for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
-            began = time.perf_counter()
-            batch = [rows[i] for i in data.batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]
-            mine = batch[grid.dp_rank :: grid.dp_size]
-            parts = [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
-            lr = lr_at(step, cfg, steps)
-            stats = update(optimizer, [(sum(map(weigh, part)), part) for part in parts], loss_fn, lr)
-            tokens = sum(map(count_tokens, batch))
-            work.log({"step": step, **stats, "lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)})
+            began, lr = time.perf_counter(), lr_at(step, cfg, steps)
+            row = step_fn(step, lr)
+            tokens = row.pop("_tokens")
+            work.log({"step": step, **row, "lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)})
             if cfg.save_every and (step + 1) % cfg.save_every == 0:
                 work.save(step + 1)
     except KeyboardInterrupt:
         work.save(step)
         raise
     return work
+
+
+def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens):
+    """Supervised training of one model on shuffled batches of rows (sft, rm); -> the Workdir.
+
+    weigh(row)          what the loss is a mean over: tokens, or 1 a pair
+    loss_fn(rows)       -> mean loss, {name: mean}
+    """
+    if cfg.batch_size < grid.dp_size:
+        raise BadInput(f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do")
+    optimizer = Optimizer(model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+
+    def step_fn(step, lr):
+        batch = [rows[i] for i in data.batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]
+        mine = batch[grid.dp_rank :: grid.dp_size]
+        parts = [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
+        return {**update(optimizer, [(sum(map(weigh, part)), part) for part in parts], loss_fn, lr), "_tokens": sum(map(count_tokens, batch))}
+
+    return train_loop(cfg, grid, cfg.steps or -(-len(rows) // cfg.batch_size), {"model": (model, optimizer)}, step_fn)
 
 
 # ------------------------------------------------------------------------------------------------ sft
@@ -370,15 +266,14 @@ def stage_sft(cfg, grid):
             policy = init_weights(build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed)
     rows = data.load_rows(cfg.data, ("prompt", "response")) if cfg.data else data.arith_rows("train", 16_000, cfg.seed)
     rows, _ = data.encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data or "built-in task", log=lambda text: say(grid, text))
-    optimizer = Optimizer(policy, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
 
     def loss_fn(part):
         ids, mask = data.collate([row[0] for row in part], grid.device)
         logprobs, entropy = token_logprobs(policy, ids, mask)
         return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
 
-    work = train_loop(cfg, grid, policy, optimizer, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]))
-    work.finish(policy, tokenizer)
+    work = train_on_rows(cfg, grid, policy, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]))
+    finish(work, policy, tokenizer)
 
 
 def arith_model(tokenizer):
@@ -436,7 +331,7 @@ def stage_pairs(cfg, grid):
         if not written:
             raise BadInput(f"{source}: no prompt has both a right and a wrong answer; raise --k or --limit, or use another policy")
         say(grid, f"pairs: {path}: {written} pairs from {len(rows)} prompts x {cfg.k} samples, {correct / len(rows) / cfg.k:.3f} of them right")
-    barrier()
+    barrier(grid)
 
 
 def heldout_pairs(cfg):
@@ -463,35 +358,16 @@ def stage_rm(cfg, grid):
         if cfg.task != "arith":
             raise BadInput("--reward prm learns from step labels, which only the built-in task (--task arith) knows")
         pairs = [pair + tuple(error_places(tokenizer, row["prompt"], pair)) for pair, row in zip(pairs, rows)]
-    optimizer = Optimizer(model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
     reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False) if cfg.reward == "dpo" else None
     step_ids = tokenizer.ids_with("\n")
 
     def loss_fn(part):
         ids, mask = data.collate([example for pair in part for example in pair[:2]], grid.device)  # (2P, T+1), (2P, T)
-        if cfg.reward == "qrm":
-            norm = model.model.norm
-            x = model.model(ids)[:, 1:]  # (2P, T, D), in the place of targets
-            loss, scores = fused_qrm_loss(x, norm.weight, model.score.weight, mask, cfg.beta, cfg.margin, norm.eps)
-            gap = masked_mean(scores, mask)
-            gap = gap[0::2] - gap[1::2]  # (P,)
-            return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
-        if cfg.reward == "dpo":
-            logprobs = token_logprobs(model, ids, mask)[0]
-            with torch.no_grad():
-                ref_logprobs = token_logprobs(reference, ids, mask)[0]
-            return dpo_loss(logprobs, ref_logprobs, mask, cfg.beta)
-        scores = token_scores(model, ids)
-        if cfg.reward == "plain":
-            return qrm_loss(scores, mask, cfg.beta, cfg.margin)
-        if cfg.reward == "orm":
-            return orm_loss(scores, mask)
-        place = mask.cumsum(1) - 1  # (2P, T): index within the response
-        errors = torch.tensor([error for pair in part for error in pair[2:]], device=grid.device)[:, None]
-        return step_loss(scores, step_end_mask(ids, mask, step_ids), torch.where(place < errors, 1.0, -1.0))
+        errors = torch.tensor([error for pair in part for error in pair[2:]], device=grid.device)  # (2P,), prm only
+        return reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors)
 
-    work = train_loop(cfg, grid, model, optimizer, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])))
-    work.finish(model, tokenizer, reward=cfg.reward, reference=directory)
+    work = train_on_rows(cfg, grid, model, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])))
+    finish(work, model, tokenizer, reward=cfg.reward, reference=directory)
 
 
 def error_places(tokenizer, prompt, examples):
@@ -536,13 +412,12 @@ def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
     own = data.Tokenizer.load(directory, cfg.chat)
     if own.fingerprint != tokenizer.fingerprint:
         raise BadInput(f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids")
+    reference = None
     if kind == "dpo":
         reference = json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))["reference"]
-        models = [load(LanguageModel, d, cfg, grid).requires_grad_(False) for d in (directory, reference)]
-        return dpo_reward(*models), None, True
-    model, step_ids = load(ScalarModel, directory, cfg, grid).requires_grad_(False), tokenizer.ids_with("\n")
-    return {"qrm": (token_reward(model), None, True), "orm": (outcome_reward(model), lambda ids, mask: last_token_mask(mask), False),
-            "prm": (step_reward(model, step_ids), lambda ids, mask: step_end_mask(ids, mask, step_ids), False)}[kind]  # fmt: skip
+        reference = load(LanguageModel, reference, cfg, grid).requires_grad_(False)
+    model = load(LanguageModel if kind == "dpo" else ScalarModel, directory, cfg, grid).requires_grad_(False)
+    return reward_function(kind, model, reference, tokenizer.ids_with("\n"))
 
 
 def stage_rl(cfg, grid):
@@ -567,35 +442,39 @@ def stage_rl(cfg, grid):
         critic.score.weight.data.zero_()
         optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, max_grad_norm=cfg.max_grad_norm))
     prompts, n = [tokenizer.encode_prompt(row["prompt"]) for row in rows], cfg.batch_size // cfg.group_size
-    steps = cfg.steps or -(-len(prompts) // n)
-    work = Workdir(cfg, out_path(cfg), grid, optimizers)
-    step = work.first_step
-    try:
-        for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
-            began = time.perf_counter()
-            batch = [prompts[i] for i in data.batch_indices(len(prompts), n, step, cfg.seed)][grid.dp_rank :: grid.dp_size]
-            rollout = collect_rollout(policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg,
-                                      hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank), reward_mask_fn)  # fmt: skip
-            lr = lr_at(step, cfg, steps)
-            if is_ppo:
-                stats = ppo_step(policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, cfg.critic_lr)
-            else:
-                stats = reinforce_step(policy, optimizers["policy"][1], rollout, cfg, lr)
-            row = {"step": step, "trajectories": (step + 1) * n * cfg.group_size, **stats, **rollout_stats(rollout, grid), "lr": lr}
-            row["tokens_per_s"] = row["response_length"] * n * cfg.group_size / (time.perf_counter() - began)
-            if heldout and (step + 1 == steps or (step + 1) % cfg.eval_every == 0):
-                row["pass@1"] = greedy_pass(policy, tokenizer, heldout, cfg, grid)
-            work.log(row)
-            if cfg.save_every and (step + 1) % cfg.save_every == 0:
-                work.save(step + 1)
-    except KeyboardInterrupt:
-        work.save(step)
-        raise
+    steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches(0, cfg))
+    if n < 1 or n // grid.dp_size * cfg.group_size < cuts:
+        raise BadInput(f"--batch_size {cfg.batch_size}: too few trajectories for {grid.dp_size} processes x {cuts} minibatches")
+
+    def step_fn(step, lr):
+        batch = [prompts[i] for i in data.batch_indices(len(prompts), n, step, cfg.seed)][grid.dp_rank :: grid.dp_size]
+        seed = hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank)
+        rollout = collect_rollout(policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg, seed, reward_mask_fn)
+        if is_ppo:
+            stats = ppo_step(policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, cfg.critic_lr)
+        else:
+            stats = reinforce_step(policy, optimizers["policy"][1], rollout, cfg, lr)
+        row = {"trajectories": (step + 1) * n * cfg.group_size, **stats, **rollout_stats(rollout, grid)}
+        if heldout and (step + 1 == steps or (step + 1) % cfg.eval_every == 0):
+            row["pass@1"] = greedy_pass(policy, tokenizer, heldout, cfg, grid)
+        return row | {"_tokens": round(row["response_length"] * n * cfg.group_size)}
+
+    work = train_loop(cfg, grid, steps, optimizers, step_fn)
     if is_ppo:
         if grid.is_main:
             (work.path / "critic").mkdir(exist_ok=True)
         save_model(critic, work.path / "critic")
-    work.finish(policy, tokenizer)
+    finish(work, policy, tokenizer)
+
+
+def finish(work, model, tokenizer, **run):
+    """Writes the model directory and puts it in the place of `<out>`."""
+    save_model(model, work.path)
+    if work.grid.is_main:
+        tokenizer.save(work.path)
+        run |= {"config": dataclasses.asdict(work.cfg), "tokenizer": tokenizer.fingerprint, "torch": torch.__version__}
+        write_atomically(work.path / "run.json", json.dumps(run, indent=1))
+    work.publish()
 
 
 def greedy_pass(policy, tokenizer, rows, cfg, grid):
@@ -622,11 +501,6 @@ def score_examples(reward_fn, examples, cfg, grid):
     return out
 
 
-def sequence_score(kind):
-    """How a kind of reward model ranks whole answers: Q-RM by the mean, ORM by the last token, DPO by the sum."""
-    return {"qrm": lambda z: z.mean().item(), "prm": lambda z: z[z != 0].mean().item()}.get(kind, lambda z: z.sum().item())
-
-
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
     kind, tokenizer = reward_kind(directory), data.Tokenizer.load(directory, cfg.chat)
@@ -634,9 +508,9 @@ def eval_reward_model(directory, cfg, grid):
     path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(cfg))[1]
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
     pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
-    mine, n, rank_by = pairs[grid.dp_rank :: grid.dp_size], len(pairs), sequence_score(kind)
+    mine, n = pairs[grid.dp_rank :: grid.dp_size], len(pairs)
     scores = score_examples(reward_fn, [example for pair in mine for example in pair], cfg, grid)
-    right = sum(float(rank_by(w) > rank_by(l)) for w, l in zip(scores[0::2], scores[1::2]))
+    right = sum(float(sequence_score(kind, w) > sequence_score(kind, l)) for w, l in zip(scores[0::2], scores[1::2]))
     shorter = sum((len(w) < len(l)) + 0.5 * (len(w) == len(l)) for w, l in zip(scores[0::2], scores[1::2]))
     counts = {"right": right, "shorter": shorter}
     known = cfg.task == "arith"  # the built-in task has one right answer a prompt, so the first wrong token is known
@@ -674,7 +548,7 @@ def eval_policy(directory, cfg, grid):
         kind = reward_kind(judge)
         examples = [Example(tokenizer.encode_prompt(row["prompt"]), a[1]) for row, answers in zip(mine, samples) for a in answers]
         scores = score_examples(reward_functions(kind, judge, tokenizer, cfg, grid)[0], examples, cfg, grid)
-        ranks = list(map(sequence_score(kind), scores))
+        ranks = [sequence_score(kind, z) for z in scores]
         best = [max(range(cfg.k), key=lambda j: ranks[i * cfg.k + j]) for i in range(len(mine))]
         counts.append(sum(samples[i][j][2] for i, j in enumerate(best)))
     counts = all_sum(counts, grid)
@@ -759,6 +633,8 @@ def main(argv=None):
         cfg = parse(sys.argv[1:] if argv is None else argv)
         with user_files():
             grid = make_grid(cfg.tp, cfg.device)
+        if not cfg.model and not cfg.data:
+            torch.set_num_threads(1)  # the built-in model is too small for more; and so every machine gives the same numbers
         say(grid, "config: " + "  ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items() if v != ""))
         STAGES[cfg.stage](cfg, grid)
     except BadInput as e:

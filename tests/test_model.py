@@ -44,12 +44,11 @@ def test_rmsnorm_is_torchs(eps):
     near(norm(x), F.rms_norm(x, (40,), norm.weight, eps), 1e-6)
 
 
-def test_rmsnorm_of_bf16_takes_its_mean_in_fp32():
-    x = torch.full((4096,), 3.0, dtype=torch.bfloat16)
-    x[0] = 300.0  # in bf16 a sum of 90,000 absorbs every further 9
-    y = RMSNorm(4096, 0.0).bfloat16()(x)
-    assert y.dtype == torch.bfloat16
-    assert y[1].item() == pytest.approx(3 / math.sqrt((90000 + 4095 * 9) / 4096), rel=2**-8)
+def test_rmsnorm_of_bf16_is_rounded_once():
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y = RMSNorm(256, 1e-5).bfloat16()(x)
+    exact = F.rms_norm(x.double(), (256,), eps=1e-5).bfloat16()
+    assert y.dtype == torch.bfloat16 and (y == exact).float().mean() > 0.999  # with bf16 inside a quarter of them differ
 
 
 @pytest.mark.parametrize("cfg", [small_config(), small_config(rope_scaling=SCALING)])
@@ -116,7 +115,7 @@ def decode_slowly(model, ids):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_the_decoder_is_its_definition(kv_heads, kind):
-    model = random_model(LanguageModel, small_config(num_key_value_heads=kv_heads, model_type=kind))
+    model = random_model(LanguageModel, small_config(num_key_value_heads=kv_heads, model_type=kind, rms_norm_eps=0.1))
     assert any("k_proj.bias" in name for name, _ in model.named_parameters()) == (kind == "qwen2")
     ids = random_ids(2, 7)
     x = model.model(ids)
@@ -125,9 +124,9 @@ def test_the_decoder_is_its_definition(kv_heads, kind):
 
 
 def test_the_two_heads_are_norm_and_a_product():
-    cfg = small_config(tie_word_embeddings=False)
+    cfg = small_config(tie_word_embeddings=False, rms_norm_eps=0.1)
     x = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
-    untied, tied = random_model(LanguageModel, cfg), random_model(LanguageModel, small_config())
+    untied, tied = random_model(LanguageModel, cfg), random_model(LanguageModel, small_config(rms_norm_eps=0.1))
     scalar = random_model(ScalarModel, cfg)
     normed = [F.rms_norm(x, (20,), m.model.norm.weight, cfg.rms_norm_eps) for m in (untied, tied, scalar)]
     near(untied.logits(x), normed[0] @ untied.lm_head.weight.T)
