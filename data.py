@@ -6,6 +6,7 @@ Imports nothing of ours. B sequences · T positions
 """
 
 import base64
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -356,12 +357,22 @@ def read_jsonl(path):
                     try:
                         row = json.loads(line.decode("utf-8"))
                     except (ValueError, RecursionError) as e:
-                        raise BadInput(f"{path}, line {number}: not valid JSON in UTF-8 ({e})") from None
+                        reason = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+                        raise BadInput(f"{path}, line {number}: not valid JSON in UTF-8 ({reason})") from None
                     if not isinstance(row, dict):
                         raise BadInput(f"{path}, line {number}: found {type(row).__name__}, expected a JSON object")
                     yield number, row
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror}); --data names a JSON lines file") from None
+
+
+@contextlib.contextmanager
+def at_line(source, number):
+    """Inside, what is wrong with a row gets the name of its file and its line."""
+    try:
+        yield
+    except BadInput as e:
+        raise BadInput(f"{source}, line {number}: {e}") from None
 
 
 def _messages(value):
@@ -391,7 +402,8 @@ def load_rows(path, needs, limit=0, optional=()):
             if name is None:
                 raise BadInput(f"{path}, line {number}: found keys {sorted(raw)[:8]}, expected {' or '.join(KEYS[key])}")
             if key == "label" and isinstance(value, (int, float, str)):
-                value = gsm8k_label(value) if isinstance(value, str) and "####" in value else str(value)
+                with at_line(path, number):
+                    value = gsm8k_label(value) if isinstance(value, str) and "####" in value else str(value)
             if not (isinstance(value, str) and value.strip() or key != "label" and _messages(value)):
                 raise BadInput(f"{path}, line {number}: {name} is {json.dumps(value)[:60]}; expected a text that is not empty, "
                                'or a list of {"role", "content"} messages')  # fmt: skip
@@ -420,8 +432,9 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     """
     kept, too_long, identical = [], 0, 0
     for row in rows:
-        prompt = tokenizer.encode_prompt(row["prompt"])
-        examples = tuple(Example(prompt, tokenizer.encode_response(row[key])) for key in keys)
+        with at_line(source, row["line"]):
+            prompt = tokenizer.encode_prompt(row["prompt"])
+            examples = tuple(Example(prompt, tokenizer.encode_response(row[key])) for key in keys)
         if max(len(prompt) + len(e.response_ids) for e in examples) > max_seq_len:
             too_long += 1
         elif len(examples) == 2 and examples[0] == examples[1]:
@@ -562,8 +575,11 @@ def arith_rows(split, n, seed, task=Arith()):
 
 def arith_solve(prompt):
     """The one right answer to a prompt of the built-in task, from its text."""
-    start, *moves = re.findall(r" (\w+) (\d)", prompt)
-    return Arith().answer(int(start[1]), [(verb, int(b)) for verb, b in moves])
+    try:
+        start, *moves = re.findall(r" (\w+) (\d)", prompt)
+        return Arith().answer(int(start[1]), [(verb, int(b)) for verb, b in moves])
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(f"not a prompt of the built-in task (--task arith): {str(prompt)[:60]!r}") from None
 
 
 def arith_tokenizer():
@@ -602,7 +618,7 @@ PI = Fraction(2**127 - 1)  # a prime that nobody writes: under *, / and == its r
 def gsm8k_label(answer: str) -> str:
     """The label in the `answer` of one of OpenAI's GSM8K rows: the number after "####", commas removed."""
     if (label := extract_answer(answer, "gsm8k", "strict")) is None:
-        raise ValueError(f"no '#### number' in the GSM8K answer {answer[-60:]!r}")
+        raise BadInput(f"no '#### number' in the GSM8K answer {answer[-60:]!r}")
     return label
 
 
@@ -647,7 +663,7 @@ def same_answer(answer: str, label: str, task: str, grader: str = "ours") -> boo
         try:
             from math_verify import parse, verify
         except ImportError:
-            raise ValueError("the grader math_verify needs its package: pip install math-verify") from None
+            raise BadInput("the grader math_verify needs its package: pip install math-verify") from None
         return verify(parse(rf"\boxed{{{label}}}"), parse(rf"\boxed{{{answer}}}"))  # not symmetric: the label is first
     if grader == "ours":
         return meaning(answer) == meaning(label)

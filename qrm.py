@@ -147,7 +147,7 @@ def step_loss(scores, ends, labels):
 
     scores, ends (bool), labels (float): (B, T), labels read at the ends only. As in the authors' PRM800K baseline.
     """
-    error = (torch.tanh(scores.float()) - labels)[ends]
+    error = torch.tanh(scores[ends].float()) - labels[ends]
     return error.square().mean(), {"step_accuracy": (error.abs() < 1).float().mean().item()}
 
 

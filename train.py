@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -115,8 +116,13 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv):
     """argv -> Config. Raises BadInput for an unknown flag, a wrong type or a value out of range."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
-    stage = next((argv[i + 1] for i, a in enumerate(argv[:-1]) if a == "--stage"), None)
-    defaults = ARITH.get(stage, {}) if not any(a.split("=")[0] in ("--model", "--data") for a in argv) else {}
+    first = _Parser(add_help=False, allow_abbrev=False)
+    for name in ("--stage", "--model", "--data"):
+        first.add_argument(name)
+    given = first.parse_known_args(argv)[0]
+    stage, defaults = given.stage, {} if given.data else ARITH.get(given.stage, {})
+    if given.model:  # someone's model on the built-in task
+        defaults = {k: v for k, v in defaults.items() if k in ("task", "limit", "k", "max_new_tokens")}
     parser.add_argument("--help", "-h", action="help", help="the flags; with --stage X those of that stage")
     for name, (default, kind, comment) in flags().items():
         default = defaults.get(name, default)
@@ -133,18 +139,58 @@ def parse(argv):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
-    for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed"):
+    for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed", "minibatch", "final_lr",
+                 "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
         if not 0 <= getattr(cfg, name) < math.inf:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more")
-    for name in ("batch_size", "micro_batch", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt"):
+    for name in ("batch_size", "micro_batch", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
+                 "ppo_epochs", "critic_lr"):  # fmt: skip
         if not 0 < getattr(cfg, name) < math.inf:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0")
+    check_combinations(cfg)
     return cfg
+
+
+def check_combinations(cfg):
+    """Flags that are right each by itself, but not together."""
+    rl = cfg.stage in ("reinforce", "ppo")
+    if cfg.stage == "rm" and cfg.reward in ("outcome", "oracle"):
+        raise BadInput(f"--reward {cfg.reward} needs no reward model; --stage rm expects qrm, plain, orm, prm or dpo")
+    if rl and cfg.reward == "oracle" and cfg.task != "arith":
+        raise BadInput("--reward oracle knows the first wrong token of the built-in task only (--task arith)")
+    if rl and cfg.batch_size % cfg.group_size:
+        raise BadInput(f"--batch_size {cfg.batch_size} counts trajectories: expected a multiple of --group_size {cfg.group_size}")
+    if rl and cfg.advantage in ("rloo", "grpo") and cfg.group_size < 2:
+        raise BadInput(f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more")
+    if cfg.stage == "reinforce" and cfg.advantage == "gae":
+        raise BadInput("--advantage gae needs a critic: use --stage ppo, or --advantage return")
+    if rl and not cfg.temperature:
+        raise BadInput(f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0")
+
+
+def check_paths(cfg):
+    """What can be known before any work: the inputs are there, and --out replaces nothing but a result of the same kind."""
+    for name in ("model", "reward_model"):
+        if (directory := getattr(cfg, name)) and not Path(directory).is_dir():
+            raise BadInput(f"--{name} {directory}: no such directory; expected a Hugging Face model directory")
+    if cfg.data:
+        next(data.read_jsonl(cfg.data), None)
+    out = out_path(cfg)
+    if cfg.stage in ("sft", "rm", "reinforce", "ppo") and (out.exists() and not (out / "run.json").exists() or not out.name):
+        raise BadInput(f"--out {out}: is there and not a result of train.py (no run.json in it); it would be replaced")
+    if cfg.stage == "eval" and out.is_file():
+        raise BadInput(f"--out {out}: is a file; expected a directory, for eval.json")
+    if cfg.stage in ("pairs", "score", "grade") and out.is_dir():
+        raise BadInput(f"--out {out}: is a directory; expected the name of a JSON lines file")
+    above = next(path for path in (out, *out.absolute().parents) if path != out and path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise BadInput(f"--out {out}: {above} is not a directory that can be written to")
 
 
 def stage_config(cfg, stage):
     """The Config with which a stage of the built-in task runs when another stage needs its result."""
-    return Config(stage=stage, run=cfg.run, seed=cfg.seed, device=cfg.device, **ARITH.get(stage, {}))
+    reward = cfg.reward if stage == "rm" and cfg.reward not in ("outcome", "oracle") else "qrm"
+    return Config(stage=stage, run=cfg.run, seed=cfg.seed, device=cfg.device, reward=reward, **ARITH.get(stage, {}))
 
 
 # ------------------------------------------------------------------------------------------------ files and logs
@@ -165,14 +211,13 @@ def load(kind, directory, cfg, grid):
 
 
 def write_rows(path, rows, grid):
-    """JSON lines from all dp ranks, in the order of their `line` keys (which are not written)."""
+    """JSON lines from all dp ranks: rows is a list of (line, object), written in the order of the lines."""
     if grid.dp_size > 1:
         parts = [None] * grid.dp_size
         dist.all_gather_object(parts, rows, group=grid.dp_group)
-        rows = sorted((row for part in parts for row in part), key=lambda row: row["line"])
+        rows = sorted((row for part in parts for row in part), key=lambda row: row[0])
     if grid.is_main:
-        text = "".join(json.dumps({k: v for k, v in row.items() if k != "line"}, ensure_ascii=False) + "\n" for row in rows)
-        write_atomically(Path(path), text)
+        write_atomically(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows))
     return len(rows)
 
 
@@ -206,6 +251,24 @@ def lr_at(step, cfg, steps):
     return cfg.lr * warm * (1 - (1 - cfg.final_lr) * step / max(steps, 1))
 
 
+@contextlib.contextmanager
+def deferred_interrupt(grid):
+    """Yields a function that tells all ranks alike whether Ctrl-C was pressed on one: an update that is cut in two could not be
+    resumed. Without torchrun, which passes Ctrl-C on a second time, a second one stops at once, without a checkpoint."""
+    pressed = [0]
+
+    def handler(*_):
+        pressed[0] = 1
+        if not dist.is_initialized():
+            signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: all_sum(all_sum(pressed, grid), grid, "tp")[0] > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def train_loop(cfg, grid, steps, optimizers, step_fn):
     """Calls `step_fn(step, lr) -> metrics` for each step that is still to do, logs, saves; -> the Workdir to finish.
 
@@ -214,18 +277,17 @@ def train_loop(cfg, grid, steps, optimizers, step_fn):
     """
     with user_files():
         work = Workdir(cfg, out_path(cfg), grid, optimizers)
-    step = work.first_step
-    try:
+    with deferred_interrupt(grid) as interrupted:
         for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
             began, lr = time.perf_counter(), lr_at(step, cfg, steps)
             row = step_fn(step, lr)
             tokens = row.pop("_tokens")
             work.log({"step": step, **row, "lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)})
-            if cfg.save_every and (step + 1) % cfg.save_every == 0:
+            stop = interrupted()
+            if stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
                 work.save(step + 1)
-    except KeyboardInterrupt:
-        work.save(step)
-        raise
+            if stop:
+                raise KeyboardInterrupt
     return work
 
 
@@ -285,9 +347,17 @@ def arith_model(tokenizer):
 # ------------------------------------------------------------------------------------------------ pairs
 
 
+def encode_prompts(rows, tokenizer, cfg):
+    prompts = []
+    for row in rows:
+        with data.at_line(cfg.data or "built-in task", row["line"]):
+            prompts.append(tokenizer.encode_prompt(row["prompt"]))
+    return prompts
+
+
 def sample_graded(policy, tokenizer, rows, cfg, grid, seed, temperature, k):
     """k answers a row: -> [[(text, response ids, correct, truncated)] * k] for this dp rank's rows, and the token count."""
-    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows for _ in range(k)]
+    prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg) for _ in range(k)]
     responses, truncated = generate(policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed)
     texts = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in responses]
     labels = [row["label"] for row in rows for _ in range(k)]
@@ -301,8 +371,7 @@ def make_pairs(row, answers, most):
     right = list(dict.fromkeys(text for text, _, correct, cut in answers if correct and not cut and text.strip()))
     wrong = list(dict.fromkeys(text for text, _, correct, cut in answers if not correct and not cut and text.strip()))
     n = min(max(len(right), len(wrong)), most) if right and wrong else 0
-    return [{"line": row["line"], "prompt": row["prompt"], "chosen": right[i % len(right)], "rejected": wrong[i % len(wrong)],
-             "label": row["label"]} for i in range(n)]  # fmt: skip
+    return [{"prompt": row["prompt"], "chosen": right[i % len(right)], "rejected": wrong[i % len(wrong)], "label": row["label"]} for i in range(n)]
 
 
 def stage_pairs(cfg, grid):
@@ -315,7 +384,8 @@ def stage_pairs(cfg, grid):
     if not cfg.data:  # held-out pairs, for eval
         jobs = [("built-in task, training prompts", out, "train"), ("built-in task, held-out prompts", heldout_pairs(cfg), "test")]
     for source, path, split in jobs:
-        n = cfg.limit if split != "test" else max(cfg.limit // 5, 1)
+        n = cfg.limit or ARITH["pairs"]["limit"]
+        n = max(n // 5, 1) if split == "test" else n
         rows = data.arith_rows(split, n, cfg.seed + 1) if split else data.load_rows(cfg.data, ("prompt", "label"), cfg.limit)
         mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
         chunk = max(1, 1024 // cfg.k)
@@ -325,7 +395,7 @@ def stage_pairs(cfg, grid):
             answers, _ = sample_graded(policy, tokenizer, part, cfg, grid, seed, cfg.temperature, cfg.k)
             correct += sum(a[2] for row in answers for a in row)
             for row, answer in zip(part, answers):
-                found += make_pairs(row, answer, cfg.pairs_per_prompt)
+                found += [(row["line"], pair) for pair in make_pairs(row, answer, cfg.pairs_per_prompt)]
         (correct,) = all_sum([correct], grid)
         written = write_rows(path, found, grid)
         if not written:
@@ -382,7 +452,10 @@ def error_places(tokenizer, prompt, examples):
 def reward_kind(directory):
     """qrm, orm, prm or dpo, as the rm stage noted it in run.json; a directory made elsewhere is taken for a Q-RM."""
     path = Path(directory) / "run.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("reward", "qrm").replace("plain", "qrm") if path.exists() else "qrm"
+    kind = data.read_json(path, path.read_bytes()).get("reward", "qrm") if path.exists() else "qrm"
+    if kind not in ("qrm", "plain", "orm", "prm", "dpo"):
+        raise BadInput(f"{path}: reward is {kind!r}, expected qrm, plain, orm, prm or dpo")
+    return "qrm" if kind == "plain" else kind
 
 
 def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
@@ -432,7 +505,8 @@ def stage_rl(cfg, grid):
         rows = data.load_rows(cfg.data, ("prompt", "label") if graded else ("prompt",), optional=("label",))
         heldout = [row for row in rows if "label" in row][: cfg.limit or None]
     else:
-        rows, heldout = data.arith_rows("train", 8192, cfg.seed + 2), data.arith_rows("test", cfg.limit, 0)
+        rows, heldout = data.arith_rows("train", 8192, cfg.seed + 2), data.arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0)
+    prompts, n = encode_prompts(rows, tokenizer, cfg), cfg.batch_size // cfg.group_size
     reward_fn, reward_mask_fn, is_q = reward_functions(cfg.reward if graded else reward_kind(judge), judge, tokenizer, cfg, grid, rows)
     if not cfg.advantage:
         cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
@@ -441,9 +515,8 @@ def stage_rl(cfg, grid):
         critic = load(ScalarModel, judge if judge and is_reward_model(judge) else directory, cfg, grid)
         critic.score.weight.data.zero_()
         optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, max_grad_norm=cfg.max_grad_norm))
-    prompts, n = [tokenizer.encode_prompt(row["prompt"]) for row in rows], cfg.batch_size // cfg.group_size
     steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches(0, cfg))
-    if n < 1 or n // grid.dp_size * cfg.group_size < cuts:
+    if n // grid.dp_size * cfg.group_size < cuts:
         raise BadInput(f"--batch_size {cfg.batch_size}: too few trajectories for {grid.dp_size} processes x {cuts} minibatches")
 
     def step_fn(step, lr):
@@ -505,7 +578,7 @@ def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
     kind, tokenizer = reward_kind(directory), data.Tokenizer.load(directory, cfg.chat)
     reward_fn, _, _ = reward_functions(kind, directory, tokenizer, cfg, grid)
-    path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(cfg))[1]
+    path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(stage_config(cfg, "pairs")))[1]
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
     pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
     mine, n = pairs[grid.dp_rank :: grid.dp_size], len(pairs)
@@ -536,11 +609,11 @@ def eval_policy(directory, cfg, grid):
     """Greedy pass@1, unbiased pass@k of k samples, and best-of-k by a reward model's mean score when one is at hand."""
     tokenizer = data.Tokenizer.load(directory, cfg.chat)
     policy = load(LanguageModel, directory, cfg, grid)
-    rows = data.load_rows(cfg.data, ("prompt", "label"), cfg.limit) if cfg.data else data.arith_rows("test", cfg.limit, cfg.seed)
+    rows = data.load_rows(cfg.data, ("prompt", "label"), cfg.limit) if cfg.data else data.arith_rows("test", cfg.limit or ARITH["eval"]["limit"], cfg.seed)
     mine, began = rows[grid.dp_rank :: grid.dp_size], time.perf_counter()
     greedy, tokens = sample_graded(policy, tokenizer, mine, cfg, grid, 0, 0.0, 1)
     samples, more = sample_graded(policy, tokenizer, mine, cfg, grid, hash_seed(cfg.seed, "eval", grid.dp_rank), cfg.temperature, cfg.k)
-    seconds, ks = time.perf_counter() - began, [2**i for i in range(cfg.k.bit_length())]
+    seconds, ks = time.perf_counter() - began, sorted({*(2**i for i in range(cfg.k.bit_length())), cfg.k})
     counts = [len(mine), sum(row[0][2] for row in greedy), tokens + more]
     counts += [sum(pass_at_k(cfg.k, sum(a[2] for a in row), k) for row in samples) for k in ks]
     judge = cfg.reward_model or (str(out_path(stage_config(cfg, "rm"))) if not cfg.data else "")
@@ -567,7 +640,7 @@ def stage_eval(cfg, grid):
         need("rm", cfg, grid)
         directories = [d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""]
     for directory in map(Path, directories):
-        judges = is_reward_model(directory) or (directory / "run.json").exists() and '"reward": "dpo"' in (directory / "run.json").read_text()
+        judges = is_reward_model(directory) or reward_kind(directory) == "dpo"
         result = (eval_reward_model if judges else eval_policy)(directory, cfg, grid)
         path = Path(cfg.out) / "eval.json" if cfg.out else directory / "eval.json"
         if grid.is_main:
@@ -584,16 +657,16 @@ def stage_score(cfg, grid):
         rows = data.load_rows(cfg.data, ("prompt", "response"), cfg.limit)
     else:
         rows = [row | {"raw": {"prompt": row["prompt"], "response": row["response"]}} for row in data.arith_rows("test", cfg.limit or 8, cfg.seed)]
-    mine, written = rows[grid.dp_rank :: grid.dp_size], []
-    kept, rows = data.encode(mine, tokenizer, cfg.max_seq_len, ("response",), cfg.data or "built-in task", lambda text: say(grid, text))
+    kept, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data or "built-in task", lambda text: say(grid, text))
+    kept, rows, written = kept[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size], []
     for i in range(0, len(kept), cfg.micro_batch):
         part = [examples[0] for examples in kept[i : i + cfg.micro_batch]]
         ids, mask = data.collate(part, grid.device)
         with torch.no_grad():
             numbers = token_scores(model, ids) if scalar else token_logprobs(model, ids, mask)[0]
         for row, example, x, m in zip(rows[i : i + cfg.micro_batch], part, numbers, mask):
-            written.append(row["raw"] | {"line": row["line"], "prompt_ids": example.prompt_ids, "ids": example.response_ids,
-                                         "tokens": tokenizer.token_texts(example.response_ids), "scores" if scalar else "logprobs": x[m].tolist()})  # fmt: skip
+            more = {"prompt_ids": example.prompt_ids, "ids": example.response_ids, "tokens": tokenizer.token_texts(example.response_ids)}
+            written.append((row["line"], row["raw"] | more | {"scores" if scalar else "logprobs": x[m].tolist()}))
     n = write_rows(out_path(cfg), written, grid)
     say(grid, f"score: {out_path(cfg)}: {n} rows")
 
@@ -606,10 +679,10 @@ def stage_grade(cfg, grid):
     written = []
     for row in rows:
         answer, correct = data.grade(row["response"], row["label"], cfg.task, cfg.grader)
-        written.append(row["raw"] | {"line": row["line"], "answer": answer, "correct": correct})
+        written.append((row["line"], row["raw"] | {"answer": answer, "correct": correct}))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
-    say(grid, f"grade: {out_path(cfg)}: {sum(r['correct'] for r in written)} of {len(written)} correct")
+    say(grid, f"grade: {out_path(cfg)}: {sum(row['correct'] for _, row in written)} of {len(written)} correct")
 
 
 # ------------------------------------------------------------------------------------------------ demo
@@ -631,6 +704,7 @@ def main(argv=None):
     """-> exit status: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C (a checkpoint is written)."""
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
+        check_paths(cfg)
         with user_files():
             grid = make_grid(cfg.tp, cfg.device)
         if not cfg.model and not cfg.data:
@@ -642,7 +716,7 @@ def main(argv=None):
             print(e, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: --resume goes on from here", file=sys.stderr)
+        print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
     finally:
         if dist.is_initialized():

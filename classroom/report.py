@@ -331,6 +331,7 @@ h1 { font-size: 1.6rem; line-height: 1.2 } h2 { margin-top: 2.5rem; border-botto
 .missing { border-left: 4px solid var(--rule); padding-left: .6rem }
 .wide { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; overflow-wrap: normal }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule) }
+@media (max-width: 480px) { th, td { padding-right: .35rem } }
 td { font-variant-numeric: tabular-nums } th small { font-weight: 400; color: var(--soft) } small { font-size: .8rem } td small { white-space: nowrap }
 .charts, .pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 1.2rem }
 .pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }

@@ -42,7 +42,7 @@ def poisoned(x, mask):
 
 
 def gradient(loss, model):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
 
 
 def a_rollout(policy, cfg, n=8, reward_fn=None, seed=0, **kwargs):
