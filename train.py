@@ -86,10 +86,10 @@ class Config(Run, Train, Reward, Sampling, RL, PPO):
 ARITH = {
     "sft": dict(steps=400, lr=4e-3, batch_size=64, micro_batch=64, warmup=50, final_lr=0.05),
     "pairs": dict(limit=3000, k=8, max_new_tokens=64, task="arith"),
-    "rm": dict(steps=400, lr=2e-3, batch_size=32, micro_batch=32, warmup=20, final_lr=0.05, task="arith"),
-    "reinforce": dict(steps=12, lr=1e-4, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.1, limit=300, max_new_tokens=64,
+    "rm": dict(steps=800, lr=2e-3, batch_size=32, micro_batch=32, warmup=20, final_lr=0.05, task="arith"),
+    "reinforce": dict(steps=12, lr=1e-4, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.2, limit=300, max_new_tokens=64,
                       task="arith"),
-    "ppo": dict(steps=12, lr=1e-4, critic_lr=5e-4, ppo_epochs=2, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.1, limit=300,
+    "ppo": dict(steps=12, lr=1e-4, critic_lr=5e-4, ppo_epochs=2, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.2, limit=300,
                 max_new_tokens=64, task="arith"),
     "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith", micro_batch=64),
 }
@@ -693,7 +693,11 @@ def stage_demo(cfg, grid):
     for stage in ("sft", "pairs", "rm", "reinforce", "ppo"):
         need(stage, cfg, grid)
     stage_eval(stage_config(cfg, "eval"), grid)
-    say(grid, f"demo: results are in {cfg.run}")
+    if grid.is_main:
+        from classroom.report import write_report  # course material: the method does not depend on it
+
+        say(grid, f"demo: results are in {cfg.run}; open {write_report(cfg.run)}")
+    barrier(grid)
 
 
 STAGES = {"sft": stage_sft, "pairs": stage_pairs, "rm": stage_rm, "reinforce": stage_rl, "ppo": stage_rl, "eval": stage_eval, "score": stage_score,

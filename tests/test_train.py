@@ -1,0 +1,641 @@
+"""train.py from the command line: what each stage reads and writes, the same again, resume, bad input, several processes.
+
+Commands run in this process, on a built-in run made once with tiny sizes; only what needs it (torchrun, Ctrl-C) is started.
+"""
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import data
+import train
+from model import LanguageModel, ScalarModel, generate, load_model
+from parallel import Grid, Optimizer, Workdir
+
+REPOSITORY = Path(__file__).parents[1]
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
+TINY = {
+    "sft": dict(steps=25, lr=1e-2, batch_size=16, micro_batch=16, warmup=5),
+    "pairs": dict(limit=25, k=8, max_new_tokens=48, task="arith"),
+    "rm": dict(steps=3, lr=2e-3, batch_size=4, micro_batch=3, task="arith"),
+    "reinforce": dict(steps=2, lr=1e-4, batch_size=8, minibatch=4, micro_batch=3, kl_coef=0.1, limit=4, max_new_tokens=40, eval_every=1, task="arith"),
+    "ppo": dict(steps=2, lr=1e-4, critic_lr=1e-4, ppo_epochs=2, batch_size=8, minibatch=4, kl_coef=0.1, limit=4, max_new_tokens=40, task="arith"),
+    "eval": dict(limit=5, k=3, max_new_tokens=40, task="arith", micro_batch=8),
+}
+POLICY_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json", "metrics.jsonl"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    """Small defaults for the built-in task; one thread, whatever make_grid finds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ARITH", TINY)
+        patch.setattr(torch, "set_num_threads", lambda n: None)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="module")
+def built(tiny, tmp_path_factory):
+    """A run of the demo: <run>/sft, pairs.jsonl, rm, reinforce, ppo."""
+    run = tmp_path_factory.mktemp("built") / "run"
+    assert train.main(["--run", str(run), "--device", "cpu"]) == 0
+    return run
+
+
+@pytest.fixture
+def command(capsys):
+    """command(*words) -> exit status, stdout, stderr"""
+
+    def call(*words):
+        capsys.readouterr()
+        status = train.main([*map(str, words), "--device", "cpu"])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def untimed(directory):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows_of(directory / "metrics.jsonl")]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def assert_same_result(one, other):
+    """Metrics and every weight of two model directories, bit for bit."""
+    assert untimed(one) == untimed(other) != []
+    weights = [sorted(p.relative_to(d) for p in d.rglob("*.safetensors")) for d in (one, other)]
+    assert weights[0] == weights[1] != []
+    assert all((one / p).read_bytes() == (other / p).read_bytes() for p in weights[0])
+
+
+PROMPTS = [f"Tom has {n} pens. Tom buys 2. How many?\n" for n in range(4)]
+PAIRS = [{"prompt": p, "chosen": f"{n}+2={n + 2}\n#### {n + 2}", "rejected": f"#### {n}"} for n, p in enumerate(PROMPTS)]
+
+
+@pytest.fixture
+def pairs_file(tmp_path):
+    return write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def test_demo_leaves_what_the_contract_lists(built):
+    assert {p.name for p in built.iterdir()} == {"sft", "pairs.jsonl", "pairs-heldout.jsonl", "rm", "reinforce", "ppo", "report.html"}
+    assert "<html" in (built / "report.html").read_text(encoding="utf-8")
+    for stage in ("sft", "rm", "reinforce", "ppo"):
+        assert {p.name for p in (built / stage).iterdir()} == POLICY_FILES | {"eval.json"} | ({"critic"} if stage == "ppo" else set())
+        config = json.loads((built / stage / "run.json").read_text())["config"]
+        assert config["stage"] == stage and config["run"] == str(built) and {"lr", "beta", "clip", "seed"} <= config.keys()
+    assert not [p for p in built.rglob("*") if p.name.endswith((".partial", ".old", ".new"))]
+
+
+def test_keys_of_metrics_and_evaluations(built):
+    rl = {"step", "trajectories", "loss", "reward", "kl_k1", "kl_k3", "entropy", "response_length", "truncated", "grad_norm", "lr", "tokens_per_s"}
+    expected = {"rm": {"step", "loss", "pair_accuracy", "score_gap", "grad_norm", "lr", "tokens", "tokens_per_s"}, "reinforce": rl,
+                "ppo": rl | {"ratio_max", "clip_frac", "value_loss", "explained_variance"}}  # fmt: skip
+    for stage, keys in expected.items():
+        rows = rows_of(built / stage / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(TINY[stage]["steps"]))
+        assert all(keys <= row.keys() <= keys | {"tokens", "pass@1"} for row in rows)
+    assert all("pass@1" in row for row in rows_of(built / "reinforce" / "metrics.jsonl"))  # eval_every 1
+    assert ["pass@1" in row for row in rows_of(built / "ppo" / "metrics.jsonl")] == [False, True]  # the last one always
+    assert [row["trajectories"] for row in rows_of(built / "ppo" / "metrics.jsonl")] == [8, 16]
+    for stage in ("sft", "reinforce", "ppo"):
+        found = json.loads((built / stage / "eval.json").read_text())
+        assert found.keys() == {"pass@1", "pass@k", "best_of_k", "n_prompts", "generated_tokens", "tokens_per_s"}
+        assert list(found["pass@k"]) == ["1", "2", "3"] and found["n_prompts"] == 5
+    found = json.loads((built / "rm" / "eval.json").read_text())
+    assert found.keys() == {"pair_accuracy", "n_pairs", "length_baseline", "first_error_hit", "error_auc"}
+    assert found["n_pairs"] == len(rows_of(built / "pairs-heldout.jsonl"))
+
+
+def test_model_directories_are_those_of_hugging_face(built):
+    config, weights = json.loads((built / "rm/config.json").read_text()), load_file(built / "rm/model.safetensors")
+    assert config["architectures"] == ["LlamaForTokenClassification"] and config["num_labels"] == len(config["id2label"]) == 1
+    assert config["classifier_dropout"] == 0.0
+    assert weights["score.weight"].shape == (1, config["hidden_size"]) and weights["score.weight"].any()
+    assert torch.equal(weights["score.bias"], torch.zeros(1)) and not any("lm_head" in name for name in weights)
+    for stage in ("sft", "reinforce", "ppo"):
+        config, weights = json.loads((built / stage / "config.json").read_text()), load_file(built / stage / "model.safetensors")
+        assert config["architectures"] == ["LlamaForCausalLM"] and not any("score" in name for name in weights)
+        assert config["vocab_size"] == len(weights["model.embed_tokens.weight"])
+    assert json.loads((built / "ppo/critic/config.json").read_text())["architectures"] == ["LlamaForTokenClassification"]
+
+
+def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
+    prompts = []
+    for name in ("pairs.jsonl", "pairs-heldout.jsonl"):
+        rows = rows_of(built / name)
+        prompts.append({row["prompt"] for row in rows})
+        assert len({(row["prompt"], row["chosen"], row["rejected"]) for row in rows}) == len(rows) > 0
+        for row in rows:
+            assert list(row) == ["prompt", "chosen", "rejected", "label"]
+            assert data.grade(row["chosen"], row["label"], "arith")[1] and not data.grade(row["rejected"], row["label"], "arith")[1]
+            assert row["label"] == data.arith_solve(row["prompt"]).split()[-1]
+    assert not prompts[0] & prompts[1]
+
+
+def test_a_stage_makes_what_it_needs_first(command, tmp_path):
+    status, out, _ = command("--stage", "rm", "--run", tmp_path / "run", "--steps", 1, "--reward", "orm")
+    assert status == 0 and out.index("running --stage sft first") < out.index("running --stage pairs first")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"sft", "pairs.jsonl", "pairs-heldout.jsonl", "rm-orm"}
+
+
+@pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo"])
+def test_other_reward_models(built, command, tmp_path, reward):
+    run = shutil.copytree(built, tmp_path / "run")
+    assert command("--stage", "rm", "--run", run, "--reward", reward, "--steps", 2, "--lr", 1e-3)[0] == 0
+    made = run / f"rm-{reward}"
+    assert json.loads((made / "run.json").read_text())["reward"] == reward
+    if reward == "plain":  # the same loss by autograd
+        for a, b in zip(rows_of(made / "metrics.jsonl"), rows_of(run / "rm/metrics.jsonl")[:1]):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    status, out, _ = command("--stage", "eval", "--run", run, "--model", made)
+    assert status == 0 and json.loads((made / "eval.json").read_text())["n_pairs"] > 0
+    status, out, _ = command("--stage", "reinforce", "--run", run, "--reward", reward, "--steps", 1, "--out", tmp_path / "rl")
+    assert status == 0 and "running --stage rm" not in out  # it takes <run>/rm-<reward>, and judges by that
+
+
+@pytest.mark.parametrize("words", [("reinforce", "--reward", "outcome"), ("reinforce", "--reward", "oracle"), ("ppo", "--reward", "outcome"),
+                                   ("reinforce", "--advantage", "rloo", "--group_size", "4"), ("ppo", "--advantage", "grpo", "--group_size", "2"),
+                                   ("reinforce", "--kl", "exact", "--eos_to_mean"), ("ppo", "--dtype", "bfloat16")])  # fmt: skip
+def test_ways_to_reward(built, command, tmp_path, words):
+    status, _, _ = command("--stage", *words, "--run", built, "--steps", 1, "--out", tmp_path / "rl")
+    assert status == 0 and rows_of(tmp_path / "rl/metrics.jsonl")[0]["response_length"] > 0
+
+
+def test_tokens_are_those_of_both_sequences_without_padding(built, command, pairs_file, tmp_path):
+    assert command("--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "rm", "--batch_size", 4)[0] == 0
+    tokenizer = data.Tokenizer.load(built / "sft")
+    lengths = [len(tokenizer.encode_prompt(p["prompt"])) + len(tokenizer.encode_response(p[k])) for p in PAIRS for k in ("chosen", "rejected")]
+    (row,) = rows_of(tmp_path / "rm/metrics.jsonl")  # one pass
+    assert row["tokens"] == sum(lengths) and row["loss"] == pytest.approx(2.126928, rel=1e-6)  # log(1 + e^2): a new head is zero
+
+
+# ------------------------------------------------------------------------------------------------ the same again
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "reinforce", "ppo"])
+def test_the_same_command_gives_the_same_result(built, command, tmp_path, stage):
+    assert command("--stage", stage, "--run", built, "--out", tmp_path / "again")[0] == 0
+    assert_same_result(tmp_path / "again", built / stage)
+    assert command("--stage", stage, "--run", built, "--out", tmp_path / "other", "--seed", 1, "--steps", 1)[0] == 0
+    assert untimed(tmp_path / "other")[0] != untimed(built / stage)[0]
+
+
+def test_the_same_pairs_evaluation_and_scores(built, command, tmp_path):
+    assert command("--stage", "pairs", "--run", built, "--out", tmp_path / "pairs.jsonl")[0] == 0
+    for name in ("pairs.jsonl", "pairs-heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (built / name).read_bytes()
+    for stage in ("sft", "rm"):
+        assert command("--stage", "eval", "--run", built, "--model", built / stage, "--out", tmp_path / stage)[0] == 0
+        found, before = (json.loads((d / stage / "eval.json").read_text()) for d in (tmp_path, built))
+        assert found | {"tokens_per_s": 0} == before | {"tokens_per_s": 0}
+
+
+RESUME = ["--steps", 6, "--save_every", 3, "--batch_size", 4, "--max_new_tokens", 20, "--limit", 2]
+PER_STEP = {"sft": 1, "rm": 1, "reinforce": 2, "ppo": 8}  # calls of Optimizer.step: minibatches x epochs x (policy, critic)
+
+
+@pytest.fixture(scope="module")
+def straight(built, tmp_path_factory):
+    """stage -> the directory of its uninterrupted run of 6 steps"""
+    made = {}
+
+    def run(stage):
+        if stage not in made:
+            made[stage] = tmp_path_factory.mktemp("straight") / stage
+            assert train.main([*map(str, resume_command(stage, built, made[stage]))]) == 0
+        return made[stage]
+
+    return run
+
+
+def resume_command(stage, built, out):
+    return ["--stage", stage, "--run", built, "--out", out, *RESUME, *(["--minibatch", 2] if stage in ("reinforce", "ppo") else []), "--device", "cpu"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "reinforce", "ppo"])
+@pytest.mark.parametrize("how", ["ctrl-c", "kill"])
+def test_resume_equals_the_uninterrupted_run(built, straight, command, tmp_path, stage, how):
+    """Ctrl-C in the middle of step 4's updates, or a death there, which leaves the checkpoint of step 3."""
+    words, calls, step = resume_command(stage, built, tmp_path / "out"), [0], Optimizer.step
+    expected = {p.name: p.read_bytes() for p in straight(stage).glob("*.safetensors")}
+
+    def cut_off(self, *args):
+        calls[0] += 1
+        if calls[0] == 4 * PER_STEP[stage] + 1:
+            if how == "kill":
+                raise MemoryError
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", cut_off)
+        if how == "kill":
+            with pytest.raises(MemoryError):
+                command(*words)
+        else:
+            status, _, err = command(*words)
+            assert status == 130 and err.count("\n") == 1 and "--resume" in err
+    assert not (tmp_path / "out").exists()
+    saved = json.loads((tmp_path / "out.partial/state/state.json").read_text())
+    assert saved["step"] == (3 if how == "kill" else 5)
+    status, out, _ = command(*words, "--resume")
+    assert status == 0 and "step 2  " not in out
+    assert_same_result(tmp_path / "out", straight(stage))
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")} == expected
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out/state").exists()
+
+
+def test_resume_refuses_another_command_and_starts_without_a_checkpoint(built, command, pairs_file, tmp_path, monkeypatch):
+    words = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "rm", "--steps", 4, "--save_every", 2]
+    log = Workdir.log
+    monkeypatch.setattr(Workdir, "log", lambda self, row: signal.raise_signal(signal.SIGINT) if row["step"] == 2 else log(self, row))
+    assert command(*words)[0] == 130
+    monkeypatch.undo()
+    before = {p: p.read_bytes() for p in (tmp_path / "rm.partial").rglob("*") if p.is_file()}
+    for flag, value in (("--lr", 0.5), ("--seed", 3), ("--batch_size", 1), ("--beta", 0.3)):
+        status, _, err = command(*words, "--resume", flag, value)
+        assert status == 2 and err.count("\n") == 1 and flag in err and str(value) in err
+    assert {p: p.read_bytes() for p in (tmp_path / "rm.partial").rglob("*") if p.is_file()} == before
+    status, out, _ = command(*words, "--resume", "--micro_batch", 1, "--save_every", 1)  # what changes no result may change
+    assert status == 0 and "starting anew" not in out and [row["step"] for row in untimed(tmp_path / "rm")] == [0, 1, 2, 3]
+    status, out, _ = command(*words, "--resume")
+    assert status == 0 and "starting anew" in out and len(untimed(tmp_path / "rm")) == 4
+
+
+def test_a_result_stays_whole_until_the_next_one_is(built, command, pairs_file, tmp_path, monkeypatch):
+    words = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "rm", "--steps", 2]
+    content = lambda: {p.name: p.read_bytes() for p in (tmp_path / "rm").iterdir()}
+    assert command(*words)[0] == 0
+    (tmp_path / "rm/eval.json").write_text("{}")
+    before, log, seen = content(), Workdir.log, []
+    monkeypatch.setattr(Workdir, "log", lambda self, row: (log(self, row), seen.append(content())))
+    assert command(*words, "--seed", 1)[0] == 0
+    assert seen == [before, before] and content().keys() == POLICY_FILES  # the evaluation was that of the old one
+    assert content()["model.safetensors"] != before["model.safetensors"]
+    after = content()
+    monkeypatch.setattr(Workdir, "log", lambda self, row: signal.raise_signal(signal.SIGINT))
+    assert command(*words, "--seed", 2)[0] == 130 and content() == after
+
+
+# ------------------------------------------------------------------------------------------------ score, grade, eval
+
+
+@pytest.mark.parametrize("name, key", [("sft", "logprobs"), ("rm", "scores")])
+def test_score(built, command, tmp_path, name, key):
+    """Against a forward of one row at a time; a user's own keys, "line" among them, come back."""
+    rows = [{"line": "mine", "question": p, "completion": r["chosen"], "extra": [1, {"\u2028": None}]} for p, r in zip(PROMPTS, PAIRS)]
+    out = tmp_path / "deep" / "scores.jsonl"
+    words = ["--stage", "score", "--model", built / name, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--out", out, "--micro_batch", 3]
+    assert command(*words)[0] == 0
+    found, tokenizer = rows_of(out), data.Tokenizer.load(built / name)
+    assert len(found) == len(rows)
+    model = load_model(LanguageModel if name == "sft" else ScalarModel, built / name, Grid())
+    for row, given in zip(found, rows):
+        assert {k: row[k] for k in given} == given and row.keys() - given.keys() == {"prompt_ids", "ids", "tokens", key}
+        assert row["prompt_ids"] == tokenizer.encode_prompt(given["question"]) and row["ids"] == tokenizer.encode_response(given["completion"])
+        assert len(row["ids"]) == len(row["tokens"]) == len(row[key]) and row["ids"][-1] == tokenizer.stop_id
+        assert "".join(row["tokens"][:-1]) == given["completion"]
+        ids = torch.tensor([row["prompt_ids"] + row["ids"]])
+        with torch.no_grad():
+            x, n = model.model(ids)[0], len(row["prompt_ids"])
+            if name == "sft":
+                expected = [model.logits(x).log_softmax(-1)[n - 1 + i, token].item() for i, token in enumerate(row["ids"])]
+            else:
+                expected = (model.model.norm(x) @ model.score.weight[0])[n:].tolist()
+        assert row[key] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert command(*words, "--limit", 2)[0] == 0 and rows_of(out) == found[:2]
+
+
+def test_score_of_the_built_in_task(built, command, tmp_path):
+    run = shutil.copytree(built, tmp_path / "run")
+    assert command("--stage", "score", "--run", run)[0] == 0
+    assert {"prompt", "response", "prompt_ids", "ids", "tokens", "scores"} == rows_of(run / "score.jsonl")[0].keys()
+
+
+def test_grade(command, tmp_path):
+    rows = [{"output": "so #### 18", "label": 18, "id": 7}, {"output": "no number", "label": "18"}, {"output": "it is 1,800.", "label": "18"},
+            {"output": "The answer is 5", "label": "#### 5"}, {"response": "72", "answer": "48+24=<<48+24=72>>72\n#### 72"}]  # fmt: skip
+    words = ["--stage", "grade", "--data", write_jsonl(tmp_path / "r.jsonl", rows), "--out", tmp_path / "g.jsonl"]
+    status, out, _ = command(*words)
+    found = rows_of(tmp_path / "g.jsonl")
+    assert status == 0 and "3 of 5 correct" in out
+    assert [row["correct"] for row in found] == [True, False, False, True, True]
+    assert [row["answer"] for row in found] == ["18", None, "1800", "5", "72"]
+    assert found[0] == {**rows[0], "answer": "18", "correct": True}
+    rows = [{"response": r"\boxed{\frac12}", "label": "0.5"}]
+    write_jsonl(tmp_path / "r.jsonl", rows)
+    assert command(*words, "--task", "math")[0] == 0 and rows_of(tmp_path / "g.jsonl")[0]["correct"]
+
+
+def test_pass_at_k_is_the_mean_over_all_subsets():
+    for n in range(1, 7):
+        for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
+            draws = list(itertools.combinations([i < correct for i in range(n)], k))
+            assert train.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+
+
+def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
+    """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is named."""
+    tokenizer, policy = data.Tokenizer.load(built / "sft"), load_model(LanguageModel, built / "sft", Grid())
+    answers, _ = generate(policy, [tokenizer.encode_prompt(p) for p in PROMPTS], 40, tokenizer.stop_ids, temperature=0)
+    said = [data.extract_answer(tokenizer.decode(ids[:-1]), "gsm8k") for ids in answers]
+    rows = [{"instruction": p, "label": a if i % 2 else "12345"} for i, (p, a) in enumerate(zip(PROMPTS, said))]
+    words = ["--stage", "eval", "--model", built / "sft", "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--max_new_tokens", 40]
+    assert all(said) and command(*words, "--k", 5, "--out", tmp_path / "e")[0] == 0
+    found = json.loads((tmp_path / "e/eval.json").read_text())
+    assert found["pass@1"] == 0.5 and found["n_prompts"] == 4 and "best_of_k" not in found
+    assert list(found["pass@k"]) == ["1", "2", "4", "5"] and sorted(found["pass@k"].values()) == list(found["pass@k"].values())
+    assert command(*words, "--k", 2, "--temperature", 0, "--reward_model", built / "rm", "--out", tmp_path / "e")[0] == 0
+    found = json.loads((tmp_path / "e/eval.json").read_text())  # greedy samples are all the same
+    assert found["pass@k"] == {"1": 0.5, "2": 0.5} and found["best_of_k"] == 0.5
+    assert found["generated_tokens"] == 3 * sum(map(len, answers))
+
+
+def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
+    """Against the scores that --stage score writes."""
+    rows = PAIRS + [{"prompt": p["prompt"], "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS[:2]]
+    means, lengths = [], []
+    for key in ("chosen", "rejected"):
+        path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": row["prompt"], "response": row[key]} for row in rows])
+        assert command("--stage", "score", "--model", built / "rm", "--data", path, "--out", tmp_path / "s.jsonl")[0] == 0
+        scores = [row["scores"] for row in rows_of(tmp_path / "s.jsonl")]
+        means.append([sum(z) / len(z) for z in scores]), lengths.append([len(z) for z in scores])
+    words = ["--stage", "eval", "--model", built / "rm", "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--out", tmp_path / "e"]
+    assert command(*words)[0] == 0
+    found = json.loads((tmp_path / "e/eval.json").read_text())
+    assert found == {"n_pairs": 6, "pair_accuracy": sum(w > l for w, l in zip(*means)) / 6, "length_baseline": 2 / 6}
+    assert [w < l for w, l in zip(*lengths)] == [False] * 4 + [True] * 2
+    assert command(*words, "--task", "arith")[0] == 0  # these prompts are of the built-in task, so first errors are known
+    assert {"error_auc", "first_error_hit"} <= json.loads((tmp_path / "e/eval.json").read_text()).keys()
+
+
+# ------------------------------------------------------------------------------------------------ rows that are dropped, spellings
+
+
+def test_dropped_rows_are_counted_in_one_line(built, command, tmp_path):
+    rows = PAIRS + [{"prompt": "Tom", "chosen": "a", "rejected": "a"}, {"prompt": "Tom" * 90, "chosen": "a", "rejected": "b"}]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    status, out, err = command("--stage", "rm", "--model", built / "sft", "--data", path, "--out", tmp_path / "o", "--max_seq_len", 60)
+    assert (status, err) == (0, "") and f"{path}: 6 rows; dropped 1 longer than --max_seq_len 60 tokens and 1 identical pairs; 4 left" in out
+    assert len(rows_of(tmp_path / "o/metrics.jsonl")) == 2  # four pairs, two a step
+
+
+def test_accepted_spellings_give_the_same_metrics(built, command, tmp_path):
+    chat = lambda role, text: [{"role": role, "content": text}]
+    spellings = [
+        PAIRS,
+        [{"instruction": p["prompt"], "chosen": p["chosen"], "rejected": p["rejected"], "score_chosen": 3} for p in PAIRS],
+        [{"question": chat("user", p["prompt"]), "chosen": chat("assistant", p["chosen"]), "rejected": chat("assistant", p["rejected"])} for p in PAIRS],
+        [{k: chat("user", p["prompt"]) + chat("assistant", p[k]) for k in ("chosen", "rejected")} for p in PAIRS],  # TRL, implicit prompt
+    ]
+    found = []
+    for i, rows in enumerate(spellings):
+        path = write_jsonl(tmp_path / f"{i}.jsonl", rows)
+        assert command("--stage", "rm", "--model", built / "sft", "--data", path, "--out", tmp_path / f"o{i}", "--steps", 2)[0] == 0
+        found.append(untimed(tmp_path / f"o{i}"))
+    assert found[1:] == found[:1] * 3
+    found = []
+    for i, key in enumerate(("response", "completion", "output", "answer")):
+        path = write_jsonl(tmp_path / f"s{i}.jsonl", [{"prompt": p["prompt"], key: p["chosen"]} for p in PAIRS])
+        assert command("--stage", "sft", "--model", built / "sft", "--data", path, "--out", tmp_path / f"p{i}", "--steps", 1)[0] == 0
+        found.append(untimed(tmp_path / f"p{i}"))
+    assert found[1:] == found[:1] * 3
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+GOOD = json.dumps(PAIRS[0])
+BAD_FILES = {  # content of --data for stage rm: what the message says
+    "broken": (GOOD + '\n\n{"prompt": \n', ["line 3", "not valid JSON"]),
+    "not an object": (GOOD + "\n[1, 2]\n", ["line 2", "list", "expected a JSON object"]),
+    "a number": ("7\n", ["line 1", "int"]),
+    "missing key": (GOOD + '\n{"prompt": "x", "chosen": "y"}\n', ["line 2", "'chosen', 'prompt'", "expected rejected"]),
+    "missing prompt": ('{"text": "x", "chosen": "y", "rejected": "z"}\n', ["line 1", "'text'", "prompt or instruction or question"]),
+    "empty prompt": ('{"prompt": " ", "chosen": "y", "rejected": "z"}\n', ["line 1", "prompt", "not empty"]),
+    "empty response": ('{"prompt": "x", "chosen": "y", "rejected": ""}\n', ["line 1", "rejected", "not empty"]),
+    "a response of the wrong type": ('{"prompt": "x", "chosen": 5, "rejected": "z"}\n', ["line 1", "chosen is 5"]),
+    "messages without content": ('{"prompt": [{"role": "user"}], "chosen": "y", "rejected": "z"}\n', ["line 1", "role", "content"]),
+    "two messages, no template": (json.dumps({"prompt": [{"role": "user", "content": "a"}] * 2, "chosen": "y", "rejected": "z"}), ["line 1", "--chat"]),
+    "a lone surrogate": ('{"prompt": "\\ud800", "chosen": "y", "rejected": "z"}\n', ["line 1", "surrogate"]),
+    "not UTF-8": (b'{"prompt": "\xff", "chosen": "y", "rejected": "z"}\n', ["line 1", "UTF-8"]),
+    "only identical": ('{"prompt": "x", "chosen": "y", "rejected": "y"}\n', ["no row is left"]),
+    "empty": ("\n\n", ["no rows"]),
+    "too long": (json.dumps({"prompt": "x" * 2000, "chosen": "y", "rejected": "z"}), ["no row is left", "--max_seq_len"]),
+}  # fmt: skip
+
+
+def assert_refused(command, directory, words, *says):
+    """Exit status 2, one line on stderr that says it, nothing written."""
+    before = sorted(directory.rglob("*"))
+    status, _, err = command(*words)
+    assert status == 2 and err.endswith("\n") and err.count("\n") == 1 and "Traceback" not in err
+    for text in says:
+        assert str(text) in err, err
+    assert sorted(directory.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_bad_rows(built, command, tmp_path, kind):
+    content, says = BAD_FILES[kind]
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_refused(command, tmp_path, ["--stage", "rm", "--model", built / "sft", "--data", path, "--out", tmp_path / "o"], path, *says)
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--stage", "rm", "--learning_rate", "1"], ["--learning_rate", "--lr ", "--batch_size", "--max_new_tokens"]),  # it lists the flags
+    (["--step", "1"], ["--step", "--steps"]),  # no abbreviations
+    (["extra"], ["extra"]), (["--stage"], ["--stage", "expected one argument"]),
+    (["--steps", "few"], ["--steps", "int", "'few'"]), (["--lr", "fast"], ["--lr", "float", "'fast'"]), (["--k", "1.5"], ["--k", "int"]),
+    (["--stage", "train"], ["--stage", "'train'", "sft, pairs, rm"]), (["--reward", "x"], ["--reward", "qrm, plain, orm"]),
+    (["--dtype", "float16"], ["--dtype", "float32, bfloat16"]), (["--task", "x"], ["gsm8k, math, arith"]), (["--chat", "x"], ["llama3, chatml"]),
+    (["--kl", "k2"], ["exact, k1, k3, abs"]), (["--grader", "x"], ["ours, strict"]), (["--advantage", "x"], ["rloo"]),
+    (["--steps", "-1"], ["--steps -1", "0 or more"]), (["--batch_size", "0"], ["--batch_size 0"]), (["--k", "-3"], ["--k -3"]),
+    (["--lr", "nan"], ["--lr nan"]), (["--beta", "inf"], ["--beta inf"]), (["--temperature", "-0.5"], ["--temperature -0.5"]),
+    (["--seed", "-1"], ["--seed -1"]), (["--group_size", "0"], ["--group_size 0"]), (["--eval_every", "0"], ["--eval_every 0"]),
+    (["--ppo_epochs", "0"], ["--ppo_epochs 0"]), (["--minibatch", "-1"], ["--minibatch -1"]), (["--tp", "-1"], ["--tp -1"]),
+    (["--stage", "rm", "--tp", "2"], ["--tp 2", "1 process"]),
+    (["--stage", "rm", "--reward", "oracle"], ["--reward oracle", "qrm, plain"]),
+    (["--stage", "reinforce", "--batch_size", "6", "--group_size", "4"], ["--batch_size 6", "--group_size 4"]),
+    (["--stage", "reinforce", "--advantage", "rloo"], ["rloo", "--group_size"]), (["--stage", "reinforce", "--advantage", "gae"], ["gae", "critic"]),
+    (["--stage", "ppo", "--temperature", "0"], ["--temperature"]), (["--stage", "ppo", "--batch_size", "2", "--minibatch", "1", "--group_size", "4"], []),
+    (["--stage", "grade"], ["--data"]), (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
+    (["--stage", "ppo", "--reward_model", "no/such"], ["no/such"]), (["--stage", "rm", "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
+])  # fmt: skip
+def test_bad_flags(command, tmp_path, words, says):
+    assert_refused(command, tmp_path, [*words, "--run", tmp_path / "run"], *says)
+
+
+def test_bad_rows_of_other_stages(built, command, tmp_path):
+    cases = {
+        "grade": [({"response": "5"}, ["line 2", "label or answer"]), ({"response": "5", "label": "#### five"}, ["line 2", "'#### number'"]),
+                  ({"response": "", "label": "5"}, ["line 2", "not empty"]), ({"response": "5", "label": [5]}, ["line 2", "label"])],
+        "pairs": [({"prompt": [{"role": "user", "content": "a"}] * 2, "label": "1"}, ["line 2", "--chat"])],
+        "sft": [({"prompt": "x", "text": "y"}, ["line 2", "response or completion or output or answer"])],
+    }  # fmt: skip
+    good = {"prompt": PROMPTS[0], "response": "5", "label": "5"}
+    for stage, rows in cases.items():
+        for row, says in rows:
+            path = write_jsonl(tmp_path / "bad.jsonl", [good, row])
+            assert_refused(command, tmp_path, ["--stage", stage, "--model", built / "sft", "--data", path, "--out", tmp_path / "o"], path, *says)
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Why?", "chosen": "a", "rejected": "b"}])
+    words = ["--stage", "eval", "--model", built / "rm", "--data", path, "--task", "arith", "--out", tmp_path / "o"]
+    assert_refused(command, tmp_path, words, path, "line 1", "built-in task")
+
+
+def test_paths_that_cannot_be_used(built, command, pairs_file, tmp_path):
+    rm = ["--stage", "rm", "--model", built / "sft", "--steps", 1]
+    assert_refused(command, tmp_path, [*rm, "--data", tmp_path], tmp_path, "directory")
+    (tmp_path / "mine").mkdir(), (tmp_path / "mine/thesis.tex").write_text("x")
+    for out in (tmp_path / "mine", pairs_file, "."):  # it would be replaced
+        assert_refused(command, tmp_path, [*rm, "--data", pairs_file, "--out", out], f"--out {out}", "run.json")
+    assert_refused(command, tmp_path, [*rm, "--data", pairs_file, "--out", pairs_file / "rm"], pairs_file)
+    grade = ["--stage", "grade", "--data", write_jsonl(tmp_path / "g.jsonl", [{"response": "5", "label": "5"}])]
+    assert_refused(command, tmp_path, [*grade, "--out", tmp_path / "mine"], "is a directory")
+    assert_refused(command, tmp_path, ["--stage", "eval", "--model", built / "sft", "--out", pairs_file], pairs_file)
+
+
+def test_model_directories_that_cannot_be_used(built, command, pairs_file, tmp_path):
+    words = lambda model, *more: ["--stage", "rm", "--model", model, "--data", pairs_file, "--out", tmp_path / "o", *more]
+    (tmp_path / "empty").mkdir()
+    assert_refused(command, tmp_path, words(tmp_path / "empty"), tmp_path / "empty", "tokenizer.json")
+    broken = shutil.copytree(built / "sft", tmp_path / "broken")
+    for name, content, says in (("model.safetensors", b"\xff" * 64, "safetensors"), ("model.safetensors", b"", "safetensors"),
+                                ("config.json", b"{", "config.json"), ("config.json", b"[]", "config.json"), ("config.json", None, "config.json"),
+                                ("tokenizer.json", b"nothing", "tokenizer.json"), ("model.safetensors", None, "safetensors")):  # fmt: skip
+        whole = (broken / name).read_bytes()
+        (broken / name).unlink() if content is None else (broken / name).write_bytes(content)
+        assert_refused(command, tmp_path, words(broken), broken, says)
+        (broken / name).write_bytes(whole)
+    config = json.loads((broken / "config.json").read_text())
+    for change in ({"hidden_size": 32}, {"model_type": "gpt2"}, {"num_hidden_layers": 3}, {"num_attention_heads": "many"}):
+        (broken / "config.json").write_text(json.dumps(config | change))
+        assert_refused(command, tmp_path, words(broken), broken)
+    assert_refused(command, tmp_path, words(built / "sft", "--chat", "llama3"), built / "sft", "special token")
+    assert_refused(command, tmp_path, ["--stage", "pairs", "--model", built / "rm", "--limit", 2, "--out", tmp_path / "p.jsonl"], built / "rm", "language model")
+    (broken / "config.json").write_text(json.dumps(config)), (broken / "run.json").write_text('{"reward": "guess"}')
+    assert_refused(command, tmp_path, ["--stage", "eval", "--model", broken, "--out", tmp_path / "o"], "run.json", "'guess'")
+
+
+def test_policy_and_reward_model_must_share_the_tokenizer(built, command, pairs_file, tmp_path):
+    other = shutil.copytree(built / "rm", tmp_path / "rm")
+    for path, raw in data.build_tokenizer(["Tom", " Ann"]).files.items():
+        (other / path).write_bytes(raw)
+    words = ["--model", built / "sft", "--reward_model", other, "--data", write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])]
+    for stage in ("reinforce", "ppo", "eval"):
+        assert_refused(command, tmp_path, ["--stage", stage, *words, "--max_new_tokens", 4, "--out", tmp_path / "o"], other, "tokenizer")
+
+
+def test_pairs_without_a_right_answer(built, command, tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "777"} for p in PROMPTS])
+    out = tmp_path / "pairs.jsonl"
+    status, _, err = command("--stage", "pairs", "--model", built / "sft", "--data", path, "--k", 2, "--max_new_tokens", 20, "--out", out)
+    assert status == 2 and err.count("\n") == 1 and f"{path}: no prompt has both" in err
+
+
+def test_help_lists_the_flags_of_a_stage(capsys):
+    pages = []
+    for words in (["--help"], ["--stage", "rm", "--help"], ["--stage=sft", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            train.main(words)
+        assert end.value.code == 0
+        pages.append(capsys.readouterr().out)
+    fields = train.flags()
+    assert set(fields) == set(train.Config.__dataclass_fields__)  # every field has a comment
+    assert all(f"--{name} " in pages[0] for name in fields)
+    assert "--beta" in pages[1] and "--clip" not in pages[1] and "--beta" not in pages[2] and "(default: 0.01)" in pages[2]  # TINY's
+
+
+def test_defaults_are_the_built_in_tasks_only_without_data():
+    defaults = train.Config()
+    assert train.parse(["--stage=rm"]).lr == train.parse(["--stage", "rm"]).lr == TINY["rm"]["lr"]
+    assert train.parse(["--stage", "rm", "--data", "x"]).lr == train.parse(["--stage", "rm", "--model", "x"]).lr == defaults.lr
+    cfg = train.parse(["--stage", "eval", "--model=x"])
+    assert (cfg.task, cfg.limit, cfg.k, cfg.micro_batch) == ("arith", 5, 3, defaults.micro_batch)
+    assert train.parse(["--stage", "eval", "--model", "x", "--data=y"]).task == "gsm8k"
+    assert train.parse(["--stage", "eval", "--model", "x", "--limit", "0"]).limit == 0
+
+
+# ------------------------------------------------------------------------------------------------ several processes, Ctrl-C, real data
+
+
+def start(*words, program=()):
+    """train.py (or `program`) in processes of its own, one thread each."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(program or [REPOSITORY / "train.py"]), *words, "--device", "cpu"]
+    return subprocess.Popen([*map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes_give_the_losses_of_one(built, command, tmp_path):
+    """tp 2 on a run directory where nothing is yet, as on a fresh clone; dp 2 on the same pairs. Both at once."""
+    fresh = tmp_path / "fresh"
+    wrapper = tmp_path / "tiny_train.py"
+    wrapper.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH = {TINY!r}\nsys.exit(train.main())\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    words = ["--steps", 5, "--batch_size", 4, "--micro_batch", 2, "--lr", 1e-2]
+    tp = start("--stage", "rm", "--run", fresh, *words, program=[*torchrun, wrapper])
+    given = ["--stage", "rm", "--model", built / "sft", "--data", built / "pairs.jsonl", *words]
+    dp = start(*given, "--tp", 1, "--out", tmp_path / "dp", program=[*torchrun, REPOSITORY / "train.py"])
+    assert command(*given, "--out", tmp_path / "one")[0] == 0
+    for process in (tp, dp):
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+    for name in ("sft/model.safetensors", "pairs.jsonl", "pairs-heldout.jsonl"):  # made by one process alone
+        assert (fresh / name).read_bytes() == (built / name).read_bytes()
+    one = untimed(tmp_path / "one")
+    assert len(one) == 5 and abs(one[0]["loss"] - one[4]["loss"]) > 1e-3
+    for found in (untimed(fresh / "rm"), untimed(tmp_path / "dp")):
+        for a, b in zip(found, one, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+            assert {k: a[k] for k in ("step", "lr", "tokens", "pair_accuracy")} == {k: b[k] for k in ("step", "lr", "tokens", "pair_accuracy")}
+
+
+def test_ctrl_c_leaves_a_checkpoint(built, command, pairs_file, tmp_path):
+    words = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--steps", 150, "--lr", 1e-3, "--out", tmp_path / "rm"]
+    process, metrics = start(*words), tmp_path / "rm.partial/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err.count("\n") == 1 and not (tmp_path / "rm").exists(), err
+    step = json.loads((tmp_path / "rm.partial/state/state.json").read_text())["step"]
+    assert 2 < step < 150
+    status, out, _ = command(*words, "--resume")
+    assert status == 0 and f"step {step}  " in out and f"step {step - 1}  " not in out
+    assert command(*words[:-1], tmp_path / "straight")[0] == 0
+    assert_same_result(tmp_path / "rm", tmp_path / "straight")
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
+def test_real_pairs_on_the_tiny_model(built, command, tmp_path):
+    words = ["--stage", "rm", "--model", built / "sft", "--data", GSM8K / "pairs_test.jsonl", "--steps", 2, "--out", tmp_path / "rm"]
+    status, out, _ = command(*words)
+    rows, tokenizer = rows_of(GSM8K / "pairs_test.jsonl"), data.Tokenizer.load(built / "sft")
+    assert len(rows) == 787
+    lengths = [len(tokenizer.encode_prompt(r["instruction"])) + max(len(tokenizer.encode_response(r[k])) for k in ("chosen", "rejected")) for r in rows]
+    identical = sum(r["chosen"] == r["rejected"] for r, n in zip(rows, lengths) if n <= 1024)
+    long = sum(n > 1024 for n in lengths)
+    assert status == 0 and f"787 rows; dropped {long} longer than --max_seq_len 1024 tokens and {identical} identical pairs" in out
+    assert 0 < long < 787 and len(rows_of(tmp_path / "rm/metrics.jsonl")) == 2
