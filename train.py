@@ -427,7 +427,9 @@ def stage_rm(cfg, grid):
     if cfg.reward == "prm":
         if cfg.task != "arith":
             raise BadInput("--reward prm learns from step labels, which only the built-in task (--task arith) knows")
-        pairs = [pair + tuple(error_places(tokenizer, row["prompt"], pair)) for pair, row in zip(pairs, rows)]
+        for i, row in enumerate(rows):
+            with data.at_line(path, row["line"]):
+                pairs[i] += tuple(error_places(tokenizer, row["prompt"], pairs[i]))
     reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False) if cfg.reward == "dpo" else None
     step_ids = tokenizer.ids_with("\n")
 
@@ -591,7 +593,11 @@ def eval_reward_model(directory, cfg, grid):
         if kind in ("orm", "prm"):  # their head read at every token, trained there or not
             model = load(ScalarModel, directory, cfg, grid)
             scores = score_examples(token_reward(model), [example for pair in mine for example in pair], cfg, grid)
-        errors = [error_places(tokenizer, row["prompt"], pair[1:])[0] for row, pair in zip(rows[grid.dp_rank :: grid.dp_size], mine)]
+        errors = []
+        for row, (_, rejected) in zip(rows[grid.dp_rank :: grid.dp_size], mine):
+            with data.at_line(path, row["line"]):
+                place = error_places(tokenizer, row["prompt"], [rejected])[0]
+            errors.append(place if place < len(rejected.response_ids) else 0)  # nothing wrong in it: left out
         counts |= credit_counts(scores[1::2], errors)
     c = dict(zip(counts, all_sum(list(counts.values()), grid)))
     out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "length_baseline": c["shorter"] / n}

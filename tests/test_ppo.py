@@ -94,9 +94,9 @@ def test_ppo_advantages_of_rewards_at_the_ends():
     last, values = ragged((3, 4), (5, 6), (2, 3), width=6), grow(3, 6, seed=2)
     scores = tensor([0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 3], [0, 0, 5, 0, 0, 0])
     rollout = hand_made(scores, last, kl=0.5)
-    found, returns = ppo_advantages(rollout, values, config(advantage="gae", kl_coef=0.2, gamma=0.9, lam=0.8), Grid())
+    found, returns = ppo_advantages(rollout, values, config(advantage="gae", kl_coef=0.2, gamma=0.9, lam=0.5), Grid())
     rewards = 1.5**0.5 * tensor([0, 0, 0, -1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]) - 0.1  # the ends are -1, 0, 1; the penalty is on all
-    expected = gae(rewards, values, MASK, 0.9, 0.8)
+    expected = gae(rewards, values, MASK, 0.9, 0.5)
     near(found, expected[0], 1e-6)
     near(returns, expected[1], 1e-6)
     assert found[0, 1] != 0 and not torch.allclose(found, policy_advantages(rollout, config(advantage="return", kl_coef=0.2), Grid()))
