@@ -94,14 +94,15 @@ def value_loss(values, returns, response_mask):
 
 
 def explained_variance(values, returns, response_mask, grid):
-    """1 - Var(returns - V) / Var(returns) over all ranks: 1 is a perfect critic, 0 no better than a constant."""
+    """1 - Var(returns - V) / Var(returns) over all ranks: 1 is a perfect critic, 0 no better than a constant (or the targets are one)."""
 
     def variance(x):
         n, total, squares = all_sum([x.numel(), x.sum().item(), x.square().sum().item()], grid)
         return squares / n - (total / n) ** 2
 
     values, returns = values[response_mask].double(), returns[response_mask].double()
-    return 1.0 - variance(returns - values) / max(variance(returns), 1e-12)
+    total = variance(returns)
+    return 1.0 - variance(returns - values) / total if total > 1e-12 else 0.0
 
 
 # ------------------------------------------------------------------------------------------------ the update

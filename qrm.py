@@ -235,9 +235,8 @@ def reward_function(kind, model, reference=None, step_ids=()):
 
 def sequence_score(kind, scores):
     """One number for a whole answer, from its rewards (n,): Q-RM and PRM by the mean, ORM by the last token, DPO by the sum."""
-    if kind == "prm":
-        scores = scores[scores != 0]
-    return (scores.mean() if kind in ("qrm", "prm") else scores.sum()).item()
+    spoken = {"qrm": len(scores), "prm": max(int((scores != 0).sum()), 1)}.get(kind, 1)
+    return scores.sum().item() / spoken
 
 
 # ------------------------------------------------------------------------------------------------ how good is it

@@ -69,7 +69,7 @@ class Plan:
 
 
 _RL = {"limit": 300, "eval_every": 2}
-FULL = Plan(flags={"eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
+FULL = Plan(flags={"rm": {"steps": 400}, "eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
 _RL = {"steps": 1, "batch_size": 16, "minibatch": 8, "limit": 8, "eval_every": 1, "max_new_tokens": 40}
 QUICK = Plan(1, 1, (1e-4,), (2e-3,), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
              "rm": {"steps": 2}, "eval": {"limit": 8, "k": 1, "max_new_tokens": 40}, "reinforce": _RL, "ppo": _RL})  # fmt: skip

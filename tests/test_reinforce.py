@@ -401,7 +401,7 @@ def hand_made(scores, reward_mask=MASK, kl=0.0):
 
 def test_advantages_by_hand():
     last = ragged((3, 4), (5, 6), (2, 3), width=6)
-    scores = (tensor([0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 3], [0, 0, 5, 0, 0, 0]))
+    scores = tensor([0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 3], [0, 0, 5, 0, 0, 0])
     outcome, z = hand_made(scores, last, kl=0.5), 1.5**0.5
     returns = advantages(outcome, config(advantage="return", kl_coef=0.2), Grid())
     near(returns, tensor([0, -z - 0.3, -z - 0.2, -z - 0.1, 0, 0], [-0.6, -0.5, -0.4, -0.3, -0.2, -0.1], [0, 0, z - 0.1, 0, 0, 0]), 1e-6)
