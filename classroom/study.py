@@ -65,13 +65,18 @@ class Plan:
     rl_lrs: tuple = (3e-5, 1e-4, 3e-4)  # grid of every RL arm, on seed 0
     rm_lrs: tuple = (7e-4, 2e-3, 6e-3)  # grid of every reward model, on seed 0
     task: str = "demo"  # of parts 1 to 3
+    arms: tuple = tuple((a, r) for r in REWARDS for a in ALGORITHMS)  # of part 2
+    disputed: tuple = tuple(DISPUTED)  # of part 3
     flags: dict = field(default_factory=dict)  # {stage: what differs from train.py's defaults for the built-in task}
 
 
 _RL = {"limit": 300, "eval_every": 2}
-FULL = Plan(flags={"rm": {"steps": 400}, "eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
+FULL = Plan(flags={"eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
 _RL = {"steps": 1, "batch_size": 16, "minibatch": 8, "limit": 8, "eval_every": 1, "max_new_tokens": 40}
-QUICK = Plan(1, 1, (1e-4,), (2e-3,), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
+FAST = dataclasses.replace(FULL, few=0, rl_lrs=(1e-4,), rm_lrs=(2e-3,), disputed=(),
+                           arms=tuple(("ppo", r) for r in ("oracle", "outcome", "qrm", "orm")))  # fmt: skip
+QUICK = Plan(1, 1, (1e-4,), (2e-3,), arms=(("ppo", "outcome"), ("ppo", "qrm"), ("reinforce", "qrm"), ("ppo", "orm")),
+             disputed=("PPO, no KL", "REINFORCE, std only"), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
              "rm": {"steps": 2}, "eval": {"limit": 8, "k": 1, "max_new_tokens": 40}, "reinforce": _RL, "ppo": _RL})  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ jobs, in a worker
@@ -242,7 +247,7 @@ def part_policies(study, task, seeds):
 
 def part_reward_models(study, starts):
     """-> {reward: lr}, {reward: [test metrics of each seed]}"""
-    lrs, kinds = study.plan.rm_lrs, [r for r in REWARDS if r not in GRADED]
+    lrs, kinds = study.plan.rm_lrs, [r for r in REWARDS if r not in GRADED and r in {r for _, r in study.plan.arms}]
     for kind in ("pairs", "untrained"):
         study.run(kind, [study.job(kind, seed) for seed in starts])
     ready = [seed for seed in starts if study.result(study.job("pairs", seed))]
@@ -275,11 +280,11 @@ def part_rl(study, starts, rm_lrs, arms, task=""):
 def part_disputed(study, starts, rm_lrs, rl_lrs):
     """-> {label: {seed: curve}}; the learning rate is that of the arm in part 2, not tuned again."""
     jobs = {(label, seed): study.job("rl", seed, algorithm=a, reward="qrm", lr=rl_lrs[a, "qrm"], rm_lr=rm_lrs["qrm"], options=options)
-            for seed in range(study.plan.few) for label, (a, options) in DISPUTED.items()
+            for seed in range(study.plan.few) for label in study.plan.disputed for a, options in [DISPUTED[label]]
             if (a, "qrm") in rl_lrs and study.result(study.rm("qrm", seed, rm_lrs["qrm"]))}  # fmt: skip
     study.run("disputed choices", jobs.values())
     found = {key: r["curve"] for key, job in jobs.items() if (r := study.result(job))}
-    return {label: {s: [[0, starts[s], 0.0], *curve] for (name, s), curve in found.items() if name == label} for label in DISPUTED}
+    return {label: {s: [[0, starts[s], 0.0], *curve] for (name, s), curve in found.items() if name == label} for label in study.plan.disputed}
 
 
 # ------------------------------------------------------------------------------------------------ tables
@@ -374,7 +379,7 @@ def disputed_table(study, curves, arms):
     for a in ALGORITHMS:
         base = {s: c for s, c in arms.get((a, "qrm"), {}).items() if s < study.plan.few}
         rows.append([f"{ALGORITHMS[a]}, as in part 2", len(base), *(results(base) if base else ["not run", "", ""]), ""])
-        for label in (label for label, (algorithm, _) in DISPUTED.items() if algorithm == a):
+        for label in (label for label in study.plan.disputed if DISPUTED[label][0] == a):
             change = [c[-1][1] - base[s][-1][1] for s, c in curves[label].items() if s in base]
             rows.append([label, len(curves[label]), *(results(curves[label]) if curves[label] else ["not run", "", ""]), spread(change) if change else ""])
     text = (f"Q-RM. Each row changes one choice of part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {train.ARITH['ppo']['kl_coef']}) and keeps its learning "
@@ -433,19 +438,21 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=FULL.seeds)
     parser.add_argument("--task", choices=TASKS, default=FULL.task, help="of parts 1 to 3; the ceiling is measured on all of them")
     parser.add_argument("--out", default="runs/study")
+    parser.add_argument("--fast", action="store_true", help="PPO with the oracles, Q-RM and ORM only, at one untuned learning rate")
     parser.add_argument("--quick", action="store_true", help="every path with tiny settings: a test, not a result")
     args = parser.parse_args(argv)
-    plan = QUICK if args.quick else dataclasses.replace(FULL, seeds=args.seeds, few=min(FULL.few, args.seeds), task=args.task)
+    full = FAST if args.fast else FULL
+    plan = QUICK if args.quick else dataclasses.replace(full, seeds=args.seeds, few=min(full.few, args.seeds), task=args.task)
     with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         study = Study(args.out, plan, args.minutes, pool)
         starts = part_policies(study, plan.task, plan.seeds)
-        part_rl(study, starts, {}, [(a, r) for a in ALGORITHMS for r in GRADED])
+        part_rl(study, starts, {}, [(a, r) for a, r in plan.arms if r in GRADED])
         ceilings = []
-        for task in TASKS.keys() - {plan.task} if not args.quick else ():
+        for task in TASKS.keys() - {plan.task} if plan.few and not args.quick else ():
             others = part_policies(study, task, plan.few)
             ceilings.append((task, *part_rl(study, others, {}, [("ppo", r) for r in GRADED], task), GRADED))
         rm_lrs, metrics = part_reward_models(study, starts)
-        rl_lrs, arms = part_rl(study, starts, rm_lrs, [(a, r) for r in REWARDS for a in ALGORITHMS])
+        rl_lrs, arms = part_rl(study, starts, rm_lrs, plan.arms)
         disputed = part_disputed(study, starts, rm_lrs, rl_lrs)
     tables = [rl_table(study, "0. The ceiling: exact token rewards against the exact outcome", "outcome", [(plan.task, rl_lrs, arms, GRADED), *ceilings]),
               reward_model_table(study, rm_lrs, metrics),
