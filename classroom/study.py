@@ -330,6 +330,12 @@ def rate(lr, grid):
     return f"{lr:g}" + (", edge" if len(grid) > 1 and lr in (grid[0], grid[-1]) else "")
 
 
+def tuning(grid, by):
+    if len(grid) == 1:
+        return f"The learning rate, {grid[0]:g}, is not tuned."
+    return f"Tuned: the learning rate, {len(grid)} values for every row, on seed 0, by {by}; the other seeds run at the best ('edge': an end of the grid)."
+
+
 def results(curves):
     """Three cells: best and final pass@1, final KL."""
     ends = [c[-1] for c in curves.values()]
@@ -348,8 +354,8 @@ def rl_table(study, title, base, parts):
                     rows.append([task, ALGORITHMS[a], REWARDS[r], rate(chosen[a, r], study.plan.rl_lrs), len(c), *results(c), *goal])
                 else:
                     rows.append([task, ALGORITHMS[a], REWARDS[r], "not run", *[""] * 6])
-    text = (f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. Tuned: the learning rate, {len(study.plan.rl_lrs)} values for every arm, on seed 0, by "
-            "the final pass@1 on other held-out prompts; the other seeds run at the chosen one ('edge': at an end of the grid). Not tuned, equal in all arms: KL k1 "
+    text = (f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. {tuning(study.plan.rl_lrs, 'final pass@1 on other held-out prompts')} "
+            "Not tuned, equal in all arms: KL k1 "
             f"with coefficient {train.ARITH['ppo']['kl_coef']}, critic, epochs, clip, minibatch, gamma 1, lambda. Best is the best of each seed's evaluations. Target: the best "
             f"point of the {REWARDS[base]} arm's mean curve, same algorithm; trajectories to it: of the mean curve; of the seeds the median (lowest to "
             "highest) and how many reach it.")  # fmt: skip
@@ -367,8 +373,8 @@ def reward_model_table(study, chosen, metrics):
         rows.append([label, "", len(starts), *(spread([s[key][c] for s in starts]) for c in columns)])
     lengths = [m["length_baseline"] for m in metrics.get("qrm", [])]
     rows.append(["the shorter answer", "", len(lengths), spread(lengths), "", ""])
-    text = (f"Per seed one SFT policy, its own pairs, one training run; {spread([m['n_pairs'] for m in metrics.get('qrm', [])], 0)} test pairs. Tuned: the learning rate, "
-            f"{len(study.plan.rm_lrs)} values for every kind, on seed 0, by pair accuracy on the validation half of the held-out pairs; the rows are the test half. "
+    text = (f"Per seed one SFT policy, its own pairs, one training run; {spread([m['n_pairs'] for m in metrics.get('qrm', [])], 0)} test pairs. "
+            f"{tuning(study.plan.rm_lrs, 'pair accuracy on the validation half of the held-out pairs')} The rows are the test half. "
             "AUC: Z at the first wrong token against tokens before it (.5 is blind). Hit: the largest drop of Z is there. The step PRM learns from exact step "
             "labels, the others from pairs. DPO-RM starts at 0 everywhere.")  # fmt: skip
     return {"title": "1. Reward models", "text": text, "rows": rows}
@@ -457,7 +463,7 @@ def main(argv=None):
     tables = [rl_table(study, "0. The ceiling: exact token rewards against the exact outcome", "outcome", [(plan.task, rl_lrs, arms, GRADED), *ceilings]),
               reward_model_table(study, rm_lrs, metrics),
               rl_table(study, "2. Algorithms and rewards", "orm", [(plan.task, rl_lrs, arms, REWARDS)]),
-              disputed_table(study, disputed, arms), theory_table(plan.few)]  # fmt: skip
+              disputed_table(study, disputed, arms), theory_table()]  # fmt: skip
     print(write_results(study, tables, arms, disputed))
     for job in study.missing:
         print(f"not run: {json.dumps(job)}")
