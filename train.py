@@ -70,7 +70,7 @@ class Train:
 class Sampling:
     task: str = "gsm8k"  # [pairs reinforce ppo eval grade] which grader: gsm8k | math | arith
     grader: str = "ours"  # [pairs reinforce ppo eval grade] ours | strict | authors | math_verify
-    limit: int = 0  # [pairs reinforce ppo eval grade score] use only so many rows (reinforce, ppo: for evaluation); 0 is all
+    limit: int = 0  # [pairs reinforce ppo eval grade score] use only so many rows; 0 is all. reinforce, ppo: hold out the last so many
     k: int = 8  # [pairs eval] samples a prompt
     temperature: float = 1.0  # [pairs reinforce ppo eval] of the samples; pass@1 is always greedy
     max_new_tokens: int = 512  # [pairs reinforce ppo eval] longest answer, tokens
@@ -505,7 +505,10 @@ def stage_rl(cfg, grid):
     policy, reference = load(LanguageModel, directory, cfg, grid), load(LanguageModel, directory, cfg, grid).requires_grad_(False)
     if cfg.data:
         rows = data.load_rows(cfg.data, ("prompt", "label") if graded else ("prompt",), optional=("label",))
-        heldout = [row for row in rows if "label" in row][: cfg.limit or None]
+        cut = max(len(rows) - cfg.limit, 0)
+        rows, heldout = rows[:cut], [row for row in rows[cut:] if "label" in row]
+        if not rows:
+            raise BadInput(f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
     else:
         rows, heldout = data.arith_rows("train", 8192, cfg.seed + 2), data.arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0)
     prompts, n = encode_prompts(rows, tokenizer, cfg), cfg.batch_size // cfg.group_size

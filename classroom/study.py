@@ -352,7 +352,7 @@ def rl_table(study, title, base, parts):
                 if c := curves.get((a, r)):
                     goal = ["", ""] if target is None else [f"{target:.2f}", reached(c, target)]
                     rows.append([task, ALGORITHMS[a], REWARDS[r], rate(chosen[a, r], study.plan.rl_lrs), len(c), *results(c), *goal])
-                else:
+                elif (a, r) in study.plan.arms:
                     rows.append([task, ALGORITHMS[a], REWARDS[r], "not run", *[""] * 6])
     text = (f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. {tuning(study.plan.rl_lrs, 'final pass@1 on other held-out prompts')} "
             "Not tuned, equal in all arms: KL k1 "
