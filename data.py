@@ -597,6 +597,12 @@ def first_error(ids, solution_ids):
     return next((i for i, (a, b) in enumerate(zip(ids, solution_ids)) if a != b), min(len(ids), len(solution_ids)))
 
 
+def error_places(tokenizer, prompt, examples):
+    """Index of the first wrong token of each answer to a prompt of the built-in task; its length when nothing is wrong."""
+    solution = tokenizer.encode_response(arith_solve(prompt))
+    return [first_error(e.response_ids, solution) for e in examples]
+
+
 def stable_hash(text):
     """A 63-bit number that depends on the text alone (Python's own hash changes from run to run)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

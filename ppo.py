@@ -20,6 +20,8 @@ from reinforce import eos_to_mean, kl_penalty, mean_stats, micro_batches, miniba
 
 @dataclass(frozen=True)
 class PPO:
+    """What PPO needs beside RL's fields."""
+
     clip: float = 0.2  # [ppo] the ratio's gain is cut outside 1 +- clip (the paper)
     ppo_epochs: int = 1  # [ppo] passes over a rollout (the paper)
     baseline_weight: float = 1.0  # [ppo] weight of V in A = Z_std - KL - V (1 the paper, 0.01 the authors' code)

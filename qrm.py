@@ -19,6 +19,8 @@ from model import token_logprobs
 
 @dataclass(frozen=True)
 class Reward:
+    """Which reward model, and the two numbers of its loss."""
+
     reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo; rm: plain (qrm by autograd); RL: outcome (graded), oracle
     beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4); dpo: 0.1 is the paper's
     margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)

@@ -10,6 +10,7 @@
 import argparse
 import contextlib
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -27,17 +28,20 @@ from tqdm import tqdm
 
 import data
 from data import BadInput, Example
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, generate, init_weights, load_model, read_config, save_model, token_logprobs
+from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, read_config, save_model, token_logprobs
 from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
 from qrm import Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward, token_scores
-from reinforce import RL, collect_rollout, minibatches, reinforce_step, rollout_stats
+from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, make_pairs, minibatches, pass_at_k,  # fmt: skip
+                       reinforce_step, rollout_stats, sample_graded)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
 
 @dataclass(frozen=True)
 class Run:
+    """What to run, where, and on what."""
+
     stage: str = "demo"  # sft | pairs | rm | reinforce | ppo | eval | score | grade | demo
     run: str = "runs/arith"  # directory where the stages of the built-in task keep and find everything
     out: str = ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
@@ -54,6 +58,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Train:
+    """How a model is updated, in every stage that trains one."""
+
     steps: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts); 0 is one pass over the data
     lr: float = 1e-5  # [sft rm reinforce ppo] learning rate after warm-up (the paper's value for the reward model)
     batch_size: int = 2  # [sft rm reinforce ppo] rows, pairs or trajectories a step, over all processes (the paper: 2 pairs)
@@ -68,6 +74,8 @@ class Train:
 
 @dataclass(frozen=True)
 class Sampling:
+    """How answers are sampled and graded."""
+
     task: str = "gsm8k"  # [pairs reinforce ppo eval grade] which grader: gsm8k | math | arith
     grader: str = "ours"  # [pairs reinforce ppo eval grade] ours | strict | authors | math_verify
     limit: int = 0  # [pairs reinforce ppo eval grade score] use only so many rows; 0 is all. reinforce, ppo: hold out the last so many
@@ -96,13 +104,15 @@ ARITH = {
 
 
 def stages_of(comment):
+    """The stages that a field's comment names in brackets; None is all."""
     return set(m[1].split()) if (m := re.match(r"\[([^\]]*)\]", comment)) else None
 
 
+@functools.lru_cache
 def flags():
     """{field: (default, type, comment)} of Config; the comments are those that stand behind the fields."""
     out = {}
-    for cls in Config.__mro__[-2:0:-1]:
+    for cls in Config.__mro__[1:-1]:
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
         out |= {f.name: (f.default, type(f.default), comments[f.name]) for f in dataclasses.fields(cls) if f.name in comments}
     return out
@@ -115,7 +125,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """argv -> Config. Raises BadInput for an unknown flag, a wrong type or a value out of range."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+    parser = _Parser(usage="train.py --stage STAGE [--flag value ...]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
     first = _Parser(add_help=False, allow_abbrev=False)
     for name in ("--stage", "--model", "--data"):
         first.add_argument(name)
@@ -206,6 +216,7 @@ def user_files():
 
 
 def load(kind, directory, cfg, grid):
+    """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
     with user_files():
         return load_model(kind, directory, grid, getattr(torch, cfg.dtype))
 
@@ -314,6 +325,7 @@ def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens):
 
 
 def sequence_length(example):
+    """Tokens of prompt and response."""
     return len(example.prompt_ids) + len(example.response_ids)
 
 
@@ -347,33 +359,6 @@ def arith_model(tokenizer):
 # ------------------------------------------------------------------------------------------------ pairs
 
 
-def encode_prompts(rows, tokenizer, cfg):
-    prompts = []
-    for row in rows:
-        with data.at_line(cfg.data or "built-in task", row["line"]):
-            prompts.append(tokenizer.encode_prompt(row["prompt"]))
-    return prompts
-
-
-def sample_graded(policy, tokenizer, rows, cfg, grid, seed, temperature, k):
-    """k answers a row: -> [[(text, response ids, correct, truncated)] * k] for this dp rank's rows, and the token count."""
-    prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg) for _ in range(k)]
-    responses, truncated = generate(policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed)
-    texts = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in responses]
-    labels = [row["label"] for row in rows for _ in range(k)]
-    graded = [(text, ids, data.grade(text, label, cfg.task, cfg.grader)[1], cut) for text, ids, label, cut in zip(texts, responses, labels, truncated)]
-    return [graded[i : i + k] for i in range(0, len(graded), k)], sum(map(len, responses))
-
-
-def make_pairs(row, answers, most):
-    """Right answers paired with wrong ones of the same prompt; each pair once, the shorter list again from its start.
-    Truncated answers are left out: written as text they would gain a stop token that they never had."""
-    right = list(dict.fromkeys(text for text, _, correct, cut in answers if correct and not cut and text.strip()))
-    wrong = list(dict.fromkeys(text for text, _, correct, cut in answers if not correct and not cut and text.strip()))
-    n = min(max(len(right), len(wrong)), most) if right and wrong else 0
-    return [{"prompt": row["prompt"], "chosen": right[i % len(right)], "rejected": wrong[i % len(wrong)], "label": row["label"]} for i in range(n)]
-
-
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
     directory = cfg.model or need("sft", cfg, grid)
@@ -405,6 +390,7 @@ def stage_pairs(cfg, grid):
 
 
 def heldout_pairs(cfg):
+    """Where the built-in task keeps the pairs that no reward model was trained on."""
     return out_path(dataclasses.replace(cfg, stage="pairs")).with_name("pairs-heldout.jsonl")
 
 
@@ -429,7 +415,7 @@ def stage_rm(cfg, grid):
             raise BadInput("--reward prm learns from step labels, which only the built-in task (--task arith) knows")
         for i, row in enumerate(rows):
             with data.at_line(path, row["line"]):
-                pairs[i] += tuple(error_places(tokenizer, row["prompt"], pairs[i]))
+                pairs[i] += tuple(data.error_places(tokenizer, row["prompt"], pairs[i]))
     reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False) if cfg.reward == "dpo" else None
     step_ids = tokenizer.ids_with("\n")
 
@@ -440,12 +426,6 @@ def stage_rm(cfg, grid):
 
     work = train_on_rows(cfg, grid, model, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])))
     finish(work, model, tokenizer, reward=cfg.reward, reference=directory)
-
-
-def error_places(tokenizer, prompt, examples):
-    """Index of the first wrong token of each answer to a prompt of the built-in task; its length when nothing is wrong."""
-    solution = tokenizer.encode_response(data.arith_solve(prompt))
-    return [data.first_error(e.response_ids, solution) for e in examples]
 
 
 # ------------------------------------------------------------------------------------------------ reinforce, ppo
@@ -463,27 +443,10 @@ def reward_kind(directory):
 def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
     """-> reward_fn, reward_mask_fn (None: every response token), whether the reward is a token's own Q.
 
-    outcome (the graded answer, 1 or 0, at the last token) and oracle (1 before the first wrong token, 0 from there on)
-    look up `rows` by their prompts; the others are models from `directory`.
+    outcome and oracle grade the answers to `rows`; the others are models from `directory`.
     """
     if kind in ("outcome", "oracle"):
-        known = {tuple(tokenizer.encode_prompt(row["prompt"])): row for row in rows}
-        last = lambda ids, mask: last_token_mask(mask)
-
-        def reward_fn(ids, mask):
-            out = torch.zeros(mask.shape, device=ids.device)
-            for i, (row_ids, row_mask) in enumerate(zip(ids.tolist(), mask.tolist())):
-                start, n = row_mask.index(True) + 1, sum(row_mask)
-                row, response = known[tuple(row_ids[:start])], row_ids[start : start + n]
-                text = tokenizer.decode([t for t in response if t not in tokenizer.stop_ids])
-                correct = response[-1] in tokenizer.stop_ids and data.grade(text, row["label"], cfg.task, cfg.grader)[1]
-                if kind == "outcome":
-                    out[i, start + n - 2] = float(correct)
-                else:
-                    out[i, start - 1 : start - 1 + (n if correct else error_places(tokenizer, row["prompt"], [Example([], response)])[0])] = 1.0
-            return out
-
-        return reward_fn, (last if kind == "outcome" else None), kind == "oracle"
+        return graded_reward(kind, tokenizer, rows, cfg), (lambda ids, mask: last_token_mask(mask)) if kind == "outcome" else None, kind == "oracle"
     own = data.Tokenizer.load(directory, cfg.chat)
     if own.fingerprint != tokenizer.fingerprint:
         raise BadInput(f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids")
@@ -555,16 +518,11 @@ def finish(work, model, tokenizer, **run):
     work.publish()
 
 
-def greedy_pass(policy, tokenizer, rows, cfg, grid):
-    """Share of rows whose greedy answer is right, over all dp ranks."""
-    answers, _ = sample_graded(policy, tokenizer, rows[grid.dp_rank :: grid.dp_size], cfg, grid, 0, 0.0, 1)
-    return all_sum([sum(row[0][2] for row in answers)], grid)[0] / len(rows)
-
-
 # ------------------------------------------------------------------------------------------------ eval, score, grade
 
 
 def is_reward_model(directory):
+    """Whether config.json names a model with one scalar a token."""
     with user_files():
         return "ForTokenClassification" in (read_config(directory)[1].get("architectures") or [""])[0]
 
@@ -599,7 +557,7 @@ def eval_reward_model(directory, cfg, grid):
         errors = []
         for row, (_, rejected) in zip(rows[grid.dp_rank :: grid.dp_size], mine):
             with data.at_line(path, row["line"]):
-                place = error_places(tokenizer, row["prompt"], [rejected])[0]
+                place = data.error_places(tokenizer, row["prompt"], [rejected])[0]
             errors.append(place if place < len(rejected.response_ids) else 0)  # nothing wrong in it: left out
         counts |= credit_counts(scores[1::2], errors)
     c = dict(zip(counts, all_sum(list(counts.values()), grid)))
@@ -607,11 +565,6 @@ def eval_reward_model(directory, cfg, grid):
     if known:
         out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1)}
     return out  # length_baseline: the accuracy of always preferring the shorter answer, ties counted half
-
-
-def pass_at_k(n, correct, k):
-    """Chance that at least one of k answers drawn from these n is right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def eval_policy(directory, cfg, grid):
@@ -722,7 +675,7 @@ def main(argv=None):
             grid = make_grid(cfg.tp, cfg.device)
         if not cfg.model and not cfg.data:
             torch.set_num_threads(1)  # the built-in model is too small for more; and so every machine gives the same numbers
-        say(grid, "config: " + "  ".join(f"{k} {v}" for k, v in dataclasses.asdict(cfg).items() if v != ""))
+        say(grid, "config: " + "  ".join(f"{k} {getattr(cfg, k)}" for k in flags() if getattr(cfg, k) != ""))
         STAGES[cfg.stage](cfg, grid)
     except BadInput as e:
         if int(os.environ.get("RANK", 0)) == 0:
