@@ -405,9 +405,11 @@ def draw(path, arms, disputed):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.5), sharey=True)
     panels = [(ALGORITHMS[a], {REWARDS[r]: c for (b, r), c in arms.items() if b == a}) for a in ALGORITHMS]
-    for axis, (title, lines) in zip(axes, [*panels, ("Q-RM, disputed choices (means)", disputed)]):
+    panels = [(title, lines) for title, lines in [*panels, ("Q-RM, disputed choices (means)", disputed)] if any(lines.values())]
+    figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(1 + 5 * max(len(panels), 1), 4.5), sharey=True, squeeze=False)
+    axes = axes[0]
+    for axis, (title, lines) in zip(axes, panels):
         for i, (label, curves) in enumerate((label, curves) for label, curves in lines.items() if curves):
             axis.plot(*zip(*mean_curve(curves)), f"C{i}", label=f"{label} (n={len(curves)})", linestyle="--" if "oracle" in label else "-")
             if lines is not disputed:

@@ -599,13 +599,21 @@ def start(*words, program=()):
     return subprocess.Popen([*map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+
+
+def tiny_program(tmp_path):
+    """train.py with the settings that `command` runs with in this process."""
+    path = tmp_path / "tiny_train.py"
+    path.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH, rows = {TINY!r}, train.data.arith_rows\n"
+                    "train.data.arith_rows = lambda split, n, seed: rows(split, min(n, 400), seed)\nsys.exit(train.main())\n")
+    return path
+
+
 def test_two_processes_give_the_losses_of_one(built, command, tmp_path):
     """tp 2 on a run directory where nothing is yet, as on a fresh clone; dp 2 on the same pairs. Both at once."""
     fresh = tmp_path / "fresh"
-    wrapper = tmp_path / "tiny_train.py"
-    wrapper.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH, rows = {TINY!r}, train.data.arith_rows\n"
-                       "train.data.arith_rows = lambda split, n, seed: rows(split, min(n, 400), seed)\nsys.exit(train.main())\n")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    torchrun, wrapper = TORCHRUN_2, tiny_program(tmp_path)
     words = ["--steps", 5, "--batch_size", 4, "--micro_batch", 2, "--lr", 1e-2]
     tp = start("--stage", "rm", "--run", fresh, *words, program=[*torchrun, wrapper])
     given = ["--stage", "rm", "--model", built / "sft", "--data", built / "pairs.jsonl", *words]
@@ -622,6 +630,23 @@ def test_two_processes_give_the_losses_of_one(built, command, tmp_path):
         for a, b in zip(found, one, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
             assert {k: a[k] for k in ("step", "lr", "tokens", "pair_accuracy")} == {k: b[k] for k in ("step", "lr", "tokens", "pair_accuracy")}
+
+
+def test_rl_at_tp_2_follows_tp_1(built, command, tmp_path):
+    """Three rollouts with their updates: the same tokens are sampled, so every figure follows to rounding. The reward is the
+    oracle: the scores of a hardly trained reward model differ by rounding alone, and standardising would blow that up."""
+    torchrun = [*TORCHRUN_2, tiny_program(tmp_path)]
+    words = ["--run", built, "--reward", "oracle", "--steps", 3, "--batch_size", 8, "--minibatch", 4, "--lr", 1e-4, "--kl_coef", 0.1]
+    for stage in ("reinforce", "ppo"):
+        given = ["--stage", stage, *words, "--limit", 4, "--max_new_tokens", 24]
+        process = start(*given, "--out", tmp_path / f"{stage}-tp", program=torchrun)
+        assert command(*given, "--out", tmp_path / stage)[0] == 0
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
+        for a, b in zip(untimed(tmp_path / f"{stage}-tp"), untimed(tmp_path / stage), strict=True):
+            assert a.keys() == b.keys() and a["response_length"] == b["response_length"]
+            for key in ("loss", "reward", "entropy", "kl_k1", "value_loss"):
+                assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-5, abs=1e-6), (stage, key)
 
 
 def test_ctrl_c_leaves_a_checkpoint(built, command, pairs_file, tmp_path):
