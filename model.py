@@ -332,6 +332,13 @@ def response_log_softmax(policy, ids, response_mask, temperature=1.0):
     return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
 
 
+def token_logits(policy, ids, response_mask):
+    """The logit of targets[:, t] after inputs[:, :t+1]: (B, T+1) int64, (B, T) bool -> (B, T) fp32, 0 outside the mask"""
+    logits = policy.logits(policy.model(ids[:, :-1])[response_mask]).float()  # (N, V/tp)
+    picked = vocab_pick(logits, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid)  # (N,)
+    return torch.zeros(response_mask.shape, device=ids.device).masked_scatter(response_mask, picked)
+
+
 def token_logprobs(policy, ids, response_mask, temperature=1.0):
     """log pi(targets[:, t] | inputs[:, :t+1]) and the entropy of pi there, in nats.
 

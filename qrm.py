@@ -14,14 +14,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import token_logprobs
+from model import token_logits, token_logprobs
+
+REWARD_MODELS = ("qrm", "plain", "logit", "orm", "prm", "dpo")  # what --stage rm can train
+POLICY_LIKE = ("logit", "dpo")  # of these, what is a language model; the others have a scalar head
 
 
 @dataclass(frozen=True)
 class Reward:
     """Which reward model, and the two numbers of its loss."""
 
-    reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo; rm: plain (qrm by autograd); RL: outcome (graded), oracle
+    reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo | logit; rm: plain (qrm by autograd); RL: outcome (graded), oracle
     beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4); dpo: 0.1 is the paper's
     margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)
 
@@ -200,6 +203,12 @@ def dpo_reward(policy, reference, beta=0.1):
     return lambda ids, mask: beta * (token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0])
 
 
+def logit_reward(policy):
+    """Z as the logit that a language model gives a_t at s_t (Definition 3.1 with phi its own softmax), for comparison: the
+    paper reads a scalar head after a_t instead, so that scoring and generating share no output."""
+    return lambda ids, mask: token_logits(policy, ids, mask)
+
+
 # ------------------------------------------------------------------------------------------------ by name
 
 
@@ -220,6 +229,8 @@ def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(
         with torch.no_grad():
             ref_logprobs = token_logprobs(reference, ids, response_mask)[0]
         return dpo_loss(token_logprobs(model, ids, response_mask)[0], ref_logprobs, response_mask, cfg.beta)
+    if cfg.reward == "logit":
+        return qrm_loss(token_logits(model, ids, response_mask), response_mask, cfg.beta, cfg.margin)
     scores = token_scores(model, ids)
     if cfg.reward == "prm":
         place = response_mask.cumsum(1) - 1  # (2P, T): index within the response
@@ -231,35 +242,40 @@ def reward_function(kind, model, reference=None, step_ids=()):
     """-> reward_fn, reward_mask_fn (where it speaks; None is every response token), whether it is a token's own Q."""
     return {"qrm": (token_reward(model), None, True),
             "dpo": (dpo_reward(model, reference), None, True),
+            "logit": (logit_reward(model), None, True),
             "orm": (outcome_reward(model), lambda ids, mask: last_token_mask(mask), False),
             "prm": (step_reward(model, step_ids), lambda ids, mask: step_end_mask(ids, mask, step_ids), False)}[kind]  # fmt: skip
 
 
 def sequence_score(kind, scores):
     """One number for a whole answer, from its rewards (n,): Q-RM and PRM by the mean, ORM by the last token, DPO by the sum."""
-    spoken = {"qrm": len(scores), "prm": max(int((scores != 0).sum()), 1)}.get(kind, 1)
+    spoken = {"qrm": len(scores), "logit": len(scores), "prm": max(int((scores != 0).sum()), 1)}.get(kind, 1)
     return scores.sum().item() / spoken
 
 
 # ------------------------------------------------------------------------------------------------ how good is it
 
 
-def credit_counts(scores, first_errors):
+def credit_counts(scores, first_errors, repaired=None):
     """Does the reward model know *where* an answer goes wrong? Counts over answers whose first wrong token is known.
 
     scores         list of (n_i,) float: one score per response token of a wrong answer
     first_errors   list of int: index of the first wrong token. With nothing before it (0) the answer is left out
-    -> {"wins", "comparisons", "hits", "n_errors"}, to be added over ranks:
+    repaired       list of (n_i,) float: scores of the same answers up to there, with the right token in its last place
+    -> {"wins", "comparisons", "hits", "choices", "n_errors"}, to be added over ranks:
        wins / comparisons   AUC: P(Z at the first wrong token < Z at a token before it), ties 1/2, within one answer; .5
                             is blind. (Theory predicts a step down, so the lowest token of all is not the question.)
        hits / n_errors      share of answers whose largest drop Z_t - Z_(t-1) is at the first wrong token
+       choices / n_errors   share in which the right token scores higher than the wrong one at the same state. (AUC compares
+                            different states: to a policy all but a few tokens are near certain, and its own log pi gets .99)
     """
-    counts = {"wins": 0.0, "comparisons": 0, "hits": 0, "n_errors": 0}
-    for z, error in zip(scores, first_errors):
+    counts = {"wins": 0.0, "comparisons": 0, "hits": 0, "choices": 0.0, "n_errors": 0}
+    for z, error, right in zip(scores, first_errors, repaired or [None] * len(scores)):
         if error:
             before, at = z[:error], z[error]
             counts["wins"] += (before > at).sum().item() + 0.5 * (before == at).sum().item()
             counts["comparisons"] += error
+            counts["choices"] += 0.0 if right is None else float(right[error] > at) + 0.5 * float(right[error] == at)
             counts["hits"] += int(z.diff().argmin().item() + 1 == error)
             counts["n_errors"] += 1
     return counts

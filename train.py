@@ -31,7 +31,7 @@ from data import BadInput, Example
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, read_config, save_model, token_logprobs
 from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
-from qrm import Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward, token_scores
+from qrm import POLICY_LIKE, REWARD_MODELS, Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward, token_scores
 from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, make_pairs, minibatches, pass_at_k,  # fmt: skip
                        reinforce_step, rollout_stats, sample_graded)
 
@@ -144,7 +144,7 @@ def parse(argv):
     cfg = Config(**vars(parser.parse_args(argv)))
     choices = {"stage": tuple(STAGES), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
                "chat": ("none", "llama3", "chatml"), "task": ("gsm8k", "math", "arith"),
-               "grader": ("ours", "strict", "authors", "math_verify"), "reward": ("qrm", "plain", "orm", "prm", "dpo", "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
+               "grader": ("ours", "strict", "authors", "math_verify"), "reward": (*REWARD_MODELS, "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
                "advantage": ("", "token", "return", "gae", "rloo", "grpo"), "kl": ("exact", "k1", "k3", "abs")}  # fmt: skip
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -165,7 +165,7 @@ def check_combinations(cfg):
     """Flags that are right each by itself, but not together."""
     rl = cfg.stage in ("reinforce", "ppo")
     if cfg.stage == "rm" and cfg.reward in ("outcome", "oracle"):
-        raise BadInput(f"--reward {cfg.reward} needs no reward model; --stage rm expects qrm, plain, orm, prm or dpo")
+        raise BadInput(f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}")
     if rl and cfg.reward == "oracle" and cfg.task != "arith":
         raise BadInput("--reward oracle knows the first wrong token of the built-in task only (--task arith)")
     if rl and cfg.batch_size % cfg.group_size:
@@ -407,7 +407,7 @@ def stage_rm(cfg, grid):
     directory = str(cfg.model or need("sft", cfg, grid))
     path = cfg.data or need("pairs", cfg, grid)
     tokenizer = data.Tokenizer.load(directory, cfg.chat)
-    model = load(LanguageModel if cfg.reward == "dpo" else ScalarModel, directory, cfg, grid)
+    model = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
     pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
     if cfg.reward == "prm":
@@ -432,11 +432,11 @@ def stage_rm(cfg, grid):
 
 
 def reward_kind(directory):
-    """qrm, orm, prm or dpo, as the rm stage noted it in run.json; a directory made elsewhere is taken for a Q-RM."""
+    """One of REWARD_MODELS, as the rm stage noted it in run.json; a directory made elsewhere is taken for a Q-RM."""
     path = Path(directory) / "run.json"
     kind = data.read_json(path, path.read_bytes()).get("reward", "qrm") if path.exists() else "qrm"
-    if kind not in ("qrm", "plain", "orm", "prm", "dpo"):
-        raise BadInput(f"{path}: reward is {kind!r}, expected qrm, plain, orm, prm or dpo")
+    if kind not in REWARD_MODELS:
+        raise BadInput(f"{path}: reward is {kind!r}, expected one of {', '.join(REWARD_MODELS)}")
     return "qrm" if kind == "plain" else kind
 
 
@@ -454,7 +454,7 @@ def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
     if kind == "dpo":
         reference = json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))["reference"]
         reference = load(LanguageModel, reference, cfg, grid).requires_grad_(False)
-    model = load(LanguageModel if kind == "dpo" else ScalarModel, directory, cfg, grid).requires_grad_(False)
+    model = load(LanguageModel if kind in POLICY_LIKE else ScalarModel, directory, cfg, grid).requires_grad_(False)
     return reward_function(kind, model, reference, tokenizer.ids_with("\n"))
 
 
@@ -552,18 +552,21 @@ def eval_reward_model(directory, cfg, grid):
     known = cfg.task == "arith"  # the built-in task has one right answer a prompt, so the first wrong token is known
     if known:
         if kind in ("orm", "prm"):  # their head read at every token, trained there or not
-            model = load(ScalarModel, directory, cfg, grid)
-            scores = score_examples(token_reward(model), [example for pair in mine for example in pair], cfg, grid)
-        errors = []
+            reward_fn = token_reward(load(ScalarModel, directory, cfg, grid))
+            scores = score_examples(reward_fn, [example for pair in mine for example in pair], cfg, grid)
+        errors, repaired = [], []
         for row, (_, rejected) in zip(rows[grid.dp_rank :: grid.dp_size], mine):
             with data.at_line(path, row["line"]):
-                place = data.error_places(tokenizer, row["prompt"], [rejected])[0]
-            errors.append(place if place < len(rejected.response_ids) else 0)  # nothing wrong in it: left out
-        counts |= credit_counts(scores[1::2], errors)
+                solution = tokenizer.encode_response(data.arith_solve(row["prompt"]))
+            place = data.first_error(rejected.response_ids, solution)
+            errors.append(place if place < min(len(rejected.response_ids), len(solution)) else 0)  # nothing wrong in it: left out
+            repaired.append(rejected._replace(response_ids=[*rejected.response_ids[: errors[-1]], solution[errors[-1]]]))
+        counts |= credit_counts(scores[1::2], errors, score_examples(reward_fn, repaired, cfg, grid))
     c = dict(zip(counts, all_sum(list(counts.values()), grid)))
     out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "length_baseline": c["shorter"] / n}
     if known:
-        out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1)}
+        out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1),
+                "first_error_choice": c["choices"] / max(c["n_errors"], 1)}  # fmt: skip
     return out  # length_baseline: the accuracy of always preferring the shorter answer, ties counted half
 
 
@@ -602,7 +605,7 @@ def stage_eval(cfg, grid):
         need("rm", cfg, grid)
         directories = [d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""]
     for directory in map(Path, directories):
-        judges = is_reward_model(directory) or reward_kind(directory) == "dpo"
+        judges = is_reward_model(directory) or reward_kind(directory) in POLICY_LIKE
         result = (eval_reward_model if judges else eval_policy)(directory, cfg, grid)
         path = Path(cfg.out) / "eval.json" if cfg.out else directory / "eval.json"
         if grid.is_main:

@@ -1,10 +1,10 @@
 """The study: which token rewards help, by how much, and which of the disputed choices matter.
 
-    python classroom/study.py [--minutes 40] [--seeds 5] [--out runs/study] [--quick]
+    python classroom/study.py [--minutes 40] [--seeds 5] [--out runs/study] [--fast | --quick]
 
     per seed   sft ─► pairs (train | validation | test) ─► reward models ─► REINFORCE and PPO ─► curves, tables, figure
 
-Every step is a command of train.py, in one of two worker processes with one thread each. A finished run is one line of
+Every step is a command of train.py, in one of --workers processes with one thread each. A finished run is one line of
 <out>/runs.jsonl; a restart does what is missing. Results: <out>/study.md, study.json and study.png.
 """
 
@@ -29,15 +29,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
-from model import ScalarModel, load_model, save_model
+from model import LanguageModel, ScalarModel, load_model, save_model
 from parallel import Grid
-from qrm import credit_counts
 from theory import theory_table
 
-REWARDS = {"oracle": "oracle, tokens", "outcome": "oracle, outcome", "qrm": "Q-RM", "orm": "ORM", "dpo": "DPO-RM", "prm": "step PRM"}
+REWARDS = {"oracle": "oracle, tokens", "outcome": "oracle, outcome", "qrm": "Q-RM", "orm": "ORM", "dpo": "DPO-RM", "prm": "step PRM",
+           "logit": "Z as the LM's logit"}  # fmt: skip
 ALGORITHMS = {"ppo": "PPO", "reinforce": "REINFORCE"}
 GRADED = ("oracle", "outcome")  # need no reward model
-FEW = ("dpo", "prm")  # arms with plan.few seeds
+FEW = ("dpo", "prm", "logit")  # arms with plan.few seeds
 VALIDATION = 1000  # seed of the held-out prompts that learning rates are chosen on; the curves are those of seed 0's
 
 # "long" has more verbs to unlearn, more of them in a problem, and longer answers: the outcome says less about a token.
@@ -50,10 +50,8 @@ DISPUTED = {
     "PPO, stop token's reward = sequence mean": ("ppo", {"eos_to_mean": True}),
     "PPO, absolute k1": ("ppo", {"kl": "abs"}),
     "PPO, exact KL (Algorithm 1)": ("ppo", {"kl": "exact"}),
-    "PPO, no KL": ("ppo", {"kl_coef": 0.0}),
     "REINFORCE, std only": ("reinforce", {"standardize": "std"}),
-    "REINFORCE, stop token's reward = sequence mean": ("reinforce", {"eos_to_mean": True}),
-    "REINFORCE, no KL": ("reinforce", {"kl_coef": 0.0}),
+    "REINFORCE, no KL (Algorithm 2)": ("reinforce", {"kl_coef": 0.0}),
     "REINFORCE, sequence mean on every token": ("reinforce", {"advantage": "grpo", "group_size": 8}),
 }
 
@@ -64,8 +62,8 @@ class Plan:
     few: int = 3  # the same for DPO-RM, step PRM, part 3, and the ceiling of the other task
     rl_lrs: tuple = (3e-5, 1e-4, 3e-4)  # grid of every RL arm, on seed 0
     rm_lrs: tuple = (7e-4, 2e-3, 6e-3)  # grid of every reward model, on seed 0
-    task: str = "demo"  # of parts 1 to 3
-    arms: tuple = tuple((a, r) for r in REWARDS for a in ALGORITHMS)  # of part 2
+    task: str = "long"  # of parts 1 to 3: the one on which token credit can show, see part 0
+    arms: tuple = tuple((a, r) for r in REWARDS for a in ALGORITHMS if (a, r) != ("reinforce", "logit"))  # of part 2
     disputed: tuple = tuple(DISPUTED)  # of part 3
     flags: dict = field(default_factory=dict)  # {stage: what differs from train.py's defaults for the built-in task}
 
@@ -76,7 +74,7 @@ _RL = {"steps": 1, "batch_size": 16, "minibatch": 8, "limit": 8, "eval_every": 1
 FAST = dataclasses.replace(FULL, few=0, rl_lrs=(1e-4,), rm_lrs=(2e-3,), disputed=(),
                            arms=tuple(("ppo", r) for r in ("oracle", "outcome", "qrm", "orm")))  # fmt: skip
 QUICK = Plan(1, 1, (1e-4,), (2e-3,), arms=(("ppo", "outcome"), ("ppo", "qrm"), ("reinforce", "qrm"), ("ppo", "orm")),
-             disputed=("PPO, no KL", "REINFORCE, std only"), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
+             disputed=("PPO, exact KL (Algorithm 1)", "REINFORCE, std only"), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
              "rm": {"steps": 2}, "eval": {"limit": 8, "k": 1, "max_new_tokens": 40}, "reinforce": _RL, "ppo": _RL})  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ jobs, in a worker
@@ -124,25 +122,18 @@ def make_pairs(home, seed, flags):
 
 
 def make_untrained(home, seed, flags):
-    """What the reward models knew at their start: a random head on the SFT policy's trunk (Q-RM, ORM, step PRM), and the
-    policy's own log-probabilities (DPO-RM starts at log pi/pi = 0 everywhere, and ranks nothing)."""
-    model, tokenizer = load_model(ScalarModel, home / "sft", Grid()), data.Tokenizer.load(home / "sft", "none")
+    """What the reward models knew at their start -> {name: what eval says}: a random head on the SFT policy's trunk, read as
+    Q-RM and as ORM, and the policy's own logits. (DPO-RM starts at log pi/pi = 0 everywhere, and ranks nothing.)"""
+    model, tokenizer, out = load_model(ScalarModel, home / "sft", Grid()), data.Tokenizer.load(home / "sft", "none"), {}
     model.score.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
-    (home / "untrained").mkdir(exist_ok=True)
-    save_model(model, home / "untrained")
-    tokenizer.save(home / "untrained")
-    pairs, texts, out = read_lines(home / "pairs-test.jsonl"), home / "pairs-test-texts.jsonl", {}
-    write_lines(texts, [{"prompt": pair["prompt"], "response": pair[side]} for pair in pairs for side in ("chosen", "rejected")])
-    solutions = [tokenizer.encode_response(data.arith_solve(pair["prompt"])) for pair in pairs]
-    for directory, key in (("untrained", "scores"), ("sft", "logprobs")):
-        call("score", run=home, model=home / directory, data=texts, out=home / f"{directory}-test.jsonl")
-        rows = read_lines(home / f"{directory}-test.jsonl")
-        z = [torch.tensor(row[key]) for row in rows]
-        c = credit_counts(z[1::2], [data.first_error(row["ids"], solution) for row, solution in zip(rows[1::2], solutions)])
-        for name, rank in (("mean", torch.Tensor.mean), ("last", lambda x: x[-1])):
-            right = statistics.fmean(float(rank(w) > rank(l)) for w, l in zip(z[0::2], z[1::2]))
-            out[f"{directory}-{name}"] = {"pair_accuracy": right, "error_auc": c["wins"] / max(c["comparisons"], 1),
-                                          "first_error_hit": c["hits"] / max(c["n_errors"], 1)}  # fmt: skip
+    for reward in ("qrm", "orm", "logit"):
+        directory = home / f"untrained-{reward}"
+        directory.mkdir(exist_ok=True)
+        save_model(load_model(LanguageModel, home / "sft", Grid()) if reward == "logit" else model, directory)
+        tokenizer.save(directory)
+        (directory / "run.json").write_text(json.dumps({"reward": reward}), encoding="utf-8")
+        call("eval", run=home, model=directory, data=home / "pairs-test.jsonl", **{**flags["eval"], "limit": 0})
+        out[reward] = read_json(directory / "eval.json")
     return out
 
 
@@ -169,7 +160,7 @@ def make_rl(home, seed, flags, algorithm, reward, lr, rm_lr, options):
 
 
 KINDS = {"policy": make_policy, "pairs": make_pairs, "untrained": make_untrained, "rm": make_reward_model, "rl": make_rl}
-READS = {"policy": ("sft", "eval"), "pairs": ("pairs",), "untrained": (), "rm": ("rm", "eval"), "rl": ("ppo", "reinforce", "eval")}
+READS = {"policy": ("sft", "eval"), "pairs": ("pairs",), "untrained": ("eval",), "rm": ("rm", "eval"), "rl": ("ppo", "reinforce", "eval")}
 ARITH_ROWS = data.arith_rows
 
 
@@ -187,7 +178,8 @@ def perform(out, job):
 class Study:
     """What has been run, {job as JSON: record}, as in runs.jsonl; and what should have been and was not."""
 
-    def __init__(self, out, plan, minutes, pool):
+    def __init__(self, out, plan, minutes, pool, workers):
+        self.workers = workers
         self.out, self.plan, self.pool, self.deadline = Path(out), plan, pool, time.monotonic() + 60 * minutes
         self.log, self.missing = self.out / "runs.jsonl", []
         self.out.mkdir(parents=True, exist_ok=True)
@@ -206,11 +198,11 @@ class Study:
         return self.done.get(json.dumps(job), {}).get("result")
 
     def run(self, title, jobs):
-        """Runs what is not there yet, two at a time and in this order; starts nothing after the deadline."""
+        """Runs what is not there yet, --workers at a time and in this order; starts nothing after the deadline."""
         waiting = [job for job in {json.dumps(j): j for j in jobs}.values() if self.result(job) is None]
         bar, running = tqdm(total=len(waiting), desc=title, disable=not waiting or None), {}
         while waiting or running:
-            while waiting and len(running) < 2 and time.monotonic() < self.deadline:
+            while waiting and len(running) < self.workers and time.monotonic() < self.deadline:
                 job = waiting.pop(0)
                 running[self.pool.submit(perform, self.out, job)] = job
             if not running:
@@ -363,19 +355,20 @@ def rl_table(study, title, base, parts):
 
 
 def reward_model_table(study, chosen, metrics):
-    columns = ("pair_accuracy", "error_auc", "first_error_hit")
-    rows = [["reward", "lr", "seeds", "pair accuracy", "error AUC", "drop hit"]]
+    columns = ("pair_accuracy", "error_auc", "first_error_choice", "first_error_hit")
+    rows = [["reward", "lr", "seeds", "pair accuracy", "error AUC", "choice", "drop hit"]]
     for r, found in metrics.items():
         rows.append([REWARDS[r], rate(chosen[r], study.plan.rm_lrs), len(found), *(spread([m[c] for m in found]) for c in columns)])
     starts = [r for s in range(study.plan.seeds) if (r := study.result(study.job("untrained", s)))]
-    for key, label in (("untrained-mean", "untrained: random head, mean (Q-RM, step PRM)"), ("untrained-last", "untrained: random head, last token (ORM)"),
-                       ("sft-mean", "untrained: the policy's own log pi, mean")):  # fmt: skip
+    for key, label in (("qrm", "untrained: random head, mean (Q-RM, step PRM)"), ("orm", "untrained: random head, last token (ORM)"),
+                       ("logit", "untrained: the policy's own logits, mean")):  # fmt: skip
         rows.append([label, "", len(starts), *(spread([s[key][c] for s in starts]) for c in columns)])
     lengths = [m["length_baseline"] for m in metrics.get("qrm", [])]
-    rows.append(["the shorter answer", "", len(lengths), spread(lengths), "", ""])
+    rows.append(["the shorter answer", "", len(lengths), spread(lengths), "", "", ""])
     text = (f"Per seed one SFT policy, its own pairs, one training run; {spread([m['n_pairs'] for m in metrics.get('qrm', [])], 0)} test pairs. "
             f"{tuning(study.plan.rm_lrs, 'pair accuracy on the validation half of the held-out pairs')} The rows are the test half. "
-            "AUC: Z at the first wrong token against tokens before it (.5 is blind). Hit: the largest drop of Z is there. The step PRM learns from exact step "
+            "AUC: Z at the first wrong token against tokens before it (.5 is blind). Choice: there, the right token scores higher than the wrong one. "
+            "Hit: the largest drop of Z is there. The step PRM learns from exact step "
             "labels, the others from pairs. DPO-RM starts at 0 everywhere.")  # fmt: skip
     return {"title": "1. Reward models", "text": text, "rows": rows}
 
@@ -390,7 +383,7 @@ def disputed_table(study, curves, arms):
             rows.append([label, len(curves[label]), *(results(curves[label]) if curves[label] else ["not run", "", ""]), spread(change) if change else ""])
     text = (f"Q-RM. Each row changes one choice of part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {train.ARITH['ppo']['kl_coef']}) and keeps its learning "
             "rate, tuned for the unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The control gives every token its answer's "
-            "mean score, compared within groups of 8 answers to a prompt (GRPO). Not studied: Z as the LM's logit, which train.py does not have.")  # fmt: skip
+            "mean score, compared within groups of 8 answers to a prompt (GRPO). Z as the LM's logit stands in parts 1 and 2.")  # fmt: skip
     return {"title": "3. Disputed choices", "text": text, "rows": rows}
 
 
@@ -444,6 +437,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=40, help="no run is started after so many minutes; call again to go on")
     parser.add_argument("--seeds", type=int, default=FULL.seeds)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time; the numbers do not depend on it")
     parser.add_argument("--task", choices=TASKS, default=FULL.task, help="of parts 1 to 3; the ceiling is measured on all of them")
     parser.add_argument("--out", default="runs/study")
     parser.add_argument("--fast", action="store_true", help="PPO with the oracles, Q-RM and ORM only, at one untuned learning rate")
@@ -451,8 +445,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     full = FAST if args.fast else FULL
     plan = QUICK if args.quick else dataclasses.replace(full, seeds=args.seeds, few=min(full.few, args.seeds), task=args.task)
-    with concurrent.futures.ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        study = Study(args.out, plan, args.minutes, pool)
+    with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        study = Study(args.out, plan, args.minutes, pool, args.workers)
         starts = part_policies(study, plan.task, plan.seeds)
         part_rl(study, starts, {}, [(a, r) for a, r in plan.arms if r in GRADED])
         ceilings = []

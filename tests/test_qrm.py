@@ -382,13 +382,16 @@ def test_dpo_reward_is_the_log_ratio_at_its_token():
 
 
 def test_credit_counts_by_hand():
-    def count(scores, error):
-        return credit_counts([torch.tensor(scores)], [error])
+    def count(scores, error, repaired=None):
+        c = credit_counts([torch.tensor(scores)], [error], repaired and [torch.tensor(repaired)])
+        return [c[k] for k in ("wins", "comparisons", "hits", "choices", "n_errors")]
 
-    assert count([3.0, 2.0, -1.0, 0.0], 2) == {"wins": 2, "comparisons": 2, "hits": 1, "n_errors": 1}  # steps -1 -3 +1
-    assert count([1.0, 0.0, 1.0, -5.0], 2) == {"wins": 0.5, "comparisons": 2, "hits": 0, "n_errors": 1}  # one tie, one below
-    assert count([0.0, 1.0, 2.0, 1.5], 3) == {"wins": 1, "comparisons": 3, "hits": 1, "n_errors": 1}  # a drop, not a low
-    assert count([2.0, 1.0], 1) == {"wins": 1, "comparisons": 1, "hits": 1, "n_errors": 1}
-    assert count([2.0, 1.0], 0) == count([1.0], 0) == {"wins": 0, "comparisons": 0, "hits": 0, "n_errors": 0}
+    assert count([3.0, 2.0, -1.0, 0.0], 2) == [2, 2, 1, 0, 1]  # steps -1 -3 +1
+    assert count([1.0, 0.0, 1.0, -5.0], 2) == [0.5, 2, 0, 0, 1]  # one tie, one below
+    assert count([0.0, 1.0, 2.0, 1.5], 3) == [1, 3, 1, 0, 1]  # a drop, not a low
+    assert count([2.0, 1.0], 1) == [1, 1, 1, 0, 1]
+    assert count([2.0, 1.0], 0) == count([1.0], 0) == [0, 0, 0, 0, 0]
+    for right, choices in ((1.5, 1), (1.0, 0.5), (0.5, 0)):  # the right token at the state where 1.0 was scored
+        assert count([2.0, 1.0, 9.0], 1, [2.0, right]) == [1, 1, 1, choices, 1]
     both = credit_counts([torch.tensor([3.0, 2.0, -1.0, 0.0]), torch.tensor([1.0, 5.0, 0.0]), torch.tensor([9.0, 1.0])], [2, 1, 0])
-    assert both == {"wins": 2, "comparisons": 3, "hits": 1, "n_errors": 2}
+    assert both == {"wins": 2, "comparisons": 3, "hits": 1, "choices": 0, "n_errors": 2}

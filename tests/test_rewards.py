@@ -11,7 +11,8 @@ from test_reinforce import a_policy, a_rollout, config, gradient, grow, poisoned
 from data import Example, collate
 from model import LanguageModel, ScalarModel
 from parallel import Grid
-from qrm import (dpo_loss, dpo_reward, last_token_mask, orm_loss, outcome_loss, outcome_reward, pairwise_loss,  # fmt: skip
+from qrm import (POLICY_LIKE, REWARD_MODELS, dpo_loss, dpo_reward, last_token_mask, logit_reward, orm_loss, outcome_loss,  # fmt: skip
+                 outcome_reward, pairwise_loss,
                  plackett_luce_loss, qrm_loss, reward_function, reward_model_loss, sequence_score, step_end_mask, step_loss,
                  step_reward, token_reward)
 from reinforce import advantages
@@ -208,16 +209,16 @@ def test_reward_functions_by_name():
     lines = [LINE, OTHER_LINE]
     for kind, fn, speaks, is_q in (("qrm", token_reward(model), mask, True), ("orm", outcome_reward(model), last_token_mask(mask), False),
                                    ("prm", step_reward(model, lines), step_end_mask(ids, mask, lines), False),
-                                   ("dpo", dpo_reward(policy, reference), mask, True)):  # fmt: skip
-        reward_fn, reward_mask_fn, q = reward_function(kind, policy if kind == "dpo" else model, reference, lines)
+                                   ("dpo", dpo_reward(policy, reference), mask, True), ("logit", logit_reward(policy), mask, True)):  # fmt: skip
+        reward_fn, reward_mask_fn, q = reward_function(kind, policy if kind in POLICY_LIKE else model, reference, lines)
         assert torch.equal(reward_fn(ids, mask), fn(ids, mask)) and q == is_q
         assert torch.equal(reward_mask_fn(ids, mask) if reward_mask_fn else mask, speaks)
 
 
-@pytest.mark.parametrize("kind", ["qrm", "plain", "orm", "prm", "dpo"])
+@pytest.mark.parametrize("kind", REWARD_MODELS)
 def test_the_training_loss_of_each_reward_model(kind):
     """Against each answer read alone, at its own length; answers 0 and 2 are the chosen ones."""
-    Kind = LanguageModel if kind == "dpo" else ScalarModel
+    Kind = LanguageModel if kind in POLICY_LIKE else ScalarModel
     model, reference = random_model(Kind, small_config(), 8), random_model(Kind, small_config(), 9)
     ids, mask = collate([Example(PROMPT, a) for a in ANSWERS], pad_id=LINE)
     errors, lines = torch.tensor([3, 1, 2, 0]), [LINE, OTHER_LINE]  # the first wrong token; answer 0 has none
@@ -226,6 +227,10 @@ def test_the_training_loss_of_each_reward_model(kind):
 
     def z(answer):
         return model.scalars(model.model(torch.tensor([PROMPT + answer])))[0, len(PROMPT) :]
+
+    def logit(answer):
+        row = torch.tensor([PROMPT + answer])
+        return model.logits(model.model(row))[0, :-1].gather(-1, row[0, 1:, None])[len(PROMPT) - 1 :].mean()
 
     def log_ratio(answer):
         row = torch.tensor([PROMPT + answer])
@@ -238,7 +243,7 @@ def test_the_training_loss_of_each_reward_model(kind):
         expected = sum(e * e for e in errors) / 7
         assert stats["step_accuracy"] == pytest.approx(sum(abs(e.item()) < 1 for e in errors) / 7)
     else:
-        one = {"orm": lambda a: z(a)[-1], "dpo": log_ratio}.get(kind, lambda a: z(a).mean())
+        one = {"orm": lambda a: z(a)[-1], "dpo": log_ratio, "logit": logit}.get(kind, lambda a: z(a).mean())
         beta, margin = {"orm": (1.0, 0.0), "dpo": (0.7, 0.0)}.get(kind, (0.7, 0.5))
         gaps = [one(ANSWERS[0]) - one(ANSWERS[1]), one(ANSWERS[2]) - one(ANSWERS[3])]
         expected = sum(F.softplus(margin - beta * gap) for gap in gaps) / 2

@@ -171,7 +171,7 @@ def test_a_stage_makes_what_it_needs_first(command, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"sft", "pairs.jsonl", "pairs-heldout.jsonl", "rm-orm"}
 
 
-@pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo"])
+@pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo", "logit"])
 def test_other_reward_models(built, command, tmp_path, reward):
     run = shutil.copytree(built, tmp_path / "run")
     assert command("--stage", "rm", "--run", run, "--reward", reward, "--steps", 2, "--lr", 1e-3)[0] == 0
