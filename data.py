@@ -470,6 +470,20 @@ def collate(examples, device="cpu", pad_id=0):
     return ids.to(device), mask.to(device)
 
 
+def spans(lengths, budget):
+    """Cuts neighbours into parts of at most `budget` tokens, at least one row each.
+
+    >>> spans([3, 3, 3, 9, 1], 6)
+    [(0, 2), (2, 3), (3, 4), (4, 5)]
+    """
+    starts, filled = [], budget + 1
+    for i, n in enumerate(lengths):
+        filled += n
+        if filled > budget:
+            starts, filled = [*starts, i], n
+    return list(zip(starts, [*starts[1:], len(lengths)]))
+
+
 @functools.lru_cache(maxsize=4)
 def _permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)

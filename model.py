@@ -11,15 +11,18 @@ import json
 import zlib
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from parallel import (ColumnLinear, KeyValueLinear, RowLinear, VocabEmbedding, check_divisible, copy_to_tp,  # fmt: skip
+from parallel import (ColumnLinear, KeyValueLinear, RowLinear, VocabEmbedding, all_reduce, check_divisible, copy_to_tp,  # fmt: skip
                       gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum)
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -137,43 +140,126 @@ def rope_frequencies(cfg, device=torch.device("cpu")):
 
 
 def rope_table(positions, cfg):
-    """positions (B or 1, T) int64 -> cos, sin, each (B or 1, 1, T, E/2) fp32"""
+    """positions (B or 1, T) int64 -> cos, sin, each (B or 1, T, 1, E/2) fp32"""
     angles = positions.unsqueeze(-1) * rope_frequencies(cfg, positions.device)  # (B, T, E/2)
-    return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
 def apply_rope(x, cos, sin):
-    """Rotates pair (i, i + E/2) of each head by its angle: Hugging Face's "rotate half" layout. x (B, H, T, E)"""
-    a, b = x.chunk(2, dim=-1)  # (B, H, T, E/2) each
+    """Rotates pair (i, i + E/2) of each head by its angle: Hugging Face's "rotate half" layout. x (B, T, H, E)"""
+    a, b = x.chunk(2, dim=-1)  # (B, T, H, E/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-class KVCache:
-    """Keys and values of what was read so far: L tensors (B, K/tp, S, E). Row b has used its first lengths[b] columns.
+# Who attends to whom is not the block's business: an `attend(layer, q, k, v) -> y` is handed down to it. There are three:
+# causal_attention (padded rows, the plain one), Packed.attend (training) and KVCache.attend (sampling).
 
-    Rows are right-padded: the pad columns behind a short prompt are overwritten by the row's own new tokens, and
-    until then lie beyond its length, so they are never seen.
+
+def causal_attention(layer, q, k, v):
+    """Every row of its own, each token to itself and those before it. q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> as q"""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+class Packed:
+    """Real tokens only, each once: prompts and their responses one behind another in a single row, without pads.
+
+        ids         p0 p1 p2 | w3 w4 w5 | l3 l4 | q0 q1 | w2 ...     a prompt, its responses, the next prompt ...
+        positions   0  1  2  | 3  4  5  | 3  4  | 0  1  | 2 ...      each response goes on from the prompt's end,
+                                                                     and sees the prompt and itself, not its siblings
+    ids, positions    (1, N) int64
+    states, actions   (n,) int64: where in N the tokens stand that end s_t and that are a_t, for all n response tokens in
+                      reading order, i.e. in the order of x[response_mask]
     """
 
-    def __init__(self, cfg, rows, columns, kv_heads, device, dtype):
-        shape = (cfg.num_hidden_layers, rows, kv_heads, columns, cfg.head_dim)
-        self.keys, self.values = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+    def __init__(self, groups, device):
+        """groups: list of (prompt ids, [response ids, ...]), all lists of int"""
+        ids, positions, states, actions, self.lengths, self.buckets = [], [], [], [], [], {}
+        for prompt, responses in groups:
+            p, before = len(self.lengths), len(ids) + len(prompt) - 1  # `before` ends the first state of each response
+            ids, positions, self.lengths = ids + prompt, [*positions, *range(len(prompt))], [*self.lengths, len(prompt)]
+            for response in responses:
+                places = range(len(ids), len(ids) + len(response))
+                actions += places
+                states += [before, *places][: len(response)]
+                self.buckets.setdefault((len(prompt), len(response)), []).append((p, len(self.lengths)))
+                ids, self.lengths = ids + response, [*self.lengths, len(response)]
+                positions += range(len(prompt), len(prompt) + len(response))
+        self.ids, self.positions = (torch.tensor([x], dtype=torch.int64, device=device) for x in (ids, positions))
+        self.states, self.actions = (torch.tensor(x, dtype=torch.int64, device=device) for x in (states, actions))
 
-    def keep(self, rows):
-        """Drops all rows but these (finished answers need no more attention). rows (B',) int64"""
-        self.keys, self.values, self.lengths = self.keys[:, rows], self.values[:, rows], self.lengths[rows]
+    @classmethod
+    def of(cls, ids, response_mask):
+        """From padded rows, ids (B, T+1), response_mask (B, T); neighbouring rows with the same prompt share it."""
+        groups = []
+        for row, mask in zip(ids.tolist(), response_mask.tolist()):
+            n = sum(mask)
+            start = mask.index(True) + 1 if n else 1
+            if not groups or groups[-1][0] != row[:start]:
+                groups.append((row[:start], []))
+            groups[-1][1].append(row[start : start + n])
+        return cls(groups, ids.device)
 
-    def attend(self, layer, q, k, v, columns):
-        """One new token a row: stores its k, v and attends to the row's own past. q (B, H/tp, 1, E), k, v (B, K/tp, 1, E)"""
-        rows = torch.arange(len(q), device=q.device)
-        self.keys[layer, rows, :, self.lengths] = k[:, :, 0]
-        self.values[layer, rows, :, self.lengths] = v[:, :, 0]
-        seen = torch.arange(columns, device=q.device) <= self.lengths[:, None]  # (B, S)
-        grouped = q.view(len(q), k.shape[1], -1, q.shape[-1])  # (B, K/tp, H/K, E): the queries of a kv head side by side
+    def attend(self, layer, q, k, v):
+        """One causal call for all sequences (prompt + response) of equal lengths: no mask, so nothing is computed twice but
+        the prompt's part of a second response. q (1, N, H/tp, E), k, v (1, N, K/tp, E) -> as q"""
+        q, k, v = (x[0].split(self.lengths) for x in (q, k, v))
+        out = [None] * len(self.lengths)
+        for lengths, places in self.buckets.items():
+            rows = (torch.cat([x[i] for place in places for i in place]).view(len(places), sum(lengths), *x[0].shape[1:]) for x in (q, k, v))
+            y = causal_attention(layer, *rows)  # (sequences, P + R, H/tp, E)
+            for (p, r), *parts in zip(places, *y.split(lengths, 1)):
+                out[p], out[r] = parts
+        return torch.cat(out)[None]
+
+
+class KVCache:
+    """Keys and values of what was read so far: L tensors (B, K/tp, S, E). Slot b has used its first lengths[b] columns, and
+    what lies behind them is never seen."""
+
+    def __init__(self, policy, slots, columns):
+        cfg, kv = policy.cfg, policy.model.layers[0].self_attn.k_proj
+        shape = (cfg.num_hidden_layers, slots, 1 if kv.whole else kv.out_features // cfg.head_dim, columns, cfg.head_dim)
+        self.keys, self.values = (torch.zeros(shape, device=kv.weight.device, dtype=kv.weight.dtype) for _ in range(2))
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=kv.weight.device)
+
+    def keep(self, slots):
+        """Drops all slots but these. slots (B',) int64"""
+        self.keys, self.values, self.lengths = self.keys[:, slots], self.values[:, slots], self.lengths[slots]
+
+    def prefill(self, model, prompts, slots):
+        """Reads prompts[i] into slots[i] -> (B', D) residual stream at their last tokens; equal neighbours are read once."""
+        groups = [[prompt, len(list(same))] for prompt, same in groupby(prompts)]
+        packed = Packed([(prompt, [[]]) for prompt, _ in groups], self.lengths.device)
+        ends = torch.tensor([len(prompt) for prompt, _ in groups]).cumsum(0)
+        copies = torch.tensor([n for _, n in groups])
+        spans = [range(end - len(p), end) for (p, n), end in zip(groups, ends.tolist()) for _ in range(n)]
+        token, column, slot = (torch.tensor(x, dtype=torch.int64, device=self.lengths.device) for x in (
+            [t for span in spans for t in span], [c for span in spans for c in range(len(span))],
+            [s for span, s in zip(spans, slots.tolist()) for _ in span]))  # fmt: skip
+
+        def attend(layer, q, k, v):
+            self.keys[layer, slot, :, column], self.values[layer, slot, :, column] = k[0, token], v[0, token]
+            return packed.attend(layer, q, k, v)
+
+        self.lengths[slots] = torch.tensor([len(prompt) for prompt in prompts], device=self.lengths.device)
+        return model(packed.ids, packed.positions, attend)[0, (ends - 1).repeat_interleave(copies).to(slots.device)]
+
+    def attend(self, layer, q, k, v):
+        """One new token a slot: stores its k, v and attends to the slot's own past. q (1, B, H/tp, E), k, v (1, B, K/tp, E)"""
+        rows, columns = torch.arange(q.shape[1], device=q.device), self.columns
+        self.keys[layer, rows, :, self.lengths] = k[0]
+        self.values[layer, rows, :, self.lengths] = v[0]
+        grouped = q[0].unflatten(1, (k.shape[2], -1))  # (B, K/tp, H/K, E): the queries of a kv head side by side
         y = F.scaled_dot_product_attention(grouped, self.keys[layer, :, :, :columns], self.values[layer, :, :, :columns],
-                                           attn_mask=seen[:, None, None])  # fmt: skip
+                                           attn_mask=self.seen)  # fmt: skip
         return y.view(q.shape)
+
+    def step(self, model, tokens):
+        """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream"""
+        self.columns = int(self.lengths.max()) + 1
+        self.seen = (torch.arange(self.columns, device=tokens.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, S)
+        return model(tokens[None], self.lengths[None], self.attend)[0]
 
 
 class Attention(nn.Module):
@@ -187,18 +273,11 @@ class Attention(nn.Module):
         self.v_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
         self.o_proj = RowLinear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, grid)
 
-    def forward(self, x, rope, cache, layer, columns):
+    def forward(self, x, rope, layer, attend):
         x = copy_to_tp(x, self.grid)  # f, once for q, k and v
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)  # (B, H/tp, T, E), (B, K/tp, T, E)
-        if cache is not None and columns:
-            y = cache.attend(layer, q, k, v, columns)
-        else:
-            if cache is not None:  # the prompt, read in one go
-                cache.keys[layer, :, :, : k.shape[2]], cache.values[layer, :, :, : v.shape[2]] = k, v
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
-        y = y.transpose(1, 2).flatten(2)  # (B, T, H/tp * E)
-        return reduce_from_tp(self.o_proj(y), self.grid)  # g
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = attend(layer, apply_rope(q, *rope), apply_rope(k, *rope), v)  # (B, T, H/tp, E); k, v (B, T, K/tp, E)
+        return reduce_from_tp(self.o_proj(y.flatten(2)), self.grid)  # g
 
 
 class MLP(nn.Module):
@@ -236,6 +315,8 @@ class Decoder(nn.Module):
     """Embedding, blocks, final norm. `forward` returns the residual stream BEFORE the final norm: the heads apply it,
     because the fused Q-RM head wants the norm, the head and the loss in one piece."""
 
+    remat = False  # trade time for memory: see forward
+
     def __init__(self, cfg, grid):
         super().__init__()
         self.cfg = cfg
@@ -243,17 +324,17 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(cfg, grid) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, ids, cache=None, columns=0):
-        """ids (B, T) int64 -> (B, T, D). With a cache: the first call reads the prompts; later ones read one token a
-        row (T = 1) and look at the cache's first `columns` columns."""
-        if columns:
-            positions = cache.lengths[:, None]  # (B, 1): the place of the new token
-        else:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]  # (1, T)
+    def forward(self, ids, positions=None, attend=causal_attention):
+        """ids (B, T) int64, positions (B or 1, T) int64 (from 0, if none are given) -> (B, T, D)"""
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rope = rope_table(positions, self.cfg)
         x = self.embed_tokens(ids)  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, cache, i, columns)
+            if self.remat and torch.is_grad_enabled():  # keeps x alone, and computes the block again in backward
+                x = checkpoint(layer, x, rope, i, attend, use_reentrant=False)
+            else:
+                x = layer(x, rope, i, attend)
         return x
 
 
@@ -303,10 +384,14 @@ class LanguageModel(_Model):
         if not cfg.tie_word_embeddings:
             self.lm_head = ColumnLinear(cfg.hidden_size, cfg.vocab_size, grid)
 
+    @property
+    def head_weight(self):
+        """This rank's rows of the output matrix, (V/tp, D)."""
+        return self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight
+
     def logits(self, x):
         """Residual stream (..., D) -> this rank's logits (..., V/tp)."""
-        x = copy_to_tp(self.model.norm(x), self.grid)  # f
-        return F.linear(x, self.model.embed_tokens.weight if self.cfg.tie_word_embeddings else self.lm_head.weight)
+        return F.linear(copy_to_tp(self.model.norm(x), self.grid), self.head_weight)  # f
 
 
 class ScalarModel(_Model):
@@ -323,8 +408,77 @@ class ScalarModel(_Model):
         return F.linear(self.model.norm(x).float(), self.score.weight.float()).squeeze(-1)
 
 
+def at_states(model, ids, response_mask):
+    """Residual stream (n, D) where s_t has been read and a_t has not, for every response token in reading order."""
+    packed = Packed.of(ids, response_mask)
+    return model.model(packed.ids, packed.positions, packed.attend)[0, packed.states]
+
+
+def at_actions(model, ids, response_mask):
+    """Residual stream (n, D) where a_t has been read, for every response token in reading order."""
+    packed = Packed.of(ids, response_mask)
+    return model.model(packed.ids, packed.positions, packed.attend)[0, packed.actions]
+
+
+def in_place(response_mask, values):
+    """(n,) numbers of the response tokens in reading order -> (B, T) in the place of targets, 0 outside the mask"""
+    return torch.zeros(response_mask.shape, device=values.device, dtype=values.dtype).masked_scatter(response_mask, values)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """See token_logprobs. Logits are made for `rows` tokens at a time, and again in backward: only their log-sum is kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, temperature, vocab_size, grid, rows):
+        start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
+        mine, places = (targets >= start) & (targets < stop), (targets - start).clamp(0, stop - start - 1)
+        out = []
+        for chunk, place, own in zip(x.split(rows), places.split(rows), mine.split(rows)):
+            l = F.linear(chunk, weight).float().div_(temperature)  # (rows, V/tp)
+            top = all_reduce(l.amax(-1), grid.tp_group, dist.ReduceOp.MAX)
+            l -= top[:, None]
+            picked, p = l.gather(-1, place[:, None])[:, 0] * own, l.exp()
+            total, weighted, picked = all_reduce(torch.stack([p.sum(-1), l.mul_(p).sum(-1), picked]), grid.tp_group)
+            out.append(torch.stack([picked - total.log(), total.log() - weighted / total, top + total.log()]))
+        logprobs, entropy, log_sum = torch.cat(out, 1)  # (n,) each
+        ctx.save_for_backward(x, weight, places, mine, log_sum)
+        ctx.temperature, ctx.rows = temperature, rows
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        x, weight, places, mine, log_sum = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), ctx.rows):  # d logprob / d l_v = [v is the target] - softmax(l)_v
+            part = slice(i, i + ctx.rows)
+            l = F.linear(x[part], weight).float().div_(ctx.temperature)
+            g = l.sub_(log_sum[part, None]).exp_().neg_()
+            g.scatter_add_(1, places[part, None], mine[part, None].to(g.dtype))
+            g = g.mul_(grad[part, None] / ctx.temperature).to(x.dtype)
+            dx[part] = g @ weight
+            if dw is not None:
+                dw += g.T @ x[part]
+        return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None, None
+
+
+def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
+    """log pi(targets[:, t] | inputs[:, :t+1]) and the entropy of pi there, in nats.
+
+    ids (B, T+1) int64, response_mask (B, T) bool -> logprobs, entropy: (B, T) fp32, 0 outside the mask.
+    The entropy carries no gradient. Scores are taken at the temperature that the tokens were sampled at.
+    `rows` tokens at a time are compared with the vocabulary; 0 takes as many as make 8 M logits. The plain way is
+    response_log_softmax(...).gather(targets): with 128,256 words and 2,048 tokens 2 GB more.
+    """
+    x, targets = copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid), ids[:, 1:][response_mask]
+    weight = policy.head_weight
+    rows = rows or max(1, 2**23 // len(weight))
+    logprobs, entropy = _TokenLogprobs.apply(x, weight, targets, temperature, policy.cfg.vocab_size, policy.grid, rows)
+    return in_place(response_mask, logprobs), in_place(response_mask, entropy)
+
+
 def response_log_softmax(policy, ids, response_mask, temperature=1.0):
-    """log pi(. | s_t) over the vocabulary, at the response positions only (elsewhere nobody needs 128,256 numbers).
+    """log pi(. | s_t) over the vocabulary at the response positions, the plain way: what token_logprobs is tested against.
 
     ids (B, T+1), response_mask (B, T) -> (N, V/tp) fp32 nats; N = response_mask.sum(), rows in reading order
     """
@@ -332,25 +486,21 @@ def response_log_softmax(policy, ids, response_mask, temperature=1.0):
     return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
 
 
+@torch.no_grad()
+def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
+    """KL(pi || ref) at every state, summed over the vocabulary: (B, T+1), (B, T) -> (B, T) nats, 0 outside the mask"""
+    states = [at_states(model, ids, response_mask).split(max(1, 2**23 // len(policy.head_weight))) for model in (policy, reference)]
+    out = []
+    for xs in zip(*states):
+        log_pi, log_ref = (vocab_log_softmax(m.logits(x).float() / temperature, m.grid) for m, x in zip((policy, reference), xs))
+        out.append(vocab_sum(log_pi.exp() * (log_pi - log_ref), policy.grid))  # (rows,)
+    return in_place(response_mask, torch.cat(out))
+
+
 def token_logits(policy, ids, response_mask):
     """The logit of targets[:, t] after inputs[:, :t+1]: (B, T+1) int64, (B, T) bool -> (B, T) fp32, 0 outside the mask"""
-    logits = policy.logits(policy.model(ids[:, :-1])[response_mask]).float()  # (N, V/tp)
-    picked = vocab_pick(logits, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid)  # (N,)
-    return torch.zeros(response_mask.shape, device=ids.device).masked_scatter(response_mask, picked)
-
-
-def token_logprobs(policy, ids, response_mask, temperature=1.0):
-    """log pi(targets[:, t] | inputs[:, :t+1]) and the entropy of pi there, in nats.
-
-    ids (B, T+1) int64, response_mask (B, T) bool -> logprobs, entropy: (B, T) fp32, 0 outside the mask.
-    The entropy carries no gradient. Scores are taken at the temperature that the tokens were sampled at.
-    """
-    log_pi = response_log_softmax(policy, ids, response_mask, temperature)  # (N, V/tp)
-    picked = vocab_pick(log_pi, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid)  # (N,)
-    with torch.no_grad():
-        entropy = -vocab_sum(log_pi.exp() * log_pi, policy.grid)  # (N,)
-    blank = torch.zeros(response_mask.shape, device=ids.device)
-    return blank.masked_scatter(response_mask, picked), blank.masked_scatter(response_mask, entropy)
+    logits = policy.logits(at_states(policy, ids, response_mask)).float()  # (n, V/tp)
+    return in_place(response_mask, vocab_pick(logits, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid))
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -373,50 +523,39 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
 
     prompts       list of id lists          stop_ids    ends an answer and belongs to it
     temperature   0 is greedy               seed        prompt i, step t always get the same uniform number
+    batch_size    answers in the making at a time; a finished one makes room for the next prompt
     -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
     """
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(policy.grid.device)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths side by side
-    responses, truncated = [None] * len(prompts), [True] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        tokens = _generate_batch(policy, [prompts[i] for i in rows], max_new_tokens, stop_ids, temperature, uniforms[rows])
-        for i, row in zip(rows, tokens.tolist()):
-            end = next((t for t, token in enumerate(row) if token in stop_ids), None)
-            responses[i], truncated[i] = (row, True) if end is None else (row[: end + 1], False)
-    return responses, truncated
-
-
-def _generate_batch(policy, prompts, max_new_tokens, stop_ids, temperature, uniforms):
-    """-> (B, max_new_tokens) int64; what stands behind a row's stop token means nothing"""
-    device, widest = policy.grid.device, max(map(len, prompts))
-    ids = torch.zeros(len(prompts), widest, dtype=torch.int64)
-    for row, prompt in zip(ids, prompts):
-        row[: len(prompt)] = torch.tensor(prompt)
-    kv_heads = policy.model.layers[0].self_attn.k_proj
-    kv_heads = 1 if kv_heads.whole else kv_heads.out_features // policy.cfg.head_dim  # K/tp
-    cache = KVCache(policy.cfg, len(prompts), widest + max_new_tokens, kv_heads, device, policy.model.norm.weight.dtype)
-    x = policy.model(ids.to(device), cache)  # (B, widest, D)
-    cache.lengths = torch.tensor([len(p) for p in prompts], device=device)
-    x = x[torch.arange(len(prompts), device=device), cache.lengths - 1]  # (B, D): the last prompt token of each row
-    tokens, stops = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device), torch.tensor(stop_ids, device=device)
-    alive = torch.arange(len(prompts), device=device)  # rows of `tokens` that the cache still holds
-    going = torch.ones(len(prompts), dtype=torch.bool, device=device)  # no stop token so far
-    for t in range(max_new_tokens):
-        logprobs = vocab_log_softmax(policy.logits(x).float() / (temperature or 1.0), policy.grid)  # (B', V/tp)
-        logprobs = gather_shards(logprobs, 1, policy.cfg.vocab_size, policy.grid)  # (B', V)
-        new = sample_tokens(logprobs, uniforms[alive, t]) if temperature else logprobs.argmax(-1)  # (B',)
-        tokens[alive, t] = new
-        going = going & ~torch.isin(new, stops)  # (B',)
-        if not going.any() or t == max_new_tokens - 1:
-            break
-        if going.sum() <= 0.75 * len(alive):  # dropping a finished row copies the cache, so do it for many at once
-            rows = going.nonzero().squeeze(-1)
+    device, n = policy.grid.device, len(prompts)
+    uniforms = torch.rand(n + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    waiting, slots = sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i])), min(batch_size, n)  # taken from the end
+    cache = KVCache(policy, slots, max(map(len, prompts), default=0) + max_new_tokens)
+    stops, tokens = torch.tensor(stop_ids, device=device), torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device)
+    x = torch.zeros(slots, policy.cfg.hidden_size, device=device, dtype=cache.keys.dtype)  # what each slot has read last
+    row = torch.full((slots,), n, device=device)  # the prompt that a slot answers; n is none (tokens and uniforms have such a row)
+    step, lengths, going = torch.zeros_like(row), torch.zeros(n + 1, dtype=torch.int64, device=device), torch.zeros_like(row, dtype=torch.bool)
+    while waiting or going.any():
+        free = (~going).nonzero()[:, 0]
+        if waiting and len(free) * 8 >= slots:  # many at a time: reading prompts pays in bulk
+            free, taken = free[: len(waiting)], [waiting.pop() for _ in free[: len(waiting)]]
+            x[free] = cache.prefill(policy.model, [prompts[i] for i in taken], free)
+            row[free], step[free], going[free] = torch.tensor(taken, device=device), 0, True
+        elif len(free) * 4 >= len(row):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
+            rows = going.nonzero()[:, 0]
             cache.keep(rows)
-            alive, new, going = alive[rows], new[rows], going[rows]
-        x = policy.model(new[:, None], cache, columns=widest + t + 1)[:, 0]  # (B', D)
-        cache.lengths = cache.lengths + 1
-    return tokens
+            x, row, step, going = x[rows], row[rows], step[rows], going[rows]
+        logprobs = vocab_log_softmax(policy.logits(x).float() / (temperature or 1.0), policy.grid)  # (B, V/tp)
+        logprobs = gather_shards(logprobs, 1, policy.cfg.vocab_size, policy.grid)  # (B, V)
+        new = sample_tokens(logprobs, uniforms[row, step]) if temperature else logprobs.argmax(-1)  # (B,)
+        tokens[row, step] = new
+        step, lengths[row] = step + 1, step + 1
+        going = going & ~torch.isin(new, stops) & (step < max_new_tokens)
+        row, step = row.where(going, n), step.where(going, 0)
+        if going.any():
+            x = cache.step(policy.model, new)
+            cache.lengths = (cache.lengths + 1) * going
+    responses = [row[:k] for row, k in zip(tokens[:n].tolist(), lengths.tolist())]
+    return responses, [response[-1] not in stop_ids for response in responses]
 
 
 # ------------------------------------------------------------------------------------------------ weights

@@ -428,7 +428,7 @@ class Workdir:
                 f.write(json.dumps(row) + "\n")
 
     def _identity(self):
-        ignored = {"resume", "save_every", "tp", "device", "micro_batch"}
+        ignored = {"resume", "save_every", "tp", "device", "micro_tokens", "remat"}
         return {k: v for k, v in asdict(self.cfg).items() if k not in ignored}
 
     def save(self, step):

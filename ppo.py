@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from model import token_logprobs
+from model import at_states, in_place, token_logprobs
 from parallel import all_reduce, all_sum, update
 from reinforce import advantages as policy_advantages
 from reinforce import eos_to_mean, kl_penalty, mean_stats, micro_batches, minibatches, standardize
@@ -32,9 +32,9 @@ class PPO:
 # ------------------------------------------------------------------------------------------------ equations
 
 
-def state_values(critic, ids):
-    """V(s_t), read where the state ends and before the action is seen: at inputs[:, t]. ids (B, T+1) -> (B, T) fp32"""
-    return critic.scalars(critic.model(ids[:, :-1]))
+def state_values(critic, ids, response_mask):
+    """V(s_t), read where the state ends and before the action is seen: at inputs[:, t]; 0 outside the mask. -> (B, T) fp32"""
+    return in_place(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
 
 def gae(rewards, values, response_mask, gamma, lam):
@@ -117,11 +117,11 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
     -> {"loss", "grad_norm", "clip_frac", "ratio_max", "value_loss", "explained_variance"}
     """
     grid, mask = policy.grid, rollout.response_mask
-    cuts, values = minibatches(len(rollout.ids), cfg), torch.zeros(mask.shape, device=grid.device)
+    cuts, values = minibatches(rollout.lengths(), cfg), torch.zeros(mask.shape, device=grid.device)
     with torch.no_grad():
         for a, b in (span for minibatch in cuts for span in minibatch):
             chunk = rollout.rows(a, b)
-            values[a:b, : chunk.response_mask.shape[1]] = state_values(critic, chunk.ids)
+            values[a:b, : chunk.response_mask.shape[1]] = state_values(critic, chunk.ids, chunk.response_mask)
     weights, returns = ppo_advantages(rollout, values, cfg, grid)
     steps, value_steps, highest = [], [], [0.0]
 
@@ -134,7 +134,7 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
 
     def critic_loss_fn(part):
         chunk, target = part
-        return value_loss(state_values(critic, chunk.ids), target, chunk.response_mask)
+        return value_loss(state_values(critic, chunk.ids, chunk.response_mask), target, chunk.response_mask)
 
     for _ in range(cfg.ppo_epochs):
         for minibatch in cuts:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from model import token_logits, token_logprobs
+from model import at_actions, in_place, token_logits, token_logprobs
 
 REWARD_MODELS = ("qrm", "plain", "logit", "orm", "prm", "dpo")  # what --stage rm can train
 POLICY_LIKE = ("logit", "dpo")  # of these, what is a language model; the others have a scalar head
@@ -39,6 +39,11 @@ def token_scores(reward_model, ids):
     tokens up to its own and on none behind it.
     """
     return reward_model.scalars(reward_model.model(ids))[:, 1:]  # (B, T+1) -> (B, T)
+
+
+def response_scores(reward_model, ids, response_mask):
+    """The same numbers for response tokens only, 0 elsewhere, without work on pads or a prompt twice. -> (B, T) fp32"""
+    return in_place(response_mask, reward_model.scalars(at_actions(reward_model, ids, response_mask)))
 
 
 def masked_mean(x, mask):
@@ -75,32 +80,31 @@ def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
 
 class _FusedQRM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, head_weight, shares, beta, margin, eps):
-        flat, acc = x.flatten(0, -2), torch.promote_types(x.dtype, torch.float32)  # (n, D); fp32 inside, fp64 in the test
+    def forward(ctx, x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps):
+        acc = torch.promote_types(x.dtype, torch.float32)  # fp32 inside, fp64 in the test
         u = norm_weight.to(acc) * head_weight.to(acc).flatten()  # (D,)
-        r = (torch.linalg.vector_norm(flat, dim=-1, dtype=acc).square() / flat.shape[-1] + eps).rsqrt()  # (n,)
-        dot = torch.cat([chunk.to(acc) @ u for chunk in flat.split(4096)])  # (n,) x_t . u; no copy of an fp32 x
-        z = (r * dot).view(x.shape[:-1])  # (2P, T)
-        m = beta * (z * shares).view(len(z) // 2, -1).sum(1) - margin  # (P,)
-        ctx.save_for_backward(x, norm_weight, head_weight, r, dot, shares, m)
+        r = (torch.linalg.vector_norm(x, dim=-1, dtype=acc).square() / x.shape[-1] + eps).rsqrt()  # (N,)
+        dot = torch.cat([chunk.to(acc) @ u for chunk in x.split(4096)])  # (N,) x_t . u; no copy of an fp32 x
+        gaps = torch.zeros(n_pairs, device=x.device, dtype=acc).index_add_(0, pairs, r * dot * shares)  # (P,)
+        m = beta * gaps - margin
+        ctx.save_for_backward(x, norm_weight, head_weight, r, dot, shares, pairs, m)
         ctx.beta = beta
-        ctx.mark_non_differentiable(z)
-        return -F.logsigmoid(m).mean(), z
+        ctx.mark_non_differentiable(gaps)
+        return -F.logsigmoid(m).mean(), gaps
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        x, norm_weight, head_weight, r, dot, shares, m = ctx.saved_tensors
-        flat, D = x.flatten(0, -2), x.shape[-1]
+        x, norm_weight, head_weight, r, dot, shares, pairs, m = ctx.saved_tensors
         g, w = norm_weight.to(r.dtype), head_weight.to(r.dtype).flatten()
         dm = -grad_loss * torch.sigmoid(-m) / len(m)  # (P,)
-        dz = (ctx.beta * dm.repeat_interleave(2)[:, None] * shares).flatten()  # (n,)
-        a, b = dz * r, dz * r.pow(3) * dot / -D  # dL/dx_t = a_t u + b_t x_t
-        dx = torch.mul(flat, b[:, None].to(x.dtype)).addr_(a.to(x.dtype), (g * w).to(x.dtype))  # (n, D)
-        s = sum(chunk.to(r.dtype).T @ part for chunk, part in zip(flat.split(4096), a.split(4096)))  # (D,)
-        return dx.view_as(x), (s * w).to(norm_weight), (s * g).view_as(head_weight).to(head_weight), None, None, None, None
+        dz = ctx.beta * dm[pairs] * shares  # (N,)
+        a, b = dz * r, dz * r.pow(3) * dot / -x.shape[-1]  # dL/dx_t = a_t u + b_t x_t
+        dx = torch.mul(x, b[:, None].to(x.dtype)).addr_(a.to(x.dtype), (g * w).to(x.dtype))  # (N, D)
+        s = sum(chunk.to(r.dtype).T @ part for chunk, part in zip(x.split(4096), a.split(4096)))  # (D,)
+        return dx, (s * w).to(norm_weight), (s * g).view_as(head_weight).to(head_weight), *[None] * 6
 
 
-def fused_qrm_loss(x, norm_weight, head_weight, response_mask, beta=0.2, margin=2.0, eps=1e-5):
+def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2, margin=2.0, eps=1e-5):
     """Final RMSNorm + scalar head + masked mean + pairwise loss as one function with a closed-form backward.
 
     The plain way keeps a normalised copy of the hidden states and reads them again; this one keeps two numbers a token.
@@ -111,13 +115,19 @@ def fused_qrm_loss(x, norm_weight, head_weight, response_mask, beta=0.2, margin=
         dr_t/dx_t = -r_t^3 x_t / D, and the product rule on r_t (x_t . u) gives     dZ_t/dx_t = r_t u - r_t^3 (x_t . u) x_t / D
         dZ_t/du = r_t x_t; with s = sum_t dL/dZ_t r_t x_t the chain rule gives      dL/dg = s * w,  dL/dw = s * g
 
-    x              (2P, T, D) residual stream before the final norm, in the place of targets, i.e. model(ids)[:, 1:]
-    norm_weight    (D,), head_weight (1, D) or (D,), response_mask (2P, T) bool; fp32 inside whatever the dtypes
-    -> loss (scalar, differentiable), scores (2P, T) (not differentiable: for metrics)
+    x              (N, D) residual stream before the final norm, one row a token in any order, e.g. Packed
+    norm_weight    (D,), head_weight (1, D) or (D,); fp32 inside whatever the dtypes
+    shares, pairs  (N,) c_t (fp32), and the pair 0 .. n_pairs - 1 that a token belongs to: see token_shares
+    -> loss (scalar, differentiable), gaps (P,) = sum_t c_t Z_t (not differentiable: for metrics)
     """
-    shares = response_mask / response_mask.sum(1, keepdim=True).clamp(min=1).to(torch.promote_types(x.dtype, torch.float32))
-    shares = shares * torch.tensor([1.0, -1.0], device=x.device).repeat(len(x) // 2)[:, None]  # c_t (2P, T)
-    return _FusedQRM.apply(x, norm_weight, head_weight, shares, beta, margin, eps)
+    return _FusedQRM.apply(x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps)
+
+
+def token_shares(response_mask):
+    """c_t and pair of every response token in reading order: (2P, T) bool -> (n,) fp32, (n,) int64"""
+    rows = torch.arange(len(response_mask), device=response_mask.device)
+    shares = (1.0 - 2.0 * (rows % 2)) / response_mask.sum(1).clamp(min=1)  # (2P,)
+    return shares[:, None].expand(response_mask.shape)[response_mask], (rows // 2)[:, None].expand(response_mask.shape)[response_mask]
 
 
 # ------------------------------------------------------------------------------------------------ the other reward models
@@ -177,14 +187,14 @@ def plackett_luce_loss(ranked):
 
 def token_reward(reward_model):
     """Q-RM: the raw Z(s_t, a_t) of every response token."""
-    return lambda ids, mask: token_scores(reward_model, ids).masked_fill(~mask, 0.0)
+    return lambda ids, mask: response_scores(reward_model, ids, mask)
 
 
 def outcome_reward(reward_model, every_token=False):
     """ORM: the score at the last token, 0 elsewhere; or that score on every token, as the authors' REINFORCE has it."""
 
     def reward_fn(ids, mask):
-        last = token_scores(reward_model, ids).masked_fill(~last_token_mask(mask), 0.0)  # (B, T)
+        last = response_scores(reward_model, ids, mask).masked_fill(~last_token_mask(mask), 0.0)  # (B, T)
         return last.sum(1, keepdim=True) * mask if every_token else last
 
     return reward_fn
@@ -192,7 +202,7 @@ def outcome_reward(reward_model, every_token=False):
 
 def step_reward(reward_model, step_ids):
     """Step-level PRM: tanh(Z) at the end of each step, 0 elsewhere."""
-    return lambda ids, mask: torch.tanh(token_scores(reward_model, ids)).masked_fill(~step_end_mask(ids, mask, step_ids), 0.0)
+    return lambda ids, mask: torch.tanh(response_scores(reward_model, ids, mask)).masked_fill(~step_end_mask(ids, mask, step_ids), 0.0)
 
 
 def dpo_reward(policy, reference, beta=0.1):
@@ -220,18 +230,17 @@ def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(
     -> loss (scalar), {name: float}
     """
     if cfg.reward == "qrm":
-        norm = model.model.norm
-        x = model.model(ids)[:, 1:]  # (2P, T, D), in the place of targets
-        loss, scores = fused_qrm_loss(x, norm.weight, model.score.weight, response_mask, cfg.beta, cfg.margin, norm.eps)
-        means = masked_mean(scores, response_mask)
-        return loss, pairwise_loss(means[0::2], means[1::2], cfg.beta, cfg.margin)[1]
+        norm, n_pairs = model.model.norm, len(ids) // 2
+        x, (shares, pairs) = at_actions(model, ids, response_mask), token_shares(response_mask)  # (n, D), (n,), (n,)
+        loss, gaps = fused_qrm_loss(x, norm.weight, model.score.weight, shares, pairs, n_pairs, cfg.beta, cfg.margin, norm.eps)
+        return loss, {"pair_accuracy": (gaps > 0).float().mean().item(), "score_gap": gaps.mean().item()}
     if cfg.reward == "dpo":
         with torch.no_grad():
             ref_logprobs = token_logprobs(reference, ids, response_mask)[0]
         return dpo_loss(token_logprobs(model, ids, response_mask)[0], ref_logprobs, response_mask, cfg.beta)
     if cfg.reward == "logit":
         return qrm_loss(token_logits(model, ids, response_mask), response_mask, cfg.beta, cfg.margin)
-    scores = token_scores(model, ids)
+    scores = response_scores(model, ids, response_mask)
     if cfg.reward == "prm":
         place = response_mask.cumsum(1) - 1  # (2P, T): index within the response
         return step_loss(scores, step_end_mask(ids, response_mask, step_ids), torch.where(place < errors[:, None], 1.0, -1.0))

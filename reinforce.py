@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Example, at_line, collate, error_places, grade
-from model import generate, response_log_softmax, token_logprobs
-from parallel import all_sum, shard_range, update, vocab_pick, vocab_sum
+from data import Example, at_line, collate, error_places, grade, spans
+from model import exact_kl, generate, token_logprobs
+from parallel import all_sum, shard_range, update
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Rollout:
     scores: torch.Tensor  # (B, T) raw rewards of the reward model
     reward_mask: torch.Tensor  # (B, T) bool: where the reward model speaks (all tokens, step ends, or the last token)
 
+    def lengths(self):
+        """Tokens of prompt and response, row by row: list of int"""
+        places = torch.arange(self.response_mask.shape[1], device=self.ids.device)
+        return ((self.response_mask * places).amax(1) + 2).tolist()
+
     def rows(self, start, stop):
         """Rows [start, stop) of all fields, without the columns that only longer rows need."""
         used = int(self.response_mask[start:stop].any(0).nonzero().max()) + 1
@@ -69,27 +74,19 @@ def kl_estimates(logprobs, ref_logprobs):
 @torch.no_grad()
 def _score_chunk(policy, reference, chunk, cfg):
     """Fills a chunk's old_logprobs, entropy and KL in place; its forward is the one that training will run."""
-    ids, mask, t = chunk.ids, chunk.response_mask, cfg.temperature
-    if cfg.kl != "exact":
-        chunk.old_logprobs[:], chunk.entropy[:] = token_logprobs(policy, ids, mask, t)
-        ref_logprobs = token_logprobs(reference, ids, mask, t)[0]
-    else:
-        log_pi, log_ref = (response_log_softmax(m, ids, mask, t) for m in (policy, reference))  # (N, V/tp)
-        targets, grid, vocab = ids[:, 1:][mask], policy.grid, policy.cfg.vocab_size
-        chunk.old_logprobs[mask] = vocab_pick(log_pi, targets, vocab, grid)
-        chunk.entropy[mask] = -vocab_sum(log_pi.exp() * log_pi, grid)
-        chunk.kl_exact[mask] = vocab_sum(log_pi.exp() * (log_pi - log_ref), grid)
-        ref_logprobs = torch.zeros_like(chunk.old_logprobs)
-        ref_logprobs[mask] = vocab_pick(log_ref, targets, vocab, grid)
-    chunk.kl_k1[:], chunk.kl_k3[:] = kl_estimates(chunk.old_logprobs, ref_logprobs)
+    what = chunk.ids, chunk.response_mask, cfg.temperature
+    chunk.old_logprobs[:], chunk.entropy[:] = token_logprobs(policy, *what)
+    chunk.kl_k1[:], chunk.kl_k3[:] = kl_estimates(chunk.old_logprobs, token_logprobs(reference, *what)[0])
+    if cfg.kl == "exact":
+        chunk.kl_exact[:] = exact_kl(policy, reference, *what)
 
 
-def minibatches(rows, cfg):
-    """How this process's rows are cut: [[(start, stop) of each micro-batch] of each minibatch], the same number of
-    minibatches on every process. Old and new log-probabilities use the same cut, so the first ratio is exactly 1."""
+def minibatches(lengths, cfg):
+    """How this process's rows are cut: [[(start, stop) of each micro-batch] of each minibatch], the same number of minibatches
+    on every process. Old and new log-probabilities use the same cut, so the first ratio is exactly 1. lengths: tokens a row"""
     n = -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
-    spans = [shard_range(rows, i, n) for i in range(n)]
-    return [[(s, min(s + cfg.micro_batch, stop)) for s in range(start, stop, cfg.micro_batch)] for start, stop in spans]
+    cuts = [shard_range(len(lengths), i, n) for i in range(n)]
+    return [[(a + start, b + start) for a, b in spans(lengths[start:stop], cfg.micro_tokens)] for start, stop in cuts]
 
 
 @torch.no_grad()
@@ -106,7 +103,7 @@ def collect_rollout(policy, reference, reward_fn, prompts, stop_ids, cfg, seed, 
     ids, mask = collate([Example(p, r) for p, r in zip(prompts, responses)], device)
     blank = [torch.zeros(mask.shape, device=device) for _ in range(6)]
     rollout = Rollout(ids, mask, torch.tensor(truncated, device=device), *blank, mask)
-    for span in (span for minibatch in minibatches(len(ids), cfg) for span in minibatch):
+    for span in (span for minibatch in minibatches(rollout.lengths(), cfg) for span in minibatch):
         chunk = rollout.rows(*span)
         _score_chunk(policy, reference, chunk, cfg)
         chunk.scores[:] = reward_fn(chunk.ids, chunk.response_mask).masked_fill(~chunk.response_mask, 0.0)
@@ -217,7 +214,7 @@ def reinforce_step(policy, optimizer, rollout, cfg, lr):
         logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
         return reinforce_loss(logprobs, weight, chunk.response_mask)
 
-    for minibatch in minibatches(len(rollout.ids), cfg):
+    for minibatch in minibatches(rollout.lengths(), cfg):
         steps.append(update(optimizer, micro_batches(rollout, weights, minibatch), loss_fn, lr))
     return mean_stats(steps)
 

@@ -31,7 +31,7 @@ from data import BadInput, Example
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, read_config, save_model, token_logprobs
 from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
-from qrm import POLICY_LIKE, REWARD_MODELS, Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward, token_scores
+from qrm import POLICY_LIKE, REWARD_MODELS, Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward
 from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, make_pairs, minibatches, pass_at_k,  # fmt: skip
                        reinforce_step, rollout_stats, sample_graded)
 
@@ -63,7 +63,8 @@ class Train:
     steps: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts); 0 is one pass over the data
     lr: float = 1e-5  # [sft rm reinforce ppo] learning rate after warm-up (the paper's value for the reward model)
     batch_size: int = 2  # [sft rm reinforce ppo] rows, pairs or trajectories a step, over all processes (the paper: 2 pairs)
-    micro_batch: int = 16  # [sft rm reinforce ppo eval score] rows or pairs per forward; changes memory and speed, not results
+    micro_tokens: int = 8192  # [sft rm reinforce ppo eval score] tokens per forward; changes memory and speed, not results
+    remat: bool = False  # [sft rm reinforce ppo] keep only each block's input, and compute the block again in backward
     warmup: int = 0  # [sft rm reinforce ppo] updates of linear warm-up
     final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr left at the last update (linear decay); 1 is constant, as in the paper
     max_grad_norm: float = 1.0  # [sft rm reinforce ppo] gradients are scaled down to this norm; 0 is off
@@ -92,14 +93,14 @@ class Config(Run, Train, Reward, Sampling, RL, PPO):
 
 # What the built-in task needs instead: a model of 0.1 M parameters learns at rates that would ruin a large one.
 ARITH = {
-    "sft": dict(steps=400, lr=4e-3, batch_size=64, micro_batch=64, warmup=50, final_lr=0.05),
+    "sft": dict(steps=400, lr=4e-3, batch_size=64, warmup=50, final_lr=0.05),
     "pairs": dict(limit=3000, k=8, max_new_tokens=64, task="arith"),
-    "rm": dict(steps=800, lr=2e-3, batch_size=32, micro_batch=32, warmup=20, final_lr=0.05, task="arith"),
-    "reinforce": dict(steps=12, lr=1e-4, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.2, limit=300, max_new_tokens=64,
+    "rm": dict(steps=800, lr=2e-3, batch_size=32, warmup=20, final_lr=0.05, task="arith"),
+    "reinforce": dict(steps=12, lr=1e-4, batch_size=256, minibatch=64, kl_coef=0.2, limit=300, max_new_tokens=64,
                       task="arith"),
-    "ppo": dict(steps=12, lr=1e-4, critic_lr=5e-4, ppo_epochs=2, batch_size=256, minibatch=64, micro_batch=64, kl_coef=0.2, limit=300,
+    "ppo": dict(steps=12, lr=1e-4, critic_lr=5e-4, ppo_epochs=2, batch_size=256, minibatch=64, kl_coef=0.2, limit=300,
                 max_new_tokens=64, task="arith"),
-    "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith", micro_batch=64),
+    "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith"),
 }
 
 
@@ -153,7 +154,7 @@ def parse(argv):
                  "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
         if not 0 <= getattr(cfg, name) < math.inf:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more")
-    for name in ("batch_size", "micro_batch", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
+    for name in ("batch_size", "micro_tokens", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
                  "ppo_epochs", "critic_lr"):  # fmt: skip
         if not 0 < getattr(cfg, name) < math.inf:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0")
@@ -218,7 +219,9 @@ def user_files():
 def load(kind, directory, cfg, grid):
     """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
     with user_files():
-        return load_model(kind, directory, grid, getattr(torch, cfg.dtype))
+        model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
+    model.model.remat = cfg.remat
+    return model
 
 
 def write_rows(path, rows, grid):
@@ -315,7 +318,7 @@ def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens):
     def step_fn(step, lr):
         batch = [rows[i] for i in data.batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]
         mine = batch[grid.dp_rank :: grid.dp_size]
-        parts = [mine[i : i + cfg.micro_batch] for i in range(0, len(mine), cfg.micro_batch)]
+        parts = [mine[a:b] for a, b in data.spans([count_tokens(row) for row in mine], cfg.micro_tokens)]
         return {**update(optimizer, [(sum(map(weigh, part)), part) for part in parts], loss_fn, lr), "_tokens": sum(map(count_tokens, batch))}
 
     return train_loop(cfg, grid, cfg.steps or -(-len(rows) // cfg.batch_size), {"model": (model, optimizer)}, step_fn)
@@ -483,7 +486,7 @@ def stage_rl(cfg, grid):
         critic = load(ScalarModel, judge if judge and is_reward_model(judge) else directory, cfg, grid)
         critic.score.weight.data.zero_()
         optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, max_grad_norm=cfg.max_grad_norm))
-    steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches(0, cfg))
+    steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches([], cfg))
     if n // grid.dp_size * cfg.group_size < cuts:
         raise BadInput(f"--batch_size {cfg.batch_size}: too few trajectories for {grid.dp_size} processes x {cuts} minibatches")
 
@@ -531,8 +534,8 @@ def is_reward_model(directory):
 def score_examples(reward_fn, examples, cfg, grid):
     """One number per response token of each example, in chunks: list of (n_i,) fp32 tensors on the CPU."""
     out = []
-    for i in range(0, len(examples), cfg.micro_batch):
-        ids, mask = data.collate(examples[i : i + cfg.micro_batch], grid.device)
+    for a, b in data.spans(list(map(sequence_length, examples)), cfg.micro_tokens):
+        ids, mask = data.collate(examples[a:b], grid.device)
         out += [row[m].cpu() for row, m in zip(reward_fn(ids, mask), mask)]
     return out
 
@@ -624,14 +627,10 @@ def stage_score(cfg, grid):
         rows = [row | {"raw": {"prompt": row["prompt"], "response": row["response"]}} for row in data.arith_rows("test", cfg.limit or 8, cfg.seed)]
     kept, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data or "built-in task", lambda text: say(grid, text))
     kept, rows, written = kept[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size], []
-    for i in range(0, len(kept), cfg.micro_batch):
-        part = [examples[0] for examples in kept[i : i + cfg.micro_batch]]
-        ids, mask = data.collate(part, grid.device)
-        with torch.no_grad():
-            numbers = token_scores(model, ids) if scalar else token_logprobs(model, ids, mask)[0]
-        for row, example, x, m in zip(rows[i : i + cfg.micro_batch], part, numbers, mask):
-            more = {"prompt_ids": example.prompt_ids, "ids": example.response_ids, "tokens": tokenizer.token_texts(example.response_ids)}
-            written.append((row["line"], row["raw"] | more | {"scores" if scalar else "logprobs": x[m].tolist()}))
+    numbers = score_examples(token_reward(model) if scalar else lambda ids, mask: token_logprobs(model, ids, mask)[0], [e for (e,) in kept], cfg, grid)
+    for row, (example,), x in zip(rows, kept, numbers):
+        more = {"prompt_ids": example.prompt_ids, "ids": example.response_ids, "tokens": tokenizer.token_texts(example.response_ids)}
+        written.append((row["line"], row["raw"] | more | {"scores" if scalar else "logprobs": x.tolist()}))
     n = write_rows(out_path(cfg), written, grid)
     say(grid, f"score: {out_path(cfg)}: {n} rows")
 

@@ -26,7 +26,7 @@ from data import Example, batch_indices, collate
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, generate, init_weights, load_model, save_model, token_logprobs
 from parallel import (ColumnLinear, Grid, Optimizer, RowLinear, VocabEmbedding, all_reduce, all_sum, copy_to_tp,  # fmt: skip
                       gather_shards, make_grid, reduce_from_tp, shard_range, update, vocab_log_softmax, vocab_pick, vocab_sum)
-from qrm import fused_qrm_loss
+from qrm import Reward, reward_model_loss
 
 SHAPES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}  # processes: (tp, dp)
 ROUNDING = 1e-5  # fp32, other order of operations; relative to the largest entry
@@ -139,10 +139,8 @@ def made_up_pairs(n, seed=0):
 def pair_loss_fn(model):
     def loss_fn(pairs):
         ids, mask = collate([example for pair in pairs for example in pair])
-        x = model.model(ids)[:, 1:]
-        loss, scores = fused_qrm_loss(x, model.model.norm.weight, model.score.weight, mask, eps=model.cfg.rms_norm_eps)
-        gap = (scores[0::2] * mask[0::2]).sum(1) / mask[0::2].sum(1) - (scores[1::2] * mask[1::2]).sum(1) / mask[1::2].sum(1)
-        return loss, {"score_gap": gap.mean().item()}
+        loss, stats = reward_model_loss(model, ids, mask, Reward())
+        return loss, {"score_gap": stats["score_gap"]}
 
     return loss_fn
 

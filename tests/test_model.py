@@ -53,15 +53,15 @@ def test_rmsnorm_of_bf16_is_rounded_once():
 
 @pytest.mark.parametrize("cfg", [small_config(), small_config(rope_scaling=SCALING)])
 def test_rope_is_a_complex_rotation(cfg):
-    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))  # (B, H, T, E)
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))  # (B, T, H, E)
     positions = torch.tensor([[0, 1, 2, 3, 4], [9, 40, 7, 1000, 5]])
     y = apply_rope(x, *rope_table(positions, cfg))
     freqs = rope_frequencies(cfg).double()
     for b in range(2):
         for t in range(5):
             for i in range(4):  # pair (i, i + E/2) is one complex number
-                turned = torch.complex(x[b, :, t, i], x[b, :, t, i + 4]) * torch.exp(1j * positions[b, t] * freqs[i])
-                near(torch.complex(y[b, :, t, i], y[b, :, t, i + 4]), turned, 1e-4 if positions[b, t] == 1000 else 1e-5)
+                turned = torch.complex(x[b, t, :, i], x[b, t, :, i + 4]) * torch.exp(1j * positions[b, t] * freqs[i])
+                near(torch.complex(y[b, t, :, i], y[b, t, :, i + 4]), turned, 1e-4 if positions[b, t] == 1000 else 1e-5)
 
 
 def test_rope_frequencies_by_hand():
@@ -322,7 +322,7 @@ def test_generate_without_stop_ids_or_prompts():
 
 def test_generate_stops_reading_when_the_last_answer_is_done():
     policy, rows = counting_policy(), []
-    policy.model.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    policy.model.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     responses, _ = generate(policy, [[n] for n in range(1, 9)], 40, [9], 0)
     assert [len(r) for r in responses] == [8, 7, 6, 5, 4, 3, 2, 1]
     assert len(rows) == 8  # the prompts, and seven tokens of the longest answer

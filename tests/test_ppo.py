@@ -22,12 +22,15 @@ def a_critic(seed=60, vocab=7):
 # ------------------------------------------------------------------------------------------------ the critic's place
 
 
+EVERY = torch.ones(1, 4, dtype=torch.bool)  # all but the first token count as the response
+
+
 @pytest.mark.parametrize("changed", range(5))
 def test_a_value_is_read_before_its_action(changed):
     critic, ids = random_model(ScalarModel, small_config()), random_ids(1, 5)
     other = ids.clone()
     other[0, changed] = (ids[0, changed] + 1) % 29
-    before, after = state_values(critic, ids)[0], state_values(critic, other)[0]
+    before, after = state_values(critic, ids, EVERY)[0], state_values(critic, other, EVERY)[0]
     assert before.shape == (4,)
     for t in range(4):  # s_t = ids[:t+1]; the action a_t is ids[t+1]
         assert (before[t] != after[t]) == (changed <= t)
@@ -35,9 +38,10 @@ def test_a_value_is_read_before_its_action(changed):
 
 def test_a_value_is_what_the_critic_says_of_the_state():
     critic, ids = random_model(ScalarModel, small_config()), random_ids(3, 6)
-    values = state_values(critic, ids)
+    mask = torch.arange(5) >= torch.tensor([[0], [2], [4]])
+    values = state_values(critic, ids, mask)
     for t in range(5):
-        near(values[:, t], critic.scalars(critic.model(ids[:, : t + 1]))[:, -1])
+        near(values[:, t], critic.scalars(critic.model(ids[:, : t + 1]))[:, -1] * mask[:, t])
 
 
 # ------------------------------------------------------------------------------------------------ GAE
@@ -205,9 +209,9 @@ def test_explained_variance_is_numpys():
 @pytest.mark.parametrize("kl", ["k1", "exact"])
 def test_the_first_ratio_is_exactly_1(kl):
     policy, critic = a_policy(), a_critic()
-    cfg = config(temperature=0.7, kl=kl, kl_coef=0.1, batch_size=11, micro_batch=3, max_new_tokens=12)  # 3, 3, 3 and 2 rows of different lengths
+    cfg = config(temperature=0.7, kl=kl, kl_coef=0.1, batch_size=11, micro_tokens=25, max_new_tokens=12)  # a few rows of different lengths each
     rollout = a_rollout(policy, cfg, n=11)
-    assert len({rollout.rows(a, b).ids.shape for a, b in minibatches(11, cfg)[0]}) > 2
+    assert len({rollout.rows(a, b).ids.shape for a, b in minibatches(rollout.lengths(), cfg)[0]}) > 2
     optimizers = [Optimizer(m, Grid(), lr=0.01) for m in (policy, critic)]
     stats = ppo_step(policy, critic, *optimizers, rollout, cfg, lr=0.01, critic_lr=0.01)
     assert stats["ratio_max"] == 1.0 and stats["clip_frac"] == 0.0
@@ -237,9 +241,9 @@ def test_both_gradients_do_not_depend_on_micro_batches(minibatch, advantage):
         value_expected.append(gradient(value_losses[-1], critic))
         clipped += torch.where(A > 0, ratio > 1.2, ratio < 0.8)[on].float().mean().item() / len(cuts)
     assert 0.1 < clipped < 0.5
-    for micro_batch in (1, 2, 4, 8):
+    for micro_tokens in (1, 12, 30, 1000):
         optimizers = Recorder(policy), Recorder(critic)
-        stats = ppo_step(policy, critic, *optimizers, rollout, dataclasses.replace(cfg, micro_batch=micro_batch), lr=0.0, critic_lr=0.0)
+        stats = ppo_step(policy, critic, *optimizers, rollout, dataclasses.replace(cfg, micro_tokens=micro_tokens), lr=0.0, critic_lr=0.0)
         for optimizer, wanted in zip(optimizers, (expected, value_expected)):
             assert len(optimizer.seen) == len(wanted)
             for found, g in zip(optimizer.seen, wanted):
@@ -255,7 +259,7 @@ def test_both_gradients_do_not_depend_on_micro_batches(minibatch, advantage):
 
 def test_epochs_and_minibatches_are_updates():
     policy, critic = a_policy(), a_critic()
-    cfg = config(minibatch=3, ppo_epochs=2, micro_batch=2)
+    cfg = config(minibatch=3, ppo_epochs=2, micro_tokens=12)
     optimizers = Recorder(policy), Recorder(critic)
     ppo_step(policy, critic, *optimizers, a_rollout(policy, cfg), cfg, lr=0.0, critic_lr=0.0)
     for optimizer in optimizers:  # 8 rows in 3 minibatches, twice
@@ -265,7 +269,7 @@ def test_epochs_and_minibatches_are_updates():
 
 def test_the_critic_learns_its_targets():
     policy, critic = a_policy(), a_critic()
-    cfg = config(ppo_epochs=10, batch_size=16, micro_batch=16)
+    cfg = config(ppo_epochs=10, batch_size=16)
     rollout = a_rollout(policy, cfg, n=16)
     optimizers = [Optimizer(m, Grid(), lr=0.01) for m in (policy, critic)]
     stats = [ppo_step(policy, critic, *optimizers, rollout, cfg, lr=0.0, critic_lr=0.01) for _ in range(3)]
@@ -276,7 +280,7 @@ def test_the_critic_learns_its_targets():
 def test_ppo_learns_to_say_a_token():
     """One state, one action, reward 1 for token 3; the critic learns the standardised reward's mean, 0, on the way."""
     policy, critic = a_policy(), a_critic()
-    cfg, chances = config(batch_size=64, micro_batch=64, group_size=64, max_new_tokens=1, ppo_epochs=2), []
+    cfg, chances = config(batch_size=64, group_size=64, max_new_tokens=1, ppo_epochs=2), []
     optimizers = [Optimizer(m, Grid(), lr=0.01) for m in (policy, critic)]
     for step in range(12):
         rollout = collect_rollout(policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step)

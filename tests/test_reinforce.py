@@ -21,7 +21,7 @@ STOP = 0
 
 
 def config(**changes):
-    return dataclasses.replace(Config(), **{"advantage": "token", "batch_size": 8, "micro_batch": 8, "max_new_tokens": 6, **changes})
+    return dataclasses.replace(Config(), **{"advantage": "token", "batch_size": 8, "max_new_tokens": 6, **changes})
 
 
 def tensor(*rows):
@@ -190,12 +190,12 @@ def test_a_rollout_token_by_token(temperature, kl):
         given.append((ids, mask))
         return poisoned(token_reward(scorer)(ids, mask), mask)
 
-    cfg = config(temperature=temperature, kl=kl, batch_size=12, micro_batch=5, group_size=2)
+    cfg = config(temperature=temperature, kl=kl, batch_size=12, micro_tokens=30, group_size=2)
     rollout = a_rollout(policy, cfg, n=6, reward_fn=reward_fn)
     reference = random_model(LanguageModel, policy.cfg, seed=50)
     lengths = rollout.response_mask.sum(1).tolist()
     assert len(set(lengths)) > 2 and rollout.truncated.any() and not rollout.truncated.all()
-    assert [len(ids) for ids, _ in given] == [5, 5, 2]
+    assert [len(ids) for ids, _ in given] == [b - a for a, b in minibatches(rollout.lengths(), cfg)[0]] and len(given) > 2
     assert torch.equal(rollout.reward_mask, rollout.response_mask)
     for i in range(12):
         prompt = random_ids(1 + i // 2 % 3, vocab=7, seed=i // 2).tolist()  # neighbours answer the same prompt
@@ -227,10 +227,10 @@ def test_a_rollout_token_by_token(temperature, kl):
 @pytest.mark.parametrize("kl", ["k1", "exact"])
 def test_training_starts_from_the_very_bits_of_the_rollout(kl):
     policy = a_policy()
-    cfg = config(temperature=0.7, kl=kl, batch_size=11, micro_batch=2, minibatch=4)
+    cfg = config(temperature=0.7, kl=kl, batch_size=11, micro_tokens=12, minibatch=4)
     rollout = a_rollout(policy, cfg, n=11)
-    cuts = minibatches(11, cfg)
-    assert [[b - a for a, b in spans] for spans in cuts] == [[2, 1], [2, 2], [2, 2]]
+    cuts = minibatches(rollout.lengths(), cfg)
+    assert len(cuts) == 3 and any(len(spans) > 1 for spans in cuts) and any(b - a > 1 for spans in cuts for a, b in spans)
     for a, b in (span for spans in cuts for span in spans):
         chunk = rollout.rows(a, b)
         logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
@@ -254,12 +254,12 @@ def test_rows_keep_their_content():
     assert len(widths) > 2
 
 
-@pytest.mark.parametrize("rows, batch_size, minibatch, micro_batch, sizes", [
+@pytest.mark.parametrize("rows, batch_size, minibatch, micro_rows, sizes", [
     (8, 8, 0, 8, [[8]]), (8, 8, 0, 3, [[3, 3, 2]]), (8, 8, 4, 4, [[4], [4]]), (8, 8, 4, 3, [[3, 1], [3, 1]]),
     (7, 8, 4, 2, [[2, 1], [2, 2]]), (4, 8, 4, 4, [[2], [2]]), (2, 2, 64, 16, [[2]]),
 ])  # fmt: skip
-def test_minibatches_by_hand(rows, batch_size, minibatch, micro_batch, sizes):
-    cuts = minibatches(rows, config(batch_size=batch_size, minibatch=minibatch, micro_batch=micro_batch))
+def test_minibatches_by_hand(rows, batch_size, minibatch, micro_rows, sizes):
+    cuts = minibatches([7] * rows, config(batch_size=batch_size, minibatch=minibatch, micro_tokens=7 * micro_rows + 6))
     assert [[b - a for a, b in spans] for spans in cuts] == sizes
     assert [i for spans in cuts for a, b in spans for i in range(a, b)] == list(range(rows))
 
@@ -268,7 +268,7 @@ def test_minibatches_by_hand(rows, batch_size, minibatch, micro_batch, sizes):
 def test_answers_are_as_frequent_as_their_old_logprobs_say(temperature):
     n, answers = 6000, every_answer()
     policy = random_model(LanguageModel, small_config(vocab_size=VOCAB, num_hidden_layers=1), seed=3)
-    cfg = config(temperature=temperature, group_size=n, batch_size=n, micro_batch=n, max_new_tokens=LONGEST)
+    cfg = config(temperature=temperature, group_size=n, batch_size=n, max_new_tokens=LONGEST)
     rollout = collect_rollout(policy, policy, lambda ids, mask: mask.float(), [PROMPT], [STOP], cfg, seed=1)
     counts, claimed = dict.fromkeys(map(tuple, answers), 0), {}
     for ids, length, logprob in zip(rollout.ids.tolist(), rollout.response_mask.sum(1).tolist(), rollout.old_logprobs.sum(1).tolist()):
@@ -467,9 +467,9 @@ def test_the_gradient_does_not_depend_on_micro_batches(minibatch):
         picked = log_pi.gather(-1, rollout.ids[rows, 1:, None])[..., 0]
         losses.append(-(picked * weights[rows]).sum() / rollout.response_mask[rows].sum())
         expected.append(gradient(losses[-1], policy))
-    for micro_batch in (1, 2, 4, 8):
+    for micro_tokens in (1, 12, 30, 1000):
         optimizer = Recorder(policy)
-        stats = reinforce_step(policy, optimizer, rollout, dataclasses.replace(cfg, micro_batch=micro_batch), lr=0.0)
+        stats = reinforce_step(policy, optimizer, rollout, dataclasses.replace(cfg, micro_tokens=micro_tokens), lr=0.0)
         assert len(optimizer.seen) == len(expected)
         for found, wanted in zip(optimizer.seen, expected):
             assert (found - wanted).norm() <= 1e-6 * wanted.norm()
@@ -479,7 +479,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(minibatch):
 
 def test_reinforce_learns_to_say_a_token():
     """One state, one action, reward 1 for token 3."""
-    policy, cfg = a_policy(), config(batch_size=64, micro_batch=64, group_size=64, max_new_tokens=1)
+    policy, cfg = a_policy(), config(batch_size=64, group_size=64, max_new_tokens=1)
     optimizer, chances = Optimizer(policy, Grid(), lr=0.01), []
     for step in range(8):
         rollout = collect_rollout(policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step)

@@ -25,12 +25,12 @@ from parallel import Grid, Optimizer, Workdir
 REPOSITORY = Path(__file__).parents[1]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 TINY = {
-    "sft": dict(steps=25, lr=1e-2, batch_size=16, micro_batch=16, warmup=5),
+    "sft": dict(steps=25, lr=1e-2, batch_size=16, warmup=5),
     "pairs": dict(limit=25, k=8, max_new_tokens=48, task="arith"),
-    "rm": dict(steps=3, lr=2e-3, batch_size=4, micro_batch=3, task="arith"),
-    "reinforce": dict(steps=2, lr=1e-4, batch_size=8, minibatch=4, micro_batch=3, kl_coef=0.1, limit=4, max_new_tokens=40, eval_every=1, task="arith"),
+    "rm": dict(steps=3, lr=2e-3, batch_size=4, micro_tokens=150, task="arith"),
+    "reinforce": dict(steps=2, lr=1e-4, batch_size=8, minibatch=4, micro_tokens=150, kl_coef=0.1, limit=4, max_new_tokens=40, eval_every=1, task="arith"),
     "ppo": dict(steps=2, lr=1e-4, critic_lr=1e-4, ppo_epochs=2, batch_size=8, minibatch=4, kl_coef=0.1, limit=4, max_new_tokens=40, task="arith"),
-    "eval": dict(limit=5, k=3, max_new_tokens=40, task="arith", micro_batch=8),
+    "eval": dict(limit=5, k=3, max_new_tokens=40, task="arith"),
 }
 POLICY_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json", "metrics.jsonl"}
 
@@ -135,7 +135,7 @@ def test_keys_of_metrics_and_evaluations(built):
         assert found.keys() == {"pass@1", "pass@k", "best_of_k", "n_prompts", "generated_tokens", "tokens_per_s"}
         assert list(found["pass@k"]) == ["1", "2", "3"] and found["n_prompts"] == 5
     found = json.loads((built / "rm" / "eval.json").read_text())
-    assert found.keys() == {"pair_accuracy", "n_pairs", "length_baseline", "first_error_hit", "error_auc"}
+    assert found.keys() == {"pair_accuracy", "n_pairs", "length_baseline", "first_error_hit", "first_error_choice", "error_auc"}
     assert found["n_pairs"] == min(5, len(rows_of(built / "pairs-heldout.jsonl")))
 
 
@@ -289,7 +289,7 @@ def test_resume_refuses_another_command_and_starts_without_a_checkpoint(built, c
         status, _, err = command(*words, "--resume", flag, value)
         assert status == 2 and err.count("\n") == 1 and flag in err and str(value) in err
     assert {p: p.read_bytes() for p in (tmp_path / "rm.partial").rglob("*") if p.is_file()} == before
-    status, out, _ = command(*words, "--resume", "--micro_batch", 1, "--save_every", 1)  # what changes no result may change
+    status, out, _ = command(*words, "--resume", "--micro_tokens", 1, "--save_every", 1)  # what changes no result may change
     assert status == 0 and "starting anew" not in out and [row["step"] for row in untimed(tmp_path / "rm")] == [0, 1, 2, 3]
     status, out, _ = command(*words, "--resume")
     assert status == 0 and "starting anew" in out and len(untimed(tmp_path / "rm")) == 4
@@ -318,7 +318,7 @@ def test_score(built, command, tmp_path, name, key):
     """Against a forward of one row at a time; a user's own keys, "line" among them, come back."""
     rows = [{"line": "mine", "question": p, "completion": r["chosen"], "extra": [1, {"\u2028": None}]} for p, r in zip(PROMPTS, PAIRS)]
     out = tmp_path / "deep" / "scores.jsonl"
-    words = ["--stage", "score", "--model", built / name, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--out", out, "--micro_batch", 3]
+    words = ["--stage", "score", "--model", built / name, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--out", out, "--micro_tokens", 150]
     assert command(*words)[0] == 0
     found, tokenizer = rows_of(out), data.Tokenizer.load(built / name)
     assert len(found) == len(rows)
@@ -399,7 +399,7 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     assert found == {"n_pairs": 6, "pair_accuracy": sum(w > l for w, l in zip(*means)) / 6, "length_baseline": 2 / 6}
     assert [w < l for w, l in zip(*lengths)] == [False] * 4 + [True] * 2
     assert command(*words, "--task", "arith")[0] == 0  # prompts of the built-in task; two rejected answers have no error
-    assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {"error_auc", "first_error_hit"}
+    assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {"error_auc", "first_error_hit", "first_error_choice"}
 
 
 # ------------------------------------------------------------------------------------------------ rows that are dropped, spellings
@@ -480,7 +480,7 @@ def test_bad_rows(built, command, tmp_path, kind):
     (["--step", "1"], ["--step", "--steps"]),  # no abbreviations
     (["extra"], ["extra"]), (["--stage"], ["--stage", "expected one argument"]),
     (["--steps", "few"], ["--steps", "int", "'few'"]), (["--lr", "fast"], ["--lr", "float", "'fast'"]), (["--k", "1.5"], ["--k", "int"]),
-    (["--stage", "train"], ["--stage", "'train'", "sft, pairs, rm"]), (["--reward", "x"], ["--reward", "qrm, plain, orm"]),
+    (["--stage", "train"], ["--stage", "'train'", "sft, pairs, rm"]), (["--reward", "x"], ["--reward", "qrm, plain, logit"]),
     (["--dtype", "float16"], ["--dtype", "float32, bfloat16"]), (["--task", "x"], ["gsm8k, math, arith"]), (["--chat", "x"], ["llama3, chatml"]),
     (["--kl", "k2"], ["exact, k1, k3, abs"]), (["--grader", "x"], ["ours, strict"]), (["--advantage", "x"], ["rloo"]),
     (["--steps", "-1"], ["--steps -1", "0 or more"]), (["--batch_size", "0"], ["--batch_size 0"]), (["--k", "-3"], ["--k -3"]),
@@ -584,7 +584,7 @@ def test_defaults_are_the_built_in_tasks_only_without_data():
     assert train.parse(["--stage=rm"]).lr == train.parse(["--stage", "rm"]).lr == TINY["rm"]["lr"]
     assert train.parse(["--stage", "rm", "--data", "x"]).lr == train.parse(["--stage", "rm", "--model", "x"]).lr == defaults.lr
     cfg = train.parse(["--stage", "eval", "--model=x"])
-    assert (cfg.task, cfg.limit, cfg.k, cfg.micro_batch) == ("arith", 5, 3, defaults.micro_batch)
+    assert (cfg.task, cfg.limit, cfg.k, cfg.micro_tokens) == ("arith", 5, 3, defaults.micro_tokens)
     assert train.parse(["--stage", "eval", "--model", "x", "--data=y"]).task == "gsm8k"
     assert train.parse(["--stage", "eval", "--model", "x", "--limit", "0"]).limit == 0
 
@@ -614,7 +614,7 @@ def test_two_processes_give_the_losses_of_one(built, command, tmp_path):
     """tp 2 on a run directory where nothing is yet, as on a fresh clone; dp 2 on the same pairs. Both at once."""
     fresh = tmp_path / "fresh"
     torchrun, wrapper = TORCHRUN_2, tiny_program(tmp_path)
-    words = ["--steps", 5, "--batch_size", 4, "--micro_batch", 2, "--lr", 1e-2]
+    words = ["--steps", 5, "--batch_size", 4, "--micro_tokens", 60, "--lr", 1e-2]
     tp = start("--stage", "rm", "--run", fresh, *words, program=[*torchrun, wrapper])
     given = ["--stage", "rm", "--model", built / "sft", "--data", built / "pairs.jsonl", *words]
     dp = start(*given, "--tp", 1, "--out", tmp_path / "dp", program=[*torchrun, REPOSITORY / "train.py"])
