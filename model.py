@@ -10,7 +10,7 @@ L layers · S cache columns · N response tokens; a size that is cut over tp is 
 import json
 import zlib
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from parallel import (ColumnLinear, KeyValueLinear, RowLinear, VocabEmbedding, all_reduce, check_divisible, copy_to_tp,  # fmt: skip
@@ -161,6 +162,11 @@ def causal_attention(layer, q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
+@lru_cache
+def compiled_flex():
+    return torch.compile(flex_attention, dynamic=True)
+
+
 class Packed:
     """Real tokens only, each once: prompts and their responses one behind another in a single row, without pads.
 
@@ -172,6 +178,8 @@ class Packed:
                       reading order, i.e. in the order of x[response_mask]
     """
 
+    flex = False  # use torch's FlexAttention, one kernel for the whole row (CUDA; elsewhere it is slow and has no backward)
+
     def __init__(self, groups, device):
         """groups: list of (prompt ids, [response ids, ...]), all lists of int"""
         ids, positions, states, actions, self.lengths, self.buckets = [], [], [], [], [], {}
@@ -182,7 +190,7 @@ class Packed:
                 places = range(len(ids), len(ids) + len(response))
                 actions += places
                 states += [before, *places][: len(response)]
-                self.buckets.setdefault((len(prompt), len(response)), []).append((p, len(self.lengths)))
+                self.buckets.setdefault((len(prompt), len(response)), []).append((p, len(self.lengths)))  # pieces of a sequence
                 ids, self.lengths = ids + response, [*self.lengths, len(response)]
                 positions += range(len(prompt), len(prompt) + len(response))
         self.ids, self.positions = (torch.tensor([x], dtype=torch.int64, device=device) for x in (ids, positions))
@@ -200,9 +208,27 @@ class Packed:
             groups[-1][1].append(row[start : start + n])
         return cls(groups, ids.device)
 
+    @cached_property
+    def block_mask(self):
+        """For FlexAttention: token i sees token j of its own piece (a prompt or a response) and of its prompt, up to i."""
+        piece = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.ids.device)
+        prompt = torch.arange(len(self.lengths))
+        for p, r in (place for places in self.buckets.values() for place in places):
+            prompt[r] = p
+        prompt = prompt.to(self.ids.device)
+
+        def sees(batch, head, i, j):
+            return (j <= i) & ((piece[j] == piece[i]) | (piece[j] == prompt[piece[i]]))
+
+        return create_block_mask(sees, None, None, len(piece), len(piece), device=self.ids.device)
+
     def attend(self, layer, q, k, v):
         """One causal call for all sequences (prompt + response) of equal lengths: no mask, so nothing is computed twice but
         the prompt's part of a second response. q (1, N, H/tp, E), k, v (1, N, K/tp, E) -> as q"""
+        if self.flex:
+            kernel = compiled_flex() if q.is_cuda else flex_attention
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return kernel(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
         q, k, v = (x[0].split(self.lengths) for x in (q, k, v))
         out = [None] * len(self.lengths)
         for lengths, places in self.buckets.items():

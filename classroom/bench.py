@@ -1,32 +1,59 @@
-"""How fast: the fused Q-RM head against the plain one, a training step of the reward model, and sampling.
+"""How fast, and how much memory: this code against its own plain forms, transformers and TRL, in one run.
 
-    python classroom/bench.py [--rounds 5] [--device auto|cpu|cuda] [--sizes 16x512x1024,...] [--prompts 256]
+    python classroom/bench.py [--data pairs.jsonl] [--only rm,decode,rl,logprobs,head,tp] [--rounds 5] [--device cpu|cuda]
 
-One line for the machine, a table, then one JSON object a line and figure. Two ways of doing the same are run in turn, in
-alternating order, and compared round by round: on a shared machine the ratio of neighbours is steadier than two times.
+A table, then one JSON object a line and figure. The ways of doing the same are run in turn, in alternating order, and compared
+round by round: on a shared machine the ratio of neighbours is steadier than two times. On the CPU the clock is that of this
+process (CPU seconds on one thread), so what else the machine does hardly matters. transformers and TRL take part where they
+can be imported. Without --data the pairs are random ids with GSM8K's lengths.
 
-P pairs (2P rows) · T positions · D model width
+P pairs (2P rows) · T positions · D model width · N tokens
 """
 
 import argparse
+import collections
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
 import itertools
 import json
+import logging
 import os
 import platform
+import random
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from model import LanguageModel, RMSNorm, ScalarModel, build_model, generate, init_weights
-from parallel import Grid, Optimizer, update
-from qrm import fused_qrm_loss, qrm_loss
-from train import arith_model
+import parallel
+from model import LanguageModel, ModelConfig, RMSNorm, ScalarModel, build_model, generate, init_weights, response_log_softmax, save_model, token_logprobs
+from parallel import Grid, Optimizer, make_grid, update
+from qrm import fused_qrm_loss, qrm_loss, reward_model_loss, token_scores
+from reinforce import collect_rollout, reinforce_step
+from train import Config
+
+CONFIG = ModelConfig(4096, 256, 704, 4, 8, 4, 32)  # small enough for one core: 3.0 M parameters in the blocks, 1.0 M in the embedding
+PAIRS, LR = 8, 1e-4  # pairs a step
+HF, TRL = (importlib.util.find_spec(name) is not None for name in ("transformers", "trl"))
+
+
+def clock(device):
+    """Seconds: of this process's CPU, or of the wall once a GPU has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,19 +69,27 @@ def machine(device):
     return f"{gpu}{name}, {threads} thread{'s' * (threads > 1)}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def seconds(work, device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def spread(values):
     """{"median", "low", "high"} of a list, to four digits"""
     return {name: float(f"{f(values):.4g}") for name, f in (("median", statistics.median), ("low", min), ("high", max))}
+
+
+def interleaved(works, rounds, device):
+    """{name: function} -> {name: [seconds of each round]}; a work that measures itself returns its seconds."""
+    times = {name: [] for name in works}
+    for i in range(-1, rounds):  # round -1 is a warm-up
+        for name in list(works)[:: -1 if i % 2 else 1]:
+            began = clock(device)
+            own = works[name]()
+            times[name].append(own if isinstance(own, float) else clock(device) - began)
+    return {name: found[1:] for name, found in times.items()}
+
+
+def compare(figure, works, rounds, device, unit, amount, base="ours", **more):
+    """One figure: amount/seconds of every way, and the base's rate over each of the others', round by round."""
+    times = interleaved(works, rounds, device)
+    return {"figure": figure, "unit": unit, **more, "rates": {name: spread([amount / t for t in found]) for name, found in times.items()},
+            "faster": {name: spread([t / b for t, b in zip(found, times[base])]) for name, found in times.items() if name != base}}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the head and the loss
@@ -68,10 +103,12 @@ def head_and_loss(way, size, dtype, device):
     norm = RMSNorm(D, 1e-5).to(device, DTYPES[dtype])
     score = torch.nn.Linear(D, 1, bias=False).to(device, DTYPES[dtype])
     mask = torch.arange(T, device=device).expand(rows, T) >= T // 3  # a third is the prompt
+    shares = (torch.tensor([1.0, -1.0], device=device).repeat(rows // 2)[:, None] * mask / mask.sum(1, keepdim=True)).flatten()
+    pairs = torch.arange(rows // 2, device=device).repeat_interleave(2 * T)
 
     def work():
         if way == "fused":
-            loss, _ = fused_qrm_loss(x, norm.weight, score.weight, mask, eps=norm.eps)
+            loss, _ = fused_qrm_loss(x.flatten(0, 1), norm.weight, score.weight, shares, pairs, rows // 2, eps=norm.eps)
         else:  # as ScalarModel.scalars has it
             loss, _ = qrm_loss(torch.nn.functional.linear(norm(x).float(), score.weight.float()).squeeze(-1), mask)
         return torch.autograd.grad(loss, (x, norm.weight, score.weight))
@@ -100,60 +137,340 @@ def extra_memory(work, device):
 
 
 def bench_head(size, dtype, rounds, device):
-    works = {way: head_and_loss(way, size, dtype, device) for way in ("fused", "plain")}
-    times = {way: [] for way in works}
-    for i in range(-1, rounds):  # round -1 is a warm-up
-        for way in sorted(works, reverse=i % 2 == 1):
-            times[way].append(seconds(works[way], device))
-    times = {way: found[1:] for way, found in times.items()}
-    memory = {way: extra_memory(work, device) for way, work in works.items()}
-    return {"figure": "head_and_loss", "size": list(size), "dtype": dtype,
-            "fused_ms": spread([1e3 * s for s in times["fused"]]), "plain_ms": spread([1e3 * s for s in times["plain"]]),
-            "plain_over_fused": spread([p / f for p, f in zip(times["plain"], times["fused"])]),
-            **{f"{way}_extra_mib": round(n / 2**20, 1) for way, n in memory.items()}}  # fmt: skip
+    works = {"ours": head_and_loss("fused", size, dtype, device), "plain autograd": head_and_loss("plain", size, dtype, device)}
+    memory = {name: round(extra_memory(work, device) / 2**20, 1) for name, work in works.items()}
+    works = {name: lambda work=work: work() and None for name, work in works.items()}
+    return compare(f"Q-RM head and loss, {'x'.join(map(str, size))} {dtype}", works, rounds, device, "tokens/s", size[0] * size[1], extra_mib=memory)
 
 
-# ------------------------------------------------------------------------------------------------ the built-in model
+def bench_logprobs(rounds, device, n=2048, vocab=128_256):
+    """Log-probabilities of n tokens from hidden states, forward and backward."""
+    policy = init_weights(build_model(LanguageModel, dataclasses.replace(CONFIG, vocab_size=vocab, num_hidden_layers=0), Grid(device)), 0)
+    ids = torch.randint(vocab, (1, n + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones(1, n, dtype=torch.bool, device=device)
+
+    def work(way, grad):
+        with torch.set_grad_enabled(grad):
+            if way == "ours":
+                logprobs = token_logprobs(policy, ids, mask)[0]
+            else:
+                logprobs = response_log_softmax(policy, ids, mask).gather(-1, ids[0, 1:, None])
+            if grad:
+                logprobs.sum().backward()
+                policy.zero_grad()
+
+    rows = []
+    for grad in (False, True):
+        works = {way: lambda way=way, grad=grad: work(way, grad) for way in ("ours", "plain log_softmax")}
+        memory = {way: round(extra_memory(f, device) / 2**20, 1) for way, f in works.items()}
+        rows.append(compare(f"log-probabilities of {n} tokens, V {vocab}, forward{' and backward' * grad}", works, rounds, device, "tokens/s", n, extra_mib=memory))
+    return rows
 
 
-def bench_rm_step(n_pairs, rounds, device):
-    """Real tokens a second of one update (forward, backward, clip, AdamW) on pairs of the built-in task."""
-    tokenizer = data.arith_tokenizer()
-    rows = [row | {"chosen": row["solution"]} | {"rejected": row["response"]} for row in data.arith_rows("train", 2 * n_pairs, 0)]
-    pairs = data.encode(rows, tokenizer, 1024, ("chosen", "rejected"), log=lambda text: None)[0][:n_pairs]
-    model = init_weights(build_model(ScalarModel, arith_model(tokenizer), Grid(device)), 0)
-    optimizer, norm = Optimizer(model, Grid(device), 1e-3), model.model.norm
+# ------------------------------------------------------------------------------------------------ a training step
+
+
+def load_pairs(path, n=64):
+    """-> tokenizer, n pairs of Examples. The tokenizer has the 3,800 most frequent words of the file and all bytes."""
+    if path:
+        rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
+        words = collections.Counter(word for row in rows for key in ("prompt", "chosen", "rejected") for word in re.findall(r" ?[^\W\d_]+|[^\s\w]+", row[key]))
+        tokenizer = data.build_tokenizer([word for word, _ in words.most_common(3800) if len(word.encode()) > 1])
+        pairs, _ = data.encode(rows, tokenizer, 1023, ("chosen", "rejected"), str(path), lambda text: None)
+    else:
+        tokenizer, rng = data.arith_tokenizer(), random.Random(0)
+        ids = lambda mean, sd: [rng.randrange(259) for _ in range(max(8, round(rng.gauss(mean, sd))))]
+        pairs = [(data.Example(prompt, ids(150, 55)), data.Example(prompt, ids(150, 60))) for prompt in (ids(91, 30) for _ in range(n))]
+    random.Random(0).shuffle(pairs)
+    return tokenizer, pairs[:n]
+
+
+def tokens_of(pairs):
+    return sum(len(e.prompt_ids) + len(e.response_ids) for pair in pairs for e in pair)
+
+
+def rm_step(way, batches, device):
+    """-> a function that makes one update on each batch: forward, backward, clip, AdamW."""
+    if way == "TRL RewardTrainer":
+        return trl_reward_trainer(batches)
+    if way == "transformers":
+        return transformers_step(batches, device)
+    model = init_weights(build_model(ScalarModel, CONFIG, Grid(device)), 0)
+    optimizer = Optimizer(model, Grid(device), LR)
 
     def loss_fn(part):
         ids, mask = data.collate([example for pair in part for example in pair], device)
-        return fused_qrm_loss(model.model(ids)[:, 1:], norm.weight, model.score.weight, mask, eps=norm.eps)[0], {}
+        if way == "ours":
+            return reward_model_loss(model, ids, mask, Config())
+        if way == "as the authors' code":  # padded to 1024, and attention as a matrix with a mask
+            ids, mask = torch.nn.functional.pad(ids, (0, 1024 - ids.shape[1])), torch.nn.functional.pad(mask, (0, 1024 - ids.shape[1]))
+            return qrm_loss(model.scalars(model.model(ids, attend=eager_attention))[:, 1:], mask)
+        return qrm_loss(token_scores(model, ids), mask)
 
-    tokens = sum(len(e.prompt_ids) + len(e.response_ids) for pair in pairs for e in pair)
-    rates = [tokens / seconds(lambda: update(optimizer, [(len(pairs), pairs)], loss_fn, 1e-3), device) for _ in range(rounds + 1)]
-    return {"figure": "rm_step", "pairs": len(pairs), "tokens": tokens, "tokens_per_s": spread(rates[1:])}
+    return lambda: [update(optimizer, [(len(batch), batch)], loss_fn, LR) for batch in batches] and None
 
 
-def bench_generate(n_prompts, rounds, device, new_tokens=48):
-    """Sampled tokens a second; without a stop token, so that every row runs to the end."""
-    tokenizer = data.arith_tokenizer()
-    policy = init_weights(build_model(LanguageModel, arith_model(tokenizer), Grid(device)), 0)
-    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in data.arith_rows("test", n_prompts, 0)]
-    work = lambda: generate(policy, prompts, new_tokens, (), seed=0)
-    rates = [n_prompts * new_tokens / seconds(work, device) for _ in range(rounds + 1)]
-    return {"figure": "generate", "prompts": n_prompts, "new_tokens": new_tokens, "tokens_per_s": spread(rates[1:])}
+def eager_attention(layer, q, k, v):
+    """Scores of all T x T pairs, a mask, softmax, and keys and values repeated for every query head."""
+    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(q.shape[2] // x.shape[2], 1) for x in (k, v))
+    future = torch.full(2 * q.shape[2:3], -torch.inf, device=q.device).triu(1)
+    return ((q @ k.transpose(2, 3) / q.shape[-1] ** 0.5 + future).softmax(-1) @ v).transpose(1, 2)
+
+
+def hf_config(architecture):
+    from transformers import LlamaConfig
+
+    raw = {**CONFIG.to_dict("score" if "Token" in architecture or "Sequence" in architecture else "lm"), "architectures": [architecture]}
+    return LlamaConfig(**{**raw, "pad_token_id": 0, "eos_token_id": 1, "attn_implementation": "sdpa", "tie_word_embeddings": "Causal" in architecture})
+
+
+def transformers_step(batches, device):
+    """The same loss on LlamaForTokenClassification, rows padded to the longest of the batch."""
+    from transformers import LlamaForTokenClassification
+
+    model = LlamaForTokenClassification(hf_config("LlamaForTokenClassification")).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+
+    def work():
+        for batch in batches:
+            examples = [example for pair in batch for example in pair]
+            ids, mask = data.collate(examples, device)
+            real = torch.arange(ids.shape[1], device=device) < torch.tensor([[len(p) + len(r)] for p, r in examples], device=device)
+            loss, _ = qrm_loss(model(ids, attention_mask=real.long()).logits[:, 1:, 0], mask)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return work
+
+
+def trainer_seconds(make_trainer):
+    """-> a function that runs a transformers Trainer and returns the CPU seconds of its steps, without start and end."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.process_time()
+
+        def on_step_end(self, *args, **kwargs):
+            self.seconds = self.seconds + time.process_time() - self.began
+
+    watch, directory = Clock(), tempfile.mkdtemp()
+    trainer = make_trainer(directory, watch)
+
+    def work():
+        watch.seconds = 0.0
+        with contextlib.redirect_stdout(sys.stderr):
+            trainer.train()
+        return watch.seconds
+
+    return work
+
+
+QUIET = {"report_to": [], "save_strategy": "no", "logging_strategy": "no", "use_cpu": True, "disable_tqdm": True, "lr_scheduler_type": "constant",
+         "bf16": False, "learning_rate": LR, "gradient_checkpointing": False, "num_train_epochs": 1}  # fmt: skip
+
+
+def trl_reward_trainer(batches):
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [{"chosen_ids": w.prompt_ids + w.response_ids, "rejected_ids": l.prompt_ids + l.response_ids} for batch in batches for w, l in batch]
+
+    def make(directory, watch):
+        tokenizer = data.arith_tokenizer()
+        tokenizer.save(directory)
+        args = RewardConfig(directory, per_device_train_batch_size=PAIRS, max_length=None, dataloader_pin_memory=False, **QUIET)
+        return RewardTrainer(LlamaForSequenceClassification(hf_config("LlamaForSequenceClassification")), args, train_dataset=Dataset.from_list(rows),
+                             processing_class=AutoTokenizer.from_pretrained(directory, pad_token="<|end_of_text|>"), callbacks=[watch])  # fmt: skip
+
+    return trainer_seconds(make)
+
+
+def gemm_rate(device, n=1024):
+    """Multiply-adds of large matrix products, in FLOP/s: the roof."""
+    a, b, out = (torch.randn(n, n, device=device) for _ in range(3))
+    times = interleaved({"gemm": lambda: [torch.mm(a, b, out=out) for _ in range(10)] and None}, 5, device)["gemm"]
+    return 20 * n**3 / statistics.median(times)
+
+
+def rm_flops(pairs):
+    """Forward and backward of the blocks on the packed tokens: 6 a weight and token, and 6 x 2 x half of T^2 x width for attention."""
+    c, tokens, squares = CONFIG, 0, 0
+    for w, l in pairs:
+        p, n, m = len(w.prompt_ids), len(w.response_ids), len(l.response_ids)
+        tokens, squares = tokens + p + n + m, squares + (p + n) ** 2 / 2 + m * p + m * m / 2
+    weights = c.hidden_size * c.head_dim * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + 3 * c.hidden_size * c.intermediate_size
+    return c.num_hidden_layers * (6 * weights * tokens + 12 * c.num_attention_heads * c.head_dim * squares)
+
+
+def bench_rm(path, rounds, device):
+    tokenizer, pairs = load_pairs(path)
+    batches = [pairs[i : i + PAIRS] for i in range(0, 4 * PAIRS, PAIRS)]
+    ways = ["ours", "plain, padded to longest", *["transformers"] * HF, *["TRL RewardTrainer"] * (TRL and device.type == "cpu")]
+    used = [pair for batch in batches for pair in batch]
+    processed = sum(len(w.prompt_ids) + len(w.response_ids) + len(l.response_ids) for w, l in used)
+    row = compare(f"RM step, {PAIRS} pairs", {way: rm_step(way, batches, device) for way in ways}, rounds, device, "real tokens/s", tokens_of(used),
+                  processed_over_real=round(processed / tokens_of(used), 3))  # fmt: skip
+    row["of_roofline"] = round(rm_flops(used) / tokens_of(used) * row["rates"]["ours"]["median"] / gemm_rate(device), 3)
+    row["peak_rss_mib"] = {way: peak_memory(way, path) for way in ways} if device.type == "cpu" else {}
+    few = [pairs[i : i + 2] for i in range(0, 4, 2)]  # the paper's 2 pairs a step
+    works = {way: rm_step(way, few, device) for way in ("ours", "as the authors' code")}
+    return [row, compare("RM step, 2 pairs", works, rounds, device, "real tokens/s", sum(map(tokens_of, few)))]
+
+
+def peak_memory(way, path):
+    """Peak resident MiB of a process that does nothing else than the RM step."""
+    command = [sys.executable, __file__, "--alone", way, *(["--data", str(path)] if path else [])]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+# ------------------------------------------------------------------------------------------------ decoding, a step of RL
+
+
+def bench_decode(path, rounds, device, new_tokens=128):
+    """Sampled tokens a second at temperature 1 without a stop token; then with answers that end (ours only: slots are refilled)."""
+    tokenizer, pairs = load_pairs(path)
+    policy = init_weights(build_model(LanguageModel, CONFIG, Grid(device)), 0)
+    rows = []
+    for n in (16, 64):
+        prompts = [pair[0].prompt_ids for pair in pairs[:n]]
+        works = {"ours": lambda prompts=prompts: generate(policy, prompts, new_tokens, (), seed=0) and None}
+        if HF:
+            works["transformers"] = transformers_generate(policy, prompts, new_tokens, device)
+        rows.append(compare(f"decoding, batch {n}, {new_tokens} new tokens", works, rounds, device, "tokens/s", n * new_tokens))
+    ends = [len(pair[0].response_ids) for pair in pairs]
+    prompts = [pair[0].prompt_ids for pair in pairs]
+    works = {"ours": lambda: generate_lengths(policy, prompts, ends, 16) and None,
+             "one batch after the other": lambda: [generate_lengths(policy, prompts[i : i + 16], ends[i : i + 16], 16) for i in range(0, 64, 16)] and None}  # fmt: skip
+    return [*rows, compare("decoding, 64 answers of real lengths, 16 at a time", works, rounds, device, "tokens/s", sum(ends))]
+
+
+def generate_lengths(policy, prompts, lengths, batch_size):
+    """Samples answers that end at given lengths: the stop token becomes certain there."""
+    stop, logits, left = 1, LanguageModel.logits, {}
+    from model import KVCache
+
+    order, prefill, step = iter(()), KVCache.prefill, KVCache.step
+    due = {}
+    for prompt, n in zip(prompts, lengths):
+        due.setdefault(tuple(prompt), []).append(n)
+
+    def counting_prefill(cache, model, new, slots):
+        for slot, prompt in zip(slots.tolist(), new):
+            left[slot] = due[tuple(prompt)].pop()
+        return prefill(cache, model, new, slots)
+
+    def ending_logits(model, x):
+        out = logits(model, x)
+        out[:, stop] = -torch.inf
+        for slot in range(len(out)):
+            left[slot] = left.get(slot, 0) - 1
+            if left[slot] == 0:
+                out[slot, stop] = 1e9
+        return out
+
+    def keep(cache, slots, original=KVCache.keep):
+        left.update(dict(enumerate([left[s] for s in slots.tolist()])))
+        return original(cache, slots)
+
+    before = KVCache.prefill, KVCache.keep, LanguageModel.logits
+    KVCache.prefill, KVCache.keep, LanguageModel.logits = counting_prefill, keep, ending_logits
+    try:
+        return generate(policy, prompts, max(lengths), (stop,), seed=0, batch_size=batch_size)
+    finally:
+        KVCache.prefill, KVCache.keep, LanguageModel.logits = before
+
+
+def transformers_generate(policy, prompts, new_tokens, device):
+    """The same weights in LlamaForCausalLM, prompts padded on the left, dynamic cache, sampling at temperature 1."""
+    from transformers import LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        save_model(policy, directory)
+        model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa").to(device)
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return lambda: model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=True, temperature=1.0,
+                                  top_k=0, top_p=1.0, pad_token_id=0) is None or None  # fmt: skip
+
+
+def bench_rl(path, rounds, device, prompts=4, group=4, new_tokens=64):
+    """One step of RL: sample, score under policy and reference, one update. The reward is a lookup, so no model is in it."""
+    tokenizer, pairs = load_pairs(path)
+    texts = [pair[0].prompt_ids for pair in pairs[:prompts]]
+    policy, reference = (init_weights(build_model(LanguageModel, CONFIG, Grid(device)), 0) for _ in range(2))
+    cfg = dataclasses.replace(Config(), advantage="grpo", group_size=group, batch_size=prompts * group, kl_coef=0.04, max_new_tokens=new_tokens)
+    optimizer = Optimizer(policy, Grid(device), LR)
+
+    def ours():
+        rollout = collect_rollout(policy, reference, lambda ids, mask: (ids[:, 1:] % 2).float(), texts, (), cfg, 0)
+        reinforce_step(policy, optimizer, rollout, cfg, LR)
+
+    works = {"ours": ours}
+    if TRL and device.type == "cpu":
+        works["TRL GRPOTrainer"] = trl_grpo_trainer(tokenizer, texts, group, new_tokens)
+    return compare(f"RL step, {prompts} prompts x {group} answers x {new_tokens} tokens", works, rounds, device, "new tokens/s", prompts * group * new_tokens)
+
+
+def trl_grpo_trainer(tokenizer, prompts, group, new_tokens):
+    from datasets import Dataset
+    from transformers import AutoTokenizer, LlamaForCausalLM
+    from trl import GRPOConfig, GRPOTrainer
+
+    def make(directory, watch):
+        tokenizer.save(directory)
+        args = GRPOConfig(directory, per_device_train_batch_size=len(prompts) * group, num_generations=group, max_completion_length=new_tokens, beta=0.04,
+                          max_steps=1, dataloader_pin_memory=False, generation_kwargs={"min_new_tokens": new_tokens}, **QUIET)  # fmt: skip
+        words = AutoTokenizer.from_pretrained(directory, pad_token="<|end_of_text|>", padding_side="left")
+        return GRPOTrainer(LlamaForCausalLM(hf_config("LlamaForCausalLM")), lambda completions, **_: [len(c) % 2 for c in completions], args,
+                           Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in prompts]), processing_class=words, callbacks=[watch])  # fmt: skip
+
+    return trainer_seconds(make)
+
+
+# ------------------------------------------------------------------------------------------------ tensor parallelism
+
+
+def bench_tp():
+    """All-reduces and bytes of one RM step at tp 2, by two gloo processes; Megatron's minimum is 2 + 2 a block."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29543", __file__, "--count_traffic"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return json.loads(result.stdout.strip().split("\n")[-1])
+
+
+def count_traffic():
+    """Inside each of the two processes."""
+    grid, sizes, plain = make_grid(device="cpu"), [], parallel.dist.all_reduce
+    parallel.dist.all_reduce = lambda x, *args, **kwargs: (sizes.append(x.numel() * x.element_size()), plain(x, *args, **kwargs))
+    model = init_weights(build_model(ScalarModel, CONFIG, grid), 0)
+    ids = torch.randint(CONFIG.vocab_size, (8, 257), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(256) >= 96).expand(8, 256)
+    reward_model_loss(model, ids, mask, Config())[0].backward()
+    blocks, one = [n for n in sizes if n > 4096], CONFIG.hidden_size * 4
+    parallel.dist.destroy_process_group()
+    if grid.is_main:
+        print(json.dumps({"figure": "tp 2, RM step, 4 pairs", "tokens": blocks[0] // one, "all_reduces_per_block": (len(blocks) - 1) / CONFIG.num_hidden_layers,
+                          "mib_per_block": round((sum(blocks) - blocks[0]) / CONFIG.num_hidden_layers / 2**20, 2), "mib": round(sum(sizes) / 2**20, 2)}))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the table
 
 
-def line_of(row):
-    """A figure as a row of the table."""
+def lines_of(row):
+    """A figure as rows of the table: what, way, rate, how much faster ours is."""
     show = lambda x, form: f"{x['median']:{form}} ({x['low']:{form}}-{x['high']:{form}})"
-    if row["figure"] == "head_and_loss":
-        return (f"{'x'.join(map(str, row['size']))} {row['dtype']}", show(row["fused_ms"], ".1f"), show(row["plain_ms"], ".1f"),
-                show(row["plain_over_fused"], ".2f"), f"{row['fused_extra_mib']:.0f}", f"{row['plain_extra_mib']:.0f}")  # fmt: skip
-    what = f"RM step, {row['pairs']} pairs" if row["figure"] == "rm_step" else f"generate, {row['prompts']} prompts"
-    return (what, f"{show(row['tokens_per_s'], ',.0f')} tokens/s")
+    if "rates" not in row:
+        return [(row["figure"], "ours", f"{row['all_reduces_per_block']:g} all-reduces a block", f"{row['mib_per_block']} MiB a block")]
+    found = []
+    for name, rate in row["rates"].items():
+        memory = [f"{row[key][name]:,} MiB" for key in ("extra_mib", "peak_rss_mib") if name in row.get(key, {})]
+        factor = show(row["faster"][name], ".2f") if name in row["faster"] else "1"
+        found.append((row["figure"], name, f"{show(rate, ',.0f')} {row['unit']}", factor, *memory))
+    return found
 
 
 def parse_size(text):
@@ -165,26 +482,41 @@ def parse_size(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="JSON lines with prompt, chosen and rejected")
+    parser.add_argument("--only", default="head,logprobs,rm,decode,rl,tp", help="figures, with commas")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--sizes", type=lambda text: [parse_size(part) for part in text.split(",")], default="4x512x1024,16x512x1024", help="2P x T x D")
-    parser.add_argument("--prompts", type=int, default=256, help="rows that generate() samples at once; an eighth as many pairs for the RM step")
+    parser.add_argument("--sizes", type=lambda text: [parse_size(part) for part in text.split(",")], default="16x512x1024", help="of the head: 2P x T x D")
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--count_traffic", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.rounds < 1 or args.prompts < 1:
-        parser.error("--rounds and --prompts: expected 1 or more")
+    if args.rounds < 1:
+        parser.error("--rounds: expected 1 or more")
+    if unknown := set(args.only.split(",")) - {"head", "logprobs", "rm", "decode", "rl", "tp"}:
+        parser.error(f"--only {','.join(unknown)}: expected head, logprobs, rm, decode, rl or tp")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
+    if args.count_traffic:
+        return count_traffic()
     device = torch.device("cpu" if args.device == "cpu" or not torch.cuda.is_available() else "cuda")
-    if device.type == "cpu" and hasattr(os, "sched_getaffinity"):
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print(machine(device))
-    rows = [bench_head(size, dtype, args.rounds, device) for size in args.sizes for dtype in DTYPES]
-    rows += [bench_rm_step(max(1, args.prompts // 8), args.rounds, device), bench_generate(args.prompts, args.rounds, device)]
-    print(f"\nmedian (lowest-highest) of {args.rounds} rounds\n")
-    table = [("head and loss, 2P x T x D", "fused ms", "plain ms", "plain / fused", "fused +MiB", "plain +MiB"), *map(line_of, rows)]
-    widths = [max(len(row[i]) for row in table if len(row) > 2) for i in range(6)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if args.alone:
+        work = rm_step(args.alone, [load_pairs(args.data)[1][:PAIRS]] * 2, device)
+        work()
+        return print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
+    print(machine(device), *(f"{name} {importlib.metadata.version(name)}" for name, there in (("transformers", HF), ("trl", TRL)) if there), sep=", ")
+    figures = {"head": lambda: [bench_head(size, dtype, args.rounds, device) for size in args.sizes for dtype in DTYPES],
+               "logprobs": lambda: bench_logprobs(args.rounds, device), "rm": lambda: bench_rm(args.data, args.rounds, device),
+               "decode": lambda: bench_decode(args.data, args.rounds, device), "rl": lambda: [bench_rl(args.data, args.rounds, device)],
+               "tp": lambda: [bench_tp()]}  # fmt: skip
+    rows = [row for name in args.only.split(",") for row in figures[name]()]
+    print(f"\nmedian (lowest-highest) of {args.rounds} interleaved rounds; the last columns: how much faster ours is, and memory\n")
+    table = [line for row in rows for line in lines_of(row)]
+    widths = [max(len(line[i]) for line in table if len(line) > i) for i in range(max(map(len, table)))]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     print()
     for row in rows:
         print(json.dumps(row))

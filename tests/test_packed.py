@@ -1,0 +1,277 @@
+"""The fast paths against the plain ones: packed rows, chunked log-probabilities, recomputed blocks, refilled slots."""
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import near, random_ids, random_model, small_config
+
+import data
+from data import Example, collate, spans
+from model import KVCache, LanguageModel, Packed, ScalarModel, at_actions, at_states, causal_attention, generate, response_log_softmax, token_logprobs
+from qrm import Reward, masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
+
+# Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
+GROUPS = [([5, 6, 7], [[1, 2, 3, 4], [9]]), ([8], [[1, 2], [3], [4, 5, 6]]), ([9, 8, 7], [[4, 4, 1, 2]])]
+EXAMPLES = [Example(prompt, response) for prompt, responses in GROUPS for response in responses]
+
+
+def gradients(loss, model):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+# ------------------------------------------------------------------------------------------------ the layout
+
+
+def test_the_layout_by_hand():
+    packed = Packed.of(*collate(EXAMPLES[:3]))
+    assert packed.ids.tolist() == [[5, 6, 7, 1, 2, 3, 4, 9, 8, 1, 2]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 3, 0, 1, 2]]
+    assert packed.states.tolist() == [2, 3, 4, 5, 2, 8, 9]  # the first token of both answers is said after the 7
+    assert packed.actions.tolist() == [3, 4, 5, 6, 7, 9, 10]
+
+
+def test_only_neighbours_with_the_same_prompt_share_it():
+    rows = [Example([1, 2], [3]), Example([1, 2], [4]), Example([1], [2, 3]), Example([1, 2], [3])]
+    assert Packed.of(*collate(rows)).ids.tolist() == [[1, 2, 3, 4, 1, 2, 3, 1, 2, 3]]
+
+
+def test_a_row_without_a_response_is_harmless():
+    ids, mask = collate(EXAMPLES[:2])
+    mask[1] = False
+    packed = Packed.of(ids, mask)
+    assert packed.actions.tolist() == [3, 4, 5, 6] and packed.ids.shape[1] == 8
+
+
+def test_spans_by_hand():
+    assert spans([], 5) == [] and spans([9], 5) == [(0, 1)] and spans([1] * 5, 2) == [(0, 2), (2, 4), (4, 5)]
+    assert spans([3, 3, 3, 9, 1], 6) == [(0, 2), (2, 3), (3, 4), (4, 5)]
+
+
+# ------------------------------------------------------------------------------------------------ the same numbers
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_packed_is_each_row_alone(kind):
+    model = random_model(ScalarModel, small_config(model_type=kind))
+    ids, mask = collate(EXAMPLES)
+    weights = torch.randn(ids.shape[0], ids.shape[1] - 1, model.cfg.hidden_size, generator=torch.Generator().manual_seed(0))
+    for fast, shift in ((at_states, 0), (at_actions, 1)):
+        x = fast(model, ids, mask)
+        found = gradients((x * weights[mask]).sum(), model)
+        alone, loss = [], 0.0
+        for i, (prompt, response) in enumerate(EXAMPLES):
+            rows = model.model(torch.tensor([prompt + response]))[0, len(prompt) - 1 + shift : len(prompt) - 1 + shift + len(response)]
+            alone.append(rows)
+            loss = loss + (rows * weights[i][mask[i]]).sum()
+        near(x, torch.cat(alone))
+        near(found, gradients(loss, model))
+
+
+def test_the_loss_of_packed_pairs_is_the_plain_one():
+    model = random_model(ScalarModel, small_config())
+    ids, mask = collate([*EXAMPLES[:2], *EXAMPLES[2:4], EXAMPLES[5], EXAMPLES[0]])
+    plain, stats = qrm_loss(token_scores(model, ids), mask)
+    loss, found = reward_model_loss(model, ids, mask, Reward())
+    near(loss, plain)
+    assert found == pytest.approx(stats, rel=1e-4)
+    near(gradients(loss, model), gradients(plain, model))
+    near(response_scores(model, ids, mask), token_scores(model, ids) * mask)
+
+
+def test_a_neighbour_changes_nothing():
+    model, policy = random_model(ScalarModel, small_config()), random_model(LanguageModel, small_config())
+    other = [*EXAMPLES[:2], Example([28], [27, 26]), Example([28], [25]), *EXAMPLES[4:]]
+    found = [(response_scores(model, *collate(rows)), token_logprobs(policy, *collate(rows))[0]) for rows in (EXAMPLES, other)]
+    for before, after in zip(*found):
+        for i in (0, 1, 5):
+            assert torch.equal(before[i], after[i])
+        assert not torch.equal(before[2], after[2])
+
+
+def test_pads_and_ids_behind_the_answer_are_not_read():
+    model = random_model(ScalarModel, small_config())
+    (ids, mask), (other, _) = collate(EXAMPLES, pad_id=0), collate(EXAMPLES, pad_id=28)
+    assert torch.equal(response_scores(model, ids, mask), response_scores(model, other, mask))
+
+
+def test_flex_attention_has_the_same_numbers():
+    """Its mask, forward: on the CPU it has no backward."""
+    model, (ids, mask) = random_model(ScalarModel, small_config()), collate(EXAMPLES)
+    packed = Packed.of(ids, mask)
+    with torch.no_grad():
+        plain = model.model(packed.ids, packed.positions, packed.attend)
+        packed.flex = True
+        near(model.model(packed.ids, packed.positions, packed.attend), plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_log_probabilities_in_chunks(rows, tied):
+    policy = random_model(LanguageModel, small_config(tie_word_embeddings=tied))
+    ids, mask = collate(EXAMPLES)
+    logprobs, entropy = token_logprobs(policy, ids, mask, 0.7, rows)
+    log_pi = response_log_softmax(policy, ids, mask, 0.7)
+    plain = log_pi.gather(-1, ids[:, 1:][mask][:, None])[:, 0]
+    weights = torch.linspace(-1, 2, len(plain))
+    near(logprobs[mask], plain)
+    near(entropy[mask], -(log_pi.exp() * log_pi).sum(-1))
+    assert not entropy.requires_grad and not logprobs[~mask].any()
+    near(gradients((logprobs[mask] * weights).sum(), policy), gradients((plain * weights).sum(), policy))
+
+
+def test_logits_out_of_range_are_finite():
+    policy, (ids, mask) = random_model(LanguageModel, small_config(tie_word_embeddings=False)), collate(EXAMPLES)
+    policy.lm_head.weight.data *= 1e4
+    logprobs, entropy = token_logprobs(policy, ids, mask)
+    assert torch.isfinite(logprobs).all() and (logprobs <= 0).all() and (entropy.abs() < 1e-3).all()
+    assert torch.isfinite(gradients(logprobs.sum(), policy)).all()
+
+
+def test_a_frozen_head_gets_no_gradient():
+    policy, (ids, mask) = random_model(LanguageModel, small_config(tie_word_embeddings=False)), collate(EXAMPLES)
+    policy.lm_head.weight.requires_grad_(False)
+    token_logprobs(policy, ids, mask)[0].sum().backward()
+    assert policy.lm_head.weight.grad is None and policy.model.norm.weight.grad.abs().max() > 0
+
+
+# ------------------------------------------------------------------------------------------------ less work, less memory
+
+
+def kept_bytes(work, model):
+    """What autograd keeps from the forward for the backward, weights apart."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage().nbytes(), x))[1], lambda x: x):
+        loss = work()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return loss, sum(n for place, (n, _) in kept.items() if place not in weights)
+
+
+def test_remat_trades_memory_for_time():
+    model, (ids, mask) = random_model(ScalarModel, small_config(num_hidden_layers=6)), collate(EXAMPLES * 4)
+    found = []
+    for model.model.remat in (False, True):
+        calls = []
+        handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+        loss, size = kept_bytes(lambda: reward_model_loss(model, ids, mask, Reward())[0], model)
+        found.append((gradients(loss, model), size, len(calls)))
+        handle.remove()
+    (plain, much, once), (again, little, twice) = found
+    assert torch.equal(plain, again) and (once, twice) == (1, 2) and little < much / 3
+
+
+def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary():
+    sizes = []
+    for vocab in (29, 2900):
+        policy, (ids, mask) = random_model(LanguageModel, small_config(vocab_size=vocab, tie_word_embeddings=False)), collate(EXAMPLES)
+        sizes.append(kept_bytes(lambda: token_logprobs(policy, ids, mask)[0].sum(), policy)[1])
+    assert sizes[0] == sizes[1]
+
+
+def share_of_tokens(pairs):
+    """Tokens that the blocks read, over tokens of both sequences of all pairs: exact counts."""
+    real = sum(len(e.prompt_ids) + len(e.response_ids) for pair in pairs for e in pair)
+    return sum(Packed.of(*collate(list(pair))).ids.shape[1] for pair in pairs) / real
+
+
+def test_a_pair_reads_its_prompt_once():
+    prompt = list(range(20))
+    assert share_of_tokens([(Example(prompt, [1] * 15), Example(prompt, [2] * 5))]) == 40 / 60
+
+
+GSM8K = next((p / "data" / "gsm8k" for p in (Path(__file__).parents[1], Path(__file__).parents[2] / "shared") if (p / "data" / "gsm8k").exists()), None)
+
+
+@pytest.mark.skipif(GSM8K is None, reason="needs data/gsm8k/pairs_test.jsonl")
+def test_a_pair_of_gsm8k_costs_at_most_083_of_its_tokens():
+    """With the recipe's chat template, whose 35 tokens belong to the prompt, and a token for each of the frequent words."""
+    rows = [json.loads(line) for line in (GSM8K / "pairs_test.jsonl").read_text(encoding="utf-8").split("\n") if line]
+    tokenizer = data.build_tokenizer(common_words(" ".join(row[k] for row in rows for k in ("instruction", "chosen", "rejected"))))
+    chat = [0] * 35
+    pairs = [tuple(Example(chat + tokenizer.encode_prompt(row["instruction"]), tokenizer.encode_response(row[k])) for k in ("chosen", "rejected")) for row in rows]
+    assert 0.75 < share_of_tokens(pairs) <= 0.83
+
+
+def common_words(text):
+    import collections
+    import re
+
+    return [word for word, _ in collections.Counter(re.findall(r" ?[^\W\d_]+|[^\s\w]+", text)).most_common(3800) if len(word.encode()) > 1]
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def watch(policy, monkeypatch):
+    """-> (tokens read as prompts in each prefill, slots of each step)"""
+    prefills, steps, prefill, step = [], [], KVCache.prefill, KVCache.step
+    monkeypatch.setattr(KVCache, "prefill", lambda self, model, prompts, slots: (prefills.append(len(prompts)), prefill(self, model, prompts, slots))[1])
+    monkeypatch.setattr(KVCache, "step", lambda self, model, tokens: (steps.append(len(tokens)), step(self, model, tokens))[1])
+    return prefills, steps
+
+
+def test_the_samples_of_a_prompt_read_it_once():
+    policy, read = random_model(LanguageModel, small_config()), []
+    policy.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    prompts = [random_ids(6, seed=1).tolist()] * 5 + [random_ids(4, seed=2).tolist()] * 3
+    responses, _ = generate(policy, prompts, 4, [], 1.0, seed=0)
+    assert read == [10, 8, 8, 8] and len({tuple(r) for r in responses[:5]}) > 1
+    alone = [generate(policy, [prompt], 4, [], 0)[0][0] for prompt in (prompts[0], prompts[5])]
+    assert generate(policy, prompts, 4, [], 0)[0] == [alone[0]] * 5 + [alone[1]] * 3
+
+
+def test_a_finished_slot_is_refilled(monkeypatch):
+    policy = random_model(LanguageModel, small_config())
+    prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(40)]
+    everything = generate(policy, prompts, 30, [0, 4, 9], 1.0, seed=3)
+    lengths = [len(r) for r in everything[0]]
+    prefills, steps = watch(policy, monkeypatch)
+    assert generate(policy, prompts, 30, [0, 4, 9], 1.0, seed=3, batch_size=8) == everything
+    assert sum(prefills) == 40 and len(prefills) > 5
+    by_length = sorted(range(40), key=lambda i: (len(prompts[i]), prompts[i]))
+    waiting = sum(max(lengths[i] for i in by_length[a : a + 8]) for a in range(0, 40, 8))  # a batch waits for its longest answer
+    assert len(steps) < 0.8 * waiting and max(steps) == 8
+
+
+def test_sampled_and_scored_log_probabilities_agree():
+    """What RL calls old_logprobs is the probability that the token was drawn with."""
+    policy, drawn = random_model(LanguageModel, small_config()), {}
+    import model
+
+    sample = model.sample_tokens
+
+    def spy(logprobs, uniforms):
+        new = sample(logprobs, uniforms)
+        for u, token, row in zip(uniforms.tolist(), new.tolist(), logprobs):
+            drawn[u] = row[token].item()
+        return new
+
+    prompts, n = [random_ids(2 + i % 3, seed=i).tolist() for i in range(12)], 9
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "sample_tokens", spy)
+        responses, _ = generate(policy, prompts, n, [0], 1.3, seed=5, batch_size=5)
+    ids, mask = collate([Example(p, r) for p, r in zip(prompts, responses)])
+    scored = token_logprobs(policy, ids, mask, 1.3)[0]
+    uniforms = torch.rand(13, n, generator=torch.Generator().manual_seed(5))
+    sampled = torch.tensor(list(itertools.chain.from_iterable([drawn[u] for u in row[: len(r)].tolist()] for row, r in zip(uniforms, responses))))
+    ratio = (sampled - scored[mask]).abs().exp()
+    assert ratio.mean() < 1 + 1e-5 and ratio.max() < 1 + 1e-4
+
+
+def test_a_plain_row_attends_as_before():
+    """causal_attention is torch's, and what it says of one row does not depend on how many there are."""
+    q, k, v = (torch.randn(3, 5, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    whole = causal_attention(0, q, k, v)
+    for i in range(3):
+        near(causal_attention(0, q[i : i + 1], k[i : i + 1], v[i : i + 1])[0], whole[i])
+    scores = torch.einsum("ihe,jhe->hij", q[0], k[0].repeat_interleave(2, 1)) / 8**0.5
+    weights = scores.masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf).softmax(-1)
+    near(whole[0], torch.einsum("hij,jhe->ihe", weights, v[0].repeat_interleave(2, 1)))
+
+
+def test_masked_means_of_packed_scores():
+    model, (ids, mask) = random_model(ScalarModel, small_config()), collate(EXAMPLES)
+    near(masked_mean(response_scores(model, ids, mask), mask), masked_mean(token_scores(model, ids), mask))
