@@ -412,8 +412,8 @@ def check_4_3(m):
     something until beta * gap exceeds it."""
     zeros, chosen, rejected = torch.zeros(3), torch.tensor([1.0, 5.0, -2.0, 3.0]), torch.tensor([0.0, 7.0, -4.0, 3.0])
     expect(m.pairwise_loss(zeros, zeros, 0.2, 2.0)[0], math.log(1 + math.exp(2)), "equal scores, beta .2, margin 2: log(1 + e^2)")
-    loss, stats = m.pairwise_loss(chosen, rejected, 0.5, 0.3)
-    expect(loss, sum(math.log(1 + math.exp(-(0.5 * gap - 0.3))) for gap in (1, -2, 2, 0)) / 4, "gaps 1, -2, 2, 0, beta .5, margin .3")
+    loss, stats = m.pairwise_loss(chosen, rejected, 0.5, 0.7)
+    expect(loss, sum(math.log(1 + math.exp(-(0.5 * gap - 0.7))) for gap in (1, -2, 2, 0)) / 4, "gaps 1, -2, 2, 0, beta .5, margin .7")
     expect(stats["pair_accuracy"], 0.5, "pair_accuracy of gaps 1, -2, 2, 0 (a tie is not right)")
     expect(stats["score_gap"], 0.25, "score_gap of gaps 1, -2, 2, 0")
     expect(m.pairwise_loss(chosen, rejected)[0], -(chosen - rejected).double().sigmoid().log().mean(), "defaults: beta 1, no margin")
@@ -464,11 +464,12 @@ def check_4_6(m):
 def check_4_7(m):
     """The masked_mean over last_token_mask picks the score at the last token; F.binary_cross_entropy_with_logits does the rest."""
     scores, (_, mask), correct = 3 * draw(4, 6), rows(), torch.tensor([1, 0, 0, 1])
+    scores[3, 3] = 0.2  # the last of row 3: right, but not by much
     last = [scores[i, p + r - 2].item() for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS))]
     loss, stats = m.outcome_loss(scores, mask, correct)
     expect(loss, sum(math.log(1 + math.exp(-z if y else z)) for z, y in zip(last, correct)) / 4, "cross-entropy at the last tokens")
     expect(stats["accuracy"], sum((z > 0) == bool(y) for z, y in zip(last, correct)) / 4, "accuracy")
-    expect(m.outcome_loss(torch.full((4, 6), -60.0), mask, correct)[0], 30.0, "scores of -60, half of them right")
+    expect(m.outcome_loss(torch.full((4, 6), -200.0), mask, correct)[0], 100.0, "scores of -200, half of them right")
 
 
 def check_4_8(m):
@@ -550,12 +551,12 @@ def check_5_1(m):
 def check_5_2(m):
     """The moments over the rewards in the mask alone, and with all_sum over all ranks: count and sum first, then the squares of
     what is left after the mean. The variance is divided by the count, not by one less."""
-    rewards, mask = torch.tensor([[99.0, 1.0, 2.0], [6.0, 7.0, 99.0]]), torch.tensor([[0, 1, 1], [1, 1, 0]]).bool()
-    sigma = (((1 - 4) ** 2 + (2 - 4) ** 2 + (6 - 4) ** 2 + (7 - 4) ** 2) / 4) ** 0.5
+    rewards, mask = torch.tensor([[99.0, 1.0, 3.0], [6.0, 10.0, 99.0]]), torch.tensor([[0, 1, 1], [1, 1, 0]]).bool()
+    sigma = (((1 - 5) ** 2 + (3 - 5) ** 2 + (6 - 5) ** 2 + (10 - 5) ** 2) / 4) ** 0.5
     run = lambda how, grid=Grid(): m.standardize(rewards, mask, how, grid)
-    expect(run("mean_std"), torch.tensor([[0, -3, -2], [2, 3, 0]]) / sigma, "mean_std of 1, 2, 6, 7 (99 is outside)")
-    expect(run("std"), torch.tensor([[0, 1, 2], [6, 7, 0]]) / sigma, "std: divided, not shifted")
-    expect(run("none"), [[0, 1, 2], [6, 7, 0]], "none: as they are, 0 outside")
+    expect(run("mean_std"), torch.tensor([[0, -4, -2], [1, 5, 0]]) / sigma, "mean_std of 1, 3, 6, 10 (99 is outside)")
+    expect(run("std"), torch.tensor([[0, 1, 3], [6, 10, 0]]) / sigma, "std: divided, not shifted")
+    expect(run("none"), [[0, 1, 3], [6, 10, 0]], "none: as they are, 0 outside")
     expect(m.standardize(torch.full((2, 3), 5.0), mask, "mean_std", Grid()), torch.zeros(2, 3), "equal rewards: 0")
     expect(m.standardize(torch.full((2, 3), 5.0), mask, "std", Grid()), 5.0 * mask, "equal rewards with std: as they are")
     parts = on_ranks(2, lambda grid: m.standardize(rewards[grid.dp_rank][None], mask[grid.dp_rank][None], "mean_std", grid), "dp")
@@ -685,4 +686,4 @@ def check_6_4(m):
     expect(torch.stack(grads), torch.zeros(2, 4, 6), "only logprobs carries a gradient")
 
 
-CHECKS = {name.removeprefix("check_").replace("_", "."): check for name, check in list(globals().items()) if name.startswith("check_") and name[6:7].isdigit()}
+CHECKS = {f"{name[6]}.{name[8:]}": check for name, check in list(globals().items()) if name.startswith("check_") and name[6].isdigit()}

@@ -16,7 +16,6 @@ import multiprocessing
 import os
 import re
 import sys
-import textwrap
 import time
 from pathlib import Path
 from types import ModuleType
@@ -118,7 +117,7 @@ def cut_out(source, function, file):
         while lines[first - 1].strip().startswith("@"):
             first -= 1
         text = "\n".join(lines[first:last])
-        ast.parse("\n" * first + textwrap.dedent(text), file)  # or this function holds the error
+        ast.parse("\n" * (first - 1) + "class _:\n" * bool(column) + text, file)  # or this function holds the error
         return text
 
 
@@ -189,6 +188,8 @@ def grade(directory, ids, json_file, timeout):
         raise ValueError(f"no exercise {unknown[0]}; expected some of {', '.join(e.id for e in exercises)}")
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; expected a student's copy")
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise ValueError(f"--json {json_file}: its directory does not exist")
     for path in {ROOT / e.file for e in exercises}:
         if 'raise NotImplementedError("exercise ' in path.read_text(encoding="utf-8"):
             raise ValueError(f"{path} is a student's; grade with the exercises.py of the project that the copy was made from")
@@ -196,16 +197,14 @@ def grade(directory, ids, json_file, timeout):
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     import checks  # noqa: F401
 
-    rows, green, red, plain = [], *(("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", ""))
+    rows, (green, red, plain) = [], ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
     for e in exercises:
         if not ids or any(matches(e, id) for id in ids):
             reason, seconds = grade_one(directory, e, timeout, context)
-            rows.append({**e._asdict(), "passed": not reason, "points": 0 if reason else e.points, "max_points": e.points,
-                         "seconds": round(seconds, 3), "reason": reason})  # fmt: skip
-            verdict = f"{red}FAIL{plain}" if reason else f"{green}PASS{plain}"
-            print(f"{verdict}  {e.id:<5}{rows[-1]['points']:>2}/{e.points:<2} {seconds:6.2f} s  {e.file} {e.function}" + f": {reason}" * bool(reason), flush=True)
-    total = {"passed": sum(row["passed"] for row in rows), "exercises": len(rows),
-             **{key: sum(row[key] for row in rows) for key in ("points", "max_points")}, "seconds": round(sum(row["seconds"] for row in rows), 3)}  # fmt: skip
+            points, verdict = (0, f"{red}FAIL{plain}") if reason else (e.points, f"{green}PASS{plain}")
+            rows.append({**e._asdict(), "passed": not reason, "points": points, "max_points": e.points, "seconds": round(seconds, 3), "reason": reason})
+            print(f"{verdict}  {e.id:<5}{points:>2}/{e.points:<2} {seconds:6.2f} s  {e.file} {e.function}" + f": {reason}" * bool(reason), flush=True)
+    total = {"exercises": len(rows), **{key: sum(row[key] for row in rows) for key in ("passed", "points", "max_points", "seconds")}}
     print(f"{total['passed']} of {total['exercises']} exercises, {total['points']} of {total['max_points']} points, {total['seconds']:.1f} s")
     if json_file:
         from parallel import write_atomically
