@@ -14,10 +14,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 import model
-import parallel
 import reinforce
 from parallel import Grid
 
