@@ -157,10 +157,12 @@ def worker(directory, exercise, result):
         ours = (ROOT / exercise.file).read_text(encoding="utf-8")
         check(exercise, with_function(ours, exercise.function, cut_out(theirs, exercise.function, exercise.file)))
         reason = ""
+    except NotImplementedError:
+        reason = "blank"
+    except AssertionError as error:
+        reason = str(error).strip().split("\n")[-1] or "AssertionError"
     except BaseException as error:  # SystemExit too
-        message = str(error).strip().split("\n")
-        reason = message[-1] if isinstance(error, (AssertionError, NotImplementedError)) else f"{type(error).__name__}: {message[0]}"
-        reason = reason or type(error).__name__
+        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
     result.send(reason)
 
 
@@ -204,7 +206,7 @@ def grade(directory, ids, json_file, timeout):
             points, verdict = (0, f"{red}FAIL{plain}") if reason else (e.points, f"{green}PASS{plain}")
             rows.append({**e._asdict(), "passed": not reason, "points": points, "max_points": e.points, "seconds": round(seconds, 3), "reason": reason})
             print(f"{verdict}  {e.id:<5}{points:>2}/{e.points:<2} {seconds:6.2f} s  {e.file} {e.function}" + f": {reason}" * bool(reason), flush=True)
-    total = {"exercises": len(rows), **{key: sum(row[key] for row in rows) for key in ("passed", "points", "max_points", "seconds")}}
+    total = {"exercises": len(rows), **{key: round(sum(row[key] for row in rows), 3) for key in ("passed", "points", "max_points", "seconds")}}
     print(f"{total['passed']} of {total['exercises']} exercises, {total['points']} of {total['max_points']} points, {total['seconds']:.1f} s")
     if json_file:
         from parallel import write_atomically

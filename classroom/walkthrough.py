@@ -18,16 +18,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]) if "__file__" in globals() else ".")
 import data
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, token_logprobs
+from model import LanguageModel, ModelConfig, ScalarModel, at_actions, build_model, in_place, init_weights, token_logprobs
 from parallel import Grid, Optimizer, update
 from ppo import ppo_advantages, ppo_loss, ppo_step, state_values, value_loss
-from qrm import credit_counts, fused_qrm_loss, masked_mean, qrm_loss, reward_model_loss, token_reward, token_scores
-from reinforce import advantages, collect_rollout, make_pairs, reinforce_loss, rollout_stats, sample_graded, standardize
+from qrm import credit_counts, fused_qrm_loss, masked_mean, qrm_loss, reward_model_loss, token_reward, token_scores, token_shares
+from reinforce import advantages, collect_rollout, make_pairs, minibatches, reinforce_loss, rollout_stats, sample_graded, standardize
 from train import Config
 
 torch.set_num_threads(1)
 grid = Grid()  # one process: no launcher, no process group
-cfg = Config(task="arith", max_new_tokens=32, micro_batch=64, batch_size=128, minibatch=64, advantage="token", kl_coef=0.1, ppo_epochs=2)
+cfg = Config(task="arith", max_new_tokens=32, batch_size=128, minibatch=64, advantage="token", kl_coef=0.1, ppo_epochs=2)
 
 
 def section(title):
@@ -150,14 +150,17 @@ print(f"ids {tuple(ids.shape)} -> scores {tuple(scores.shape)} -> means {tuple(m
 
 # %%
 section("9. The same loss, fused")
-# Norm, head, mean and loss in one function with a closed-form gradient: two numbers a token are kept, not a copy of the hidden states.
+# Norm, head, mean and loss in one function with a closed-form gradient, on the response tokens alone, one behind another. Two
+# numbers a token are kept, not a copy of the hidden states; a token's share is 1/N in the chosen answer, -1/M in the rejected one.
 torch.nn.init.normal_(reward_model.score.weight, generator=torch.Generator().manual_seed(0))
-norm, x = reward_model.model.norm, reward_model.model(ids)[:, 1:].detach()  # (2P, T, D)
+norm, x = reward_model.model.norm, at_actions(reward_model, ids, mask).detach()  # (n, D), where each a_t has been read
+shares, of_pair = token_shares(mask)  # (n,) each
 by_autograd, by_hand = (x.clone().requires_grad_() for _ in range(2))
-plain = qrm_loss(reward_model.scalars(by_autograd), mask)[0]
-fused, _ = fused_qrm_loss(by_hand, norm.weight, reward_model.score.weight, mask, eps=norm.eps)
+plain = qrm_loss(in_place(mask, reward_model.scalars(by_autograd)), mask)[0]
+fused, gaps = fused_qrm_loss(by_hand, norm.weight, reward_model.score.weight, shares, of_pair, 2, eps=norm.eps)
 plain.backward(), fused.backward()
-print(f"residual stream {tuple(x.shape)}; loss {plain:.6f} (plain), {fused:.6f} (fused); largest gradient {by_autograd.grad.abs().max():.2e}, "
+print(f"residual stream {tuple(x.shape)}, shares {tuple(shares.shape)}, gaps {tuple(gaps.shape)}")
+print(f"loss {plain:.6f} (plain), {fused:.6f} (fused); largest gradient {by_autograd.grad.abs().max():.2e}, "
       f"largest difference {(by_autograd.grad - by_hand.grad).abs().max():.1e}")  # fmt: skip
 reward_model.zero_grad()
 torch.nn.init.zeros_(reward_model.score.weight)
@@ -261,11 +264,11 @@ with torch.no_grad():
     t, (plus, minus) = m.nonzero()[1].item(), tokenizer.encode("+-")
     own, other = rollout.ids[i : i + 1], rollout.ids[i : i + 1].clone()
     other[0, t + 1] = plus if own[0, t + 1] == minus else minus  # another a_t = targets[0, t]
-    for name, read in (("V(s_t)     ", lambda ids: state_values(critic, ids)), ("Z(s_t, a_t)", lambda ids: token_scores(reward_model, ids))):
+    for name, read in (("V(s_t)     ", lambda ids: state_values(critic, ids, mask[i : i + 1])), ("Z(s_t, a_t)", lambda ids: token_scores(reward_model, ids))):
         print(f"{name} {read(own)[0, t]:+.4f} with {tokenizer.decode([own[0, t + 1].item()])!r}, "
               f"{read(other)[0, t]:+.4f} with {tokenizer.decode([other[0, t + 1].item()])!r}")  # fmt: skip
 torch.nn.init.zeros_(critic.score.weight)  # and gets a new head
-values = state_values(critic, rollout.ids).detach()  # (B, T)
+values = state_values(critic, rollout.ids, mask).detach()  # (B, T)
 print(f"values {tuple(values.shape)}, all {values.abs().max():.0f} before it has learned")
 
 # %%
@@ -277,10 +280,11 @@ print(f"the critic's loss: {value_loss(values, value_targets, mask)[0]:.4f} (tar
 
 # %%
 section("19. The ratio starts at 1")
-# rho_t = pi(a_t | s_t) / pi_old(a_t | s_t). The rollout's log-probabilities come from the same forward as those of training, and in
-# the same micro-batches, so at the first minibatch the ratio is exactly 1, and PPO's gradient is REINFORCE's.
-chunk, weight = rollout.rows(0, cfg.micro_batch), A[: cfg.micro_batch]
-weight = weight[:, : chunk.response_mask.shape[1]]
+# rho_t = pi(a_t | s_t) / pi_old(a_t | s_t). The rollout's log-probabilities come from the same forward as those of training, in the
+# same micro-batches, so at the first minibatch the ratio is exactly 1, and PPO's gradient is REINFORCE's.
+start, stop = minibatches(rollout.lengths(), cfg)[0][0]  # the first micro-batch of the first minibatch
+chunk = rollout.rows(start, stop)
+weight = A[start:stop, : chunk.response_mask.shape[1]]
 logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
 ratio = (logprobs - chunk.old_logprobs)[chunk.response_mask].exp()
 loss, stats = ppo_loss(logprobs, chunk.old_logprobs, weight, chunk.response_mask, cfg.clip)
