@@ -1,5 +1,5 @@
-"""The grader is graded: the solution passes; a blank, zeros and at least four plausible mistakes an exercise fail; nothing that a
-student's file does takes the grader down. (This file quotes solutions, so `blank` leaves it out.)"""
+"""The grader is graded: the solution passes, and so do others; a blank, zeros and at least four plausible mistakes an exercise fail;
+nothing that a student's file does takes the grader down. (This file quotes solutions, so `blank` leaves it out.)"""
 import ast
 import json
 import re
@@ -179,6 +179,59 @@ MUTANTS = {
             ("(ratio < 1 - clip) & (A < 0)", "(ratio < 1 - clip)")],
 }  # fmt: skip
 
+# Right answers that are written differently: bodies, indented as in a function
+OTHERS = {
+    "1.4": """
+    B, T, H, E = q.shape
+    k, v = (z.repeat_interleave(H // z.shape[2], 2) for z in (k, v))
+    scores = torch.einsum("bthe,bshe->bhts", q, k) / E**0.5
+    return torch.einsum("bhts,bshe->bthe", scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf")).softmax(-1), v)""",
+    "1.7": """
+    cdf = logprobs.exp().cumsum(-1)
+    return ((uniforms * cdf[:, -1])[:, None] < cdf).float().argmax(-1)""",
+    "2.7": """
+    start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
+    return reduce_from_tp((logprobs * (targets[..., None] == torch.arange(start, stop))).sum(-1), grid)""",
+    "3.1": """
+    rows = [e.prompt_ids + e.response_ids for e in examples]
+    T = max(map(len, rows)) - 1
+    prompts, ends = (torch.tensor(x)[:, None] for x in ([len(e.prompt_ids) for e in examples], [len(row) for row in rows]))
+    places = torch.arange(1, T + 1)[None]
+    return torch.tensor([row + [pad_id] * (T + 1 - len(row)) for row in rows]).to(device), ((places >= prompts) & (places < ends)).to(device)""",
+    "3.2": """
+    out = []
+    for p in range(step * batch_size, (step + 1) * batch_size):
+        order = list(range(n))
+        random.Random(f"{seed} {p // n}").shuffle(order)
+        out.append(order[p % n])
+    return out""",
+    "4.10": """
+    def reward_fn(ids, mask):
+        last = torch.where(last_token_mask(mask), token_scores(reward_model, ids), 0.0)
+        return torch.where(mask, last.sum(1, keepdim=True), 0.0) if every_token else last
+    return reward_fn""",
+    "5.2": """
+    x = rewards[reward_mask].double()
+    n, total, squares = all_sum([x.numel(), x.sum().item(), x.square().sum().item()], grid)
+    mean, std = (total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5) if how != "none" else (0.0, 1.0)
+    out = torch.zeros_like(rewards)
+    out[reward_mask] = ((x - (mean if how == "mean_std" else 0.0)) / (std if std > 1e-6 else 1.0)).to(out.dtype)
+    return out""",
+    "5.4": """
+    if group_size == 1:
+        raise ValueError("one is no group")
+    groups = sequence_rewards.reshape(-1, group_size)
+    if how == "grpo":
+        return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).reshape(-1)
+    return (groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)).reshape(-1)""",
+    "6.1": """
+    return critic.scalars(critic.model(ids[:, :-1])) * response_mask""",
+    "6.4": """
+    ratio, A = (logprobs - old_logprobs.detach()).exp()[response_mask], advantages.detach()[response_mask]
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.min(ratio * A, clipped * A).mean(), {"clip_frac": (clipped * A < ratio * A).float().mean(), "ratio_max": ratio.max()}""",
+}
+
 
 def source_of(exercise):
     """-> signature and docstring, body"""
@@ -248,6 +301,11 @@ def test_solution_passes_blank_and_zeros_fail(id):
     assert isinstance(empty, NotImplementedError) and id in str(empty)
     with pytest.raises(AssertionError):
         checks.CHECKS[id](with_zeros(e))
+
+
+@pytest.mark.parametrize("id", OTHERS)
+def test_another_right_answer_passes(id):
+    assert verdict(EXERCISES[id], source_of(EXERCISES[id])[0] + OTHERS[id]) is None
 
 
 def test_mutants_die(capsys):
