@@ -449,6 +449,7 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     return [examples for examples, _ in kept], [row for _, row in kept]
 
 
+# exercise 3.1 (7 lines): the shift and the mask
 def collate(examples, device="cpu", pad_id=0):
     """The shift and the mask, in this one place.
 
@@ -489,6 +490,7 @@ def _permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
+# exercise 3.2 (2 lines): shuffling without a state
 def batch_indices(n, batch_size, step, seed):
     """Which of n rows make up batch `step` (from 0): shuffled anew each epoch, a function of its arguments alone.
 

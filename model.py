@@ -117,12 +117,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
+    # exercise 1.1 (3 lines): RMSNorm
     def forward(self, x):
         x32 = x.float()
         y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # (..., D)
         return self.weight * y.to(x.dtype)
 
 
+# exercise 1.2 (8 lines): the angles of RoPE, with Llama 3.1's scaling
 @lru_cache(maxsize=16)
 def rope_frequencies(cfg, device=torch.device("cpu")):
     """Angles per position (radians), (E/2,) fp32: theta^(-2i/E), after Llama 3.1's scaling where the config asks for it.
@@ -146,6 +148,7 @@ def rope_table(positions, cfg):
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
+# exercise 1.3 (2 lines): RoPE turns queries and keys
 def apply_rope(x, cos, sin):
     """Rotates pair (i, i + E/2) of each head by its angle: Hugging Face's "rotate half" layout. x (B, T, H, E)"""
     a, b = x.chunk(2, dim=-1)  # (B, T, H, E/2) each
@@ -156,8 +159,10 @@ def apply_rope(x, cos, sin):
 # causal_attention (padded rows, the plain one), Packed.attend (training) and KVCache.attend (sampling).
 
 
+# exercise 1.4 (2 lines): causal attention with grouped heads
 def causal_attention(layer, q, k, v):
-    """Every row of its own, each token to itself and those before it. q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> as q"""
+    """Every row of its own, each token to itself and those before it; H/K neighbouring query heads share a kv head.
+    q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> as q"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
@@ -299,7 +304,12 @@ class Attention(nn.Module):
         self.v_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
         self.o_proj = RowLinear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, grid)
 
+    # exercise 1.5 (4 lines): the attention sub-layer, cut over tp
     def forward(self, x, rope, layer, attend):
+        """q, k and v of each head, q and k rotated, handed to `attend(layer, q, k, v)`, and its answer to o_proj.
+
+        x (B, T, D), rope (cos, sin) of rope_table; attend takes q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> (B, T, D)
+        """
         x = copy_to_tp(x, self.grid)  # f, once for q, k and v
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         y = attend(layer, apply_rope(q, *rope), apply_rope(k, *rope), v)  # (B, T, H/tp, E); k, v (B, T, K/tp, E)
@@ -307,7 +317,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (Shazeer 2020); the hidden units are cut over tp."""
+    """SwiGLU (Shazeer 2020): down(silu(gate(x)) * up(x)); the hidden units are cut over tp."""
 
     def __init__(self, cfg, grid):
         super().__init__()
@@ -316,6 +326,7 @@ class MLP(nn.Module):
         self.up_proj = ColumnLinear(cfg.hidden_size, cfg.intermediate_size, grid)
         self.down_proj = RowLinear(cfg.intermediate_size, cfg.hidden_size, grid)
 
+    # exercise 1.6 (3 lines): SwiGLU, cut over tp
     def forward(self, x):
         x = copy_to_tp(x, self.grid)  # f, once for gate and up
         y = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F/tp)
@@ -532,6 +543,7 @@ def token_logits(policy, ids, response_mask):
 # ------------------------------------------------------------------------------------------------ sampling
 
 
+# exercise 1.7 (4 lines): sampling by the inverse CDF
 def sample_tokens(logprobs, uniforms):
     """Inverse CDF with one uniform a row: exact, one pass, and the same on every rank that is handed the same numbers.
 

@@ -92,6 +92,7 @@ def all_sum(values, grid, group="dp"):
 # ------------------------------------------------------------------------------------------------ f and g
 
 
+# exercise 2.1 (3 lines): f, before work that differs between ranks
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -103,6 +104,7 @@ class _CopyToTP(torch.autograd.Function):
         return all_reduce(grad, ctx.group), None
 
 
+# exercise 2.2 (2 lines): g, the sum of what the ranks hold
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -189,6 +191,7 @@ class ColumnLinear(nn.Linear):
     Put `copy_to_tp` before the first column-parallel layer that reads an x, once per x: that is f.
     """
 
+    # exercise 2.3 (2 lines): the column-parallel layer
     def __init__(self, d_in, d_out, grid, bias=False):
         start, stop = shard_range(d_out, grid.tp_rank, grid.tp_size)
         super().__init__(d_in, stop - start, bias=bias)
@@ -197,6 +200,7 @@ class ColumnLinear(nn.Linear):
 class RowLinear(nn.Linear):
     """Y = sum_i X_i A_i^T with A's columns (the input features) cut over tp; `reduce_from_tp` after it is the sum."""
 
+    # exercise 2.4 (2 lines): the row-parallel layer
     def __init__(self, d_in, d_out, grid):
         start, stop = shard_range(d_in, grid.tp_rank, grid.tp_size)
         super().__init__(stop - start, d_out, bias=False)
@@ -230,6 +234,7 @@ class VocabEmbedding(nn.Module):
         self.start, self.stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
         self.weight = nn.Parameter(torch.empty(self.stop - self.start, width))
 
+    # exercise 2.5 (5 lines): an embedding whose rows lie on several ranks
     def forward(self, ids):
         if self.grid.tp_size == 1:
             return F.embedding(ids, self.weight)
@@ -241,6 +246,7 @@ class VocabEmbedding(nn.Module):
 # ------------------------------------------------------------------------------------------------ vocabulary-parallel
 
 
+# exercise 2.6 (6 lines): log softmax over a vocabulary that is cut
 def vocab_log_softmax(logits, grid):
     """log softmax over a vocabulary that is cut over tp; only two numbers a row are exchanged, never logits.
 
@@ -257,6 +263,7 @@ def vocab_log_softmax(logits, grid):
     return logits - top - copy_to_tp(total.log(), grid)
 
 
+# exercise 2.7 (6 lines): the target's log-probability, wherever it lies
 def vocab_pick(logprobs, targets, vocab_size, grid):
     """logprobs[..., targets] when the last dimension is cut over tp: the owner answers, the others add zero.
 

@@ -32,11 +32,13 @@ class PPO:
 # ------------------------------------------------------------------------------------------------ equations
 
 
+# exercise 6.1 (1 line): the critic's position
 def state_values(critic, ids, response_mask):
     """V(s_t), read where the state ends and before the action is seen: at inputs[:, t]; 0 outside the mask. -> (B, T) fp32"""
     return in_place(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
 
+# exercise 6.2 (7 lines): generalised advantage estimation
 def gae(rewards, values, response_mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, Eq. 16).
 
@@ -56,6 +58,7 @@ def gae(rewards, values, response_mask, gamma, lam):
     return out, (out + values).masked_fill(~response_mask, 0.0)
 
 
+# exercise 6.3 (10 lines): Algorithm 1's advantage
 def ppo_advantages(rollout, values, cfg, grid):
     """Advantages for the policy and targets for the critic, both (B, T).
 
@@ -63,6 +66,7 @@ def ppo_advantages(rollout, values, cfg, grid):
                       no GAE: the score already is a Q, and V is its mean over actions, up to a constant (Prop. 3.4)
         gae           rewards at the ends that the reward model speaks at, minus kl_coef * KL on every token
         other         the critic-free advantages of reinforce.py; the critic learns Z_std but is not used
+    Z_std is `standardize` of the rollout's scores (then `eos_to_mean`, where cfg.eos_to_mean says so), KL is `kl_penalty`.
     """
     mask = rollout.response_mask
     z_std = standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)
@@ -76,6 +80,7 @@ def ppo_advantages(rollout, values, cfg, grid):
     return policy_advantages(rollout, cfg, grid), z_std
 
 
+# exercise 6.4 (5 lines): the clipped loss
 def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     """-mean over response tokens of min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi(a_t | s_t) / pi_old(a_t | s_t).
 

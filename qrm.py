@@ -32,6 +32,7 @@ class Reward:
 # ------------------------------------------------------------------------------------------------ the method
 
 
+# exercise 4.1 (1 line): where the score of a token is read
 def token_scores(reward_model, ids):
     """Z(s_t, a_t) for every token: a scalar read at the position where a_t is the *input*, so it has seen s_t and a_t.
 
@@ -46,6 +47,7 @@ def response_scores(reward_model, ids, response_mask):
     return in_place(response_mask, reward_model.scalars(at_actions(reward_model, ids, response_mask)))
 
 
+# exercise 4.2 (1 line): the mean over the response
 def masked_mean(x, mask):
     """Mean over the positions in the mask, row by row: (B, T), (B, T) bool -> (B,). An empty row gives 0.
 
@@ -54,6 +56,7 @@ def masked_mean(x, mask):
     return x.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
+# exercise 4.3 (3 lines): Bradley-Terry with a margin
 def pairwise_loss(chosen, rejected, beta=1.0, margin=0.0):
     """Bradley-Terry with a margin: mean over pairs of -log sigmoid(beta * (chosen - rejected) - margin).
 
@@ -65,6 +68,7 @@ def pairwise_loss(chosen, rejected, beta=1.0, margin=0.0):
     return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
 
 
+# exercise 4.4 (2 lines): the loss of Q-RM
 def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
     """The Q-RM objective (section 3.3), in the plain form that the fused one is checked against.
 
@@ -92,6 +96,7 @@ class _FusedQRM(torch.autograd.Function):
         ctx.mark_non_differentiable(gaps)
         return -F.logsigmoid(m).mean(), gaps
 
+    # exercise 4.5 (8 lines): its gradient in closed form
     @staticmethod
     def backward(ctx, grad_loss, _):
         x, norm_weight, head_weight, r, dot, shares, pairs, m = ctx.saved_tensors
@@ -133,6 +138,7 @@ def token_shares(response_mask):
 # ------------------------------------------------------------------------------------------------ the other reward models
 
 
+# exercise 4.6 (1 line): where an outcome reward stands
 def last_token_mask(response_mask):
     """(B, T) bool -> the same, true at the last response token only (the stop token, unless the answer was cut off)."""
     return response_mask & ~F.pad(response_mask, (0, 1))[:, 1:]
@@ -150,8 +156,10 @@ def orm_loss(scores, response_mask):
     return pairwise_loss(last[0::2], last[1::2])
 
 
+# exercise 4.7 (3 lines): an outcome reward model from right and wrong
 def outcome_loss(scores, response_mask, correct):
-    """Outcome reward model, pointwise: cross-entropy of sigmoid(Z at the last token) on right or wrong. correct (B,)"""
+    """Outcome reward model, pointwise: cross-entropy of sigmoid(Z at the last token) on right or wrong. correct (B,)
+    -> loss (scalar), {"accuracy"}: share of answers whose Z has the right sign"""
     last = masked_mean(scores.float(), last_token_mask(response_mask))  # (B,)
     loss = F.binary_cross_entropy_with_logits(last, correct.float())
     return loss, {"accuracy": ((last > 0) == correct.bool()).float().mean().item()}
@@ -166,12 +174,15 @@ def step_loss(scores, ends, labels):
     return error.square().mean(), {"step_accuracy": (error.abs() < 1).float().mean().item()}
 
 
+# exercise 4.8 (2 lines): DPO
 def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
-    """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref on the chosen - the same on the rejected)); (2P, T)"""
+    """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref on the chosen - the same on the rejected)); (2P, T)
+    -> what pairwise_loss returns"""
     sums = (logprobs - ref_logprobs).masked_fill(~response_mask, 0.0).sum(1)  # (2P,)
     return pairwise_loss(sums[0::2], sums[1::2], beta)
 
 
+# exercise 4.9 (2 lines): more than two answers, ranked
 def plackett_luce_loss(ranked):
     """K-wise ranking (Plackett 1975): -log prod_k exp(s_k) / sum_{j >= k} exp(s_j), mean over prompts and ranks.
 
@@ -190,6 +201,7 @@ def token_reward(reward_model):
     return lambda ids, mask: response_scores(reward_model, ids, mask)
 
 
+# exercise 4.10 (4 lines): one reward for the whole answer
 def outcome_reward(reward_model, every_token=False):
     """ORM: the score at the last token, 0 elsewhere; or that score on every token, as the authors' REINFORCE has it."""
 
@@ -205,6 +217,7 @@ def step_reward(reward_model, step_ids):
     return lambda ids, mask: torch.tanh(response_scores(reward_model, ids, mask)).masked_fill(~step_end_mask(ids, mask, step_ids), 0.0)
 
 
+# exercise 4.11 (1 line): DPO's token rewards
 def dpo_reward(policy, reference, beta=0.1):
     """DPO as a token reward: beta (log pi(a_t | s_t) - log ref(a_t | s_t)), at the token it belongs to.
 
@@ -265,6 +278,7 @@ def sequence_score(kind, scores):
 # ------------------------------------------------------------------------------------------------ how good is it
 
 
+# exercise 4.12 (10 lines): does a score know where the answer went wrong?
 def credit_counts(scores, first_errors, repaired=None):
     """Does the reward model know *where* an answer goes wrong? Counts over answers whose first wrong token is known.
 

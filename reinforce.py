@@ -64,6 +64,7 @@ class Rollout:
         return Rollout(**cut)
 
 
+# exercise 5.1 (2 lines): KL from one sampled token
 def kl_estimates(logprobs, ref_logprobs):
     """Per-token estimates of KL(pi || ref) from one sampled token (Schulman 2020): k1 = log pi - log ref, and
     k3 = exp(-k1) - 1 + k1. Both have the KL as their expectation under pi. (...) nats -> two (...)"""
@@ -115,6 +116,7 @@ def collect_rollout(policy, reference, reward_fn, prompts, stop_ids, cfg, seed, 
 # ------------------------------------------------------------------------------------------------ rewards to advantages
 
 
+# exercise 5.2 (9 lines): standardised rewards
 def standardize(rewards, reward_mask, how, grid):
     """Z_std = (Z - mu) / sigma with the moments over all rewards of the rollout, on all ranks (section 3.4).
 
@@ -140,6 +142,7 @@ def eos_to_mean(rewards, response_mask):
     return torch.where(last, means[:, None], rewards)
 
 
+# exercise 5.3 (5 lines): rewards to go
 def returns_to_go(rewards, response_mask, gamma):
     """G_t = r_t + gamma G_(t+1): what an outcome or step reward needs to become a token's weight. (B, T) -> (B, T)"""
     out, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
@@ -149,10 +152,12 @@ def returns_to_go(rewards, response_mask, gamma):
     return out.masked_fill(~response_mask, 0.0)
 
 
+# exercise 5.4 (7 lines): RLOO and GRPO
 def group_advantages(sequence_rewards, group_size, how):
     """One advantage a trajectory from its group of samples of one prompt: (B,) -> (B,), groups are neighbours.
 
-    "rloo"   R_i - mean of the others (Ahmadian et al. 2024)      "grpo"   (R_i - mean) / std (Shao et al. 2024)
+    "rloo"   R_i - mean of the others (Ahmadian et al. 2024)      "grpo"   (R_i - mean) / (std + 1e-6) (Shao et al. 2024)
+    The std is the sample's, over group_size - 1. Raises ValueError for a group of one.
     """
     if group_size < 2:
         raise ValueError(f"--advantage {how} compares the samples of one prompt: expected --group_size 2 or more")
@@ -197,6 +202,7 @@ def advantages(rollout, cfg, grid):
 # ------------------------------------------------------------------------------------------------ the update
 
 
+# exercise 5.5 (1 line): the policy gradient
 def reinforce_loss(logprobs, advantages, response_mask):
     """loss = -mean over response tokens of A_t log pi(a_t | s_t); its gradient is the policy gradient (Williams 1992).
 
