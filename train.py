@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 import data
 from data import BadInput, Example
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, read_config, save_model, token_logprobs
+from model import (LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, load_model, read_config, save_adapter,  # fmt: skip
+                   save_model, token_logprobs)
 from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
 from qrm import POLICY_LIKE, REWARD_MODELS, Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward
@@ -69,6 +70,8 @@ class Train:
     final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr left at the last update (linear decay); 1 is constant, as in the paper
     max_grad_norm: float = 1.0  # [sft rm reinforce ppo] gradients are scaled down to this norm; 0 is off
     weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
+    lora_rank: int = 0  # [sft rm reinforce ppo] train adapters of this rank beside frozen weights (the paper's reward model: 128); 0 trains all
+    lora_alpha: int = 0  # [sft rm reinforce ppo] adapters count alpha / rank; 0 is the rank (the paper)
     save_every: int = 0  # [sft rm reinforce ppo] updates between resumable checkpoints; 0 is only on Ctrl-C
     resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
 
@@ -151,7 +154,7 @@ def parse(argv):
         if getattr(cfg, name) not in allowed:
             raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
     for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed", "minibatch", "final_lr",
-                 "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
+                 "lora_rank", "lora_alpha", "critic_lora_rank", "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
         if not 0 <= getattr(cfg, name) < math.inf:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more")
     for name in ("batch_size", "micro_tokens", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
@@ -175,6 +178,8 @@ def check_combinations(cfg):
         raise BadInput(f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more")
     if cfg.stage == "reinforce" and cfg.advantage == "gae":
         raise BadInput("--advantage gae needs a critic: use --stage ppo, or --advantage return")
+    if cfg.stage == "sft" and cfg.lora_rank and not cfg.model:
+        raise BadInput(f"--lora_rank {cfg.lora_rank} adapts a model that has learned something: expected --model")
     if rl and not cfg.temperature:
         raise BadInput(f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0")
 
@@ -222,6 +227,11 @@ def load(kind, directory, cfg, grid):
         model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
     model.model.remat = cfg.remat
     return model
+
+
+def adapted(model, cfg, rank):
+    """What is to be trained: the model itself, or, with a rank, adapters on its frozen weights."""
+    return add_lora(model, rank, cfg.seed, cfg.lora_alpha) if rank else model
 
 
 def write_rows(path, rows, grid):
@@ -336,7 +346,7 @@ def stage_sft(cfg, grid):
     """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
     if cfg.model:
         tokenizer = data.Tokenizer.load(cfg.model, cfg.chat)
-        policy = load(LanguageModel, cfg.model, cfg, grid)
+        policy = adapted(load(LanguageModel, cfg.model, cfg, grid), cfg, cfg.lora_rank)
     else:
         tokenizer = data.arith_tokenizer()
         with user_files():
@@ -350,7 +360,7 @@ def stage_sft(cfg, grid):
         return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
 
     work = train_on_rows(cfg, grid, policy, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]))
-    finish(work, policy, tokenizer)
+    finish(work, policy, tokenizer, cfg.model)
 
 
 def arith_model(tokenizer):
@@ -410,7 +420,8 @@ def stage_rm(cfg, grid):
     directory = str(cfg.model or need("sft", cfg, grid))
     path = cfg.data or need("pairs", cfg, grid)
     tokenizer = data.Tokenizer.load(directory, cfg.chat)
-    model = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
+    base = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
+    model = adapted(base, cfg, cfg.lora_rank)
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
     pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
     if cfg.reward == "prm":
@@ -419,7 +430,9 @@ def stage_rm(cfg, grid):
         for i, row in enumerate(rows):
             with data.at_line(path, row["line"]):
                 pairs[i] += tuple(data.error_places(tokenizer, row["prompt"], pairs[i]))
-    reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False) if cfg.reward == "dpo" else None
+    reference = None
+    if cfg.reward == "dpo":
+        reference = base if cfg.lora_rank else load(LanguageModel, directory, cfg, grid).requires_grad_(False)
     step_ids = tokenizer.ids_with("\n")
 
     def loss_fn(part):
@@ -428,7 +441,7 @@ def stage_rm(cfg, grid):
         return reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors)
 
     work = train_on_rows(cfg, grid, model, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])))
-    finish(work, model, tokenizer, reward=cfg.reward, reference=directory)
+    finish(work, model, tokenizer, directory, reward=cfg.reward, reference=directory)
 
 
 # ------------------------------------------------------------------------------------------------ reinforce, ppo
@@ -468,7 +481,8 @@ def stage_rl(cfg, grid):
     graded = cfg.reward in ("outcome", "oracle")
     judge = "" if graded else str(cfg.reward_model or need("rm", dataclasses.replace(cfg, out=""), grid))
     tokenizer = data.Tokenizer.load(directory, cfg.chat)
-    policy, reference = load(LanguageModel, directory, cfg, grid), load(LanguageModel, directory, cfg, grid).requires_grad_(False)
+    reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
+    policy = adapted(reference if cfg.lora_rank else load(LanguageModel, directory, cfg, grid), cfg, cfg.lora_rank)
     if cfg.data:
         rows = data.load_rows(cfg.data, ("prompt", "label") if graded else ("prompt",), optional=("label",))
         cut = max(len(rows) - cfg.limit, 0)
@@ -485,6 +499,7 @@ def stage_rl(cfg, grid):
     if is_ppo:  # the critic starts from the reward model, with a new head
         critic = load(ScalarModel, judge if judge and is_reward_model(judge) else directory, cfg, grid)
         critic.score.weight.data.zero_()
+        critic = adapted(critic, cfg, cfg.critic_lora_rank)
         optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, max_grad_norm=cfg.max_grad_norm))
     steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches([], cfg))
     if n // grid.dp_size * cfg.group_size < cuts:
@@ -508,12 +523,14 @@ def stage_rl(cfg, grid):
         if grid.is_main:
             (work.path / "critic").mkdir(exist_ok=True)
         save_model(critic, work.path / "critic")
-    finish(work, policy, tokenizer)
+    finish(work, policy, tokenizer, directory)
 
 
-def finish(work, model, tokenizer, **run):
-    """Writes the model directory and puts it in the place of `<out>`."""
+def finish(work, model, tokenizer, base, **run):
+    """Writes the model directory and puts it in the place of `<out>`; base is the directory that the model started from."""
     save_model(model, work.path)
+    if work.cfg.lora_rank:
+        save_adapter(model, work.path / "adapter", base)
     if work.grid.is_main:
         tokenizer.save(work.path)
         run |= {"config": dataclasses.asdict(work.cfg), "tokenizer": tokenizer.fingerprint, "torch": torch.__version__}

@@ -188,7 +188,8 @@ def test_other_reward_models(built, command, tmp_path, reward):
 
 @pytest.mark.parametrize("words", [("reinforce", "--reward", "outcome"), ("reinforce", "--reward", "oracle"), ("ppo", "--reward", "outcome"),
                                    ("reinforce", "--advantage", "rloo", "--group_size", "4"), ("ppo", "--advantage", "grpo", "--group_size", "2"),
-                                   ("reinforce", "--kl", "exact", "--eos_to_mean"), ("ppo", "--dtype", "bfloat16")])  # fmt: skip
+                                   ("reinforce", "--kl", "exact", "--eos_to_mean"), ("ppo", "--dtype", "bfloat16"),
+                                   ("ppo", "--lora_rank", "2", "--critic_lora_rank", "3"), ("reinforce", "--lora_rank", "2", "--dtype", "bfloat16")])  # fmt: skip
 def test_ways_to_reward(built, command, tmp_path, words):
     status, _, _ = command("--stage", *words, "--run", built, "--steps", 1, "--out", tmp_path / "rl")
     assert status == 0 and rows_of(tmp_path / "rl/metrics.jsonl")[0]["response_length"] > 0
@@ -276,6 +277,45 @@ def test_resume_equals_the_uninterrupted_run(built, straight, command, tmp_path,
     assert_same_result(tmp_path / "out", straight(stage))
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")} == expected
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out/state").exists()
+
+
+@pytest.mark.parametrize("words", [("rm",), ("rm", "--reward", "dpo"), ("sft",), ("ppo", "--critic_lora_rank", 2, "--minibatch", 2, "--max_new_tokens", 20, "--limit", 2)],
+                         ids=lambda words: " ".join(map(str, words[:3])))  # fmt: skip
+def test_adapters_are_trained_resumed_and_saved_twice(built, command, tmp_path, words):
+    """In bf16, killed in the fourth step; merged at <out>, and beside it the adapters alone."""
+    given = {"rm": ["--data", built / "pairs.jsonl"], "sft": ["--data", write_jsonl(tmp_path / "sft.jsonl", data.arith_rows("train", 50, 0))]}
+    words = ["--stage", *words, "--run", built, "--model", built / "sft", *given.get(words[0], []), "--dtype", "bfloat16", "--lora_rank", 3, "--lr", 1e-2,
+             "--batch_size", 4, "--steps", 4, "--save_every", 2]  # fmt: skip
+    assert command(*words, "--out", tmp_path / "straight")[0] == 0
+    calls, log = [0], Workdir.log
+
+    def cut_off(self, row):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise MemoryError
+        log(self, row)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Workdir, "log", cut_off)
+        command(*words, "--out", tmp_path / "out")
+    state = load_file(tmp_path / "out.partial/state/optimizer.safetensors")
+    assert all(x.dtype == torch.float32 for x in state.values())
+    assert all("lora" in name or "score" in name for name in state) and any("lora_A" in name for name in state)
+    status, out, _ = command(*words, "--out", tmp_path / "out", "--resume")
+    assert status == 0 and "step 1  " not in out
+    assert_same_result(tmp_path / "out", tmp_path / "straight")
+    weights, adapter = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    before, moved = load_file(built / "sft/model.safetensors"), {n for n in adapter if "lora_B" in n and adapter[n].any()}
+    assert len(moved) == 14 and not any("lora" in name for name in weights)
+    for name in before.keys() & weights.keys():
+        A, B = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
+        assert torch.equal(weights[name], (before[name].bfloat16() + (0 if A is None else B @ A)).bfloat16())
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    head = "score.weight" in weights
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (3, 3, "TOKEN_CLS" if head else "CAUSAL_LM")
+    assert config["base_model_name_or_path"] == str(built / "sft") and len(config["target_modules"]) == 7
+    if head:
+        assert torch.equal(weights["score.weight"], adapter["base_model.model.score.weight"]) and weights["score.weight"].any()
 
 
 def test_resume_refuses_another_command_and_starts_without_a_checkpoint(built, command, pairs_file, tmp_path, monkeypatch):
@@ -487,7 +527,7 @@ def test_bad_rows(built, command, tmp_path, kind):
     (["--lr", "nan"], ["--lr nan"]), (["--beta", "inf"], ["--beta inf"]), (["--temperature", "-0.5"], ["--temperature -0.5"]),
     (["--seed", "-1"], ["--seed -1"]), (["--group_size", "0"], ["--group_size 0"]), (["--eval_every", "0"], ["--eval_every 0"]),
     (["--ppo_epochs", "0"], ["--ppo_epochs 0"]), (["--minibatch", "-1"], ["--minibatch -1"]), (["--tp", "-1"], ["--tp -1"]),
-    (["--stage", "rm", "--tp", "2"], ["--tp 2", "1 process"]),
+    (["--stage", "rm", "--tp", "2"], ["--tp 2", "1 process"]), (["--stage", "sft", "--lora_rank", "4"], ["--lora_rank 4", "--model"]),
     (["--stage", "rm", "--reward", "oracle"], ["--reward oracle", "qrm, plain"]),
     (["--stage", "reinforce", "--batch_size", "6", "--group_size", "4"], ["--batch_size 6", "--group_size 4"]),
     (["--stage", "reinforce", "--advantage", "rloo"], ["rloo", "--group_size"]), (["--stage", "reinforce", "--advantage", "gae"], ["gae", "critic"]),
