@@ -659,22 +659,20 @@ def load_model(kind, directory, grid, dtype=torch.float32):
     missing, extra = params.keys() - files.keys() - new_head, files.keys() - params.keys() - optional
     if missing or extra:
         raise ValueError(f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}")
-    handles = {}
-    for name in (params.keys() & files.keys()) | (files.keys() & {"score.bias"}):
-        try:
-            if files[name] not in handles:
-                handles[files[name]] = safe_open(files[name], "pt")
-            view = handles[files[name]].get_slice(name)
+    for name in [n for n in (*params, "score.bias") if n in files]:
+        try:  # opened anew for each tensor, for what was read of an open file counts as this process's memory
+            with safe_open(files[name], "pt") as file:
+                view = file.get_slice(name)
+                if name == "score.bias":
+                    if view[:].any():
+                        raise ValueError(f"{files[name]}: score.bias is not zero; expected a head without bias")
+                    continue
+                expected = model.full_shape(name, params[name].shape)
+                if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+                    raise ValueError(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
+                params[name].copy_(model.my_slice(name, view))
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{files[name]}: cannot read {name}: {e}") from None
-        if name == "score.bias":
-            if view[:].any():
-                raise ValueError(f"{files[name]}: score.bias is not zero; expected a head without bias")
-            continue
-        expected = model.full_shape(name, params[name].shape)
-        if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-            raise ValueError(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
-        params[name].copy_(model.my_slice(name, view))
     if new_head:
         model.score.weight.zero_()
     return model

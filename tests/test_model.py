@@ -2,6 +2,10 @@
 import copy
 import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -519,6 +523,51 @@ def test_a_model_of_the_other_kind_is_refused(tmp_path):
         for Model in (LanguageModel, ScalarModel):
             with pytest.raises(ValueError, match="config.json"):
                 load_model(Model, tmp_path, Grid())
+
+
+LOADER = """import sys
+sys.path.insert(0, sys.argv[1])
+from model import LanguageModel, build_model, load_model, read_config
+from parallel import Grid
+build_model(LanguageModel, read_config(sys.argv[2])[0], Grid())  # torch's own modules for the meta device
+kib = lambda key: int(open("/proc/self/status").read().split(key)[1].split()[0])
+before = kib("VmRSS:")
+load_model(LanguageModel, sys.argv[2], Grid(tp_rank=int(sys.argv[3]), tp_size=2))
+print(1024 * before, 1024 * kib("VmHWM:"))"""
+
+
+def memory_of_loading(directory, cfg, dtype, ranks):
+    """-> [(bytes before, highest while loading)] of these ranks of tp 2, side by side; bytes of the model in fp32, as it is loaded."""
+    model = build_model(LanguageModel, cfg, Grid(), dtype)
+    for param in model.parameters():
+        param.data.fill_(0.5)
+    save_model(model, directory)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    del model, param
+    start = lambda rank: subprocess.Popen([sys.executable, "-c", LOADER, Path(__file__).parents[1], directory, str(rank)], stdout=subprocess.PIPE, text=True)
+    return [tuple(map(int, process.communicate()[0].split())) for process in list(map(start, ranks))], size
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+
+@linux
+def test_loading_takes_a_share_of_the_model_and_one_tensor(tmp_path):
+    cfg = small_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, head_dim=64)
+    found, size = memory_of_loading(tmp_path, cfg, torch.float32, [1])
+    assert size > 90e6
+    ((before, peak),) = found
+    assert 0.45 * size < peak - before < 0.6 * size  # a file that stays open while it is read would make it the whole size
+
+
+@linux
+@pytest.mark.slow
+def test_loading_a_1b_model(tmp_path):
+    cfg = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64)  # Llama-3.2-1B
+    found, size = memory_of_loading(tmp_path, cfg, torch.bfloat16, [0, 1])
+    shutil.rmtree(tmp_path)
+    print(f"{size / 1e9:.2f} GB in fp32; highest of each process: {[peak / 1e9 for _, peak in found]} GB")
+    assert 4.9e9 < size < 5e9 and all(peak < 0.75 * size for _, peak in found)
 
 
 # ------------------------------------------------------------------------------------------------ adapters
