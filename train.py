@@ -55,6 +55,7 @@ class Run:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "float32"  # float32 | bfloat16 (with fp32 masters)
     chat: str = "none"  # none | llama3 | chatml: how prompts are written for the model
+    date: str = ""  # with --chat llama3: the system block of Llama 3.1 and 3.2 with this date, such as "26 Jul 2024"; "" leaves it out
     max_seq_len: int = 1024  # tokens of prompt and response; longer rows are dropped and counted
 
 
@@ -233,6 +234,20 @@ def load(kind, directory, cfg, grid):
     return model
 
 
+def load_tokenizer(directory, cfg):
+    """The tokenizer of a model directory in the run's chat template; BadInput if the model has no row for an id, or is used
+    otherwise than it was trained (to train it on, as sft and rm do, in another template is fine)."""
+    tokenizer, path = data.Tokenizer.load(directory, cfg.chat, cfg.date or None), Path(directory) / "run.json"
+    with user_files():
+        n = read_config(directory)[0].vocab_size
+    if tokenizer.vocab_size > n:
+        raise BadInput(f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {n}")
+    made = data.read_json(path, path.read_bytes()) if path.exists() and cfg.stage not in ("sft", "rm") else {}
+    if made.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {made['config'].get('chat')}); found --chat {cfg.chat}")
+    return tokenizer
+
+
 def adapted(model, cfg, rank):
     """What is to be trained: the model itself, or, with a rank, adapters on its frozen weights."""
     return add_lora(model, rank, cfg.seed, cfg.lora_alpha) if rank else model
@@ -349,7 +364,7 @@ def sequence_length(example):
 def stage_sft(cfg, grid):
     """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
     if cfg.model:
-        tokenizer = data.Tokenizer.load(cfg.model, cfg.chat)
+        tokenizer = load_tokenizer(cfg.model, cfg)
         policy = adapted(load(LanguageModel, cfg.model, cfg, grid), cfg, cfg.lora_rank)
     else:
         tokenizer = data.arith_tokenizer()
@@ -379,7 +394,7 @@ def arith_model(tokenizer):
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
     directory = cfg.model or need("sft", cfg, grid)
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     out = out_path(cfg)
     jobs = [(cfg.data or "built-in task", out, None)]
@@ -423,7 +438,7 @@ def stage_rm(cfg, grid):
     """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py); or one to compare it with."""
     directory = str(cfg.model or need("sft", cfg, grid))
     path = cfg.data or need("pairs", cfg, grid)
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    tokenizer = load_tokenizer(directory, cfg)
     base = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
     model = adapted(base, cfg, cfg.lora_rank)
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
@@ -467,7 +482,7 @@ def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
     """
     if kind in ("outcome", "oracle"):
         return graded_reward(kind, tokenizer, rows, cfg), (lambda ids, mask: last_token_mask(mask)) if kind == "outcome" else None, kind == "oracle"
-    own = data.Tokenizer.load(directory, cfg.chat)
+    own = load_tokenizer(directory, cfg)
     if own.fingerprint != tokenizer.fingerprint:
         raise BadInput(f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids")
     reference = None
@@ -484,7 +499,7 @@ def stage_rl(cfg, grid):
     directory = str(cfg.model or need("sft", cfg, grid))
     graded = cfg.reward in ("outcome", "oracle")
     judge = "" if graded else str(cfg.reward_model or need("rm", dataclasses.replace(cfg, out=""), grid))
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    tokenizer = load_tokenizer(directory, cfg)
     reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
     policy = adapted(reference if cfg.lora_rank else load(LanguageModel, directory, cfg, grid), cfg, cfg.lora_rank)
     if cfg.data:
@@ -495,7 +510,13 @@ def stage_rl(cfg, grid):
             raise BadInput(f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
     else:
         rows, heldout = data.arith_rows("train", 8192, cfg.seed + 2), data.arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0)
-    prompts, n = encode_prompts(rows, tokenizer, cfg), cfg.batch_size // cfg.group_size
+    prompts, n, room = encode_prompts(rows, tokenizer, cfg), cfg.batch_size // cfg.group_size, cfg.max_seq_len - cfg.max_new_tokens
+    if long := sum(len(ids) > room for ids in prompts):
+        prompts = [ids for ids in prompts if len(ids) <= room]
+        text = f"{cfg.data or 'built-in task'}: dropped {long} prompts longer than --max_seq_len {cfg.max_seq_len} - --max_new_tokens {cfg.max_new_tokens}"
+        say(grid, f"{text}; {len(prompts)} left")
+        if not prompts:
+            raise BadInput(f"{text}; none is left")
     reward_fn, reward_mask_fn, is_q = reward_functions(cfg.reward if graded else reward_kind(judge), judge, tokenizer, cfg, grid, rows)
     if not cfg.advantage:
         cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
@@ -563,7 +584,7 @@ def score_examples(reward_fn, examples, cfg, grid):
 
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
-    kind, tokenizer = reward_kind(directory), data.Tokenizer.load(directory, cfg.chat)
+    kind, tokenizer = reward_kind(directory), load_tokenizer(directory, cfg)
     reward_fn, _, _ = reward_functions(kind, directory, tokenizer, cfg, grid)
     path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(stage_config(cfg, "pairs")))[1]
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
@@ -596,7 +617,7 @@ def eval_reward_model(directory, cfg, grid):
 
 def eval_policy(directory, cfg, grid):
     """Greedy pass@1, unbiased pass@k of k samples, and best-of-k by a reward model's mean score when one is at hand."""
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     rows = data.load_rows(cfg.data, ("prompt", "label"), cfg.limit) if cfg.data else data.arith_rows("test", cfg.limit or ARITH["eval"]["limit"], cfg.seed)
     mine, began = rows[grid.dp_rank :: grid.dp_size], time.perf_counter()
@@ -640,7 +661,7 @@ def stage_eval(cfg, grid):
 def stage_score(cfg, grid):
     """One number a response token: a reward model's raw Z, or a policy's log-probability in nats."""
     directory = cfg.model or need("rm", cfg, grid)
-    tokenizer, scalar = data.Tokenizer.load(directory, cfg.chat), is_reward_model(directory)
+    tokenizer, scalar = load_tokenizer(directory, cfg), is_reward_model(directory)
     model = load(ScalarModel if scalar else LanguageModel, directory, cfg, grid)
     if cfg.data:
         rows = data.load_rows(cfg.data, ("prompt", "response"), cfg.limit)

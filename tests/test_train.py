@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import LanguageModel, ScalarModel, generate, load_model
+from model import LanguageModel, ScalarModel, build_model, generate, init_weights, load_model, save_model
 from parallel import Grid, Optimizer, Workdir
 
 REPOSITORY = Path(__file__).parents[1]
@@ -597,6 +597,61 @@ def test_policy_and_reward_model_must_share_the_tokenizer(built, command, pairs_
     words = ["--model", built / "sft", "--reward_model", other, "--data", write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])]
     for stage in ("reinforce", "ppo", "eval"):
         assert_refused(command, tmp_path, ["--stage", stage, *words, "--max_new_tokens", 4, "--out", tmp_path / "o"], other, "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny, tmp_path_factory):
+    """A policy and a reward model trained in the chatml template, <run>/sft and <run>/rm."""
+    run = tmp_path_factory.mktemp("chatty")
+    tokenizer = data.arith_tokenizer()
+    files = {name: json.loads(raw) for name, raw in tokenizer.files.items()}
+    added = files["tokenizer.json"]["added_tokens"]
+    added += [{**added[0], "id": tokenizer.vocab_size + i, "content": name} for i, name in enumerate(("<|im_start|>", "<|im_end|>"))]
+    tokenizer = data.Tokenizer({name: json.dumps(value).encode() for name, value in files.items()}, "chatty", "chatml")
+    save_model(init_weights(build_model(LanguageModel, train.arith_model(tokenizer), Grid()), 0), run)
+    tokenizer.save(run)
+    pairs, rows = write_jsonl(run / "pairs.jsonl", PAIRS), write_jsonl(run / "rows.jsonl", [{"prompt": p["prompt"], "response": p["chosen"]} for p in PAIRS])
+    for stage, words in (("sft", ["--model", run, "--data", rows]), ("rm", ["--model", run / "sft", "--data", pairs])):
+        assert train.main(["--stage", stage, *map(str, words), "--out", str(run / stage), "--chat", "chatml", "--steps", "1", "--device", "cpu"]) == 0
+    return run
+
+
+def test_a_model_is_used_in_the_template_that_it_was_trained_in(chatty, command, tmp_path):
+    """The hash in run.json tells, though the files are the same."""
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
+    sampling = ["--data", prompts, "--max_new_tokens", 4, "--limit", 2, "--steps", 1, "--out", tmp_path / "o"]
+    rl = ["--model", chatty / "sft", "--reward_model", chatty / "rm", *sampling]
+    judged = ["--model", chatty, "--reward_model", chatty / "rm", *sampling]  # a directory from elsewhere: nothing is known of it
+    for words in (["reinforce", *rl], ["ppo", *rl], ["eval", *rl], ["reinforce", *judged], ["eval", *judged],
+                  ["eval", "--model", chatty / "rm", "--data", chatty / "pairs.jsonl", "--out", tmp_path / "o"],
+                  ["score", "--model", chatty / "rm", "--data", chatty / "rows.jsonl", "--out", tmp_path / "o.jsonl"]):  # fmt: skip
+        assert_refused(command, tmp_path, ["--stage", *words], chatty, "chat template", "--chat chatml", "--chat none")
+    for words in (["reinforce", *rl], ["eval", *judged]):
+        assert command("--stage", *words, "--chat", "chatml")[0] == 0
+    assert command("--stage", "rm", "--model", chatty / "sft", "--data", chatty / "pairs.jsonl", "--steps", 1, "--out", tmp_path / "again")[0] == 0
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_dropped_and_counted(built, command, tmp_path):
+    rows = [{"prompt": p} for p in [*PROMPTS, "Tom " * 30, "Tom " * 9]]
+    path, tokenizer = write_jsonl(tmp_path / "p.jsonl", rows), data.Tokenizer.load(built / "sft")
+    lengths = sorted(len(tokenizer.encode_prompt(row["prompt"])) for row in rows)
+    words = ["--stage", "reinforce", "--model", built / "sft", "--reward_model", built / "rm", "--data", path, "--max_new_tokens", 8, "--batch_size", 2]
+    status, out, err = command(*words, "--max_seq_len", 8 + lengths[-2], "--out", tmp_path / "o")
+    assert (status, err) == (0, "") and f"{path}: dropped 1 prompts longer than --max_seq_len" in out and "; 5 left" in out
+    assert len(rows_of(tmp_path / "o/metrics.jsonl")) == 3  # five prompts, two a step
+    assert_refused(command, tmp_path, [*words, "--max_seq_len", 8, "--out", tmp_path / "p"], path, "dropped 6 prompts", "none is left")
+
+
+def test_every_id_of_the_tokenizer_has_a_row(built, command, pairs_file, tmp_path):
+    other = shutil.copytree(built / "sft", tmp_path / "sft")
+    config, n = json.loads((other / "config.json").read_text()), data.Tokenizer.load(other).vocab_size
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": n - 1}))
+    assert_refused(command, tmp_path, ["--stage", "rm", "--model", other, "--data", pairs_file, "--out", tmp_path / "o"], other, f"go up to {n - 1}", f"vocab_size {n - 1}")
+
+
+def test_the_dated_system_block_comes_on_request(command, tmp_path):
+    """Beside --chat llama3 only."""
+    assert_refused(command, tmp_path, ["--stage", "sft", "--run", tmp_path / "run", "--model", tmp_path, "--date", "26 Jul 2024", "--out", tmp_path / "o"], "date", "llama3")
 
 
 def test_pairs_without_a_right_answer(built, command, tmp_path):
