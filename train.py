@@ -34,8 +34,8 @@ from model import (LanguageModel, ModelConfig, ScalarModel, add_lora, build_mode
 from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
 from qrm import POLICY_LIKE, REWARD_MODELS, Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward
-from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, make_pairs, minibatches, pass_at_k,  # fmt: skip
-                       reinforce_step, rollout_stats, sample_graded)
+from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, majority_is_right, make_pairs, minibatches,  # fmt: skip
+                       pass_at_k, reinforce_step, rollout_stats, sample_graded)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -45,6 +45,7 @@ class Run:
     """What to run, where, and on what."""
 
     stage: str = "demo"  # sft | pairs | rm | reinforce | ppo | eval | score | grade | demo
+    preset: str = ""  # paper-rm | paper-ppo | paper-reinforce: the settings of the paper's runs, the stage included; a flag wins over them
     run: str = "runs/arith"  # directory where the stages of the built-in task keep and find everything
     out: str = ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
     model: str = ""  # a Hugging Face directory to start from; "" is the built-in task's
@@ -108,6 +109,33 @@ ARITH = {
     "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith"),
 }
 
+# The paper's runs. Sources: "paper" is Chen et al. 2025 with its appendix, "scripts" and "code" are the authors', "ours" is what they leave open.
+PAPER = dict(
+    chat="llama3", date="26 Jul 2024",  # code: written into it, for every model
+    max_seq_len=1024,  # paper: GSM8K and MATH, prompt and response (2048 for QA-Feedback and UltraFeedback)
+    dtype="bfloat16",  # paper (ours: with fp32 masters, or fp32 adapters)
+    warmup=0, final_lr=1.0, weight_decay=0.0, max_grad_norm=0.0,  # paper: Adam; code: its defaults, constant rates, no clipping
+    seed=1)  # code  # fmt: skip
+PAPER_RL = PAPER | dict(
+    steps=12, batch_size=3072, group_size=1,  # paper: prompts a rollout, one sample each; scripts: 12 rollouts, five passes over GSM8K
+    temperature=1.0, max_new_tokens=768,  # scripts: no top-p; ours: 256 of the 1024 tokens are kept for the prompt
+    standardize="mean_std", eval_every=1)  # paper; scripts: an evaluation after every rollout  # fmt: skip
+PRESETS = {
+    "paper-rm": PAPER | dict(
+        stage="rm", reward="qrm", beta=0.2, margin=2.0,  # scripts
+        lora_rank=128, lora_alpha=128,  # paper: the seven linear layers, and the head trained; code: no alpha, scale 1
+        lr=1e-5, steps=0, batch_size=2),  # paper; scripts: one pass, 2 pairs a step
+    "paper-ppo": PAPER_RL | dict(
+        stage="ppo", lr=5e-6, clip=0.2, kl="exact", kl_coef=0.01,  # paper, section 4 and Algorithm 1 (code: lr x 0.075 in the first two rollouts)
+        lora_rank=0, critic_lora_rank=128, critic_lr=1e-5,  # paper: all of the policy; code: the critic
+        ppo_epochs=1, minibatch=10,  # scripts: 308 updates a rollout
+        baseline_weight=1.0,  # paper (code: 0.01)
+        gamma=0.9, lam=0.8),  # paper: for reward models without token scores
+    "paper-reinforce": PAPER_RL | dict(
+        stage="reinforce", lr=1e-6, kl_coef=0.0,  # paper
+        lora_rank=0, minibatch=8),  # paper: all of the policy; scripts: 384 updates a rollout
+}  # fmt: skip
+
 
 def stages_of(comment):
     """The stages that a field's comment names in brackets; None is all."""
@@ -133,12 +161,15 @@ def parse(argv):
     """argv -> Config. Raises BadInput for an unknown flag, a wrong type or a value out of range."""
     parser = _Parser(usage="train.py --stage STAGE [--flag value ...]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
     first = _Parser(add_help=False, allow_abbrev=False)
-    for name in ("--stage", "--model", "--data"):
+    for name in ("--stage", "--model", "--data", "--preset"):
         first.add_argument(name)
     given = first.parse_known_args(argv)[0]
-    stage, defaults = given.stage, {} if given.data else ARITH.get(given.stage, {})
+    preset = PRESETS.get(given.preset, {})
+    stage = given.stage or preset.get("stage")
+    defaults = {} if given.data else ARITH.get(stage, {})
     if given.model:  # someone's model on the built-in task
         defaults = {k: v for k, v in defaults.items() if k in ("task", "limit", "k", "max_new_tokens")}
+    defaults = defaults | preset
     parser.add_argument("--help", "-h", action="help", help="the flags; with --stage X those of that stage")
     for name, (default, kind, comment) in flags().items():
         default = defaults.get(name, default)
@@ -148,7 +179,7 @@ def parse(argv):
         text = text if text is argparse.SUPPRESS else f"{text} (default: {default})".replace("%", "%%")
         parser.add_argument(f"--{name}", default=default, help=text, **options)
     cfg = Config(**vars(parser.parse_args(argv)))
-    choices = {"stage": tuple(STAGES), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
+    choices = {"stage": tuple(STAGES), "preset": ("", *PRESETS), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
                "chat": ("none", "llama3", "chatml"), "task": ("gsm8k", "math", "arith"),
                "grader": ("ours", "strict", "authors", "math_verify"), "reward": (*REWARD_MODELS, "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
                "advantage": ("", "token", "return", "gae", "rloo", "grpo"), "kl": ("exact", "k1", "k3", "abs")}  # fmt: skip
@@ -170,6 +201,8 @@ def parse(argv):
 def check_combinations(cfg):
     """Flags that are right each by itself, but not together."""
     rl = cfg.stage in ("reinforce", "ppo")
+    if cfg.preset and not (cfg.model and cfg.data):
+        raise BadInput(f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data")
     if cfg.stage == "rm" and cfg.reward in ("outcome", "oracle"):
         raise BadInput(f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}")
     if rl and cfg.reward == "oracle" and cfg.task != "arith":
@@ -582,6 +615,12 @@ def score_examples(reward_fn, examples, cfg, grid):
     return out
 
 
+def wilson(right, n, z=1.96):
+    """The 95 % interval of a share of n independent trials (Wilson 1927); unlike p +- z sigma it stays within [0, 1]."""
+    half = z * math.sqrt(right * (n - right) / n + z * z / 4)
+    return [(right + z * z / 2 - half) / (n + z * z), (right + z * z / 2 + half) / (n + z * z)]
+
+
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
     kind, tokenizer = reward_kind(directory), load_tokenizer(directory, cfg)
@@ -608,7 +647,7 @@ def eval_reward_model(directory, cfg, grid):
             repaired.append(rejected._replace(response_ids=[*rejected.response_ids[: errors[-1]], solution[errors[-1]]]))
         counts |= credit_counts(scores[1::2], errors, score_examples(reward_fn, repaired, cfg, grid))
     c = dict(zip(counts, all_sum(list(counts.values()), grid)))
-    out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "length_baseline": c["shorter"] / n}
+    out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "pair_accuracy_95": wilson(c["right"], n), "length_baseline": c["shorter"] / n}
     if known:
         out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1),
                 "first_error_choice": c["choices"] / max(c["n_errors"], 1)}  # fmt: skip
@@ -616,7 +655,7 @@ def eval_reward_model(directory, cfg, grid):
 
 
 def eval_policy(directory, cfg, grid):
-    """Greedy pass@1, unbiased pass@k of k samples, and best-of-k by a reward model's mean score when one is at hand."""
+    """Greedy pass@1, unbiased pass@k of k samples, the majority of all k, and best-of-k by a reward model's mean score when one is at hand."""
     tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     rows = data.load_rows(cfg.data, ("prompt", "label"), cfg.limit) if cfg.data else data.arith_rows("test", cfg.limit or ARITH["eval"]["limit"], cfg.seed)
@@ -624,7 +663,7 @@ def eval_policy(directory, cfg, grid):
     greedy, tokens = sample_graded(policy, tokenizer, mine, cfg, grid, 0, 0.0, 1)
     samples, more = sample_graded(policy, tokenizer, mine, cfg, grid, hash_seed(cfg.seed, "eval", grid.dp_rank), cfg.temperature, cfg.k)
     seconds, ks = time.perf_counter() - began, sorted({*(2**i for i in range(cfg.k.bit_length())), cfg.k})
-    counts = [len(mine), sum(row[0][2] for row in greedy), tokens + more]
+    counts = [len(mine), sum(row[0][2] for row in greedy), tokens + more, sum(majority_is_right(row, cfg) for row in samples)]
     counts += [sum(pass_at_k(cfg.k, sum(a[2] for a in row), k) for row in samples) for k in ks]
     judge = cfg.reward_model or (str(out_path(stage_config(cfg, "rm"))) if not cfg.data else "")
     if judge and Path(judge).exists():
@@ -636,8 +675,8 @@ def eval_policy(directory, cfg, grid):
         counts.append(sum(samples[i][j][2] for i, j in enumerate(best)))
     counts = all_sum(counts, grid)
     n = int(counts[0])
-    out = {"pass@1": counts[1] / n, "pass@k": {str(k): c / n for k, c in zip(ks, counts[3:])}, "n_prompts": n}
-    if len(counts) > 3 + len(ks):
+    out = {"pass@1": counts[1] / n, "pass@k": {str(k): c / n for k, c in zip(ks, counts[4:])}, "maj@k": counts[3] / n, "n_prompts": n}
+    if len(counts) > 4 + len(ks):
         out["best_of_k"] = counts[-1] / n
     return out | {"generated_tokens": int(counts[2]), "tokens_per_s": counts[2] / seconds}
 

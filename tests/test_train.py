@@ -132,10 +132,10 @@ def test_keys_of_metrics_and_evaluations(built):
     assert [row["trajectories"] for row in rows_of(built / "ppo" / "metrics.jsonl")] == [8, 16]
     for stage in ("sft", "reinforce", "ppo"):
         found = json.loads((built / stage / "eval.json").read_text())
-        assert found.keys() == {"pass@1", "pass@k", "best_of_k", "n_prompts", "generated_tokens", "tokens_per_s"}
+        assert found.keys() == {"pass@1", "pass@k", "maj@k", "best_of_k", "n_prompts", "generated_tokens", "tokens_per_s"}
         assert list(found["pass@k"]) == ["1", "2", "3"] and found["n_prompts"] == 5
     found = json.loads((built / "rm" / "eval.json").read_text())
-    assert found.keys() == {"pair_accuracy", "n_pairs", "length_baseline", "first_error_hit", "first_error_choice", "error_auc"}
+    assert found.keys() == {"pair_accuracy", "pair_accuracy_95", "n_pairs", "length_baseline", "first_error_hit", "error_auc", "first_error_choice"}
     assert found["n_pairs"] == min(5, len(rows_of(built / "pairs-heldout.jsonl")))
 
 
@@ -407,6 +407,23 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
             assert train.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
+@pytest.mark.parametrize("answers, label, right", [
+    (["#### 5", "#### 6", "so 5.0"], "5", True), (["#### 6", "#### 5", "so 6"], "5", False), (["#### 5", "#### 6"], "5", True), (["#### 6", "#### 5"], "5", False),
+    (["no", "", "none", "#### 1,000"], "1000", True), (["no", ""], "5", False), (["#### 1/2", "it is 0.5", "#### 3", "#### 3.5"], "0.5", True),
+])  # fmt: skip
+def test_majority(answers, label, right):
+    graded = [(text, [], data.grade(text, label, "gsm8k")[1], False) for text in answers]
+    assert train.majority_is_right(graded, train.Config(task="gsm8k")) is right
+
+
+def test_wilson_interval():
+    """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its defining equation."""
+    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        assert train.wilson(right, n) == pytest.approx([low, high], abs=6e-5)
+        for p in train.wilson(right, n):
+            assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+
+
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
     """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is named."""
     tokenizer, policy = data.Tokenizer.load(built / "sft"), load_model(LanguageModel, built / "sft", Grid())
@@ -420,7 +437,7 @@ def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
     assert list(found["pass@k"]) == ["1", "2", "4", "5"] and sorted(found["pass@k"].values()) == list(found["pass@k"].values())
     assert command(*words, "--k", 2, "--temperature", 0, "--reward_model", built / "rm", "--out", tmp_path / "e")[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())  # greedy samples are all the same
-    assert found["pass@k"] == {"1": 0.5, "2": 0.5} and found["best_of_k"] == 0.5
+    assert found["pass@k"] == {"1": 0.5, "2": 0.5} and found["best_of_k"] == found["maj@k"] == 0.5
     assert found["generated_tokens"] == 3 * sum(map(len, answers))
 
 
@@ -436,7 +453,8 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     words = ["--stage", "eval", "--model", built / "rm", "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--out", tmp_path / "e"]
     assert command(*words)[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())
-    assert found == {"n_pairs": 6, "pair_accuracy": sum(w > l for w, l in zip(*means)) / 6, "length_baseline": 2 / 6}
+    right = sum(w > l for w, l in zip(*means))
+    assert found == {"n_pairs": 6, "pair_accuracy": right / 6, "pair_accuracy_95": train.wilson(right, 6), "length_baseline": 2 / 6}
     assert [w < l for w, l in zip(*lengths)] == [False] * 4 + [True] * 2
     assert command(*words, "--task", "arith")[0] == 0  # prompts of the built-in task; two rejected answers have no error
     assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {"error_auc", "first_error_hit", "first_error_choice"}
@@ -532,6 +550,7 @@ def test_bad_rows(built, command, tmp_path, kind):
     (["--stage", "reinforce", "--batch_size", "6", "--group_size", "4"], ["--batch_size 6", "--group_size 4"]),
     (["--stage", "reinforce", "--advantage", "rloo"], ["rloo", "--group_size"]), (["--stage", "reinforce", "--advantage", "gae"], ["gae", "critic"]),
     (["--stage", "ppo", "--temperature", "0"], ["--temperature"]), (["--stage", "ppo", "--batch_size", "2", "--minibatch", "1", "--group_size", "4"], []),
+    (["--preset", "paper"], ["--preset 'paper'", "paper-rm, paper-ppo"]), (["--preset", "paper-rm"], ["--preset paper-rm", "--model and --data"]),
     (["--stage", "grade"], ["--data"]), (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
     (["--stage", "ppo", "--reward_model", "no/such"], ["no/such"]), (["--stage", "rm", "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
 ])  # fmt: skip
@@ -682,6 +701,41 @@ def test_defaults_are_the_built_in_tasks_only_without_data():
     assert (cfg.task, cfg.limit, cfg.k, cfg.micro_tokens) == ("arith", 5, 3, defaults.micro_tokens)
     assert train.parse(["--stage", "eval", "--model", "x", "--data=y"]).task == "gsm8k"
     assert train.parse(["--stage", "eval", "--model", "x", "--limit", "0"]).limit == 0
+
+
+PAPER = {  # method and appendix of the paper, and the authors' scripts
+    "paper-rm": {"stage": "rm", "lr": 1e-5, "batch_size": 2, "beta": 0.2, "margin": 2.0, "lora_rank": 128, "lora_alpha": 128, "max_seq_len": 1024},
+    "paper-ppo": {"stage": "ppo", "lr": 5e-6, "clip": 0.2, "kl_coef": 0.01, "lam": 0.8, "gamma": 0.9, "batch_size": 3072, "steps": 12, "ppo_epochs": 1,
+                  "minibatch": 10, "critic_lora_rank": 128, "critic_lr": 1e-5, "lora_rank": 0, "temperature": 1.0, "baseline_weight": 1.0},
+    "paper-reinforce": {"stage": "reinforce", "lr": 1e-6, "kl_coef": 0.0, "batch_size": 3072, "steps": 12, "minibatch": 8, "lora_rank": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
+    """They are the paper's numbers, every flag wins over them, help shows them, and the commands run."""
+    assert train.PRESETS.keys() == PAPER.keys() and all(p.keys() <= train.flags().keys() for p in train.PRESETS.values())
+    cfg = train.parse(["--preset", preset, "--model", "m", "--data", "d"])
+    assert {k: getattr(cfg, k) for k in PAPER[preset]} == PAPER[preset]
+    assert (cfg.dtype, cfg.chat, cfg.max_grad_norm, cfg.weight_decay, cfg.warmup, cfg.final_lr) == ("bfloat16", "llama3", 0, 0, 0, 1)
+    for name, (default, kind, _) in train.flags().items():
+        if name in train.PRESETS[preset] and name != "stage" and kind is not str:
+            other = kind(getattr(cfg, name) * 2 or 3)
+            words = [f"--{name}", str(other)] + (["--minibatch", "8"] if name == "group_size" else [])
+            assert getattr(train.parse(["--preset", preset, *words, "--model", "m", "--data", "d"]), name) == other
+    assert train.parse(["--preset", preset, "--dtype=float32", "--model", "m", "--data", "d"]).dtype == "float32"
+    with pytest.raises(SystemExit):
+        train.main(["--preset", preset, "--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {cfg.lr})" in page and "paper-rm | paper-ppo | paper-reinforce" in page and ("--clip" in page) == (cfg.stage == "ppo")
+    small = ["--chat", "none", "--date", "", "--steps", 1, "--model", built / "sft", "--out", tmp_path / "o"]
+    if cfg.stage == "rm":
+        small += ["--lora_rank", 2, "--data", pairs_file]
+    else:
+        prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
+        small += ["--batch_size", 12, "--max_new_tokens", 8, "--data", prompts, "--reward_model", built / "rm"]
+        small += ["--critic_lora_rank", 2] if cfg.stage == "ppo" else []
+    assert command("--preset", preset, *small)[0] == 0 and len(rows_of(tmp_path / "o/metrics.jsonl")) == 1
 
 
 # ------------------------------------------------------------------------------------------------ several processes, Ctrl-C, real data
