@@ -24,6 +24,8 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import checkpoints
+import train
 from data import Example, batch_indices, collate
 from model import (LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, generate, init_weights, load_model,  # fmt: skip
                    save_adapter, save_model, token_logprobs)
@@ -343,6 +345,23 @@ def saved_models_do_not_depend_on_tp(grid):
                 out |= {f"{what}, files": max(unequal(*files), unequal(len(files[0]) > 3, max_shard_bytes == 4000)),
                         f"{what}, read by all": max(unequal(split[n], x) for n, x in mine.state_dict().items()),
                         f"{what}, read by one": max(unequal(joined[n], x) for n, x in one.state_dict().items())}  # fmt: skip
+        dist.barrier()
+    return out
+
+
+@check(tp_alone=False)
+def stage_score_gives_transformers_numbers(grid):
+    """To 2e-4 nats a token, on the stored checkpoints and on those that test_parallel.py made, if it could."""
+    out = {}
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [directory]
+        dist.broadcast_object_list(paths)
+        for parent in (checkpoints.FIXTURES, Path(sys.argv[1], "made")):
+            for model in sorted(path.parent for path in parent.glob("*/rows.jsonl")):
+                scored = Path(paths[0], f"{model.name}.jsonl")
+                train.stage_score(train.Config(stage="score", model=str(model), data=str(model / "rows.jsonl"), out=str(scored)), grid)
+                dist.barrier()
+                out[f"{parent.name}/{model.name}"] = (checkpoints.furthest_from_expected(scored, model), 2e-4)
         dist.barrier()
     return out
 
