@@ -77,3 +77,20 @@ def test_transformers_gives_our_numbers_for_what_we_saved(tmp_path, name, dtype,
                 logits = theirs(torch.tensor([prompt + ids])).logits[0]
             expected = logits[len(prompt) :, 0] if stage == "rm" else logits.log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(ids) - 1), ids]
             assert (torch.tensor(row.get("scores") or row["logprobs"]) - expected).abs().max() < 2e-4 and expected.abs().max() > 0.05
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
+def test_pairs_of_a_policy_on_gsm8k_prompts_train_a_reward_model(tmp_path):
+    """OpenAI's rows, and a policy that guesses: among its digits are right ones. Then adapters on those pairs, and their evaluation."""
+    rows = [row for row in rows_of(GSM8K / "test.jsonl") if len(row["question"]) < 150 and len(data.gsm8k_label(row["answer"])) == 1][:8]
+    prompts, policy = tmp_path / "prompts.jsonl", FIXTURES / "llama-old"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("--stage", "pairs", "--model", policy, "--data", prompts, "--k", 32, "--max_new_tokens", 64, "--temperature", 2, "--out", tmp_path / "pairs.jsonl")
+    pairs = rows_of(tmp_path / "pairs.jsonl")
+    labels = {row["question"]: data.gsm8k_label(row["answer"]) for row in rows}
+    assert pairs and len({(p["prompt"], p["chosen"], p["rejected"]) for p in pairs}) == len(pairs)
+    assert all(p["label"] == labels[p["prompt"]] for p in pairs)
+    assert all(data.grade(p[key], p["label"], "gsm8k")[1] == (key == "chosen") for p in pairs for key in ("chosen", "rejected"))
+    run("--stage", "rm", "--model", policy, "--data", tmp_path / "pairs.jsonl", "--lora_rank", 4, "--lr", 0.01, "--steps", 3, "--out", tmp_path / "rm")
+    run("--stage", "eval", "--model", tmp_path / "rm", "--data", tmp_path / "pairs.jsonl")
+    assert json.loads((tmp_path / "rm/eval.json").read_text())["n_pairs"] == len(pairs)
