@@ -7,6 +7,7 @@ B batch · T positions · D model width · H query heads · K key/value heads ·
 L layers · S cache columns · N response tokens; a size that is cut over tp is written as a fraction: H/tp
 """
 
+import copy
 import json
 import zlib
 from dataclasses import asdict, dataclass
@@ -23,8 +24,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from parallel import (ColumnLinear, KeyValueLinear, RowLinear, VocabEmbedding, all_reduce, check_divisible, copy_to_tp,  # fmt: skip
-                      gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum)
+from parallel import (ColumnLinear, KeyValueLinear, LoRALinear, RowLinear, VocabEmbedding, all_reduce, check_divisible,  # fmt: skip
+                      copy_to_tp, gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -406,6 +407,10 @@ class _Model(nn.Module):
         start, stop = shard_range(self.full_size(name), self.grid.tp_rank, self.grid.tp_size)
         return full[start:stop] if dim == 0 else full[:, start:stop]
 
+    def gather(self, name, mine):
+        """The inverse of `my_slice`, on the CPU, the same on all tp ranks."""
+        return gather_shards(mine, self.shard_dim(name), self.full_size(name), self.grid).cpu().contiguous()
+
     def full_shape(self, name, shape):
         dim = self.shard_dim(name)
         return tuple(shape) if dim is None else tuple(self.full_size(name) if d == dim else s for d, s in enumerate(shape))
@@ -600,15 +605,18 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
 
 
 @torch.no_grad()
-def init_weights(model, seed):
-    """Normal weights of variance 1/fan_in; norms 1; biases and the scalar head 0, so that a new reward model is neutral.
+def init_weights(model, seed, only=""):
+    """Normal weights of variance 1/fan_in; norms 1; biases, lora_B and the scalar head 0, so that a new one is neutral.
 
     Every matrix is drawn whole from (seed, its name) and then sliced: each tp size holds the same model.
+    only   part of a name: all other parameters are left alone
     """
     for name, param in model.named_parameters():
+        if only not in name:
+            continue
         if "norm" in name:
             param.fill_(1.0)
-        elif name.endswith("bias") or name.startswith("score"):
+        elif name.endswith(("bias", "lora_B")) or name.startswith("score"):
             param.zero_()
         else:
             shape = model.full_shape(name, param.shape)
@@ -616,6 +624,21 @@ def init_weights(model, seed):
             full = torch.randn(shape, generator=generator) * shape[1] ** -0.5
             param.copy_(model.my_slice(name, full))
     return model
+
+
+def add_lora(model, rank, seed, alpha=0):
+    """A model to train that shares the weights of `model`, and has adapters on the seven linear layers of each block.
+
+    Only the adapters and the scalar head learn; the first forward is that of `model`, which stays as it is: a frozen reference.
+    alpha   the update is alpha/rank B A; 0 is the rank, so that the factor is 1 (the paper)
+    """
+    adapted = copy.deepcopy(model.requires_grad_(False), {id(x): x for x in (model.grid, *model.parameters())})
+    for layer in adapted.model.layers.modules():
+        if isinstance(layer, LoRALinear):
+            layer.add_lora(rank, alpha or rank)
+    if adapted.head == "score":
+        adapted.score.requires_grad_(True)
+    return init_weights(adapted, seed, only="lora_")
 
 
 def build_model(kind, cfg, grid, dtype=torch.float32):
@@ -674,25 +697,29 @@ def load_model(kind, directory, grid, dtype=torch.float32):
     missing, extra = params.keys() - files.keys() - new_head, files.keys() - params.keys() - optional
     if missing or extra:
         raise ValueError(f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}")
-    handles = {}
-    for name in (params.keys() & files.keys()) | (files.keys() & {"score.bias"}):
-        try:
-            if files[name] not in handles:
-                handles[files[name]] = safe_open(files[name], "pt")
-            view = handles[files[name]].get_slice(name)
+    for name in [n for n in (*params, "score.bias") if n in files]:
+        try:  # opened anew for each tensor, for what was read of an open file counts as this process's memory
+            with safe_open(files[name], "pt") as file:
+                view = file.get_slice(name)
+                if name == "score.bias":
+                    if view[:].any():
+                        raise ValueError(f"{files[name]}: score.bias is not zero; expected a head without bias")
+                    continue
+                expected = model.full_shape(name, params[name].shape)
+                if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+                    raise ValueError(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
+                params[name].copy_(model.my_slice(name, view))
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{files[name]}: cannot read {name}: {e}") from None
-        if name == "score.bias":
-            if view[:].any():
-                raise ValueError(f"{files[name]}: score.bias is not zero; expected a head without bias")
-            continue
-        expected = model.full_shape(name, params[name].shape)
-        if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-            raise ValueError(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
-        params[name].copy_(model.my_slice(name, view))
     if new_head:
         model.score.weight.zero_()
     return model
+
+
+def _merged(model, name, param):
+    layer, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(layer)
+    return layer.merged() if leaf == "weight" and isinstance(layer, LoRALinear) else param
 
 
 @torch.no_grad()
@@ -700,19 +727,21 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
     """Writes config.json and safetensors shards in Hugging Face's layout: all ranks call it, the main one writes.
 
     The layout does not depend on tp: tensors are gathered one by one, and a shard is written as soon as it is full.
+    Adapters are merged into their weights (and rounded to their dtype).
     """
     directory, grid = Path(directory), model.grid
-    names = [n for n, _ in model.named_parameters()]
-    width = {n: torch.Size(model.full_shape(n, p.shape)).numel() * p.element_size() for n, p in model.named_parameters()}
+    params = {n: p for n, p in model.named_parameters() if ".lora_" not in n}
+    names = list(params)
+    width = {n: torch.Size(model.full_shape(n, p.shape)).numel() * p.element_size() for n, p in params.items()}
     plan = [[]]  # names per shard
     for n in names:
         if plan[-1] and sum(width[m] for m in plan[-1]) + width[n] > max_shard_bytes:
             plan.append([])
         plan[-1].append(n)
-    params, weight_map = dict(model.named_parameters()), {}
+    weight_map = {}
     for i, shard in enumerate(plan):
         file = "model.safetensors" if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors"
-        tensors = {n: gather_shards(params[n], model.shard_dim(n), model.full_size(n), grid).cpu().contiguous() for n in shard}
+        tensors = {n: model.gather(n, _merged(model, n, params[n])) for n in shard}
         if "score.weight" in tensors:
             tensors["score.bias"] = torch.zeros(1, dtype=tensors["score.weight"].dtype)
         weight_map |= dict.fromkeys(tensors, file)
@@ -724,3 +753,23 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         (directory / "config.json").write_text(json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1), encoding="utf-8")
+
+
+@torch.no_grad()
+def save_adapter(model, directory, base):
+    """Writes the adapters, and the scalar head if there is one, as a PEFT directory: all ranks call it, the main one writes.
+
+    base   the model directory that they were trained on, for adapter_config.json; the adapters belong on top of that one
+    """
+    tensors = {f"base_model.model.{n}{'.weight' * ('.lora_' in n)}": model.gather(n, p) for n, p in model.named_parameters() if p.requires_grad}
+    layers = {n.split(".")[-1]: layer for n, layer in model.model.layers.named_modules() if isinstance(layer, LoRALinear)}
+    rank, scale, is_score = len(layers["q_proj"].lora_A), layers["q_proj"].lora_scale, model.head == "score"
+    config = {"peft_type": "LORA", "task_type": "TOKEN_CLS" if is_score else "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
+              "lora_alpha": round(scale * rank), "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(layers),
+              "modules_to_save": ["score"] if is_score else None, "inference_mode": True}  # fmt: skip
+    if is_score:
+        tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
+    if model.grid.is_main:
+        directory.mkdir()
+        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        (directory / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -154,10 +154,11 @@ def shard_dim(name, kv_heads, tp_size):
     name       Hugging Face's, e.g. "model.layers.0.self_attn.q_proj.weight"
     kv_heads   key/value heads of the model: when there are fewer than ranks, k and v are kept whole (KeyValueLinear)
     """
-    layer = name.split(".")[-2]
+    layer, leaf = name.split(".")[-2:]
     if tp_size == 1 or (layer in ("k_proj", "v_proj") and kv_heads < tp_size):
         return None
-    return _SHARD_DIM.get(layer)
+    dim = _SHARD_DIM.get(layer)
+    return None if dim == {"lora_A": 0, "lora_B": 1}.get(leaf) else dim  # A has the columns of the weight, B its rows
 
 
 def check_divisible(tp_size, heads, kv_heads, ffn):
@@ -185,8 +186,41 @@ def gather_shards(x, dim, size, grid):
 # ------------------------------------------------------------------------------------------------ layers
 
 
-class ColumnLinear(nn.Linear):
-    """Y = X A^T with A's rows (the output features) cut over tp: each rank makes its own features, no communication.
+class LoRALinear(nn.Linear):
+    """nn.Linear, to which `add_lora` gives an adapter (Hu et al. 2022): Y = X W^T + bias + alpha/rank X A^T B^T.
+
+    A (rank, d_in) is cut with W's columns and B (d_out, rank) with its rows. The factor that is not cut is whole on every
+    rank, where it meets a slice of the other; f on it adds up their gradients. Both are fp32 and act in the dtype of X.
+    """
+
+    lora_cut = "lora_B"  # which factor each rank has a slice of
+
+    def __init__(self, d_in, d_out, grid, bias=False):
+        super().__init__(d_in, d_out, bias=bias)
+        self.grid, self.lora_A, self.lora_B, self.lora_scale = grid, None, None, 1.0
+
+    def add_lora(self, rank, alpha):
+        zeros = lambda *shape: nn.Parameter(torch.zeros(shape, device=self.weight.device))
+        self.lora_A, self.lora_B, self.lora_scale = zeros(rank, self.in_features), zeros(self.out_features, rank), alpha / rank
+
+    def merged(self):
+        """My slice of W + alpha/rank B A, in W's dtype; no communication, for the slices fit."""
+        return self.weight if self.lora_A is None else (self.weight.float() + self.lora_scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+
+    def my_rows(self, p):
+        return p
+
+    def forward(self, x):
+        y = F.linear(x, self.my_rows(self.weight), self.my_rows(self.bias))
+        if self.lora_A is None:
+            return y
+        f = lambda p: copy_to_tp(p, self.grid)
+        A, B = (f(self.lora_A), self.lora_B) if self.lora_cut == "lora_B" else (self.lora_A, f(self.lora_B))
+        return y + F.linear(F.linear(x, (self.lora_scale * A).to(x.dtype)), self.my_rows(B).to(x.dtype))
+
+
+class ColumnLinear(LoRALinear):
+    """Y = X W^T with W's rows (the output features) cut over tp: each rank makes its own features, no communication.
 
     Put `copy_to_tp` before the first column-parallel layer that reads an x, once per x: that is f.
     """
@@ -194,35 +228,32 @@ class ColumnLinear(nn.Linear):
     # exercise 2.3 (2 lines): the column-parallel layer
     def __init__(self, d_in, d_out, grid, bias=False):
         start, stop = shard_range(d_out, grid.tp_rank, grid.tp_size)
-        super().__init__(d_in, stop - start, bias=bias)
+        super().__init__(d_in, stop - start, grid, bias)
 
 
-class RowLinear(nn.Linear):
-    """Y = sum_i X_i A_i^T with A's columns (the input features) cut over tp; `reduce_from_tp` after it is the sum."""
+class RowLinear(LoRALinear):
+    """Y = sum_i X_i W_i^T with W's columns (the input features) cut over tp; `reduce_from_tp` after it is the sum."""
+
+    lora_cut = "lora_A"
 
     # exercise 2.4 (2 lines): the row-parallel layer
     def __init__(self, d_in, d_out, grid):
         start, stop = shard_range(d_in, grid.tp_rank, grid.tp_size)
-        super().__init__(stop - start, d_out, bias=False)
+        super().__init__(stop - start, d_out, grid)
 
 
-class KeyValueLinear(nn.Linear):
+class KeyValueLinear(LoRALinear):
     """Column-parallel over key/value heads. With fewer heads than ranks, every rank keeps the whole small matrix and
     uses the one head that its queries attend with; f on the *weight* then adds up the gradients of all its users."""
 
     def __init__(self, d_in, kv_heads, head_dim, grid, bias=False):
         self.whole = kv_heads < grid.tp_size
         start, stop = (0, kv_heads) if self.whole else shard_range(kv_heads, grid.tp_rank, grid.tp_size)
-        super().__init__(d_in, (stop - start) * head_dim, bias=bias)
-        self.head, self.head_dim, self.grid = grid.tp_rank * kv_heads // grid.tp_size, head_dim, grid
+        super().__init__(d_in, (stop - start) * head_dim, grid, bias)
+        self.head, self.head_dim = grid.tp_rank * kv_heads // grid.tp_size, head_dim
 
-    def forward(self, x):
-        if not self.whole:
-            return super().forward(x)
-        start = self.head * self.head_dim
-        weight = copy_to_tp(self.weight, self.grid).narrow(0, start, self.head_dim)
-        bias = None if self.bias is None else copy_to_tp(self.bias, self.grid).narrow(0, start, self.head_dim)
-        return F.linear(x, weight, bias)
+    def my_rows(self, p):
+        return copy_to_tp(p, self.grid).narrow(0, self.head * self.head_dim, self.head_dim) if self.whole and p is not None else p
 
 
 class VocabEmbedding(nn.Module):

@@ -26,6 +26,7 @@ class PPO:
     ppo_epochs: int = 1  # [ppo] passes over a rollout (the paper)
     baseline_weight: float = 1.0  # [ppo] weight of V in A = Z_std - KL - V (1 the paper, 0.01 the authors' code)
     critic_lr: float = 1e-5  # [ppo] the critic's learning rate (the authors' code)
+    critic_lora_rank: int = 0  # [ppo] lora_rank of the critic (the authors' code: 128); 0 trains all of it
     lam: float = 0.8  # [ppo] lambda of advantage gae (the paper, with gamma 0.9)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Example, at_line, collate, error_places, grade, spans
+from data import MAX_CHARS, Example, at_line, collate, error_places, extract_answer, grade, meaning, spans
 from model import exact_kl, generate, token_logprobs
 from parallel import all_sum, shard_range, update
 
@@ -279,6 +279,16 @@ def make_pairs(row, answers, most):
 def pass_at_k(n, correct, k):
     """Chance that at least one of k answers drawn from these n is right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def majority_is_right(answers, cfg):
+    """Whether the claim that most of k graded answers make is right (maj@k): equal values are one claim, of equally frequent
+    ones the earliest counts, and an answer that claims nothing does not vote."""
+    votes = {}
+    for text, _, correct, _ in answers:
+        if (claim := extract_answer(text, cfg.task, cfg.grader)) is not None:
+            votes.setdefault(meaning(claim[:MAX_CHARS]), []).append(correct)
+    return bool(votes) and max(votes.values(), key=len)[0]
 
 
 def greedy_pass(policy, tokenizer, rows, cfg, grid):

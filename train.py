@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -28,12 +29,13 @@ from tqdm import tqdm
 
 import data
 from data import BadInput, Example
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, read_config, save_model, token_logprobs
+from model import (LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, load_model, read_config, save_adapter,  # fmt: skip
+                   save_model, token_logprobs)
 from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
 from qrm import POLICY_LIKE, REWARD_MODELS, Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward
-from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, make_pairs, minibatches, pass_at_k,  # fmt: skip
-                       reinforce_step, rollout_stats, sample_graded)
+from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, majority_is_right, make_pairs, minibatches,  # fmt: skip
+                       pass_at_k, reinforce_step, rollout_stats, sample_graded)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -43,6 +45,7 @@ class Run:
     """What to run, where, and on what."""
 
     stage: str = "demo"  # sft | pairs | rm | reinforce | ppo | eval | score | grade | demo
+    preset: str = ""  # paper-rm | paper-ppo | paper-reinforce: the settings of the paper's runs, the stage included; a flag wins over them
     run: str = "runs/arith"  # directory where the stages of the built-in task keep and find everything
     out: str = ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
     model: str = ""  # a Hugging Face directory to start from; "" is the built-in task's
@@ -53,6 +56,7 @@ class Run:
     device: str = "auto"  # auto | cpu | cuda
     dtype: str = "float32"  # float32 | bfloat16 (with fp32 masters)
     chat: str = "none"  # none | llama3 | chatml: how prompts are written for the model
+    date: str = ""  # with --chat llama3: the system block of Llama 3.1 and 3.2 with this date, such as "26 Jul 2024"; "" leaves it out
     max_seq_len: int = 1024  # tokens of prompt and response; longer rows are dropped and counted
 
 
@@ -69,6 +73,8 @@ class Train:
     final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr left at the last update (linear decay); 1 is constant, as in the paper
     max_grad_norm: float = 1.0  # [sft rm reinforce ppo] gradients are scaled down to this norm; 0 is off
     weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
+    lora_rank: int = 0  # [sft rm reinforce ppo] train adapters of this rank beside frozen weights (the paper's reward model: 128); 0 trains all
+    lora_alpha: int = 0  # [sft rm reinforce ppo] adapters count alpha / rank; 0 is the rank (the paper)
     save_every: int = 0  # [sft rm reinforce ppo] updates between resumable checkpoints; 0 is only on Ctrl-C
     resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
 
@@ -103,6 +109,33 @@ ARITH = {
     "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith"),
 }
 
+# The paper's runs. Sources: "paper" is Chen et al. 2025 with its appendix, "scripts" and "code" are the authors', "ours" is what they leave open.
+PAPER = dict(
+    chat="llama3", date="26 Jul 2024",  # code: written into it, for every model
+    max_seq_len=1024,  # paper: GSM8K and MATH, prompt and response (2048 for QA-Feedback and UltraFeedback)
+    dtype="bfloat16",  # paper (ours: with fp32 masters, or fp32 adapters)
+    warmup=0, final_lr=1.0, weight_decay=0.0, max_grad_norm=0.0,  # paper: Adam; code: its defaults, constant rates, no clipping
+    seed=1)  # code  # fmt: skip
+PAPER_RL = PAPER | dict(
+    steps=12, batch_size=3072, group_size=1,  # paper: prompts a rollout, one sample each; scripts: 12 rollouts, five passes over GSM8K
+    temperature=1.0, max_new_tokens=768,  # scripts: no top-p; ours: 256 of the 1024 tokens are kept for the prompt
+    standardize="mean_std", eval_every=1)  # paper; scripts: an evaluation after every rollout  # fmt: skip
+PRESETS = {
+    "paper-rm": PAPER | dict(
+        stage="rm", reward="qrm", beta=0.2, margin=2.0,  # scripts
+        lora_rank=128, lora_alpha=128,  # paper: the seven linear layers, and the head trained; code: no alpha, scale 1
+        lr=1e-5, steps=0, batch_size=2),  # paper; scripts: one pass, 2 pairs a step
+    "paper-ppo": PAPER_RL | dict(
+        stage="ppo", lr=5e-6, clip=0.2, kl="exact", kl_coef=0.01,  # paper, section 4 and Algorithm 1 (code: lr x 0.075 in the first two rollouts)
+        lora_rank=0, critic_lora_rank=128, critic_lr=1e-5,  # paper: all of the policy; code: the critic
+        ppo_epochs=1, minibatch=10,  # scripts: 308 updates a rollout
+        baseline_weight=1.0,  # paper (code: 0.01)
+        gamma=0.9, lam=0.8),  # paper: for reward models without token scores
+    "paper-reinforce": PAPER_RL | dict(
+        stage="reinforce", lr=1e-6, kl_coef=0.0,  # paper
+        lora_rank=0, minibatch=8),  # paper: all of the policy; scripts: 384 updates a rollout
+}  # fmt: skip
+
 
 def stages_of(comment):
     """The stages that a field's comment names in brackets; None is all."""
@@ -128,12 +161,15 @@ def parse(argv):
     """argv -> Config. Raises BadInput for an unknown flag, a wrong type or a value out of range."""
     parser = _Parser(usage="train.py --stage STAGE [--flag value ...]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
     first = _Parser(add_help=False, allow_abbrev=False)
-    for name in ("--stage", "--model", "--data"):
+    for name in ("--stage", "--model", "--data", "--preset"):
         first.add_argument(name)
     given = first.parse_known_args(argv)[0]
-    stage, defaults = given.stage, {} if given.data else ARITH.get(given.stage, {})
+    preset = PRESETS.get(given.preset, {})
+    stage = given.stage or preset.get("stage")
+    defaults = {} if given.data else ARITH.get(stage, {})
     if given.model:  # someone's model on the built-in task
         defaults = {k: v for k, v in defaults.items() if k in ("task", "limit", "k", "max_new_tokens")}
+    defaults = defaults | preset
     parser.add_argument("--help", "-h", action="help", help="the flags; with --stage X those of that stage")
     for name, (default, kind, comment) in flags().items():
         default = defaults.get(name, default)
@@ -143,7 +179,7 @@ def parse(argv):
         text = text if text is argparse.SUPPRESS else f"{text} (default: {default})".replace("%", "%%")
         parser.add_argument(f"--{name}", default=default, help=text, **options)
     cfg = Config(**vars(parser.parse_args(argv)))
-    choices = {"stage": tuple(STAGES), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
+    choices = {"stage": tuple(STAGES), "preset": ("", *PRESETS), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
                "chat": ("none", "llama3", "chatml"), "task": ("gsm8k", "math", "arith"),
                "grader": ("ours", "strict", "authors", "math_verify"), "reward": (*REWARD_MODELS, "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
                "advantage": ("", "token", "return", "gae", "rloo", "grpo"), "kl": ("exact", "k1", "k3", "abs")}  # fmt: skip
@@ -151,7 +187,7 @@ def parse(argv):
         if getattr(cfg, name) not in allowed:
             raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
     for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed", "minibatch", "final_lr",
-                 "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
+                 "lora_rank", "lora_alpha", "critic_lora_rank", "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
         if not 0 <= getattr(cfg, name) < math.inf:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more")
     for name in ("batch_size", "micro_tokens", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
@@ -165,6 +201,8 @@ def parse(argv):
 def check_combinations(cfg):
     """Flags that are right each by itself, but not together."""
     rl = cfg.stage in ("reinforce", "ppo")
+    if cfg.preset and not (cfg.model and cfg.data):
+        raise BadInput(f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data")
     if cfg.stage == "rm" and cfg.reward in ("outcome", "oracle"):
         raise BadInput(f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}")
     if rl and cfg.reward == "oracle" and cfg.task != "arith":
@@ -175,6 +213,8 @@ def check_combinations(cfg):
         raise BadInput(f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more")
     if cfg.stage == "reinforce" and cfg.advantage == "gae":
         raise BadInput("--advantage gae needs a critic: use --stage ppo, or --advantage return")
+    if cfg.stage == "sft" and cfg.lora_rank and not cfg.model:
+        raise BadInput(f"--lora_rank {cfg.lora_rank} adapts a model that has learned something: expected --model")
     if rl and not cfg.temperature:
         raise BadInput(f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0")
 
@@ -221,7 +261,29 @@ def load(kind, directory, cfg, grid):
     with user_files():
         model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
     model.model.remat = cfg.remat
+    size, peak = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    say(grid, f"load: {directory}: {size / 1e9:.3g} GB, peak host memory of this process {peak / 1e9:.3g} GB")
     return model
+
+
+def load_tokenizer(directory, cfg):
+    """The tokenizer of a model directory in the run's chat template; BadInput if the model has no row for an id, or is used
+    otherwise than it was trained (to train it on, as sft and rm do, in another template is fine)."""
+    tokenizer, path = data.Tokenizer.load(directory, cfg.chat, cfg.date or None), Path(directory) / "run.json"
+    with user_files():
+        n = read_config(directory)[0].vocab_size
+    if tokenizer.vocab_size > n:
+        raise BadInput(f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {n}")
+    made = data.read_json(path, path.read_bytes()) if path.exists() and cfg.stage not in ("sft", "rm") else {}
+    if made.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {made['config'].get('chat')}); found --chat {cfg.chat}")
+    return tokenizer
+
+
+def adapted(model, cfg, rank):
+    """What is to be trained: the model itself, or, with a rank, adapters on its frozen weights."""
+    return add_lora(model, rank, cfg.seed, cfg.lora_alpha) if rank else model
 
 
 def write_rows(path, rows, grid):
@@ -335,8 +397,8 @@ def sequence_length(example):
 def stage_sft(cfg, grid):
     """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
     if cfg.model:
-        tokenizer = data.Tokenizer.load(cfg.model, cfg.chat)
-        policy = load(LanguageModel, cfg.model, cfg, grid)
+        tokenizer = load_tokenizer(cfg.model, cfg)
+        policy = adapted(load(LanguageModel, cfg.model, cfg, grid), cfg, cfg.lora_rank)
     else:
         tokenizer = data.arith_tokenizer()
         with user_files():
@@ -350,7 +412,7 @@ def stage_sft(cfg, grid):
         return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
 
     work = train_on_rows(cfg, grid, policy, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]))
-    finish(work, policy, tokenizer)
+    finish(work, policy, tokenizer, cfg.model)
 
 
 def arith_model(tokenizer):
@@ -365,7 +427,7 @@ def arith_model(tokenizer):
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
     directory = cfg.model or need("sft", cfg, grid)
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     out = out_path(cfg)
     jobs = [(cfg.data or "built-in task", out, None)]
@@ -409,8 +471,9 @@ def stage_rm(cfg, grid):
     """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py); or one to compare it with."""
     directory = str(cfg.model or need("sft", cfg, grid))
     path = cfg.data or need("pairs", cfg, grid)
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
-    model = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
+    tokenizer = load_tokenizer(directory, cfg)
+    base = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
+    model = adapted(base, cfg, cfg.lora_rank)
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
     pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
     if cfg.reward == "prm":
@@ -419,7 +482,9 @@ def stage_rm(cfg, grid):
         for i, row in enumerate(rows):
             with data.at_line(path, row["line"]):
                 pairs[i] += tuple(data.error_places(tokenizer, row["prompt"], pairs[i]))
-    reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False) if cfg.reward == "dpo" else None
+    reference = None
+    if cfg.reward == "dpo":
+        reference = base if cfg.lora_rank else load(LanguageModel, directory, cfg, grid).requires_grad_(False)
     step_ids = tokenizer.ids_with("\n")
 
     def loss_fn(part):
@@ -428,7 +493,7 @@ def stage_rm(cfg, grid):
         return reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors)
 
     work = train_on_rows(cfg, grid, model, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])))
-    finish(work, model, tokenizer, reward=cfg.reward, reference=directory)
+    finish(work, model, tokenizer, directory, reward=cfg.reward, reference=directory)
 
 
 # ------------------------------------------------------------------------------------------------ reinforce, ppo
@@ -450,7 +515,7 @@ def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
     """
     if kind in ("outcome", "oracle"):
         return graded_reward(kind, tokenizer, rows, cfg), (lambda ids, mask: last_token_mask(mask)) if kind == "outcome" else None, kind == "oracle"
-    own = data.Tokenizer.load(directory, cfg.chat)
+    own = load_tokenizer(directory, cfg)
     if own.fingerprint != tokenizer.fingerprint:
         raise BadInput(f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids")
     reference = None
@@ -467,8 +532,9 @@ def stage_rl(cfg, grid):
     directory = str(cfg.model or need("sft", cfg, grid))
     graded = cfg.reward in ("outcome", "oracle")
     judge = "" if graded else str(cfg.reward_model or need("rm", dataclasses.replace(cfg, out=""), grid))
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
-    policy, reference = load(LanguageModel, directory, cfg, grid), load(LanguageModel, directory, cfg, grid).requires_grad_(False)
+    tokenizer = load_tokenizer(directory, cfg)
+    reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
+    policy = adapted(reference if cfg.lora_rank else load(LanguageModel, directory, cfg, grid), cfg, cfg.lora_rank)
     if cfg.data:
         rows = data.load_rows(cfg.data, ("prompt", "label") if graded else ("prompt",), optional=("label",))
         cut = max(len(rows) - cfg.limit, 0)
@@ -477,7 +543,13 @@ def stage_rl(cfg, grid):
             raise BadInput(f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
     else:
         rows, heldout = data.arith_rows("train", 8192, cfg.seed + 2), data.arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0)
-    prompts, n = encode_prompts(rows, tokenizer, cfg), cfg.batch_size // cfg.group_size
+    prompts, n, room = encode_prompts(rows, tokenizer, cfg), cfg.batch_size // cfg.group_size, cfg.max_seq_len - cfg.max_new_tokens
+    if long := sum(len(ids) > room for ids in prompts):
+        prompts = [ids for ids in prompts if len(ids) <= room]
+        text = f"{cfg.data or 'built-in task'}: dropped {long} prompts longer than --max_seq_len {cfg.max_seq_len} - --max_new_tokens {cfg.max_new_tokens}"
+        say(grid, f"{text}; {len(prompts)} left")
+        if not prompts:
+            raise BadInput(f"{text}; none is left")
     reward_fn, reward_mask_fn, is_q = reward_functions(cfg.reward if graded else reward_kind(judge), judge, tokenizer, cfg, grid, rows)
     if not cfg.advantage:
         cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
@@ -485,6 +557,7 @@ def stage_rl(cfg, grid):
     if is_ppo:  # the critic starts from the reward model, with a new head
         critic = load(ScalarModel, judge if judge and is_reward_model(judge) else directory, cfg, grid)
         critic.score.weight.data.zero_()
+        critic = adapted(critic, cfg, cfg.critic_lora_rank)
         optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, max_grad_norm=cfg.max_grad_norm))
     steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches([], cfg))
     if n // grid.dp_size * cfg.group_size < cuts:
@@ -508,12 +581,14 @@ def stage_rl(cfg, grid):
         if grid.is_main:
             (work.path / "critic").mkdir(exist_ok=True)
         save_model(critic, work.path / "critic")
-    finish(work, policy, tokenizer)
+    finish(work, policy, tokenizer, directory)
 
 
-def finish(work, model, tokenizer, **run):
-    """Writes the model directory and puts it in the place of `<out>`."""
+def finish(work, model, tokenizer, base, **run):
+    """Writes the model directory and puts it in the place of `<out>`; base is the directory that the model started from."""
     save_model(model, work.path)
+    if work.cfg.lora_rank:
+        save_adapter(model, work.path / "adapter", base)
     if work.grid.is_main:
         tokenizer.save(work.path)
         run |= {"config": dataclasses.asdict(work.cfg), "tokenizer": tokenizer.fingerprint, "torch": torch.__version__}
@@ -540,9 +615,15 @@ def score_examples(reward_fn, examples, cfg, grid):
     return out
 
 
+def wilson(right, n, z=1.96):
+    """The 95 % interval of a share of n independent trials (Wilson 1927); unlike p +- z sigma it stays within [0, 1]."""
+    half = z * math.sqrt(right * (n - right) / n + z * z / 4)
+    return [(right + z * z / 2 - half) / (n + z * z), (right + z * z / 2 + half) / (n + z * z)]
+
+
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
-    kind, tokenizer = reward_kind(directory), data.Tokenizer.load(directory, cfg.chat)
+    kind, tokenizer = reward_kind(directory), load_tokenizer(directory, cfg)
     reward_fn, _, _ = reward_functions(kind, directory, tokenizer, cfg, grid)
     path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(stage_config(cfg, "pairs")))[1]
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
@@ -566,7 +647,7 @@ def eval_reward_model(directory, cfg, grid):
             repaired.append(rejected._replace(response_ids=[*rejected.response_ids[: errors[-1]], solution[errors[-1]]]))
         counts |= credit_counts(scores[1::2], errors, score_examples(reward_fn, repaired, cfg, grid))
     c = dict(zip(counts, all_sum(list(counts.values()), grid)))
-    out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "length_baseline": c["shorter"] / n}
+    out = {"n_pairs": n, "pair_accuracy": c["right"] / n, "pair_accuracy_95": wilson(c["right"], n), "length_baseline": c["shorter"] / n}
     if known:
         out |= {"error_auc": c["wins"] / max(c["comparisons"], 1), "first_error_hit": c["hits"] / max(c["n_errors"], 1),
                 "first_error_choice": c["choices"] / max(c["n_errors"], 1)}  # fmt: skip
@@ -574,15 +655,15 @@ def eval_reward_model(directory, cfg, grid):
 
 
 def eval_policy(directory, cfg, grid):
-    """Greedy pass@1, unbiased pass@k of k samples, and best-of-k by a reward model's mean score when one is at hand."""
-    tokenizer = data.Tokenizer.load(directory, cfg.chat)
+    """Greedy pass@1, unbiased pass@k of k samples, the majority of all k, and best-of-k by a reward model's mean score when one is at hand."""
+    tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     rows = data.load_rows(cfg.data, ("prompt", "label"), cfg.limit) if cfg.data else data.arith_rows("test", cfg.limit or ARITH["eval"]["limit"], cfg.seed)
     mine, began = rows[grid.dp_rank :: grid.dp_size], time.perf_counter()
     greedy, tokens = sample_graded(policy, tokenizer, mine, cfg, grid, 0, 0.0, 1)
     samples, more = sample_graded(policy, tokenizer, mine, cfg, grid, hash_seed(cfg.seed, "eval", grid.dp_rank), cfg.temperature, cfg.k)
     seconds, ks = time.perf_counter() - began, sorted({*(2**i for i in range(cfg.k.bit_length())), cfg.k})
-    counts = [len(mine), sum(row[0][2] for row in greedy), tokens + more]
+    counts = [len(mine), sum(row[0][2] for row in greedy), tokens + more, sum(majority_is_right(row, cfg) for row in samples)]
     counts += [sum(pass_at_k(cfg.k, sum(a[2] for a in row), k) for row in samples) for k in ks]
     judge = cfg.reward_model or (str(out_path(stage_config(cfg, "rm"))) if not cfg.data else "")
     if judge and Path(judge).exists():
@@ -594,8 +675,8 @@ def eval_policy(directory, cfg, grid):
         counts.append(sum(samples[i][j][2] for i, j in enumerate(best)))
     counts = all_sum(counts, grid)
     n = int(counts[0])
-    out = {"pass@1": counts[1] / n, "pass@k": {str(k): c / n for k, c in zip(ks, counts[3:])}, "n_prompts": n}
-    if len(counts) > 3 + len(ks):
+    out = {"pass@1": counts[1] / n, "pass@k": {str(k): c / n for k, c in zip(ks, counts[4:])}, "maj@k": counts[3] / n, "n_prompts": n}
+    if len(counts) > 4 + len(ks):
         out["best_of_k"] = counts[-1] / n
     return out | {"generated_tokens": int(counts[2]), "tokens_per_s": counts[2] / seconds}
 
@@ -619,7 +700,7 @@ def stage_eval(cfg, grid):
 def stage_score(cfg, grid):
     """One number a response token: a reward model's raw Z, or a policy's log-probability in nats."""
     directory = cfg.model or need("rm", cfg, grid)
-    tokenizer, scalar = data.Tokenizer.load(directory, cfg.chat), is_reward_model(directory)
+    tokenizer, scalar = load_tokenizer(directory, cfg), is_reward_model(directory)
     model = load(ScalarModel if scalar else LanguageModel, directory, cfg, grid)
     if cfg.data:
         rows = data.load_rows(cfg.data, ("prompt", "response"), cfg.limit)

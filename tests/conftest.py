@@ -11,6 +11,21 @@ from model import ModelConfig, build_model, init_weights  # noqa: E402
 from parallel import Grid  # noqa: E402
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes or gigabytes; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 def small_config(**changes):
     """Grouped heads, and a head width that is not D / H: a size that is mixed up shows."""
     sizes = {"vocab_size": 29, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2,

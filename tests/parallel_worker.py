@@ -8,6 +8,7 @@ B rows · T positions · D width · V vocabulary; a size that is cut over tp is 
 """
 
 import contextlib
+import functools
 import json
 import random
 import sys
@@ -19,11 +20,15 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import checkpoints
+import train
 from data import Example, batch_indices, collate
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, generate, init_weights, load_model, save_model, token_logprobs
+from model import (LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, generate, init_weights, load_model,  # fmt: skip
+                   save_adapter, save_model, token_logprobs)
 from parallel import (ColumnLinear, Grid, Optimizer, RowLinear, VocabEmbedding, all_reduce, all_sum, copy_to_tp,  # fmt: skip
                       gather_shards, make_grid, reduce_from_tp, shard_range, update, vocab_log_softmax, vocab_pick, vocab_sum)
 from qrm import Reward, reward_model_loss
@@ -113,6 +118,15 @@ def filled(kind, cfg, grid, dtype=torch.float32):
     return model
 
 
+def with_adapters(kind, cfg, grid, dtype=torch.float32):
+    """LoRA as it is after some training: B is not zero."""
+    model = add_lora(filled(kind, cfg, grid, dtype), rank=3, seed=1, alpha=6)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.copy_(model.my_slice(name, 0.1 * numbers(*model.full_shape(name, p.shape), seed=zlib.crc32(name.encode()))))
+    return model
+
+
 def whole(model, tensors=None):
     """{name: whole tensor} of a model's parameters, or of slices that belong to them."""
     tensors = tensors or dict(model.named_parameters())
@@ -120,7 +134,7 @@ def whole(model, tensors=None):
 
 
 def gradients(model):
-    return whole(model, {n: p.grad for n, p in model.named_parameters()})
+    return whole(model, {n: p.grad for n, p in model.named_parameters() if p.requires_grad})
 
 
 def moments(optimizer, model):
@@ -265,13 +279,13 @@ def vocab_parallel_log_softmax_pick_and_sum(grid):
 # ------------------------------------------------------------------------------------------------ whole models
 
 
-def same_as_one_process(grid, kind, cfg):
+def same_as_one_process(grid, kind, cfg, make=filled):
     """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on every rank."""
-    raw = [whole(init_weights(build_model(kind, cfg, g), seed=3)) for g in (grid, Grid())]
+    raw = [whole(add_lora(init_weights(build_model(kind, cfg, g), seed=3), 3, 4)) for g in (grid, Grid())]
     outputs, grads = [], []
     ids, mask = collate([example for pair in made_up_pairs(4) for example in pair])  # (8, T+1), (8, T)
     for g in (grid, Grid()):
-        model = filled(kind, cfg, g)
+        model = make(kind, cfg, g)
         if kind is LanguageModel:
             logits = gather_shards(model.logits(model.model(ids)), 2, 37, g)  # (8, T+1, V)
             x, entropy = token_logprobs(model, ids, mask, temperature=0.7)  # (8, T)
@@ -287,7 +301,8 @@ def same_as_one_process(grid, kind, cfg):
 
 for label, cfg in MODELS.items():
     for kind in (LanguageModel, ScalarModel):
-        CHECKS[f"{kind.__name__}, {label}"] = (lambda grid, kind=kind, cfg=cfg: same_as_one_process(grid, kind, cfg), True)
+        for make in (filled, with_adapters):
+            CHECKS[f"{kind.__name__}, {label}, {make.__name__}"] = (functools.partial(same_as_one_process, kind=kind, cfg=cfg, make=make), True)
 
 
 @check(tp_alone=True)
@@ -330,6 +345,23 @@ def saved_models_do_not_depend_on_tp(grid):
                 out |= {f"{what}, files": max(unequal(*files), unequal(len(files[0]) > 3, max_shard_bytes == 4000)),
                         f"{what}, read by all": max(unequal(split[n], x) for n, x in mine.state_dict().items()),
                         f"{what}, read by one": max(unequal(joined[n], x) for n, x in one.state_dict().items())}  # fmt: skip
+        dist.barrier()
+    return out
+
+
+@check(tp_alone=False)
+def stage_score_gives_transformers_numbers(grid):
+    """To 2e-4 nats a token, on the stored checkpoints and on those that test_parallel.py made, if it could."""
+    out = {}
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [directory]
+        dist.broadcast_object_list(paths)
+        for parent in (checkpoints.FIXTURES, Path(sys.argv[1], "made")):
+            for model in sorted(path.parent for path in parent.glob("*/rows.jsonl")):
+                scored = Path(paths[0], f"{model.name}.jsonl")
+                train.stage_score(train.Config(stage="score", model=str(model), data=str(model / "rows.jsonl"), out=str(scored)), grid)
+                dist.barrier()
+                out[f"{parent.name}/{model.name}"] = (checkpoints.furthest_from_expected(scored, model), 2e-4)
         dist.barrier()
     return out
 
@@ -440,6 +472,33 @@ def five_steps_of_training(grid):
     params = gathered[0].values()
     return {"losses": max(far(a, b) for a, b in zip(*losses)), "it learns": (losses[0][-1] / losses[0][0], 0.9),
             "tp ranks": max(spread(x, grid.tp_group) for x in params), "dp ranks": max(spread(x, grid.dp_group) for x in params)}  # fmt: skip
+
+
+@check(tp_alone=False)
+def adapters_train_and_are_saved_as_by_one_process(grid):
+    """Key/value heads that tp cuts, and fewer than ranks; clipped, so that the norm has to be right too."""
+    pairs, out = made_up_pairs(6), {}
+    for label in ("qwen2, 4 kv heads", "qwen2, 1 kv head"):
+        stats, models, files = [], [], []
+        for g in (Grid(), grid):
+            model = add_lora(filled(ScalarModel, MODELS[label], g), rank=3, seed=1)
+            optimizer, frozen = Optimizer(model, g, 1e-2, max_grad_norm=0.1), {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+            mine = pairs[g.dp_rank :: g.dp_size]
+            stats.append([update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 3e-3) for _ in range(3)])
+            models.append(whole(model))
+            out[f"{label}, frozen, {len(models)}"] = max(unequal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+            out[f"{label}, what learns, {len(models)}"] = unequal(({n.split(".")[-1] for n in optimizer.names}, len(optimizer.names)),
+                                                                  ({"lora_A", "lora_B", "weight"}, 2 * 7 * 2 + 1))  # fmt: skip
+            with tempfile.TemporaryDirectory() as directory:
+                save_adapter(model, Path(directory, "adapter"), "base")
+                save_model(model, directory)
+                paths = [Path(directory, name) for name in ("model.safetensors", "adapter/adapter_model.safetensors")]
+                files.append([load_file(path) for path in paths] if g.is_main else files[0])
+        out |= {f"{label}, losses": max(far(a[k], b[k]) for a, b in zip(*stats) for k in ("loss", "grad_norm", "score_gap")),
+                f"{label}, weights": (furthest(models[1], models[0])[0], 1e-4),  # Adam's quotient blows rounding up
+                f"{label}, files": (max(furthest(a, b)[0] for a, b in zip(files[1], files[0])), 1e-4),
+                f"{label}, tp ranks": max(spread(x, grid.tp_group) for x in models[1].values())}  # fmt: skip
+    return out
 
 
 @check(tp_alone=False)

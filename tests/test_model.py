@@ -2,6 +2,10 @@
 import copy
 import json
 import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +14,9 @@ from conftest import near, random_ids, random_model, small_config
 from safetensors.torch import load_file, save_file
 
 from data import Example, collate
-from model import (KVCache, LanguageModel, ModelConfig, RMSNorm, RopeScaling, ScalarModel, apply_rope, build_model,  # fmt: skip
+from model import (KVCache, LanguageModel, ModelConfig, RMSNorm, RopeScaling, ScalarModel, add_lora, apply_rope, build_model,  # fmt: skip
                    generate, init_weights, load_model, response_log_softmax, rope_frequencies, rope_table, sample_tokens,
-                   save_model, token_logprobs)
+                   save_adapter, save_model, token_logprobs)
 from parallel import Grid
 
 SCALING = RopeScaling(8.0, 1.0, 2.0, 16)  # with E = 8 and theta = 10000: one frequency blended, the others divided
@@ -519,6 +523,122 @@ def test_a_model_of_the_other_kind_is_refused(tmp_path):
         for Model in (LanguageModel, ScalarModel):
             with pytest.raises(ValueError, match="config.json"):
                 load_model(Model, tmp_path, Grid())
+
+
+LOADER = """import sys
+sys.path.insert(0, sys.argv[1])
+from model import LanguageModel, build_model, load_model, read_config
+from parallel import Grid
+build_model(LanguageModel, read_config(sys.argv[2])[0], Grid())  # torch's own modules for the meta device
+kib = lambda key: int(open("/proc/self/status").read().split(key)[1].split()[0])
+before = kib("VmRSS:")
+load_model(LanguageModel, sys.argv[2], Grid(tp_rank=int(sys.argv[3]), tp_size=2))
+print(1024 * before, 1024 * kib("VmHWM:"))"""
+
+
+def memory_of_loading(directory, cfg, dtype, ranks):
+    """-> [(bytes before, highest while loading)] of these ranks of tp 2, side by side; bytes of the model in fp32, as it is loaded."""
+    model = build_model(LanguageModel, cfg, Grid(), dtype)
+    for param in model.parameters():
+        param.data.fill_(0.5)
+    save_model(model, directory)
+    size = 4 * sum(p.numel() for p in model.parameters())
+    del model, param
+    start = lambda rank: subprocess.Popen([sys.executable, "-c", LOADER, Path(__file__).parents[1], directory, str(rank)], stdout=subprocess.PIPE, text=True)
+    return [tuple(map(int, process.communicate()[0].split())) for process in list(map(start, ranks))], size
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+
+
+@linux
+def test_loading_takes_a_share_of_the_model_and_one_tensor(tmp_path):
+    cfg = small_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, head_dim=64)
+    found, size = memory_of_loading(tmp_path, cfg, torch.float32, [1])
+    assert size > 90e6
+    ((before, peak),) = found
+    assert 0.45 * size < peak - before < 0.6 * size  # a file that stays open while it is read would make it the whole size
+
+
+@linux
+@pytest.mark.slow
+def test_loading_a_1b_model(tmp_path):
+    cfg = ModelConfig(128256, 2048, 8192, 16, 32, 8, 64)  # Llama-3.2-1B
+    found, size = memory_of_loading(tmp_path, cfg, torch.bfloat16, [0, 1])
+    shutil.rmtree(tmp_path)
+    print(f"{size / 1e9:.2f} GB in fp32; highest of each process: {[peak / 1e9 for _, peak in found]} GB")
+    assert 4.9e9 < size < 5e9 and all(peak < 0.75 * size for _, peak in found)
+
+
+# ------------------------------------------------------------------------------------------------ adapters
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def with_adapters(base, rank=3, alpha=0):
+    """As after some training: B, which starts as 0, and the scalar head are drawn."""
+    model, generator = add_lora(base, rank, 0, alpha), torch.Generator().manual_seed(1)
+    for name, param in model.named_parameters():
+        if "lora_B" in name or "score" in name:
+            param.data.copy_(0.3 * torch.randn(param.shape, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("Model", [LanguageModel, ScalarModel])
+def test_adapters_start_as_the_base_and_leave_it_alone(Model):
+    base = random_model(Model, small_config(model_type="qwen2", tie_word_embeddings=False)).bfloat16()
+    ids, before = random_ids(2, 9), {n: p.clone() for n, p in base.named_parameters()}
+    expected = base.model(ids)
+    model = add_lora(base, 3, 0)
+    assert torch.equal(model.model(ids), expected)
+    model.model(ids).square().sum().backward()
+    learns = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert set(learns) - {"score.weight"} == {f"model.layers.{i}.{'mlp' if j > 3 else 'self_attn'}.{name}.lora_{x}"
+                                              for i in range(2) for j, name in enumerate(SEVEN) for x in "AB"}  # fmt: skip
+    assert ("score.weight" in learns) == (Model is ScalarModel)
+    for name, param in learns.items():
+        if "lora" in name:
+            assert param.dtype == param.grad.dtype == torch.float32
+            assert ("lora_B" in name) == (param == 0).all().item() == (param.grad != 0).any().item()  # A learns once B is not 0
+            param.data.normal_()
+    assert not torch.equal(model.model(ids), expected) and torch.equal(base.model(ids), expected)
+    assert all(p.data_ptr() == dict(model.named_parameters())[n].data_ptr() and torch.equal(p, before[n]) for n, p in base.named_parameters())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_adapters_are_a_low_rank_change_of_the_weights(tmp_path, kv_heads):
+    base = random_model(LanguageModel, small_config(model_type="qwen2", num_key_value_heads=kv_heads))
+    model, by_hand, ids = with_adapters(base, alpha=6), copy.deepcopy(base), random_ids(2, 9)
+    adapters, weights = dict(model.named_parameters()), dict(by_hand.named_parameters())
+    for name in [n.removesuffix(".lora_A") for n in adapters if "lora_A" in n]:
+        A, B = adapters[name + ".lora_A"], adapters[name + ".lora_B"]
+        assert A.shape[0] == B.shape[1] == 3 and A.std().item() == pytest.approx(A.shape[1] ** -0.5, rel=0.3)
+        weights[name + ".weight"].data += 6 / 3 * (B @ A).detach()
+    near(model.model(ids), by_hand.model(ids))
+    prompts = [row.tolist() for row in ids]
+    assert generate(model, prompts, 6, [3], 0)[0] == generate(by_hand, prompts, 6, [3], 0)[0]
+    save_model(model, tmp_path)
+    merged = load_model(LanguageModel, tmp_path, Grid())
+    assert merged.cfg == base.cfg
+    for name, param in merged.named_parameters():
+        near(param, weights[name], 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("Model", [LanguageModel, ScalarModel])
+def test_peft_reads_our_adapters(tmp_path, Model, kind):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    policy = random_model(LanguageModel, small_config(model_type=kind))
+    (tmp_path / "base").mkdir()
+    save_model(policy, tmp_path / "base")
+    model = with_adapters(load_model(Model, tmp_path / "base", Grid()), alpha=6)
+    save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    Auto = peft.AutoPeftModelForCausalLM if Model is LanguageModel else peft.AutoPeftModelForTokenClassification
+    more = {} if Model is LanguageModel else {"num_labels": 1}
+    theirs, ids = Auto.from_pretrained(tmp_path / "adapter", **more).eval(), random_ids(2, 30)
+    assert isinstance(theirs.base_model.model, transformers.PreTrainedModel) and theirs.active_peft_config.r == 3
+    ours = model.logits(model.model(ids)) if Model is LanguageModel else model.scalars(model.model(ids)).unsqueeze(-1)
+    near(theirs(ids).logits.detach(), ours.detach(), 2e-4)
 
 
 # ------------------------------------------------------------------------------------------------ config.json

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import LanguageModel, ScalarModel, generate, load_model
+from model import LanguageModel, ScalarModel, build_model, generate, init_weights, load_model, save_model
 from parallel import Grid, Optimizer, Workdir
 
 REPOSITORY = Path(__file__).parents[1]
@@ -132,10 +132,10 @@ def test_keys_of_metrics_and_evaluations(built):
     assert [row["trajectories"] for row in rows_of(built / "ppo" / "metrics.jsonl")] == [8, 16]
     for stage in ("sft", "reinforce", "ppo"):
         found = json.loads((built / stage / "eval.json").read_text())
-        assert found.keys() == {"pass@1", "pass@k", "best_of_k", "n_prompts", "generated_tokens", "tokens_per_s"}
+        assert found.keys() == {"pass@1", "pass@k", "maj@k", "best_of_k", "n_prompts", "generated_tokens", "tokens_per_s"}
         assert list(found["pass@k"]) == ["1", "2", "3"] and found["n_prompts"] == 5
     found = json.loads((built / "rm" / "eval.json").read_text())
-    assert found.keys() == {"pair_accuracy", "n_pairs", "length_baseline", "first_error_hit", "first_error_choice", "error_auc"}
+    assert found.keys() == {"pair_accuracy", "pair_accuracy_95", "n_pairs", "length_baseline", "first_error_hit", "error_auc", "first_error_choice"}
     assert found["n_pairs"] == min(5, len(rows_of(built / "pairs-heldout.jsonl")))
 
 
@@ -188,7 +188,8 @@ def test_other_reward_models(built, command, tmp_path, reward):
 
 @pytest.mark.parametrize("words", [("reinforce", "--reward", "outcome"), ("reinforce", "--reward", "oracle"), ("ppo", "--reward", "outcome"),
                                    ("reinforce", "--advantage", "rloo", "--group_size", "4"), ("ppo", "--advantage", "grpo", "--group_size", "2"),
-                                   ("reinforce", "--kl", "exact", "--eos_to_mean"), ("ppo", "--dtype", "bfloat16")])  # fmt: skip
+                                   ("reinforce", "--kl", "exact", "--eos_to_mean"), ("ppo", "--dtype", "bfloat16"),
+                                   ("ppo", "--lora_rank", "2", "--critic_lora_rank", "3"), ("reinforce", "--lora_rank", "2", "--dtype", "bfloat16")])  # fmt: skip
 def test_ways_to_reward(built, command, tmp_path, words):
     status, _, _ = command("--stage", *words, "--run", built, "--steps", 1, "--out", tmp_path / "rl")
     assert status == 0 and rows_of(tmp_path / "rl/metrics.jsonl")[0]["response_length"] > 0
@@ -276,6 +277,45 @@ def test_resume_equals_the_uninterrupted_run(built, straight, command, tmp_path,
     assert_same_result(tmp_path / "out", straight(stage))
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").glob("*.safetensors")} == expected
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out/state").exists()
+
+
+@pytest.mark.parametrize("words", [("rm",), ("rm", "--reward", "dpo"), ("sft",), ("ppo", "--critic_lora_rank", 2, "--minibatch", 2, "--max_new_tokens", 20, "--limit", 2)],
+                         ids=lambda words: " ".join(map(str, words[:3])))  # fmt: skip
+def test_adapters_are_trained_resumed_and_saved_twice(built, command, tmp_path, words):
+    """In bf16, killed in the fourth step; merged at <out>, and beside it the adapters alone."""
+    given = {"rm": ["--data", built / "pairs.jsonl"], "sft": ["--data", write_jsonl(tmp_path / "sft.jsonl", data.arith_rows("train", 50, 0))]}
+    words = ["--stage", *words, "--run", built, "--model", built / "sft", *given.get(words[0], []), "--dtype", "bfloat16", "--lora_rank", 3, "--lr", 1e-2,
+             "--batch_size", 4, "--steps", 4, "--save_every", 2]  # fmt: skip
+    assert command(*words, "--out", tmp_path / "straight")[0] == 0
+    calls, log = [0], Workdir.log
+
+    def cut_off(self, row):
+        calls[0] += 1
+        if calls[0] == 3:
+            raise MemoryError
+        log(self, row)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Workdir, "log", cut_off)
+        command(*words, "--out", tmp_path / "out")
+    state = load_file(tmp_path / "out.partial/state/optimizer.safetensors")
+    assert all(x.dtype == torch.float32 for x in state.values())
+    assert all("lora" in name or "score" in name for name in state) and any("lora_A" in name for name in state)
+    status, out, _ = command(*words, "--out", tmp_path / "out", "--resume")
+    assert status == 0 and "step 1  " not in out
+    assert_same_result(tmp_path / "out", tmp_path / "straight")
+    weights, adapter = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+    before, moved = load_file(built / "sft/model.safetensors"), {n for n in adapter if "lora_B" in n and adapter[n].any()}
+    assert len(moved) == 14 and not any("lora" in name for name in weights)
+    for name in before.keys() & weights.keys():
+        A, B = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
+        assert torch.equal(weights[name], (before[name].bfloat16() + (0 if A is None else B @ A)).bfloat16())
+    config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
+    head = "score.weight" in weights
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (3, 3, "TOKEN_CLS" if head else "CAUSAL_LM")
+    assert config["base_model_name_or_path"] == str(built / "sft") and len(config["target_modules"]) == 7
+    if head:
+        assert torch.equal(weights["score.weight"], adapter["base_model.model.score.weight"]) and weights["score.weight"].any()
 
 
 def test_resume_refuses_another_command_and_starts_without_a_checkpoint(built, command, pairs_file, tmp_path, monkeypatch):
@@ -367,6 +407,23 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
             assert train.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
+@pytest.mark.parametrize("answers, label, right", [
+    (["#### 5", "#### 6", "so 5.0"], "5", True), (["#### 6", "#### 5", "so 6"], "5", False), (["#### 5", "#### 6"], "5", True), (["#### 6", "#### 5"], "5", False),
+    (["no", "", "none", "#### 1,000"], "1000", True), (["no", ""], "5", False), (["#### 1/2", "it is 0.5", "#### 3", "#### 3.5"], "0.5", True),
+])  # fmt: skip
+def test_majority(answers, label, right):
+    graded = [(text, [], data.grade(text, label, "gsm8k")[1], False) for text in answers]
+    assert train.majority_is_right(graded, train.Config(task="gsm8k")) is right
+
+
+def test_wilson_interval():
+    """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its defining equation."""
+    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        assert train.wilson(right, n) == pytest.approx([low, high], abs=6e-5)
+        for p in train.wilson(right, n):
+            assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+
+
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
     """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is named."""
     tokenizer, policy = data.Tokenizer.load(built / "sft"), load_model(LanguageModel, built / "sft", Grid())
@@ -380,7 +437,7 @@ def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
     assert list(found["pass@k"]) == ["1", "2", "4", "5"] and sorted(found["pass@k"].values()) == list(found["pass@k"].values())
     assert command(*words, "--k", 2, "--temperature", 0, "--reward_model", built / "rm", "--out", tmp_path / "e")[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())  # greedy samples are all the same
-    assert found["pass@k"] == {"1": 0.5, "2": 0.5} and found["best_of_k"] == 0.5
+    assert found["pass@k"] == {"1": 0.5, "2": 0.5} and found["best_of_k"] == found["maj@k"] == 0.5
     assert found["generated_tokens"] == 3 * sum(map(len, answers))
 
 
@@ -396,7 +453,8 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     words = ["--stage", "eval", "--model", built / "rm", "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--out", tmp_path / "e"]
     assert command(*words)[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())
-    assert found == {"n_pairs": 6, "pair_accuracy": sum(w > l for w, l in zip(*means)) / 6, "length_baseline": 2 / 6}
+    right = sum(w > l for w, l in zip(*means))
+    assert found == {"n_pairs": 6, "pair_accuracy": right / 6, "pair_accuracy_95": train.wilson(right, 6), "length_baseline": 2 / 6}
     assert [w < l for w, l in zip(*lengths)] == [False] * 4 + [True] * 2
     assert command(*words, "--task", "arith")[0] == 0  # prompts of the built-in task; two rejected answers have no error
     assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {"error_auc", "first_error_hit", "first_error_choice"}
@@ -487,11 +545,12 @@ def test_bad_rows(built, command, tmp_path, kind):
     (["--lr", "nan"], ["--lr nan"]), (["--beta", "inf"], ["--beta inf"]), (["--temperature", "-0.5"], ["--temperature -0.5"]),
     (["--seed", "-1"], ["--seed -1"]), (["--group_size", "0"], ["--group_size 0"]), (["--eval_every", "0"], ["--eval_every 0"]),
     (["--ppo_epochs", "0"], ["--ppo_epochs 0"]), (["--minibatch", "-1"], ["--minibatch -1"]), (["--tp", "-1"], ["--tp -1"]),
-    (["--stage", "rm", "--tp", "2"], ["--tp 2", "1 process"]),
+    (["--stage", "rm", "--tp", "2"], ["--tp 2", "1 process"]), (["--stage", "sft", "--lora_rank", "4"], ["--lora_rank 4", "--model"]),
     (["--stage", "rm", "--reward", "oracle"], ["--reward oracle", "qrm, plain"]),
     (["--stage", "reinforce", "--batch_size", "6", "--group_size", "4"], ["--batch_size 6", "--group_size 4"]),
     (["--stage", "reinforce", "--advantage", "rloo"], ["rloo", "--group_size"]), (["--stage", "reinforce", "--advantage", "gae"], ["gae", "critic"]),
     (["--stage", "ppo", "--temperature", "0"], ["--temperature"]), (["--stage", "ppo", "--batch_size", "2", "--minibatch", "1", "--group_size", "4"], []),
+    (["--preset", "paper"], ["--preset 'paper'", "paper-rm, paper-ppo"]), (["--preset", "paper-rm"], ["--preset paper-rm", "--model and --data"]),
     (["--stage", "grade"], ["--data"]), (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
     (["--stage", "ppo", "--reward_model", "no/such"], ["no/such"]), (["--stage", "rm", "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
 ])  # fmt: skip
@@ -559,6 +618,61 @@ def test_policy_and_reward_model_must_share_the_tokenizer(built, command, pairs_
         assert_refused(command, tmp_path, ["--stage", stage, *words, "--max_new_tokens", 4, "--out", tmp_path / "o"], other, "tokenizer")
 
 
+@pytest.fixture(scope="module")
+def chatty(tiny, tmp_path_factory):
+    """A policy and a reward model trained in the chatml template, <run>/sft and <run>/rm."""
+    run = tmp_path_factory.mktemp("chatty")
+    tokenizer = data.arith_tokenizer()
+    files = {name: json.loads(raw) for name, raw in tokenizer.files.items()}
+    added = files["tokenizer.json"]["added_tokens"]
+    added += [{**added[0], "id": tokenizer.vocab_size + i, "content": name} for i, name in enumerate(("<|im_start|>", "<|im_end|>"))]
+    tokenizer = data.Tokenizer({name: json.dumps(value).encode() for name, value in files.items()}, "chatty", "chatml")
+    save_model(init_weights(build_model(LanguageModel, train.arith_model(tokenizer), Grid()), 0), run)
+    tokenizer.save(run)
+    pairs, rows = write_jsonl(run / "pairs.jsonl", PAIRS), write_jsonl(run / "rows.jsonl", [{"prompt": p["prompt"], "response": p["chosen"]} for p in PAIRS])
+    for stage, words in (("sft", ["--model", run, "--data", rows]), ("rm", ["--model", run / "sft", "--data", pairs])):
+        assert train.main(["--stage", stage, *map(str, words), "--out", str(run / stage), "--chat", "chatml", "--steps", "1", "--device", "cpu"]) == 0
+    return run
+
+
+def test_a_model_is_used_in_the_template_that_it_was_trained_in(chatty, command, tmp_path):
+    """The hash in run.json tells, though the files are the same."""
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
+    sampling = ["--data", prompts, "--max_new_tokens", 4, "--limit", 2, "--steps", 1, "--out", tmp_path / "o"]
+    rl = ["--model", chatty / "sft", "--reward_model", chatty / "rm", *sampling]
+    judged = ["--model", chatty, "--reward_model", chatty / "rm", *sampling]  # a directory from elsewhere: nothing is known of it
+    for words in (["reinforce", *rl], ["ppo", *rl], ["eval", *rl], ["reinforce", *judged], ["eval", *judged],
+                  ["eval", "--model", chatty / "rm", "--data", chatty / "pairs.jsonl", "--out", tmp_path / "o"],
+                  ["score", "--model", chatty / "rm", "--data", chatty / "rows.jsonl", "--out", tmp_path / "o.jsonl"]):  # fmt: skip
+        assert_refused(command, tmp_path, ["--stage", *words], chatty, "chat template", "--chat chatml", "--chat none")
+    for words in (["reinforce", *rl], ["eval", *judged]):
+        assert command("--stage", *words, "--chat", "chatml")[0] == 0
+    assert command("--stage", "rm", "--model", chatty / "sft", "--data", chatty / "pairs.jsonl", "--steps", 1, "--out", tmp_path / "again")[0] == 0
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_dropped_and_counted(built, command, tmp_path):
+    rows = [{"prompt": p} for p in [*PROMPTS, "Tom " * 30, "Tom " * 9]]
+    path, tokenizer = write_jsonl(tmp_path / "p.jsonl", rows), data.Tokenizer.load(built / "sft")
+    lengths = sorted(len(tokenizer.encode_prompt(row["prompt"])) for row in rows)
+    words = ["--stage", "reinforce", "--model", built / "sft", "--reward_model", built / "rm", "--data", path, "--max_new_tokens", 8, "--batch_size", 2]
+    status, out, err = command(*words, "--max_seq_len", 8 + lengths[-2], "--out", tmp_path / "o")
+    assert (status, err) == (0, "") and f"{path}: dropped 1 prompts longer than --max_seq_len" in out and "; 5 left" in out
+    assert len(rows_of(tmp_path / "o/metrics.jsonl")) == 3  # five prompts, two a step
+    assert_refused(command, tmp_path, [*words, "--max_seq_len", 8, "--out", tmp_path / "p"], path, "dropped 6 prompts", "none is left")
+
+
+def test_every_id_of_the_tokenizer_has_a_row(built, command, pairs_file, tmp_path):
+    other = shutil.copytree(built / "sft", tmp_path / "sft")
+    config, n = json.loads((other / "config.json").read_text()), data.Tokenizer.load(other).vocab_size
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": n - 1}))
+    assert_refused(command, tmp_path, ["--stage", "rm", "--model", other, "--data", pairs_file, "--out", tmp_path / "o"], other, f"go up to {n - 1}", f"vocab_size {n - 1}")
+
+
+def test_the_dated_system_block_comes_on_request(command, tmp_path):
+    """Beside --chat llama3 only."""
+    assert_refused(command, tmp_path, ["--stage", "sft", "--run", tmp_path / "run", "--model", tmp_path, "--date", "26 Jul 2024", "--out", tmp_path / "o"], "date", "llama3")
+
+
 def test_pairs_without_a_right_answer(built, command, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "777"} for p in PROMPTS])
     out = tmp_path / "pairs.jsonl"
@@ -587,6 +701,41 @@ def test_defaults_are_the_built_in_tasks_only_without_data():
     assert (cfg.task, cfg.limit, cfg.k, cfg.micro_tokens) == ("arith", 5, 3, defaults.micro_tokens)
     assert train.parse(["--stage", "eval", "--model", "x", "--data=y"]).task == "gsm8k"
     assert train.parse(["--stage", "eval", "--model", "x", "--limit", "0"]).limit == 0
+
+
+PAPER = {  # method and appendix of the paper, and the authors' scripts
+    "paper-rm": {"stage": "rm", "lr": 1e-5, "batch_size": 2, "beta": 0.2, "margin": 2.0, "lora_rank": 128, "lora_alpha": 128, "max_seq_len": 1024},
+    "paper-ppo": {"stage": "ppo", "lr": 5e-6, "clip": 0.2, "kl_coef": 0.01, "lam": 0.8, "gamma": 0.9, "batch_size": 3072, "steps": 12, "ppo_epochs": 1,
+                  "minibatch": 10, "critic_lora_rank": 128, "critic_lr": 1e-5, "lora_rank": 0, "temperature": 1.0, "baseline_weight": 1.0},
+    "paper-reinforce": {"stage": "reinforce", "lr": 1e-6, "kl_coef": 0.0, "batch_size": 3072, "steps": 12, "minibatch": 8, "lora_rank": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
+    """They are the paper's numbers, every flag wins over them, help shows them, and the commands run."""
+    assert train.PRESETS.keys() == PAPER.keys() and all(p.keys() <= train.flags().keys() for p in train.PRESETS.values())
+    cfg = train.parse(["--preset", preset, "--model", "m", "--data", "d"])
+    assert {k: getattr(cfg, k) for k in PAPER[preset]} == PAPER[preset]
+    assert (cfg.dtype, cfg.chat, cfg.max_grad_norm, cfg.weight_decay, cfg.warmup, cfg.final_lr) == ("bfloat16", "llama3", 0, 0, 0, 1)
+    for name, (default, kind, _) in train.flags().items():
+        if name in train.PRESETS[preset] and name != "stage" and kind is not str:
+            other = kind(getattr(cfg, name) * 2 or 3)
+            words = [f"--{name}", str(other)] + (["--minibatch", "8"] if name == "group_size" else [])
+            assert getattr(train.parse(["--preset", preset, *words, "--model", "m", "--data", "d"]), name) == other
+    assert train.parse(["--preset", preset, "--dtype=float32", "--model", "m", "--data", "d"]).dtype == "float32"
+    with pytest.raises(SystemExit):
+        train.main(["--preset", preset, "--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {cfg.lr})" in page and "paper-rm | paper-ppo | paper-reinforce" in page and ("--clip" in page) == (cfg.stage == "ppo")
+    small = ["--chat", "none", "--date", "", "--steps", 1, "--model", built / "sft", "--out", tmp_path / "o"]
+    if cfg.stage == "rm":
+        small += ["--lora_rank", 2, "--data", pairs_file]
+    else:
+        prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
+        small += ["--batch_size", 12, "--max_new_tokens", 8, "--data", prompts, "--reward_model", built / "rm"]
+        small += ["--critic_lora_rank", 2] if cfg.stage == "ppo" else []
+    assert command("--preset", preset, *small)[0] == 0 and len(rows_of(tmp_path / "o/metrics.jsonl")) == 1
 
 
 # ------------------------------------------------------------------------------------------------ several processes, Ctrl-C, real data
