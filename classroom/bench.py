@@ -412,21 +412,22 @@ def bench_rl(path, rounds, device, prompts=4, group=4, new_tokens=64):
 
     works = {"ours": ours}
     if TRL and device.type == "cpu":
-        works["TRL GRPOTrainer"] = trl_grpo_trainer(tokenizer, texts, group, new_tokens)
+        works["TRL GRPOTrainer"] = trl_grpo_trainer(reference, tokenizer, texts, group, new_tokens)
     return compare(f"RL step, {prompts} prompts x {group} answers x {new_tokens} tokens", works, rounds, device, "new tokens/s", prompts * group * new_tokens)
 
 
-def trl_grpo_trainer(tokenizer, prompts, group, new_tokens):
+def trl_grpo_trainer(policy, tokenizer, prompts, group, new_tokens):
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaForCausalLM
     from trl import GRPOConfig, GRPOTrainer
 
     def make(directory, watch):
         tokenizer.save(directory)
+        save_model(policy, directory)
         args = GRPOConfig(directory, per_device_train_batch_size=len(prompts) * group, num_generations=group, max_completion_length=new_tokens, beta=0.04,
                           max_steps=1, dataloader_pin_memory=False, generation_kwargs={"min_new_tokens": new_tokens}, **QUIET)  # fmt: skip
         words = AutoTokenizer.from_pretrained(directory, pad_token="<|end_of_text|>", padding_side="left")
-        return GRPOTrainer(LlamaForCausalLM(hf_config("LlamaForCausalLM")), lambda completions, **_: [len(c) % 2 for c in completions], args,
+        return GRPOTrainer(LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa"), lambda completions, **_: [len(c) % 2 for c in completions], args,
                            Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in prompts]), processing_class=words, callbacks=[watch])  # fmt: skip
 
     return trainer_seconds(make)
