@@ -1,6 +1,7 @@
 """The study: which token rewards help, by how much, and which of the disputed choices matter.
 
     python classroom/study.py [--minutes 40] [--seeds 5] [--out runs/study] [--fast | --quick]
+    python classroom/study.py --curves runs/arith       PPO on that run's reward model, healthy and with three mistakes: <out>/curves.png
 
     per seed   sft ─► pairs (train | validation | test) ─► reward models ─► REINFORCE and PPO ─► curves, tables, figure
 
@@ -22,12 +23,14 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import qrm
 import train
 from model import LanguageModel, ScalarModel, load_model, save_model
 from parallel import Grid
@@ -418,6 +421,46 @@ def draw(path, arms, disputed):
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------------------ what mistakes look like
+
+
+def scores_one_late(reward_model, ids):
+    """The mistake: every token gets the Z that was read at the token before it."""
+    return reward_model.scalars(reward_model.model(ids))[:, :-1]
+
+
+CURVES = {"healthy": ({}, qrm.token_scores), "learning rate x 10": ({"lr": 1e-3}, qrm.token_scores), "no KL penalty": ({"kl_coef": 0.0}, qrm.token_scores),
+          "rewards one token late": ({}, scores_one_late)}  # fmt: skip
+METRICS = {"pass@1": "greedy pass@1, held-out", "reward": "reward: mean raw Z", "kl_k1": "kl_k1 (nats per token)", "kl_k3": "kl_k3 (nats per token)",
+           "entropy": "entropy (nats per token)", "response_length": "response_length (tokens)", "ratio_max": "ratio_max", "clip_frac": "clip_frac (share)",
+           "value_loss": "value_loss", "explained_variance": "explained_variance", "grad_norm": "grad_norm", "loss": "loss"}  # fmt: skip
+
+
+def draw_curves(out, run, **flags):
+    """PPO as it should be and with three mistakes, on the policy and the reward model in `run`; a run that is there is kept."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, 4, figsize=(13, 7.5), sharex=True)
+    for (name, (changed, scores)), style in zip(CURVES.items(), (dict(color="k", lw=2.5), dict(color="#d55e00", ls="--"), dict(color="#0072b2", ls="-."), dict(color="#aa4499", ls=":", lw=2))):
+        directory = Path(out) / name.replace(" ", "-")
+        if not directory.exists():
+            with mock.patch.object(qrm, "token_scores", scores):
+                call("ppo", run=run, out=directory, **flags, **changed)
+        for axis, key in zip(axes.flat, METRICS):
+            points = [(row["trajectories"], row[key]) for row in read_lines(directory / "metrics.jsonl") if key in row]
+            axis.plot(*zip(*points), label=name, **style)
+    for axis, (key, title) in zip(axes.flat, METRICS.items()):
+        axis.set_title(title, fontsize=10)
+        axis.set(yscale="log" if key == "ratio_max" else "linear", xlabel="sampled trajectories" if axis in axes[-1] else None)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    figure.savefig(Path(out) / "curves.png", dpi=85)
+    plt.close(figure)
+    return Path(out) / "curves.png"
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -442,7 +485,10 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/study")
     parser.add_argument("--fast", action="store_true", help="PPO with the oracles, Q-RM and ORM only, at one untuned learning rate")
     parser.add_argument("--quick", action="store_true", help="every path with tiny settings: a test, not a result")
+    parser.add_argument("--curves", metavar="RUN", help="only the figure of healthy and unhealthy learning curves, from this run of train.py")
     args = parser.parse_args(argv)
+    if args.curves:
+        return print(draw_curves(args.out, args.curves, steps=16, eval_every=2))
     full = FAST if args.fast else FULL
     plan = QUICK if args.quick else dataclasses.replace(full, seeds=args.seeds, few=min(full.few, args.seeds), task=args.task)
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
