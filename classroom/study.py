@@ -488,7 +488,7 @@ def main(argv=None):
     parser.add_argument("--curves", metavar="RUN", help="only the figure of healthy and unhealthy learning curves, from this run of train.py")
     args = parser.parse_args(argv)
     if args.curves:
-        return print(draw_curves(args.out, args.curves, steps=16, eval_every=2))
+        return print(draw_curves(args.out, args.curves, steps=32, eval_every=2))
     full = FAST if args.fast else FULL
     plan = QUICK if args.quick else dataclasses.replace(full, seeds=args.seeds, few=min(full.few, args.seeds), task=args.task)
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
