@@ -325,7 +325,7 @@ def sample(run, stages):
         cfg = train.Config(**{**train.ARITH["ppo"], **own, "stage": name, "group_size": 1, "data": ""})
         if name != "sft" and (cfg.reward != "qrm" or cfg.advantage not in ("", "token") or cfg.reward_model):
             raise ValueError(f"{name} was trained on another reward")
-        cfg = dataclasses.replace(cfg, batch_size=SAMPLED, minibatch=max(SAMPLED // len(minibatches(0, cfg)), 1))
+        cfg = dataclasses.replace(cfg, batch_size=SAMPLED, minibatch=max(SAMPLED // len(minibatches([], cfg)), 1))
         policy = load_model(LanguageModel, run / name, Grid())
         seed = train.hash_seed("report", name)
         rollout = collect_rollout(policy, reference, reward_fn, encode_prompts(rows, tokenizer, cfg), tokenizer.stop_ids, cfg, seed, mask_fn)
@@ -372,7 +372,7 @@ def one_update(run, name, sampled):
     if name == "ppo":
         critic = load_model(ScalarModel, run / "ppo" / "critic", policy.grid)
         with torch.no_grad():
-            values = state_values(critic, rollout.ids)
+            values = state_values(critic, rollout.ids, rollout.response_mask)
         weights, _ = ppo_advantages(rollout, values, cfg, policy.grid)
         ppo_step(policy, critic, optimizer, Optimizer(critic, policy.grid, cfg.critic_lr), rollout, cfg, cfg.lr, cfg.critic_lr)
     else:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import qrm
 import train
-from model import LanguageModel, ScalarModel, load_model, save_model
+from model import LanguageModel, ScalarModel, at_states, in_place, load_model, save_model
 from parallel import Grid
 from theory import theory_table
 
@@ -424,13 +424,13 @@ def draw(path, arms, disputed):
 # ------------------------------------------------------------------------------------------------ what mistakes look like
 
 
-def scores_one_late(reward_model, ids):
-    """The mistake: every token gets the Z that was read at the token before it."""
-    return reward_model.scalars(reward_model.model(ids))[:, :-1]
+def scores_one_late(reward_model, ids, response_mask):
+    """The mistake: Z is read where the state ends, so that every token gets the score of the token before it."""
+    return in_place(response_mask, reward_model.scalars(at_states(reward_model, ids, response_mask)))
 
 
-CURVES = {"healthy": ({}, qrm.token_scores), "learning rate x 10": ({"lr": 1e-3}, qrm.token_scores), "no KL penalty": ({"kl_coef": 0.0}, qrm.token_scores),
-          "rewards one token late": ({}, scores_one_late)}  # fmt: skip
+CURVES = {"healthy": ({}, qrm.response_scores), "learning rate x 10": ({"lr": 1e-3}, qrm.response_scores),
+          "no KL penalty": ({"kl_coef": 0.0}, qrm.response_scores), "rewards one token late": ({}, scores_one_late)}  # fmt: skip
 METRICS = {"pass@1": "greedy pass@1, held-out", "reward": "reward: mean raw Z", "kl_k1": "kl_k1 (nats per token)", "kl_k3": "kl_k3 (nats per token)",
            "entropy": "entropy (nats per token)", "response_length": "response_length (tokens)", "ratio_max": "ratio_max", "clip_frac": "clip_frac (share)",
            "value_loss": "value_loss", "explained_variance": "explained_variance", "grad_norm": "grad_norm", "loss": "loss"}  # fmt: skip
@@ -446,7 +446,7 @@ def draw_curves(out, run, **flags):
     for (name, (changed, scores)), style in zip(CURVES.items(), (dict(color="k", lw=2.5), dict(color="#d55e00", ls="--"), dict(color="#0072b2", ls="-."), dict(color="#aa4499", ls=":", lw=2))):
         directory = Path(out) / name.replace(" ", "-")
         if not directory.exists():
-            with mock.patch.object(qrm, "token_scores", scores):
+            with mock.patch.object(qrm, "response_scores", scores):
                 call("ppo", run=run, out=directory, **flags, **changed)
         for axis, key in zip(axes.flat, METRICS):
             points = [(row["trajectories"], row[key]) for row in read_lines(directory / "metrics.jsonl") if key in row]
