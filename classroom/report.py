@@ -361,8 +361,8 @@ def distributions(tokenizer, rows, found):
     chart = line_chart("share of the response tokens", "raw Z of a token", {name: histogram(x, low, high, i, len(z)) for i, (name, x) in enumerate(z.items())}, bars=True)
     return (f"<p>{SAMPLED} held-out prompts, one sampled answer of each policy, every response token scored by the same Q-RM: where does its reward lie before RL "
             "(sft) and after it?</p><div class='pair'>" + table("Rewards of sampled tokens", ["policy", *found], [[k, *v] for k, v in lines.items()]) + chart
-            + "</div><p class='note'>Better answers move the mass to the right. Mass that moves while the share of right answers does not, or wrong answers whose mean Z "
-            "rises, is a reward model being exploited.</p>")  # fmt: skip
+            + "</div><p class='note'>Better answers move the mass to the right. Mass that moves while the share of right answers does not is a reward model "
+            "being exploited; a rising mean Z of wrong answers can be that, or errors that come later in the answer.</p>")  # fmt: skip
 
 
 def one_update(run, name, sampled):
