@@ -429,8 +429,12 @@ def scores_one_late(reward_model, ids, response_mask):
     return in_place(response_mask, reward_model.scalars(at_states(reward_model, ids, response_mask)))
 
 
-CURVES = {"healthy": ({}, qrm.response_scores), "learning rate x 10": ({"lr": 1e-3}, qrm.response_scores),
-          "no KL penalty": ({"kl_coef": 0.0}, qrm.response_scores), "rewards one token late": ({}, scores_one_late)}  # fmt: skip
+CURVES = {  # {name: (flags, how Z is read, line)}
+    "healthy": ({}, qrm.response_scores, dict(color="k", lw=2.5)),
+    "learning rate x 10": ({"lr": 1e-3}, qrm.response_scores, dict(color="#d55e00", ls="--")),
+    "no KL penalty": ({"kl_coef": 0.0}, qrm.response_scores, dict(color="#0072b2", ls="-.")),
+    "rewards one token late": ({}, scores_one_late, dict(color="#aa4499", ls=":", lw=2)),
+}
 METRICS = {"pass@1": "greedy pass@1, held-out", "reward": "reward: mean raw Z", "kl_k1": "kl_k1 (nats per token)", "kl_k3": "kl_k3 (nats per token)",
            "entropy": "entropy (nats per token)", "response_length": "response_length (tokens)", "ratio_max": "ratio_max", "clip_frac": "clip_frac (share)",
            "value_loss": "value_loss", "explained_variance": "explained_variance", "grad_norm": "grad_norm", "loss": "loss"}  # fmt: skip
@@ -444,7 +448,7 @@ def draw_curves(out, run, **flags):
     from PIL import Image  # comes with matplotlib
 
     figure, axes = plt.subplots(3, 4, figsize=(13, 7.5), sharex=True)
-    for (name, (changed, scores)), style in zip(CURVES.items(), (dict(color="k", lw=2.5), dict(color="#d55e00", ls="--"), dict(color="#0072b2", ls="-."), dict(color="#aa4499", ls=":", lw=2))):
+    for name, (changed, scores, style) in CURVES.items():
         directory = Path(out) / name.replace(" ", "-")
         if not directory.exists():
             with mock.patch.object(qrm, "response_scores", scores):
