@@ -35,7 +35,7 @@ from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say,
 from ppo import PPO, ppo_step
 from qrm import POLICY_LIKE, REWARD_MODELS, Reward, credit_counts, last_token_mask, reward_function, reward_model_loss, sequence_score, token_reward
 from reinforce import (RL, collect_rollout, encode_prompts, graded_reward, greedy_pass, majority_is_right, make_pairs, minibatches,  # fmt: skip
-                       pass_at_k, reinforce_step, rollout_stats, sample_graded)
+                       pass_at_k, reinforce_step, rollout_stats, sample_graded, standardize)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -83,13 +83,14 @@ class Train:
 class Sampling:
     """How answers are sampled and graded."""
 
-    task: str = "gsm8k"  # [pairs reinforce ppo eval grade] which grader: gsm8k | math | arith
+    task: str = "gsm8k"  # [pairs reinforce ppo eval grade score] which grader: gsm8k | math | arith (--show: where the first error is known)
     grader: str = "ours"  # [pairs reinforce ppo eval grade] ours | strict | authors | math_verify
     limit: int = 0  # [pairs reinforce ppo eval grade score] use only so many rows; 0 is all. reinforce, ppo: hold out the last so many
     k: int = 8  # [pairs eval] samples a prompt
     temperature: float = 1.0  # [pairs reinforce ppo eval] of the samples; pass@1 is always greedy
     max_new_tokens: int = 512  # [pairs reinforce ppo eval] longest answer, tokens
     pairs_per_prompt: int = 4  # [pairs] at most
+    show: bool = False  # [score] also print the answers, every token coloured by its number
 
 
 @dataclass(frozen=True)
@@ -701,7 +702,7 @@ def stage_score(cfg, grid):
     """One number a response token: a reward model's raw Z, or a policy's log-probability in nats."""
     directory = cfg.model or need("rm", cfg, grid)
     tokenizer, scalar = load_tokenizer(directory, cfg), is_reward_model(directory)
-    model = load(ScalarModel if scalar else LanguageModel, directory, cfg, grid)
+    model, key = load(ScalarModel if scalar else LanguageModel, directory, cfg, grid), "scores" if scalar else "logprobs"
     if cfg.data:
         rows = data.load_rows(cfg.data, ("prompt", "response"), cfg.limit)
     else:
@@ -711,9 +712,35 @@ def stage_score(cfg, grid):
     numbers = score_examples(token_reward(model) if scalar else lambda ids, mask: token_logprobs(model, ids, mask)[0], [e for (e,) in kept], cfg, grid)
     for row, (example,), x in zip(rows, kept, numbers):
         more = {"prompt_ids": example.prompt_ids, "ids": example.response_ids, "tokens": tokenizer.token_texts(example.response_ids)}
-        written.append((row["line"], row["raw"] | more | {"scores" if scalar else "logprobs": x.tolist()}))
+        written.append((row["line"], row["raw"] | more | {key: x.tolist()}))
     n = write_rows(out_path(cfg), written, grid)
+    if cfg.show and grid.is_main:
+        show_tokens(cfg, tokenizer, key)
     say(grid, f"score: {out_path(cfg)}: {n} rows")
+
+
+SHADES = (208, 215, 223, 231, 153, 111, 75)  # of the terminal's 256 colours: orange is low, white the mean, blue high; safe for the colour-blind
+
+
+def show_tokens(cfg, tokenizer, key):
+    """Prints the answers that stage_score has just written: every token on a background by its number, standardised over all of them,
+    the first wrong one underlined where the task knows it. Into a file or pipe, or with NO_COLOR set: the numbers instead, and a ✗."""
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    rows = data.load_rows(out_path(cfg), ("prompt",))
+    numbers = torch.tensor([x for row in rows for x in row["raw"][key]])
+    z = iter(standardize(numbers, torch.ones_like(numbers, dtype=torch.bool), "mean_std", Grid()).tolist())
+    plain = lambda text: "".join(c if c.isprintable() else "↵" if c == "\n" else "·" for c in text)  # no control codes from someone's data
+    for row in rows:
+        ids, tokens = row["raw"]["ids"], row["raw"]["tokens"]
+        error = len(ids)
+        if cfg.task == "arith" or not cfg.data:
+            with data.at_line(out_path(cfg), row["line"]):
+                error = data.error_places(tokenizer, row["prompt"], [Example([], ids)])[0]
+        print(f"\n{plain(tokenizer.decode(row['raw']['prompt_ids'])).rstrip('↵')}")
+        for i, (text, x) in enumerate(zip(tokens, z)):
+            shade = SHADES[round(1.5 * min(max(x, -2), 2)) + 3]
+            shown = f"\x1b[{'1;4;' * (i == error)}38;5;16;48;5;{shade}m{plain(text)}\x1b[0m" if colour else f"{'✗' * (i == error)}{plain(text)}[{x:+.1f}] "
+            print(shown, end="\n" if "\n" in text or i + 1 == len(tokens) else "")
 
 
 def stage_grade(cfg, grid):

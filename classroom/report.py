@@ -2,15 +2,18 @@
 
     python classroom/report.py runs/arith
 
-Reads what the stages left there: metrics.jsonl, eval.json and run.json of each, pairs-heldout.jsonl, the reward model.
+Reads what the stages left there: metrics.jsonl, eval.json and run.json of each, pairs-heldout.jsonl, the models.
 What is missing is left out with one line that says so, so a run that stopped half-way gives a page too.
 
 B sequences · T positions
 """
 
+import dataclasses
+import functools
 import json
 import math
 import shlex
+import statistics
 import sys
 from html import escape
 from pathlib import Path
@@ -20,13 +23,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-from model import ScalarModel, load_model
-from parallel import Grid
-from qrm import token_scores
-from reinforce import standardize
+import train
+from model import LanguageModel, ScalarModel, load_model, token_logprobs
+from parallel import Grid, Optimizer
+from ppo import ppo_advantages, ppo_step, state_values
+from reinforce import Rollout, advantages, collect_rollout, encode_prompts, minibatches, reinforce_step, standardize
 
-EXAMPLES, PAIRS = 4, 1000  # prompts whose answers are shown token by token, held-out pairs that the averages use; at most
-FULL_COLOUR = 2.5  # |Z_std| from which a token has its full colour
+EXAMPLES, PAIRS, SAMPLED = 3, 400, 128  # prompts shown token by token; held-out pairs for the averages; answers sampled of each policy
+FULL_COLOUR = 2.5  # standard deviations from which a token has its full colour
+POLICIES = ("sft", "reinforce", "ppo")
+JUDGES = {"rm": "Q-RM", "rm-dpo": "DPO", "rm-orm": "outcome", "rm-prm": "step"}  # the token rewards that are compared
+UNUSABLE = (OSError, ValueError, LookupError, TypeError, RuntimeError)  # not there yet, cut off, diverged, or not the built-in task's
 
 # ------------------------------------------------------------------------------------------------ what a run left
 
@@ -61,6 +68,10 @@ def read_stage(directory):
     return Stage(rows, run, read_json(home / "eval.json"), unfinished)
 
 
+def is_model(directory):
+    return (directory / "config.json").exists()
+
+
 def is_number(value):
     return isinstance(value, (int, float)) and abs(value) < 1e15  # also drops the NaN and infinity of a diverged run
 
@@ -76,6 +87,14 @@ def missing(text):
     return f"<p class='missing'>Left out: {escape(text)}</p>"
 
 
+def attempt(what, draw):
+    """What draw() returns, or a line that says why it could not."""
+    try:
+        return draw()
+    except UNUSABLE as e:
+        return missing(f"{what} ({e}).")
+
+
 def share(value, n=None):
     """0.512, with one binomial standard error if it is a share of n independent prompts."""
     if not is_number(value):
@@ -84,11 +103,11 @@ def share(value, n=None):
     return f"{value:.3f}{error}"
 
 
-def table(head, rows):
-    """head: texts; rows: lists of HTML, the first cell of each names its row."""
+def table(caption, head, rows):
+    """caption, head: texts; rows: lists of HTML, the first cell of each names its row."""
     cells = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
     body = "".join(f"<tr><th scope='row'>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
-    return f"<div class='wide'><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<div class='wide' tabindex='0' role='region' aria-label='{escape(caption)}'><table><caption>{escape(caption)}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 def ticks(low, high):
@@ -103,11 +122,11 @@ def smooth(line, n=25):
     return [(line[i][0], sum(y for _, y in line[i - n + 1 : i + 1]) / n) for i in range(n - 1, len(line))]
 
 
-def line_chart(y_label, x_label, series, y_range=None, level=None, mark=None):
+def line_chart(y_label, x_label, series, y_range=None, level=None, mark=None, bars=False):
     """An SVG line chart, 360 units wide so that its letters keep their size on a phone.
 
     series   {name: [(x, y)]}; a line of more than 100 points is drawn faint, with the mean of its last 25 values on top
-    level    (name, y) of a horizontal line to compare with; mark: x of a vertical one
+    level    (name, y) of a horizontal line to compare with; mark: x of a vertical one; bars: lines are outlines, to be filled
     """
     series = {name: line for name, line in series.items() if line}
     if not series:
@@ -119,7 +138,7 @@ def line_chart(y_label, x_label, series, y_range=None, level=None, mark=None):
     X = lambda x: 48 + 300 * (x - left) / (right - left)
     Y = lambda y: 190 - 146 * (y - low + pad) / (high - low + 2 * pad)
     path = lambda line: " ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in line)
-    square, circle = "M{:.1f} {:.1f}m-3.5 -3.5h7v7h-7z", "M{:.1f} {:.1f}m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0"
+    markers = [f"M{{:.1f}} {{:.1f}}{shape}" for shape in ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "m-3.5 -3.5h7v7h-7z", "m0 -5l5 5l-5 5l-5 -5z")]
     out = [f"<text class='title' x='4' y='15'>{escape(y_label)}</text><text x='198' y='226' text-anchor='middle'>{escape(x_label)}</text>"]
     for y in ticks(low - pad, high + pad):
         out.append(f"<path class='grid' d='M48 {Y(y):.1f}H348'/><text x='42' y='{Y(y) + 4:.1f}' text-anchor='end'>{y:.4g}</text>")
@@ -127,13 +146,13 @@ def line_chart(y_label, x_label, series, y_range=None, level=None, mark=None):
     out += [f"<path class='level' d='M{X(mark):.1f} 44V190'/>"] if mark is not None else []
     keys = []  # of the legend: (class of its line, marker, name)
     for i, (name, line) in enumerate(series.items()):
-        out.append(f"<polyline class='line{i}{' faint' if len(line) > 100 else ''}' points='{path(line)}'/>")
+        out.append(f"<polyline class='line{i}{' faint' if len(line) > 100 else ' bar' * bars}' points='{path(line)}'/>")
         if len(line) > 100:
             out.append(f"<polyline class='line{i}' points='{path(smooth(line))}'/>")
         elif len(line) <= 40:
-            dots = ((square if i else circle).format(X(x), Y(y)) + f"'><title>{escape(name)}: {x:g}, {y:.4g}" for x, y in line)
+            dots = (markers[i].format(X(x), Y(y)) + f"'><title>{escape(name)}: {x:g}, {y:.4g}" for x, y in line)
             out += [f"<path class='dot{i}' d='{dot}</title></path>" for dot in dots]
-        keys.append((f"line{i}", f"<path class='dot{i}' d='{(square if i else circle).format(12, 0)}'/>", name))
+        keys.append((f"line{i}", f"<path class='dot{i}' d='{markers[i].format(12, 0)}'/>", name))
     if level:
         out.append(f"<path class='level' d='M48 {Y(level[1]):.1f}H348'/>")
         keys.append(("level", "", level[0]))
@@ -149,7 +168,7 @@ def line_chart(y_label, x_label, series, y_range=None, level=None, mark=None):
 
 
 def headline(stages, judges):
-    policies = {name: stages[name].eval for name in ("sft", "reinforce", "ppo")}
+    policies = {name: stages[name].eval for name in POLICIES}
     judged = {name: stage.eval for name, stage in judges.items()}
     absent = [name for name, result in (policies | judged).items() if not result]
     out = [missing(f"{', '.join(absent)}: no eval.json (python train.py --stage eval writes it).")] if absent else []
@@ -160,7 +179,7 @@ def headline(stages, judges):
             rows.append([f"pass@{escape(k)}", *(share(r.get("pass@k", {}).get(k)) for r in policies.values())])
             rows.append([f"best of {escape(k)}", *(share(r.get("best_of_k"), r.get("n_prompts")) for r in policies.values())])
         rows.append(["held-out prompts", *(escape(str(r.get("n_prompts", "–"))) for r in policies.values())])
-        out.append(table(["policy", *policies], rows) + "<p class='note'>sft is the policy before reinforcement learning. pass@k: at least one of k "
+        out.append(table("Policies on held-out prompts", ["policy", *policies], rows) + "<p class='note'>sft is the policy before reinforcement learning. pass@k: at least one of k "
                    "samples is right. Best of k: the sample with the highest mean Z is right. ± is one standard error over the prompts of this one "
                    "run; another seed can move a figure by more.</p>")  # fmt: skip
     if judged:
@@ -169,7 +188,7 @@ def headline(stages, judges):
                     "error_auc": "chance that the first wrong token scores below a token before it; blind 0.5",
                     "first_error_hit": "wrong answers whose largest drop is at the first wrong token"}  # fmt: skip
         rows = [[f"{key}<br><small>{text}</small>", *(share(r.get(key)) for r in judged.values())] for key, text in measures.items()]
-        out.append(table(["reward model", *judged], [*rows, ["held-out pairs", *(escape(str(r.get("n_pairs", "–"))) for r in judged.values())]]))
+        out.append(table("Reward models on held-out pairs", ["reward model", *judged], [*rows, ["held-out pairs", *(escape(str(r.get("n_pairs", "–"))) for r in judged.values())]]))
     return "".join(out)
 
 
@@ -179,92 +198,213 @@ def headline(stages, judges):
 class Answer(NamedTuple):
     ids: list  # response tokens, stop token included
     error: int  # index of the first token that departs from the one right answer; len(ids) if none
-    z: list  # raw Z of each
-    z_std: list  # standardised over the response tokens of all these pairs
+    z: dict  # {reward model: raw reward of each token, None where it says nothing}
+    z_std: dict  # the same, standardised over all that this reward model said about these pairs
 
 
 @torch.no_grad()
 def score_pairs(run):
-    """The reward model's Z on the first PAIRS of pairs-heldout.jsonl: -> tokenizer, [(prompt, right Answer, wrong Answer)]"""
-    tokenizer, reward_model = data.Tokenizer.load(run / "rm"), load_model(ScalarModel, run / "rm", Grid())
+    """What each reward model says about the first PAIRS of pairs-heldout.jsonl
+    -> tokenizer, {directory: label} of the models that are there, [(prompt, right Answer, wrong Answer)]"""
+    tokenizer, judges = data.Tokenizer.load(run / "rm"), {name: label for name, label in JUDGES.items() if is_model(run / name)}
     rows = data.load_rows(run / "pairs-heldout.jsonl", ("prompt", "chosen", "rejected"), PAIRS)
     pairs, rows = data.encode(rows, tokenizer, 1024, ("chosen", "rejected"), log=lambda text: None)
     ids, mask = data.collate([example for pair in pairs for example in pair])  # (2P, T+1), (2P, T)
-    scores = torch.cat([token_scores(reward_model, part) for part in ids.split(64)])  # (2P, T)
-    scaled = standardize(scores, mask, "mean_std", Grid())  # (2P, T), as REINFORCE does with a rollout
     answers = []
     for j, example in enumerate(example for pair in pairs for example in pair):
-        solution = tokenizer.encode_response(data.arith_solve(rows[j // 2]["prompt"]))
-        error = data.first_error(example.response_ids, solution)
-        answers.append(Answer(example.response_ids, error, scores[j][mask[j]].tolist(), scaled[j][mask[j]].tolist()))
-    return tokenizer, [(row["prompt"], *answers[2 * i : 2 * i + 2]) for i, row in enumerate(rows)]
+        error = data.error_places(tokenizer, rows[j // 2]["prompt"], [example])[0]
+        answers.append(Answer(example.response_ids, error, {}, {}))
+    for name in judges:
+        reward_fn, mask_fn, _ = train.reward_functions(train.reward_kind(run / name), run / name, tokenizer, train.Config(), Grid())
+        scores = torch.cat([reward_fn(*part) for part in zip(ids.split(64), mask.split(64))])  # (2P, T)
+        spoken = mask_fn(ids, mask) if mask_fn else mask
+        scaled = standardize(scores, spoken, "mean_std", Grid())  # (2P, T), as REINFORCE does with a rollout
+        for j, answer in enumerate(answers):
+            for out, numbers in ((answer.z, scores), (answer.z_std, scaled)):
+                out[name] = [x if said else None for x, said in zip(numbers[j][mask[j]].tolist(), spoken[j][mask[j]].tolist())]
+    return tokenizer, judges, [(row["prompt"], *answers[2 * i : 2 * i + 2]) for i, row in enumerate(rows)]
 
 
-def token_html(text, z_std, label="", is_error=False):
-    """One token: its colour is Z_std, its value stands below it, and the first wrong one has an outline and a mark."""
-    kind = ("pos" if z_std >= 0 else "neg") + (" wrong" if is_error else "")
-    told = f" tabindex='0' role='img' title='{escape(label)}' aria-label='{escape(label)}'" if label else ""
-    return (f"<span class='token {kind}' style='--a:{min(abs(z_std) / FULL_COLOUR, 1):.2f}'{told}>"
-            f"<span>{'<b>✗</b>' * is_error}{escape(text)}</span><small>{z_std:+.1f}</small></span>")  # fmt: skip
+HOW = "Point at a token, touch it, or use Tab and the arrow keys, for all its numbers."
+KEY = ("<p class='key'><small class='pos' style='--a:.8'>+2.0 blue</small> above the mean <small class='neg' style='--a:.8'>-2.0 orange</small> below it "
+       "<span class='wrong'><b>✗7</b></span> first wrong token <small>·</small> nothing said</p>")  # fmt: skip
 
 
-def answer_html(title, answer, tokenizer, is_wrong):
-    """All tokens of an answer; a newline token is shown and ends its line."""
+def cell(number):
+    """A standardised number on its colour; a dot where nothing is said."""
+    if number is None:
+        return "<small>·</small>"
+    return f"<small class='{'pos' if number >= 0 else 'neg'}' style='--a:{min(abs(number) / FULL_COLOUR, 1):.2f}'>{number:+.1f}</small>"
+
+
+def answer_html(title, tokens, rows, told, error):
+    """An answer, a line of it a row of columns: the token, and below it one number of each of `rows`.
+
+    tokens   texts; rows: {name: [standardised number of each token, or None]}; error: index of the first wrong one
+    told     what a column says when it is pointed at, focused or touched
+    """
+    names = f"<span class='names' aria-hidden='true'><b></b>{''.join(f'<small>{escape(name)}</small>' for name in rows)}</span>"
     lines = [""]
-    for i, text in enumerate(tokenizer.token_texts(answer.ids)):
-        is_error = is_wrong and i == answer.error
-        label = f"{text!r}: Z {answer.z[i]:.2f}, standardised {answer.z_std[i]:+.2f}" + ", the first wrong token" * is_error
-        shown = "stop" if answer.ids[i] in tokenizer.stop_ids else text.replace("\n", "↵")
-        lines[-1] += token_html(shown, answer.z_std[i], label, is_error)
+    for i, text in enumerate(tokens):
+        shown = "✗" * (i == error) + text.replace("\n", "↵")
+        label = escape(f"{text!r}{', the first wrong token' * (i == error)}: {told[i]}")
+        lines[-1] += (f"<span class='token{' wrong' * (i == error)}' tabindex='0' role='img' aria-label='{label}'><b>{escape(shown)}</b>"
+                      f"{''.join(cell(numbers[i]) for numbers in rows.values())}</span>")  # fmt: skip
         lines += [""] * ("\n" in text)
-    body = "".join(f"<div class='row'>{line}</div>" for line in lines if line)
-    return f"<div class='answer' role='group' aria-label='{title}'><p>{title}, mean {sum(answer.z_std) / len(answer.ids):+.2f}</p>{body}</div>"
+    body = "".join(f"<div class='line'>{names}{line}</div>" for line in lines if line)
+    return f"<div class='answer' role='group' aria-label='{escape(title)}'><p>{escape(title)}</p>{body}</div>"
 
 
-def profile(scored):
-    """Mean Z_std before, at and after the first error, and step by step around it, with the right answers for comparison."""
-    wrong = [a for _, _, a in scored if a.error < len(a.ids)]
-    parts = {"right answers": [z for _, right, _ in scored for z in right.z_std],
-             "wrong answers: before the first error": [z for a in wrong for z in a.z_std[: a.error]],
-             "at the first wrong token": [a.z_std[a.error] for a in wrong],
-             "after it": [z for a in wrong for z in a.z_std[a.error + 1 :]]}  # fmt: skip
-    rows = [[name, f"{sum(values) / len(values):+.2f}" if values else "–", str(len(values))] for name, values in parts.items()]
-    out = table(["response tokens", "mean Z (std)", "tokens"], rows)
+def texts(tokenizer, ids):
+    return ["stop" if id in tokenizer.stop_ids else text for id, text in zip(ids, tokenizer.token_texts(ids))]
+
+
+def profile(scored, judges):
+    """Mean standardised reward before, at and after the first error, and Q-RM's step by step around it."""
+    right, wrong = [right for _, right, _ in scored], [a for _, _, a in scored if a.error < len(a.ids)]
     twins = [(right, a) for _, right, a in scored if a.error < min(len(a.ids), right.error)]  # equal up to a.error, right beyond it
-    if not twins:
-        return out
+    places = {"right answers": (right, lambda a: slice(None)), "wrong ones, before the first error": (wrong, lambda a: slice(a.error)),
+              "at the first wrong token": (wrong, lambda a: slice(a.error, a.error + 1)), "after it": (wrong, lambda a: slice(a.error + 1, None))}  # fmt: skip
+    rows = []
+    for place, (answers, where) in places.items():
+        said = [[z for a in answers for z in a.z_std[name][where(a)] if z is not None] for name in judges]
+        rows.append([place, *(f"{statistics.fmean(z):+.2f}<br><small>n {len(z)}</small>" if z else "–" for z in said)])
+    votes = [[b.z_std[name][a.error] > a.z_std[name][a.error] for b, a in twins if None not in (b.z_std[name][a.error], a.z_std[name][a.error])] for name in judges]
+    rows.append(["same state: right token above the wrong one<br><small>blind: 50 %</small>",
+                 *(f"{100 * statistics.fmean(v):.0f} %<br><small>n {len(v)}</small>" if v else "–" for v in votes)])  # fmt: skip
     around = {"right answer": {}, "wrong answer": {}}
-    for right, a in twins:
-        for name, z in (("right answer", right.z_std), ("wrong answer", a.z_std)):
-            for t in range(max(0, a.error - 8), min(len(z), a.error + 9)):
-                around[name].setdefault(t - a.error, []).append(z[t])
-    series = {name: [(t, sum(z) / len(z)) for t, z in sorted(places.items()) if len(z) >= len(twins) / 5] for name, places in around.items()}
-    better = sum(right.z_std[a.error] > a.z_std[a.error] for right, a in twins) / len(twins)
-    return (f"<div class='pair'><div>{out}<p>In {len(twins)} pairs both answers are the same up to the first wrong token. There, in the same state, "
-            f"the right token has the higher Z in <b>{100 * better:.0f} %</b> of them (blind: 50 %).</p></div>"
-            + line_chart("mean Z, standardised (standard deviations)", "tokens from the first wrong token", series, mark=0) + "</div>")  # fmt: skip
+    for pair in twins:
+        for places, answer in zip(around.values(), pair):
+            for t in range(max(0, pair[1].error - 8), min(len(answer.ids), pair[1].error + 9)):
+                places.setdefault(t - pair[1].error, []).append(answer.z_std["rm"][t])
+    series = {name: [(t, statistics.fmean(z)) for t, z in sorted(places.items()) if len(z) >= len(twins) / 5] for name, places in around.items()}
+    return (f"<div class='pair'>{table('Mean standardised reward', ['response tokens', *judges.values()], rows)}"
+            + line_chart("Q-RM: mean Z (standard deviations)", "tokens from the first wrong token", series, mark=0) + "</div>")  # fmt: skip
 
 
 def credit(run):
-    try:
-        tokenizer, scored = score_pairs(run)
-    except (OSError, ValueError, LookupError, TypeError) as e:  # no reward model or pairs yet, or not the built-in task's
-        return missing(f"token credit, which needs the reward model and pairs-heldout.jsonl of the built-in task ({e}).")
+    absent = [missing(f"{label}. It is made by: python train.py --stage rm --run {shlex.quote(str(run))} --reward {name[3:]}{' --beta 0.1' * (label == 'DPO')}")
+              for name, label in JUDGES.items() if name != "rm" and not is_model(run / name)]  # fmt: skip
+    tokenizer, judges, scored = score_pairs(run)
     shown = {}
-    for prompt, right, wrong in scored:
-        shown.setdefault(prompt, (right, wrong))
-    out = ["<p>Every response token of held-out answers, with the reward model's Z below it, standardised over the response tokens of "
-           f"{len(scored)} pairs. These are the first {min(EXAMPLES, len(shown))} prompts of the file, not a selection. Touch a token, or use Tab and the arrow "
-           f"keys, for its raw Z.</p><p class='row key'>{token_html('blue', 2)} above the mean {token_html('orange', -2)} below it "
-           f"{token_html('7', 0, is_error=True)} first wrong token</p><p>Theory predicts a step down at the first wrong token, not one low token: "
-           "what follows it continues a wrong answer.</p>"]  # fmt: skip
-    for prompt, (right, wrong) in list(shown.items())[:EXAMPLES]:
-        out.append(f"<article><p class='prompt'>{escape(prompt)}</p><div class='pair'>{answer_html('right answer', right, tokenizer, False)}"
-                   f"{answer_html('wrong answer', wrong, tokenizer, True)}</div></article>")  # fmt: skip
-    return "".join(out) + f"<h3>Averages over {len(scored)} held-out pairs</h3>{profile(scored)}"
+    for prompt, *answers in scored:
+        shown.setdefault(prompt, answers)
+    out = [*absent, "<p>Every response token of held-out answers, and below it what each reward model gives RL for it: Q-RM and DPO speak at every token, "
+           "the step model at the end of a line, the outcome model at the last token. Each is standardised over all that it said about "
+           f"{len(scored)} pairs. These are the first {min(EXAMPLES, len(shown))} prompts of the file, not a selection. {HOW}</p>{KEY}<p>Theory predicts for Q-RM "
+           "a step down at the first wrong token, not one low token: what follows it continues a wrong answer.</p>"]  # fmt: skip
+    for prompt, answers in list(shown.items())[:EXAMPLES]:
+        out.append(f"<h3 class='prompt'>{escape(prompt)}</h3><div class='pair'>")
+        for title, answer in zip(("right answer", "wrong answer"), answers):
+            say = lambda z, z_std: "silent" if z is None else f"{z:.2f}, standardised {z_std:+.2f}"
+            told = [" · ".join(f"{label} {say(answer.z[name][i], answer.z_std[name][i])}" for name, label in judges.items()) for i in range(len(answer.ids))]
+            rows = {label: answer.z_std[name] for name, label in judges.items()}
+            out.append(answer_html(title, texts(tokenizer, answer.ids), rows, told, answer.error))
+        out.append("</div>")
+    return "".join(out) + f"<h3>Averages over {len(scored)} held-out pairs</h3>{profile(scored, judges)}"
 
 
-# ------------------------------------------------------------------------------------------------ 3. learning curves
+# ------------------------------------------------------------------------------------------------ 3. before and after RL
+
+
+class Sampled(NamedTuple):
+    cfg: train.Config  # of the run, with a rollout of SAMPLED trajectories
+    policy: LanguageModel
+    rollout: Rollout
+    answers: list  # response ids of each row
+    correct: list  # of bool
+
+
+def sample(run, stages):
+    """One rollout of each policy on the same held-out prompts, scored by <run>/rm -> tokenizer, rows, {policy: Sampled}"""
+    tokenizer, reference = data.Tokenizer.load(run / "sft"), load_model(LanguageModel, run / "sft", Grid())
+    reward_fn, mask_fn, _ = train.reward_functions(train.reward_kind(run / "rm"), run / "rm", tokenizer, train.Config(), Grid())
+    rows, found = data.arith_rows("test", SAMPLED, 1), {}
+    for name in (name for name in POLICIES if is_model(run / name)):
+        own = {k: v for k, v in stages[name].run.get("config", {}).items() if k in train.flags() and name != "sft"}
+        cfg = train.Config(**{**train.ARITH["ppo"], **own, "stage": name, "group_size": 1, "data": ""})
+        if name != "sft" and (cfg.reward != "qrm" or cfg.advantage not in ("", "token") or cfg.reward_model):
+            raise ValueError(f"{name} was trained on another reward")
+        cfg = dataclasses.replace(cfg, batch_size=SAMPLED, minibatch=max(SAMPLED // len(minibatches([], cfg)), 1))
+        policy = load_model(LanguageModel, run / name, Grid())
+        seed = train.hash_seed("report", name)
+        rollout = collect_rollout(policy, reference, reward_fn, encode_prompts(rows, tokenizer, cfg), tokenizer.stop_ids, cfg, seed, mask_fn)
+        answers = [ids[1:][mask].tolist() for ids, mask in zip(rollout.ids, rollout.response_mask)]
+        spoken = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in answers]
+        found[name] = Sampled(cfg, policy, rollout, answers, [data.grade(text, row["label"], "arith")[1] for text, row in zip(spoken, rows)])
+    if len(found) < 2:
+        raise ValueError("neither reinforce nor ppo is there")
+    return tokenizer, rows, found
+
+
+def histogram(values, low, high, place, places, bins=12):
+    """The outline of a histogram as [(x, share of the values)]: in every bin a bar, the `place`-th of `places` that stand side by side."""
+    shares, width = (torch.histc(values, bins, low, high) / len(values)).tolist(), (high - low) / bins
+    bars = [(share, low + width * (i + (0.1 + 0.8 * place / places)), low + width * (i + (0.1 + 0.8 * (place + 1) / places))) for i, share in enumerate(shares)]
+    return [point for share, left, right in bars for point in ((left, 0), (left, share), (right, share), (right, 0))]
+
+
+def distributions(tokenizer, rows, found):
+    z = {name: s.rollout.scores[s.rollout.reward_mask] for name, s in found.items()}
+    low, high = torch.cat([*z.values()]).aminmax()
+    low, high = (low.item(), high.item()) if high > low else (low.item() - 1, low.item() + 1)
+    lines = {"answers that are right": [f"{statistics.fmean(s.correct):.2f}" for s in found.values()],
+             "response tokens": [str(len(x)) for x in z.values()],
+             "mean Z": [f"{x.mean():.2f}" for x in z.values()], "standard deviation": [f"{x.std():.2f}" for x in z.values()]}  # fmt: skip
+    for kind, wanted in (("right", True), ("wrong", False)):
+        means = []
+        for s in found.values():
+            chosen = torch.tensor(s.correct) == wanted
+            scores = s.rollout.scores[chosen][s.rollout.reward_mask[chosen]]
+            means.append(f"{scores.mean():.2f}" if len(scores) else "–")
+        lines[f"mean Z, {kind} answers"] = means
+    chart = line_chart("share of the response tokens", "raw Z of a token", {name: histogram(x, low, high, i, len(z)) for i, (name, x) in enumerate(z.items())}, bars=True)
+    return (f"<p>{SAMPLED} held-out prompts, one sampled answer of each policy, every response token scored by the same Q-RM: where does its reward lie before RL "
+            "(sft) and after it?</p><div class='pair'>" + table("Rewards of sampled tokens", ["policy", *found], [[k, *v] for k, v in lines.items()]) + chart
+            + "</div><p class='note'>Better answers move the mass to the right. Mass that moves while the share of right answers does not is a reward model "
+            "being exploited; a rising mean Z of wrong answers can be that, or errors that come later in the answer.</p>")  # fmt: skip
+
+
+def one_update(run, name, sampled):
+    """What train.py would do next with these answers, with a fresh optimizer -> Z_std, V (or None), advantages, ratio, each (B, T)"""
+    cfg, policy, rollout, values = sampled.cfg, sampled.policy, sampled.rollout, None
+    optimizer = Optimizer(policy, policy.grid, cfg.lr, max_grad_norm=cfg.max_grad_norm)
+    if name == "ppo":
+        critic = load_model(ScalarModel, run / "ppo" / "critic", policy.grid)
+        with torch.no_grad():
+            values = state_values(critic, rollout.ids, rollout.response_mask)
+        weights, _ = ppo_advantages(rollout, values, cfg, policy.grid)
+        ppo_step(policy, critic, optimizer, Optimizer(critic, policy.grid, cfg.critic_lr), rollout, cfg, cfg.lr, cfg.critic_lr)
+    else:
+        weights = advantages(rollout, cfg, policy.grid)
+        reinforce_step(policy, optimizer, rollout, cfg, cfg.lr)
+    with torch.no_grad():
+        logprobs = token_logprobs(policy, rollout.ids, rollout.response_mask, cfg.temperature)[0]
+    return standardize(rollout.scores, rollout.reward_mask, cfg.standardize, policy.grid), values, weights, (logprobs - rollout.old_logprobs).exp()
+
+
+def inspector(run, tokenizer, rows, found):
+    """The answers of the last policy, token by token: reward, KL, V, advantage, and what the update makes of them."""
+    name = [*found][-1]
+    s, (z_std, values, weights, ratio) = found[name], one_update(run, name, found[name])
+    out = [f"<p>What one more update of {name} does with {SAMPLED} answers that it sampled: the first {EXAMPLES} right and wrong ones. Below each token: its standardised reward and its advantage. {HOW} "
+           "The ratio is the token's new probability over the old one after all updates of this rollout, with a fresh optimizer; a ratio that ran out of "
+           f"1 ± {s.cfg.clip:g} in the direction of its advantage is clipped by PPO.</p>{KEY}<div class='pair'>"]  # fmt: skip
+    for i in sorted((i for kind in (True, False) for i in [i for i, c in enumerate(s.correct) if c == kind][:EXAMPLES])):
+        pick = lambda x: x[i][s.rollout.response_mask[i]].tolist()
+        Z, Zs, A, R, KL = map(pick, (s.rollout.scores, z_std, weights, ratio, s.rollout.kl_k1))
+        V = pick(values) if values is not None else [None] * len(Z)
+        told = [f"reward Z {Z[t]:.2f}, standardised {Zs[t]:+.2f} · KL to sft {KL[t]:+.3f} nats (k1)" + f" · baseline V {V[t] or 0:+.2f}" * (V[t] is not None)
+                + f" · advantage {A[t]:+.2f} · ratio {R[t]:.3f}" + ", clipped" * (name == "ppo" and (R[t] - 1) * A[t] > s.cfg.clip * abs(A[t]))
+                for t in range(len(Z))]  # fmt: skip
+        error = data.error_places(tokenizer, rows[i]["prompt"], [data.Example([], s.answers[i])])[0]
+        verdict = "right" if s.correct[i] else "wrong"
+        out.append(f"<div><h3 class='prompt'>{escape(rows[i]['prompt'])}</h3>"
+                   + answer_html(f"{verdict} answer", texts(tokenizer, s.answers[i]), {"reward": Zs, "adv.": A}, told, error) + "</div>")  # fmt: skip
+    return "".join(out) + "</div>"
+
+
+# ------------------------------------------------------------------------------------------------ 4. learning curves
 
 
 CHARTS = (  # stages that share the quantity, x axis, key in metrics.jsonl, label with its unit, range where it is a share
@@ -293,7 +433,7 @@ def curves(stages):
     return "".join(out)
 
 
-# ------------------------------------------------------------------------------------------------ 4. how it was made
+# ------------------------------------------------------------------------------------------------ 6. how it was made
 
 
 def command(config):
@@ -311,9 +451,9 @@ def making(run, stages):
         details.append(f"<details><summary>{name}, torch {escape(str(stage.run.get('torch', '?')))}</summary><code>{escape(command(config))}</code></details>"
                        if len(config) > 1 else missing(f"the config of {name}: no run.json."))  # fmt: skip
     again = f"python train.py --stage eval --run {shlex.quote(str(run))}\npython classroom/report.py {shlex.quote(str(run))}"
-    return (table(["stage", "seed", "steps", "lr", "batch", "logged"], rows) + "<p>Curves are the lines of each stage's metrics.jsonl, made by these "
-            f"commands, in which every setting is resolved:</p>{''.join(details)}<p>The tables of section 1 are the eval.json files, and section 2 was "
-            f"computed for this page from {escape(run.name)}/rm and pairs-heldout.jsonl:</p><code>{escape(again)}</code>")  # fmt: skip
+    return (table("Settings of each stage", ["stage", "seed", "steps", "lr", "batch", "logged"], rows) + "<p>Curves are the lines of each stage's metrics.jsonl, made by these "
+            f"commands, in which every setting is resolved:</p>{''.join(details)}<p>The tables of section 1 are the eval.json files; sections 2, 3 and 5 "
+            f"were computed for this page from the models and pairs-heldout.jsonl in {escape(run.name)}:</p><code>{escape(again)}</code>")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ the page
@@ -322,40 +462,47 @@ STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #5b6470; --rule: #d5dae0;
   --blue: #0b62a8; --orange: #b45309; --pos: 90 165 235; --neg: 245 160 70 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e8ebef; --paper: #14171b; --soft: #a3adb8; --rule: #3a424c;
-  --blue: #6cb6ff; --orange: #ffa657; --pos: 30 105 185; --neg: 170 90 10 } }
-* { box-sizing: border-box }
-body { max-width: 1120px; margin: 0 auto; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
+  --blue: #6cb6ff; --orange: #ffa657; --pos: 30 105 185; --neg: 160 84 10 } }
+* { box-sizing: border-box } html { scroll-padding-bottom: 7rem }
+body { max-width: 1120px; margin: 0 auto; padding: 1rem 1rem 7rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); overflow-wrap: anywhere }
 h1 { font-size: 1.6rem; line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--rule) }
-.note, .missing, .answer > p { color: var(--soft); font-size: .9rem } .answer > p { margin: 0 0 .3rem }
+a { color: var(--blue) } nav ul { padding: 0; list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem } nav a { display: block; padding: .2rem 0 }
+.note, .missing, .answer > p { color: var(--soft); font-size: .9rem } .answer > p { flex-basis: 100%; margin: 0 }
 .missing { border-left: 4px solid var(--rule); padding-left: .6rem }
 .wide { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; overflow-wrap: normal }
+caption { text-align: left; font-weight: 600; font-size: .9rem } th { font-size: .95rem }
 th, td { padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule) }
-@media (max-width: 480px) { th, td { padding-right: .35rem } }
-td { font-variant-numeric: tabular-nums } th small { font-weight: 400; color: var(--soft) } small { font-size: .8rem } td small { white-space: nowrap }
+@media (max-width: 480px) { th, td { padding-right: .35rem; font-size: .85rem } .line { --token: 2.4rem } }
+td { font-variant-numeric: tabular-nums } th small { font-weight: 400 } th small, td small { color: var(--soft) } small { font-size: .8rem } td small { white-space: nowrap }
 .charts, .pair { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 1.2rem }
-.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) }
+.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)) } .pair > * { min-width: 0 }
 svg { width: 100%; max-width: 480px; font: 12px system-ui, sans-serif; fill: currentColor } .title { font-weight: 600; font-size: 13px }
-polyline, .line0, .line1 { fill: none; stroke-width: 2 } .line0 { stroke: var(--blue) } .line1 { stroke: var(--orange); stroke-dasharray: 6 3 }
-.dot0 { fill: var(--blue) } .dot1 { fill: var(--orange) } .grid { stroke: var(--rule) } .level { stroke: var(--soft); stroke-dasharray: 2 3 }
-.faint { opacity: .35; stroke-width: 1 } article { margin: 1.2rem 0; border-top: 1px solid var(--rule) } .prompt { font-weight: 600; unicode-bidi: isolate }
-.row { display: flex; flex-wrap: wrap; gap: 3px; margin-bottom: 3px } .key { align-items: center; gap: .4rem }
-.token { display: inline-flex; flex-direction: column; align-items: center; min-width: 2.5rem; padding: 1px 4px; border-radius: 4px;
-  font: 1rem/1.3 ui-monospace, monospace; white-space: pre; unicode-bidi: isolate }
-.token small { font: .75rem system-ui, sans-serif } .pos { background: rgb(var(--pos) / var(--a)) } .neg { background: rgb(var(--neg) / var(--a)) }
-.wrong { outline: 3px solid var(--ink) } .wrong > span { text-decoration: underline 2px } .token:focus-visible { outline: 3px dashed var(--ink) }
-.token:focus::after { content: attr(title); position: fixed; inset: auto 0 0 0; z-index: 1; padding: .6rem 1rem;
-  background: var(--ink); color: var(--paper); white-space: pre-wrap }
+polyline, .line0, .line1, .line2 { fill: none; stroke-width: 2 } .line0 { stroke: var(--blue) } .line1 { stroke: var(--orange); stroke-dasharray: 6 3 }
+.line2 { stroke: var(--ink); stroke-dasharray: 2 2 } .dot0 { fill: var(--blue) } .dot1 { fill: var(--orange) } .dot2 { fill: var(--ink) }
+.bar.bar { fill-opacity: .75; stroke: none } .bar.line0 { fill: var(--blue) } .bar.line1 { fill: var(--orange) } .bar.line2 { fill: var(--ink) }
+.grid { stroke: var(--rule) } .level { stroke: var(--soft); stroke-dasharray: 2 3 } .faint { opacity: .35; stroke-width: 1 }
+.prompt { margin: 1.2rem 0 .4rem; padding-top: .6rem; border-top: 1px solid var(--rule); font-size: 1rem; unicode-bidi: isolate }
+.answer { display: flex; flex-wrap: wrap; gap: .5rem .9rem; align-content: start } .line { display: flex; flex-wrap: wrap; gap: 2px }
+.names, .token { display: inline-flex; flex-direction: column; min-width: var(--token, 2rem); text-align: center; border-radius: 4px } .names { text-align: right; margin-right: 3px }
+.token b, .names b { min-height: 1.3rem; padding: 0 2px; font: 1rem/1.3 ui-monospace, monospace; white-space: pre; unicode-bidi: isolate }
+.token small, .names small { font-size: .72rem; line-height: 1.15rem; font-variant-numeric: tabular-nums } .names small { color: var(--soft) }
+.pos { background: rgb(var(--pos) / var(--a)) } .neg { background: rgb(var(--neg) / var(--a)) }
+.wrong { outline: 2px solid var(--ink) } .wrong > b { text-decoration: underline 2px; font-weight: 700 } .token:focus-visible { outline: 3px dashed var(--ink) }
+.token:is(:hover, :focus)::after { content: attr(aria-label); position: fixed; inset: auto 0 0 0; z-index: 1; padding: .6rem 1rem;
+  background: var(--ink); color: var(--paper); text-align: left; white-space: pre-wrap } .token:hover::after { z-index: 2 }
+.key { display: flex; flex-wrap: wrap; gap: .4rem; align-items: center } .key small { padding: 0 .4rem; border-radius: 3px } .key .wrong { padding: 0 .3rem }
 code { display: block; white-space: pre-wrap; font-size: .85rem; margin: .4rem 0 } summary { cursor: pointer; padding: .3rem 0 }
 """
 
-# One Tab stop an answer; the arrow keys go from token to token.
+# One Tab stop an answer; the arrow keys go from token to token, Escape leaves it.
 SCRIPT = """
 for (const answer of document.querySelectorAll('.answer')) {
   const tokens = [...answer.querySelectorAll('.token')], focus = i => tokens.forEach((token, j) => token.tabIndex = i == j ? 0 : -1);
   focus(0);
   tokens.forEach((token, i) => token.onkeydown = event => {
     const next = i + ({ArrowRight: 1, ArrowLeft: -1}[event.key] || 0);
+    if (event.key == 'Escape') token.blur();
     if (next != i && tokens[next]) { event.preventDefault(); focus(next); tokens[next].focus(); }
   });
 }
@@ -369,13 +516,22 @@ def write_report(run_dir):
         raise data.BadInput(f"{run}: no such directory; expected what was --run of train.py")
     stages = {name: read_stage(run / name) for name in ("sft", "rm", "reinforce", "ppo")}
     judges = {"rm": stages["rm"]} | {path.name: read_stage(path) for path in sorted(run.glob("rm-*")) if path.suffix == ""}
-    sections = (("1. Before and after", headline(stages, judges)), ("2. Token credit", credit(run)),
-                ("3. Learning curves", curves(stages)), ("4. How each figure was made", making(run, stages)))  # fmt: skip
+    samples = functools.cache(lambda: sample(run, stages))
+    sections = {
+        "Before and after": headline(stages, judges),
+        "Token credit": attempt("token credit, which needs the reward model and pairs-heldout.jsonl of the built-in task", lambda: credit(run)),
+        "Rewards before and after RL": attempt("the rewards of sampled tokens, which need sft, rm, and reinforce or ppo", lambda: distributions(*samples())),
+        "Learning curves": curves(stages),
+        "One update, token by token": attempt("the update, which needs sft, rm, and reinforce or ppo", lambda: inspector(run, *samples())),
+        "How each figure was made": making(run, stages),
+    }
+    links = "".join(f"<li><a href='#s{i}'>{i}. {title}</a></li>" for i, title in enumerate(sections, 1))
+    body = "".join(f"<section aria-labelledby='s{i}'><h2 id='s{i}'>{i}. {title}</h2>{html}</section>" for i, (title, html) in enumerate(sections.items(), 1))
     page = ("<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
             "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-            f"<title>Q-RM report: {escape(run.name)}</title><style>{STYLE}</style></head><body><h1>Q-RM: token rewards learned from pairs of answers</h1>"
+            f"<title>Q-RM report: {escape(run.name)}</title><style>{STYLE}</style></head><body><header><h1>Q-RM: token rewards learned from pairs of answers</h1>"
             "<p>A small policy answers word problems, a reward model learns from pairs of its right and wrong answers what each token is worth (Z), "
-            f"and REINFORCE and PPO train the policy on that alone.</p>{''.join(f'<h2>{title}</h2>{html}' for title, html in sections)}"
+            f"and REINFORCE and PPO train the policy on that alone.</p><nav aria-label='Contents'><ul>{links}</ul></nav></header><main>{body}</main>"
             f"<script>{SCRIPT}</script></body></html>\n")  # fmt: skip
     path, temporary = run / "report.html", run / "report.html.partial"
     temporary.write_text(page, encoding="utf-8", errors="replace")

@@ -1,6 +1,7 @@
 """The study: which token rewards help, by how much, and which of the disputed choices matter.
 
     python classroom/study.py [--minutes 40] [--seeds 5] [--out runs/study] [--fast | --quick]
+    python classroom/study.py --curves runs/arith       PPO on that run's reward model, healthy and with three mistakes: <out>/curves.png
 
     per seed   sft ─► pairs (train | validation | test) ─► reward models ─► REINFORCE and PPO ─► curves, tables, figure
 
@@ -22,14 +23,16 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import qrm
 import train
-from model import LanguageModel, ScalarModel, load_model, save_model
+from model import LanguageModel, ScalarModel, at_states, in_place, load_model, save_model
 from parallel import Grid
 from theory import theory_table
 
@@ -418,6 +421,53 @@ def draw(path, arms, disputed):
     plt.close(figure)
 
 
+# ------------------------------------------------------------------------------------------------ what mistakes look like
+
+
+def scores_one_late(reward_model, ids, response_mask):
+    """The mistake: Z is read where the state ends, so that every token gets the score of the token before it."""
+    return in_place(response_mask, reward_model.scalars(at_states(reward_model, ids, response_mask)))
+
+
+CURVES = {  # {name: (flags, how Z is read, line)}
+    "healthy": ({}, qrm.response_scores, dict(color="k", lw=2.5)),
+    "learning rate x 10": ({"lr": 1e-3}, qrm.response_scores, dict(color="#d55e00", ls="--")),
+    "no KL penalty": ({"kl_coef": 0.0}, qrm.response_scores, dict(color="#0072b2", ls="-.")),
+    "rewards one token late": ({}, scores_one_late, dict(color="#aa4499", ls=":", lw=2)),
+}
+METRICS = {"pass@1": "greedy pass@1, held-out", "reward": "reward: mean raw Z", "kl_k1": "kl_k1 (nats per token)", "kl_k3": "kl_k3 (nats per token)",
+           "entropy": "entropy (nats per token)", "response_length": "response_length (tokens)", "ratio_max": "ratio_max", "clip_frac": "clip_frac (share)",
+           "value_loss": "value_loss", "explained_variance": "explained_variance", "grad_norm": "grad_norm", "loss": "loss"}  # fmt: skip
+
+
+def draw_curves(out, run, **flags):
+    """PPO as it should be and with three mistakes, on the policy and the reward model in `run`; a run that is there is kept."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from PIL import Image  # comes with matplotlib
+
+    figure, axes = plt.subplots(3, 4, figsize=(13, 7.5), sharex=True)
+    for name, (changed, scores, style) in CURVES.items():
+        directory = Path(out) / name.replace(" ", "-")
+        if not directory.exists():
+            with mock.patch.object(qrm, "response_scores", scores):
+                call("ppo", run=run, out=directory, **flags, **changed)
+        for axis, key in zip(axes.flat, METRICS):
+            points = [(row["trajectories"], row[key]) for row in read_lines(directory / "metrics.jsonl") if key in row]
+            axis.plot(*zip(*points), label=name, **style)
+    for axis, (key, title) in zip(axes.flat, METRICS.items()):
+        axis.set_title(title, fontsize=10)
+        axis.set(yscale="log" if key == "ratio_max" else "linear", xlabel="sampled trajectories" if axis in axes[-1] else None)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    path = Path(out) / "curves.png"
+    figure.savefig(path, dpi=85)
+    Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a quarter of the bytes
+    plt.close(figure)
+    return path
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -442,7 +492,10 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/study")
     parser.add_argument("--fast", action="store_true", help="PPO with the oracles, Q-RM and ORM only, at one untuned learning rate")
     parser.add_argument("--quick", action="store_true", help="every path with tiny settings: a test, not a result")
+    parser.add_argument("--curves", metavar="RUN", help="only the figure of healthy and unhealthy learning curves, from this run of train.py")
     args = parser.parse_args(argv)
+    if args.curves:
+        return print(draw_curves(args.out, args.curves, steps=32, eval_every=2))
     full = FAST if args.fast else FULL
     plan = QUICK if args.quick else dataclasses.replace(full, seeds=args.seeds, few=min(full.few, args.seeds), task=args.task)
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:

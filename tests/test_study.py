@@ -5,10 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import near, random_model
+
+from data import arith_tokenizer
+from model import LanguageModel, ModelConfig, ScalarModel, save_model
+from qrm import token_scores
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
-from study import best_lr, reach, reached  # noqa: E402
+from study import METRICS, best_lr, draw_curves, reach, reached, scores_one_late  # noqa: E402
 
 
 def study(out, *flags):
@@ -39,3 +45,26 @@ def test_trajectories_to_a_target():
 
 def test_best_learning_rate():
     assert best_lr({1e-4: 0.5, 3e-5: 0.5, 3e-4: 0.4}) == 3e-5 and best_lr({1e-4: 0.5, 3e-5: None}) is None
+
+
+def test_curves_are_runs_with_the_mistake_in_them(tmp_path):
+    """All start from one rollout: the rates and the KL weight are those named, and the late rewards are the neighbours' scores."""
+    tokenizer, sizes = arith_tokenizer(), ModelConfig(arith_tokenizer().vocab_size, 16, 32, 1, 2, 1, 8)
+    for name, kind in (("sft", LanguageModel), ("rm", ScalarModel)):
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name)
+        save_model(random_model(kind, sizes), tmp_path / name)
+    flags = dict(steps=1, batch_size=8, minibatch=8, limit=4, max_new_tokens=8, eval_every=1)
+    assert draw_curves(tmp_path / "out", tmp_path, **flags) == tmp_path / "out" / "curves.png"
+    found = {path.name: (json.loads((path / "metrics.jsonl").read_text()), json.loads((path / "run.json").read_text())["config"])
+             for path in (tmp_path / "out").iterdir() if path.is_dir()}  # fmt: skip
+    rows = {name: row for name, (row, _) in found.items()}
+    assert {name: (row["lr"], config["kl_coef"]) for name, (row, config) in found.items()} == {
+        "healthy": (1e-4, 0.2), "learning-rate-x-10": (1e-3, 0.2), "no-KL-penalty": (1e-4, 0.0), "rewards-one-token-late": (1e-4, 0.2)}  # fmt: skip
+    assert rows["healthy"]["reward"] == rows["learning-rate-x-10"]["reward"] == rows["no-KL-penalty"]["reward"] != rows["rewards-one-token-late"]["reward"]
+    assert set(METRICS) <= rows["healthy"].keys() and (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    model, ids, mask = random_model(ScalarModel, sizes), torch.arange(12)[None], torch.tensor([[False] * 3 + [True] * 8])
+    near(scores_one_late(model, ids, mask)[:, 3:], token_scores(model, ids)[:, 2:-1])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.jsonl")}
+    draw_curves(tmp_path / "out", tmp_path, **flags)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.jsonl")}  # what is there is kept

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -383,6 +384,28 @@ def test_score_of_the_built_in_task(built, command, tmp_path):
     run = shutil.copytree(built, tmp_path / "run")
     assert command("--stage", "score", "--run", run)[0] == 0
     assert {"prompt", "response", "prompt_ids", "ids", "tokens", "scores"} == rows_of(run / "score.jsonl")[0].keys()
+
+
+def test_score_shows_coloured_tokens(built, command, tmp_path, monkeypatch):
+    """Colours only on a terminal and without NO_COLOR; standardised over all answers; the first wrong token, found by hand, is underlined."""
+    rows = [{"question": "Tom has 2 pens. Tom buys 3. How many?\n", "response": "2-3=5\n#### 5"}, {"prompt": "Ann has 1 pens. Ann buys 2. How many?\n", "response": "1+2=3\n#### 3"}]
+    words = ["--stage", "score", "--model", built / "rm", "--data", write_jsonl(tmp_path / "r.jsonl", rows), "--out", tmp_path / "s.jsonl"]
+    assert "Ann has" not in command(*words, "--task", "arith")[1]  # without --show
+    plain = command(*words, "--task", "arith", "--show")[1]
+    shown = [token.rsplit("[", 1) for line in plain.splitlines() for token in line.split("] ")[:-1] if "[+" in line or "[-" in line]
+    assert [text for text, _ in shown] == ["2", "✗-", "3", "=", "5", "↵", "####", " 5", "<|end_of_text|>", *"1+2=3↵", "####", " 3", "<|end_of_text|>"]
+    z = torch.tensor([x for row in rows_of(tmp_path / "s.jsonl") for x in row["scores"]])
+    assert [float(number) for _, number in shown] == pytest.approx(((z - z.mean()) / z.std(correction=0)).tolist(), abs=0.051)
+    assert "✗" not in command(*words, "--show")[1]  # a task that does not know
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "\x1b[" not in command(*words, "--task", "arith")[1]
+    coloured = command(*words, "--task", "arith", "--show")[1]
+    assert coloured.count("\x1b[1;4;") == 1 and re.search(r"\x1b\[1;4;38;5;16;48;5;\d+m-\x1b\[0m", coloured)
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\n")[2:5] == ["<|begin_of_text|>Tom has 2 pens. Tom buys 3. How many?", "2-3=5↵", "#### 5<|end_of_text|>"]
+    hostile = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p\x1b[2J", "response": "\x1b[2J"}])
+    assert "\x1b[2J" not in command("--stage", "score", "--model", built / "rm", "--data", hostile, "--out", tmp_path / "h.jsonl", "--show")[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert command(*words, "--task", "arith", "--show")[1] == plain
 
 
 def test_grade(command, tmp_path):
