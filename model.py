@@ -279,18 +279,17 @@ class KVCache:
 
     def attend(self, layer, q, k, v):
         """One new token a slot: stores its k, v and attends to the slot's own past. q (1, B, H/tp, E), k, v (1, B, K/tp, E)"""
-        rows, columns = torch.arange(q.shape[1], device=q.device), self.columns
-        self.keys[layer, rows, :, self.lengths] = k[0]
-        self.values[layer, rows, :, self.lengths] = v[0]
-        grouped = q[0].unflatten(1, (k.shape[2], -1))  # (B, K/tp, H/K, E): the queries of a kv head side by side
-        y = F.scaled_dot_product_attention(grouped, self.keys[layer, :, :, :columns], self.values[layer, :, :, :columns],
-                                           attn_mask=self.seen)  # fmt: skip
-        return y.view(q.shape)
+        keys, values = self.keys[layer], self.values[layer]  # (B, K/tp, S, E)
+        keys.view(-1, keys.shape[-1])[self.places], values.view(-1, keys.shape[-1])[self.places] = k[0].flatten(0, 1), v[0].flatten(0, 1)
+        grouped, n = q[0].unflatten(1, (k.shape[2], -1)), self.seen.shape[-1]  # (B, K/tp, H/K, E): a kv head's queries side by side
+        return F.scaled_dot_product_attention(grouped, keys[:, :, :n], values[:, :, :n], attn_mask=self.seen).view(q.shape)
 
     def step(self, model, tokens):
         """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream"""
-        self.columns = int(self.lengths.max()) + 1
-        self.seen = (torch.arange(self.columns, device=tokens.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, S)
+        _, _, heads, columns, _ = self.keys.shape
+        self.places = ((torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads) * columns) + self.lengths[:, None]).flatten()
+        unseen = torch.arange(int(self.lengths.max()) + 1, device=tokens.device) > self.lengths[:, None]  # (B, S)
+        self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
         return model(tokens[None], self.lengths[None], self.attend)[0]
 
 
