@@ -473,15 +473,16 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature, vocab_size, grid, rows):
         start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
         mine, places = (targets >= start) & (targets < stop), (targets - start).clamp(0, stop - start - 1)
-        out = []
-        for chunk, place, own in zip(x.split(rows), places.split(rows), mine.split(rows)):
-            l = F.linear(chunk, weight).float().div_(temperature)  # (rows, V/tp)
+
+        def some(x, place, own):
+            l = F.linear(x, weight).float().div_(temperature)  # (rows, V/tp)
             top = all_reduce(l.amax(-1), grid.tp_group, dist.ReduceOp.MAX)
             l -= top[:, None]
             picked, p = l.gather(-1, place[:, None])[:, 0] * own, l.exp()
             total, weighted, picked = all_reduce(torch.stack([p.sum(-1), l.mul_(p).sum(-1), picked]), grid.tp_group)
-            out.append(torch.stack([picked - total.log(), total.log() - weighted / total, top + total.log()]))
-        logprobs, entropy, log_sum = torch.cat(out, 1)  # (n,) each
+            return torch.stack([picked - total.log(), total.log() - weighted / total, top + total.log()])
+
+        logprobs, entropy, log_sum = torch.cat(list(map(some, x.split(rows), places.split(rows), mine.split(rows))), 1)  # (n,) each
         ctx.save_for_backward(x, weight, places, mine, log_sum)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropy)
@@ -493,13 +494,13 @@ class _TokenLogprobs(torch.autograd.Function):
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, len(x), ctx.rows):  # d logprob / d l_v = [v is the target] - softmax(l)_v
             part = slice(i, i + ctx.rows)
-            l = F.linear(x[part], weight).float().div_(ctx.temperature)
-            g = l.sub_(log_sum[part, None]).exp_().neg_()
-            g.scatter_add_(1, places[part, None], mine[part, None].to(g.dtype))
-            g = g.mul_(grad[part, None] / ctx.temperature).to(x.dtype)
+            g = F.linear(x[part], weight).float().div_(ctx.temperature).sub_(log_sum[part, None]).exp_()
+            scale = grad[part, None] / ctx.temperature
+            g = g.mul_(-scale).scatter_add_(1, places[part, None], scale * mine[part, None]).to(x.dtype)
             dx[part] = g @ weight
             if dw is not None:
-                dw += g.T @ x[part]
+                dw.addmm_(g.T, x[part]) if g.dtype == dw.dtype else dw.add_(g.T @ x[part])
+            del g  # before the next one is made
         return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None, None
 
 
@@ -508,12 +509,12 @@ def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
 
     ids (B, T+1) int64, response_mask (B, T) bool -> logprobs, entropy: (B, T) fp32, 0 outside the mask.
     The entropy carries no gradient. Scores are taken at the temperature that the tokens were sampled at.
-    `rows` tokens at a time are compared with the vocabulary; 0 takes as many as make 8 M logits. The plain way is
+    `rows` tokens at a time are compared with the vocabulary; 0 takes as many as make 12 M logits. The plain way is
     response_log_softmax(...).gather(targets): with 128,256 words and 2,048 tokens 2 GB more.
     """
     x, targets = copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid), ids[:, 1:][response_mask]
     weight = policy.head_weight
-    rows = rows or max(1, 2**23 // len(weight))
+    rows = rows or max(1, 3 * 2**22 // len(weight))
     logprobs, entropy = _TokenLogprobs.apply(x, weight, targets, temperature, policy.cfg.vocab_size, policy.grid, rows)
     return in_place(response_mask, logprobs), in_place(response_mask, entropy)
 
@@ -530,7 +531,7 @@ def response_log_softmax(policy, ids, response_mask, temperature=1.0):
 @torch.no_grad()
 def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
     """KL(pi || ref) at every state, summed over the vocabulary: (B, T+1), (B, T) -> (B, T) nats, 0 outside the mask"""
-    states = [at_states(model, ids, response_mask).split(max(1, 2**23 // len(policy.head_weight))) for model in (policy, reference)]
+    states = [at_states(model, ids, response_mask).split(max(1, 3 * 2**22 // len(policy.head_weight))) for model in (policy, reference)]
     out = []
     for xs in zip(*states):
         log_pi, log_ref = (vocab_log_softmax(m.logits(x).float() / temperature, m.grid) for m, x in zip((policy, reference), xs))

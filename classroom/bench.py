@@ -145,7 +145,9 @@ def bench_head(size, dtype, rounds, device):
 
 def bench_logprobs(rounds, device, n=2048, vocab=128_256):
     """Log-probabilities of n tokens from hidden states, forward and backward."""
-    policy = init_weights(build_model(LanguageModel, dataclasses.replace(CONFIG, vocab_size=vocab, num_hidden_layers=0), Grid(device)), 0)
+    cfg = dataclasses.replace(CONFIG, vocab_size=vocab, num_hidden_layers=0, tie_word_embeddings=False)
+    policy = init_weights(build_model(LanguageModel, cfg, Grid(device)), 0)
+    policy.model.embed_tokens.weight.requires_grad_(False)  # only what the head costs
     ids = torch.randint(vocab, (1, n + 1), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones(1, n, dtype=torch.bool, device=device)
 

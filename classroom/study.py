@@ -240,9 +240,9 @@ def part_policies(study, task, seeds):
     return {seed: r for seed, job in jobs.items() if (r := study.result(job)) is not None}
 
 
-def part_reward_models(study, starts):
+def part_reward_models(study, starts, kinds):
     """-> {reward: lr}, {reward: [test metrics of each seed]}"""
-    lrs, kinds = study.plan.rm_lrs, [r for r in REWARDS if r not in GRADED and r in {r for _, r in study.plan.arms}]
+    lrs = study.plan.rm_lrs
     for kind in ("pairs", "untrained"):
         study.run(kind, [study.job(kind, seed) for seed in starts])
     ready = [seed for seed in starts if study.result(study.job("pairs", seed))]
@@ -506,9 +506,12 @@ def main(argv=None):
         for task in TASKS.keys() - {plan.task} if plan.few and not args.quick else ():
             others = part_policies(study, task, plan.few)
             ceilings.append((task, *part_rl(study, others, {}, [("ppo", r) for r in GRADED], task), GRADED))
-        rm_lrs, metrics = part_reward_models(study, starts)
-        rl_lrs, arms = part_rl(study, starts, rm_lrs, plan.arms)
-        disputed = part_disputed(study, starts, rm_lrs, rl_lrs)
+        trained, rm_lrs, metrics = {r for _, r in plan.arms} - {*GRADED}, {}, {}
+        for kinds in ([r for r in REWARDS if r in trained - {*FEW}], [r for r in REWARDS if r in trained & {*FEW}]):  # what matters most comes first
+            for found, new in zip((rm_lrs, metrics), part_reward_models(study, starts, kinds)):
+                found |= new
+            rl_lrs, arms = part_rl(study, starts, rm_lrs, [(a, r) for a, r in plan.arms if r in GRADED or r in rm_lrs])
+            disputed = part_disputed(study, starts, rm_lrs, rl_lrs)
     tables = [rl_table(study, "0. The ceiling: exact token rewards against the exact outcome", "outcome", [(plan.task, rl_lrs, arms, GRADED), *ceilings]),
               reward_model_table(study, rm_lrs, metrics),
               rl_table(study, "2. Algorithms and rewards", "orm", [(plan.task, rl_lrs, arms, REWARDS)]),
