@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from parallel import (ColumnLinear, KeyValueLinear, LoRALinear, RowLinear, VocabEmbedding, all_reduce, check_divisible,  # fmt: skip
-                      copy_to_tp, gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum)
+                      copy_to_tp, gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum,
+                      write_atomically)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -745,13 +745,14 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
             tensors["score.bias"] = torch.zeros(1, dtype=tensors["score.weight"].dtype)
         weight_map |= dict.fromkeys(tensors, file)
         if grid.is_main:
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+            write_atomically(directory / file, tensors)
     if grid.is_main:
+        index = directory / "model.safetensors.index.json"
+        index.unlink(missing_ok=True)  # an older one would go before the new file
         if len(plan) > 1:
-            index = {"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+            write_atomically(index, json.dumps({"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}, indent=1))
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1), encoding="utf-8")
+        write_atomically(directory / "config.json", json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1))
 
 
 @torch.no_grad()
@@ -769,6 +770,5 @@ def save_adapter(model, directory, base):
     if is_score:
         tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
     if model.grid.is_main:
-        directory.mkdir()
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        (directory / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_atomically(directory / "adapter_model.safetensors", tensors)
+        write_atomically(directory / "adapter_config.json", json.dumps(config, indent=1))

@@ -1,0 +1,290 @@
+"""What users of such trainers have suffered from, made impossible: each promise of the README's table has its test here.
+
+A tiny random model stands in for a trained one, so that a command of six steps takes a tenth of a second; long versions are `slow`.
+"""
+
+import ast
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import data
+import parallel
+import train
+from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, save_model
+from parallel import Grid, Optimizer, Workdir
+
+REPOSITORY = Path(__file__).parents[1]
+STAGES = ("sft", "rm", "reinforce", "ppo")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """One process, one thread, whatever the environment says."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda n: None)
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def base(alone, tmp_path_factory):
+    """policy/, rm/ and rows.jsonl, whose rows serve every stage: prompts of the built-in task, right and wrong answers, labels."""
+    directory, tokenizer = tmp_path_factory.mktemp("base"), data.arith_tokenizer()
+    cfg = ModelConfig(tokenizer.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+                      num_key_value_heads=2, head_dim=4)  # fmt: skip
+    for name, kind in (("policy", LanguageModel), ("rm", ScalarModel)):
+        model = init_weights(build_model(kind, cfg, Grid()), seed=0)
+        if kind is ScalarModel:
+            model.score.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        tokenizer.save(directory / name), save_model(model, directory / name)
+    rows = data.arith_rows("train", 12, 0)
+    write_jsonl(directory / "rows.jsonl", [{"prompt": r["prompt"], "response": r["response"], "chosen": r["solution"], "rejected": f"#### {9 - int(r['label'])}0",
+                                            "label": r["label"]} for r in rows])  # fmt: skip
+    return directory
+
+
+def words(stage, base, out, *more):
+    """A command of six steps with checkpoints at 3 and 6; RL has two updates a step (PPO: of two models)."""
+    rl = ["--reward_model", base / "rm", "--minibatch", 2, "--max_new_tokens", 6, "--limit", 2, "--kl_coef", 0.1] if stage in STAGES[2:] else []
+    return ["--stage", stage, "--model", base / "policy", "--data", base / "rows.jsonl", "--out", out, "--steps", 6, "--save_every", 3,
+            "--batch_size", 4, "--lr", 1e-2, *rl, *more]  # fmt: skip
+
+
+@pytest.fixture
+def command(capsys):
+    """command(*words) -> exit status, stdout, stderr"""
+
+    def call(*given):
+        capsys.readouterr()
+        status = train.main([*map(str, given), "--device", "cpu"])
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def result(directory):
+    """Every weight and every figure but the timings, and the names of all files: equal means the same run, bit for bit."""
+    rows = [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows_of(directory / "metrics.jsonl")]
+    files = {str(p.relative_to(directory)): p.read_bytes() if p.suffix == ".safetensors" else b"" for p in directory.rglob("*") if p.is_file()}
+    return {"metrics": rows, "files": files}
+
+
+@pytest.fixture(scope="module")
+def straight(base, tmp_path_factory):
+    """stage -> the result of its uninterrupted run"""
+    made = {}
+
+    def run(stage):
+        if stage not in made:
+            out = tmp_path_factory.mktemp("straight") / "out"
+            assert train.main([*map(str, words(stage, base, out)), "--device", "cpu"]) == 0
+            made[stage] = result(out)
+            assert [row["step"] for row in made[stage]["metrics"]] == list(range(6))
+        return made[stage]
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ killed anywhere
+
+
+def kill_points(stage, base, directory, into):
+    """Runs a stage over an older result, and copies its directory before every call that flushes, names, renames or deletes something:
+    each copy is what kill -9 at that moment leaves. In every other one the file being written is cut in half. -> the copies"""
+    out, points = directory / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def copied_before(function):
+            def call(*args, **kwargs):
+                with pytest.MonkeyPatch.context() as inside:
+                    for name, f in real.items():
+                        inside.setattr(os, name, f)
+                    points.append(shutil.copytree(directory, into / str(len(points))))
+                    for path in points[-1].rglob("*.partial") if len(points) % 2 else ():
+                        if path.is_file():
+                            os.truncate(path, path.stat().st_size // 2)
+                return function(*args, **kwargs)
+
+            return call
+
+        assert train.main([*map(str, words(stage, base, out, "--seed", 1, "--steps", 1)), "--device", "cpu"]) == 0
+        real = {name: getattr(os, name) for name in ("fsync", "mkdir", "rename", "replace", "rmdir", "unlink")}
+        for name, function in real.items():
+            patch.setattr(os, name, copied_before(function))
+        assert train.main([*map(str, words(stage, base, out)), "--device", "cpu"]) == 0
+    return points
+
+
+def survives(point, home, stage, base, command, expected, older):
+    """A result is whole before anything runs again; --resume goes on from the last checkpoint and ends with the uninterrupted run's result."""
+    shutil.rmtree(home)
+    point.rename(home)
+    out, state = home / "out", home / "out.partial/state/state.json"
+
+    def whole(directory, which):
+        files = result(directory)["files"]
+        return result(directory)["metrics"] == which["metrics"] and files | which["files"] == files
+
+    assert whole(out, older) or whole(out, expected) if out.exists() else whole(home / "out.old", older) and whole(home / "out.partial", expected)
+    step = json.loads(state.read_text())["step"] if state.exists() and out.exists() else 0
+    status, printed, _ = command(*words(stage, base, out), "--resume")
+    assert status == 0 and ("starting anew" in printed) == (step == 0) and [f"step {i}  " in printed for i in range(6)] == [i >= step for i in range(6)]
+    assert result(out) == expected and [p.name for p in home.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("stage, every", [("rm", 2), *((stage, 25) for stage in ("sft", "reinforce", "ppo")),
+                                          *(pytest.param(stage, 1, marks=pytest.mark.slow) for stage in STAGES)])  # fmt: skip
+def test_a_kill_at_any_moment_loses_nothing(base, straight, command, tmp_path, stage, every, record_property):
+    expected, into = straight(stage), tmp_path / "points"
+    (tmp_path / "run").mkdir(), into.mkdir()
+    points = kill_points(stage, base, tmp_path / "run", into)
+    assert result(tmp_path / "run/out") == expected and len(points) > 60
+    older = result(points[0] / "out")
+    chosen = points[random.Random(stage).randrange(every) :: every]
+    for point in chosen:
+        survives(point, tmp_path / "run", stage, base, command, expected, older)
+    record_property("kills", len(chosen))
+
+
+@pytest.mark.parametrize("stage, nth", [("ppo", 7), *(pytest.param(stage, nth, marks=pytest.mark.slow) for stage in STAGES for nth in (3, 8, 12, 17))])
+def test_kill_9(base, straight, command, tmp_path, stage, nth):
+    """A real one, at the nth file that is to be renamed."""
+    program = (f"import os, signal, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nreplace, left = os.replace, [{nth}]\n"
+               "def cut_off(*names):\n    left[0] -= 1\n    os.kill(os.getpid(), signal.SIGKILL) if not left[0] else replace(*names)\n"
+               "os.replace = cut_off\nimport train\nsys.exit(train.main())\n")  # fmt: skip
+    given = [*map(str, words(stage, base, tmp_path / "out")), "--device", "cpu"]
+    process = subprocess.run([sys.executable, "-c", program, *given], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, timeout=120)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "out").exists(), process.stderr
+    status, printed, _ = command(*given[:-2], "--resume")
+    assert status == 0 and result(tmp_path / "out") == straight(stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_sigterm_saves(base, straight, command, tmp_path, monkeypatch, stage):
+    """In the middle of an update, and Ctrl-C in the next run: nothing is lost in either."""
+    step, seen, expected = Optimizer.step, [0], straight(stage)
+
+    def interrupted(self, *args):
+        seen[0] += 1
+        if seen[0] in (3, 7):
+            signal.raise_signal(signal.SIGTERM if seen[0] == 3 else signal.SIGINT)
+        return step(self, *args)
+
+    monkeypatch.setattr(Optimizer, "step", interrupted)
+    given = words(stage, base, tmp_path / "out")
+    status, _, err = command(*given)
+    assert status == 130 and err.count("\n") == 1 and (tmp_path / "out.partial/state/state.json").exists()
+    while status == 130:
+        status, printed, _ = command(*given, "--resume")
+        assert "starting anew" not in printed
+    assert result(tmp_path / "out") == expected
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize("what, error", [("save_file", SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")),
+                                         ("save_file", FULL), ("replace", READ_ONLY), ("fsync", FULL), ("open", FULL), ("open", READ_ONLY)])  # fmt: skip
+def test_a_full_disk_leaves_the_last_good_checkpoint(base, straight, command, tmp_path, what, error):
+    """Nothing can be written once the fourth step is logged: whatever fails first, the checkpoint of step 3 is still there."""
+    given, log = words("rm", base, tmp_path / "out"), Workdir.log
+    home = {"save_file": parallel, "open": parallel}.get(what, os)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Workdir, "log", lambda self, row: (log(self, row), row["step"] == 3 and patch.setattr(home, what, fail, raising=False)))
+        status, _, err = command(*given)
+    assert status == 2 and err.count("\n") == 1 and str(tmp_path / "out") in err and getattr(error, "strerror", "No space left") in err
+    assert json.loads((tmp_path / "out.partial/state/state.json").read_text())["step"] == 3 and not (tmp_path / "out").exists()
+    status, printed, _ = command(*given, "--resume")
+    assert status == 0 and "step 3  " in printed and "step 2  " not in printed and result(tmp_path / "out") == straight("rm")
+
+
+def test_a_disk_that_is_really_too_small(base, command, tmp_path):
+    """The operating system's own limit on the size of a file, smaller than a checkpoint: one line, and no half-written file."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        status, _, err = command(*words("rm", base, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2 and err.count("\n") == 1 and "3.safetensors: " in err and "File too large" in err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["metrics.jsonl", "out.partial", "state"] and len(rows_of(tmp_path / "out.partial/metrics.jsonl")) == 3
+
+
+def test_resume_refuses_other_data_tokenizer_and_base_model(base, command, tmp_path, monkeypatch):
+    """The paths are the same, what is in them is not; the message names the difference, and the checkpoint stays."""
+    mine = tmp_path / "mine"
+    shutil.copytree(base, mine)
+    given, log = words("rm", mine, tmp_path / "out"), Workdir.log
+    monkeypatch.setattr(Workdir, "log", lambda self, row: (log(self, row), row["step"] == 2 and signal.raise_signal(signal.SIGINT)))
+    assert command(*given)[0] == 130
+    before = {p: p.read_bytes() for p in (tmp_path / "out.partial").rglob("*") if p.is_file()}
+    config = json.loads((mine / "policy/config.json").read_text())
+    rows = (mine / "rows.jsonl").read_text()
+    other = data.build_tokenizer(["Tom", " Ann", *(f" {word}" for word in "abcdefghijklmnopqrstuvwxyz")])
+    for path, content, says in [("rows.jsonl", rows.replace("Tom", "Ann"), ["data of sha256"]), ("policy/config.json", json.dumps(config | {"rope_theta": 5e5}), ["the model's rope_theta", "10000.0", "500000.0"]),
+                                ("policy/tokenizer.json", other.files["tokenizer.json"].decode(), ["tokenizer and chat of sha256"])]:  # fmt: skip
+        whole = (mine / path).read_text()
+        (mine / path).write_text(content)
+        status, _, err = command(*given, "--resume")
+        assert status == 2 and err.count("\n") == 1 and all(text in err for text in [*says, str(tmp_path / "out.partial")]), err
+        (mine / path).write_text(whole)
+    status, _, err = command(*given, "--resume", "--lr", 0.5)
+    assert status == 2 and "--lr 0.01, not 0.5" in err
+    state = tmp_path / "out.partial/state"
+    for path, content in ((state / "state.json", b"{}"), (state / "state.json", b"{"), (state / "3.safetensors", b"\0" * 20), (state / "3.safetensors", None)):
+        path.write_bytes(content) if content is not None else path.unlink()
+        status, _, err = command(*given, "--resume")
+        assert status == 2 and err.count("\n") == 1 and str(state) in err
+        path.write_bytes(before[path])
+    assert {p: p.read_bytes() for p in (tmp_path / "out.partial").rglob("*") if p.is_file()} == before
+
+
+def test_a_model_saved_over_a_sharded_one_is_the_one_that_loads(tmp_path):
+    cfg = ModelConfig(29, 16, 24, 1, 4, 2, 4)
+    for seed, most in ((0, 2000), (1, 10**9), (2, 3000)):
+        save_model(init_weights(build_model(LanguageModel, cfg, Grid()), seed), tmp_path, most)
+        expected = init_weights(build_model(LanguageModel, cfg, Grid()), seed).state_dict()
+        assert all(torch.equal(x, expected[name]) for name, x in load_model(LanguageModel, tmp_path, Grid()).state_dict().items())
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_nothing_is_executed_or_unpickled():
+    """No call in the seven files that could run what a file says."""
+    forbidden = {"eval", "exec", "compile", "pickle", "cPickle", "marshal", "shelve", "dill", "joblib", "__import__", "import_module", "system", "popen", "subprocess", "load_module"}
+    for path in REPOSITORY.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.Call):
+                f = node.func
+                names += [f.id] if isinstance(f, ast.Name) else []
+                names += [f.attr] if isinstance(f, ast.Attribute) and ast.unparse(f.value) in ("os", "builtins", "importlib") else []
+                assert not (isinstance(f, ast.Attribute) and ast.unparse(f) in ("torch.load", "np.load", "numpy.load")), path
+            assert not forbidden & set(names), (path, names)
