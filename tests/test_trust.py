@@ -21,7 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import data
+import model
 import parallel
+import ppo
+import qrm
+import reinforce
 import train
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, save_model
 from parallel import Grid, Optimizer, Workdir
@@ -52,10 +56,10 @@ def base(alone, tmp_path_factory):
     cfg = ModelConfig(tokenizer.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
                       num_key_value_heads=2, head_dim=4)  # fmt: skip
     for name, kind in (("policy", LanguageModel), ("rm", ScalarModel)):
-        model = init_weights(build_model(kind, cfg, Grid()), seed=0)
+        one = init_weights(build_model(kind, cfg, Grid()), seed=0)
         if kind is ScalarModel:
-            model.score.weight.data.normal_(generator=torch.Generator().manual_seed(0))
-        tokenizer.save(directory / name), save_model(model, directory / name)
+            one.score.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+        tokenizer.save(directory / name), save_model(one, directory / name)
     rows = data.arith_rows("train", 12, 0)
     write_jsonl(directory / "rows.jsonl", [{"prompt": r["prompt"], "response": r["response"], "chosen": r["solution"], "rejected": f"#### {9 - int(r['label'])}0",
                                             "label": r["label"]} for r in rows])  # fmt: skip
@@ -288,3 +292,142 @@ def test_nothing_is_executed_or_unpickled():
                 names += [f.attr] if isinstance(f, ast.Attribute) and ast.unparse(f.value) in ("os", "builtins", "importlib") else []
                 assert not (isinstance(f, ast.Attribute) and ast.unparse(f) in ("torch.load", "np.load", "numpy.load")), path
             assert not forbidden & set(names), (path, names)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+
+def poison(patch, stage, at, how):
+    """Makes the updates whose numbers (from 1) are in `at` read a loss or a gradient that is not finite; -> the list of all weights, per update."""
+    real, seen = Optimizer.step, []
+
+    def step(self, lr, loss):
+        seen.append([m.detach().clone() for m in self.masters])
+        if len(seen) in at:
+            loss = {"nan loss": float("nan"), "inf loss": float("inf")}.get(how, loss)
+            if how == "nan gradient":
+                next(p for p in self.params if p.grad is not None).grad.view(-1)[-1] = float("nan")
+        norm = real(self, lr, loss)
+        seen[-1] = (seen[-1], [m.detach().clone() for m in self.masters])
+        return norm
+
+    patch.setattr(Optimizer, "step", step)
+    return seen
+
+
+@pytest.mark.parametrize("stage, number, step, count", [("rm", 3, 2, 1), ("sft", 1, 0, 1), ("reinforce", 3, 1, 1), ("ppo", 6, 1, 1)])
+@pytest.mark.parametrize("how", ["nan loss", "inf loss", "nan gradient"])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(base, command, tmp_path, monkeypatch, stage, number, step, count, how):
+    seen = poison(monkeypatch, stage, {number}, how)
+    assert command(*words(stage, base, tmp_path / "out"))[0] == 0
+    moved = [any(not torch.equal(a, b) for a, b in zip(*pair)) for pair in seen]
+    assert moved == [i + 1 != number for i in range(len(seen))]
+    rows = rows_of(tmp_path / "out/metrics.jsonl")
+    assert [row.get("skipped", 0) for row in rows] == [count if i == step else 0 for i in range(6)]
+    assert "NaN" not in (tmp_path / "out/metrics.jsonl").read_text() and "Infinity" not in (tmp_path / "out/metrics.jsonl").read_text()
+    assert (rows[step]["grad_norm"] is None) == (how == "nan gradient" and stage != "ppo")  # PPO's sixth update is its critic's
+    found = json.loads((tmp_path / "out/skipped.0.json").read_text())
+    assert found.pop("step") == step and list(found) == [{"ppo": "critic"}.get(stage, "policy" if stage == "reinforce" else "model")]
+    ((inputs, *_),) = found.values()
+    if stage == "rm":  # the pairs of that batch, as ids
+        tokenizer, given = data.Tokenizer.load(base / "policy"), rows_of(base / "rows.jsonl")
+        batch = [given[i] for i in data.batch_indices(len(given), 4, step, 0)]
+        assert [pair[1][1] for pair in inputs] == [tokenizer.encode_response(row["rejected"]) for row in batch]
+    elif stage == "sft":
+        assert len(inputs) == 4
+    else:
+        assert {"ids", "response_mask", "old_logprobs", "scores"} <= inputs[0].keys() and len(inputs[0]["ids"]) == len(inputs[1])
+
+
+def test_a_run_with_a_skipped_update_resumes_exactly(base, command, tmp_path):
+    """The count of skipped updates in a row is part of the checkpoint, so that the run stops where the uninterrupted one stops."""
+    for name, cut in (("straight", None), ("cut", 3)):
+        with pytest.MonkeyPatch.context() as patch:
+            poison(patch, "rm", {3, 4, 5, 6}, "nan gradient")
+            given, log = words("rm", base, tmp_path / name, "--max_skipped", 3), Workdir.log
+            patch.setattr(Workdir, "log", lambda self, row: (log(self, row), row["step"] + 1 == cut and signal.raise_signal(signal.SIGINT)))
+            status, _, err = command(*given)
+            assert status == (130 if cut else 2)
+        if cut:
+            with pytest.MonkeyPatch.context() as patch:
+                poison(patch, "rm", {1, 2, 3}, "nan gradient")
+                status, _, err = command(*given, "--resume")
+                assert status == 2
+        assert err.count("\n") == 1 and "3 updates in a row" in err and f"{tmp_path / name}.partial/state (step 3)" in err and "skipped.*.json" in err
+        assert [row.get("skipped") for row in rows_of(tmp_path / f"{name}.partial/metrics.jsonl")] == [None, None, 1, 1, 1]
+        assert json.loads((tmp_path / f"{name}.partial/skipped.0.json").read_text())["step"] == 2
+
+
+def test_a_run_that_diverges_without_checkpoints_saves_what_it_had(base, command, tmp_path, monkeypatch):
+    seen = poison(monkeypatch, "rm", {3, 4}, "nan loss")
+    given = words("rm", base, tmp_path / "out", "--max_skipped", 2, "--save_every", 0)
+    status, _, err = command(*given)
+    assert status == 2 and "state (step 4)" in err
+    saved = load_file(tmp_path / "out.partial/state/4.safetensors")
+    before = [x for name, x in saved.items() if name.startswith("model/master")]
+    assert sorted(x.sum().item() for x in before) == sorted(x.sum().item() for x in seen[1][1])  # after the second update
+    status, printed, _ = command(*given, "--resume")
+    assert status == 0 and "step 4  " in printed and "step 3  " not in printed
+
+
+EXTREMES = {"margins of 1e4": lambda x: x * 1e4, "margins of -1e4": lambda x: x * -1e4, "all equal": lambda x: x * 0 + 7, "usual": lambda x: x}
+
+
+@pytest.mark.parametrize("kind", EXTREMES)
+@pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (0, 3, 2, 0), (4, 1, 0, 2)])
+def test_extreme_rewards_and_lengths_give_finite_numbers(kind, lengths):
+    """Every loss, its gradient, every way to make advantages: one-token and empty responses, equal rewards, margins of 1e4."""
+    T = 6
+    mask = torch.tensor([[1 <= t < 1 + n for t in range(T)] for n in lengths])  # (4, T)
+    x = EXTREMES[kind](torch.randn(4, T, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    zero, places = torch.zeros(4, T), mask.cumsum(1) - 1
+    hidden, norm, head = torch.randn(4, T, 8), torch.ones(8), torch.full((1, 8), 1e4 if "1e4" in kind else 0.0, requires_grad=True)
+    losses = {"qrm": lambda: qrm.qrm_loss(x, mask), "orm": lambda: qrm.orm_loss(x, mask), "dpo": lambda: qrm.dpo_loss(x, zero, mask),
+              "prm": lambda: qrm.step_loss(x, qrm.step_end_mask(torch.zeros(4, T + 1, dtype=torch.int64), mask, [5]), torch.where(places < 1, 1.0, -1.0)),
+              "outcome": lambda: qrm.outcome_loss(x, mask, torch.tensor([1, 0, 1, 0])), "k-wise": lambda: qrm.plackett_luce_loss(x),
+              "fused": lambda: qrm.fused_qrm_loss(hidden, norm, head + 0 * x.sum(), mask), "reinforce": lambda: reinforce.reinforce_loss(x, x, mask),
+              "ppo": lambda: ppo.ppo_loss(x, zero, x, mask, 0.2), "value": lambda: ppo.value_loss(x, zero, mask)}  # fmt: skip
+    for name, loss in losses.items():
+        value, stats = loss()
+        (gradient,) = torch.autograd.grad(value, x)
+        stats = [v for v in stats.values() if isinstance(v, float)] if name != "fused" else []
+        assert torch.isfinite(torch.tensor([value.item(), *stats])).all() and torch.isfinite(gradient).all(), name
+    rewards = x.detach()
+    rollout = reinforce.Rollout(torch.zeros(4, T + 1, dtype=torch.int64), mask, torch.zeros(4, dtype=torch.bool), *[zero] * 5, rewards, mask)
+    for how in ("token", "return", "rloo", "grpo"):
+        for standardize in ("mean_std", "std", "none"):
+            for eos_to_mean in (False, True):
+                cfg = train.Config(advantage=how, standardize=standardize, eos_to_mean=eos_to_mean, group_size=2)
+                A = reinforce.advantages(rollout, cfg, Grid())
+                assert torch.isfinite(A).all() and not A[~mask].any(), (how, standardize, eos_to_mean)
+                if kind == "all equal" and standardize == "mean_std":
+                    assert A.abs().max() < 1e-5
+    for how in ("token", "gae"):
+        A, returns = ppo.ppo_advantages(rollout, rewards, train.Config(advantage=how, gamma=0.9), Grid())
+        assert torch.isfinite(A).all() and torch.isfinite(returns).all()
+    assert 1 >= ppo.explained_variance(rewards, rewards, mask, Grid()) >= 0
+    assert ppo.explained_variance(zero, zero + 3, mask, Grid()) == 0
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1 + 1e-5), (torch.bfloat16, 1.01)])
+def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch):
+    """mean exp|log pi (sampler, from its cache) - log pi (training forward)| over the sampled tokens."""
+    cfg = ModelConfig(97, 64, 128, 2, 8, 4, 8)
+    policy, seen, real = init_weights(build_model(LanguageModel, cfg, Grid(), dtype), 0), [], model.sample_tokens
+
+    def sample_tokens(logprobs, uniforms):
+        new = real(logprobs, uniforms)
+        seen.append(logprobs.gather(1, new[:, None]).item())
+        return new
+
+    monkeypatch.setattr(model, "sample_tokens", sample_tokens)
+    errors = []
+    for seed in range(6):
+        seen.clear()
+        prompt = torch.randint(97, (3 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        rl = train.Config(max_new_tokens=40, temperature=0.8, micro_batch=4)
+        rollout = reinforce.collect_rollout(policy, policy, lambda ids, mask: mask.float(), [prompt], (5,), rl, seed)
+        then = rollout.old_logprobs[rollout.response_mask]
+        errors.append((torch.tensor(seen[: len(then)]) - then).abs().exp())
+        assert len(seen) == len(then)
+    assert len(torch.cat(errors)) > 100 and 1 <= torch.cat(errors).mean() < most
