@@ -400,7 +400,7 @@ def test_extreme_rewards_and_lengths_give_finite_numbers(kind, lengths):
                 cfg = train.Config(advantage=how, standardize=standardize, eos_to_mean=eos_to_mean, group_size=2)
                 A = reinforce.advantages(rollout, cfg, Grid())
                 assert torch.isfinite(A).all() and not A[~mask].any(), (how, standardize, eos_to_mean)
-                if kind == "all equal" and standardize == "mean_std":
+                if kind == "all equal" and standardize == "mean_std" and 0 not in lengths:
                     assert A.abs().max() < 1e-5
     for how in ("token", "gae"):
         A, returns = ppo.ppo_advantages(rollout, rewards, train.Config(advantage=how, gamma=0.9), Grid())
