@@ -385,7 +385,7 @@ def test_extreme_rewards_and_lengths_give_finite_numbers(kind, lengths):
     losses = {"qrm": lambda: qrm.qrm_loss(x, mask), "orm": lambda: qrm.orm_loss(x, mask), "dpo": lambda: qrm.dpo_loss(x, zero, mask),
               "prm": lambda: qrm.step_loss(x, qrm.step_end_mask(torch.zeros(4, T + 1, dtype=torch.int64), mask, [5]), torch.where(places < 1, 1.0, -1.0)),
               "outcome": lambda: qrm.outcome_loss(x, mask, torch.tensor([1, 0, 1, 0])), "k-wise": lambda: qrm.plackett_luce_loss(x),
-              "fused": lambda: qrm.fused_qrm_loss(hidden, norm, head + 0 * x.sum(), mask), "reinforce": lambda: reinforce.reinforce_loss(x, x, mask),
+              "fused": lambda: qrm.fused_qrm_loss(hidden[mask], norm, head + 0 * x.sum(), *qrm.token_shares(mask), 2), "reinforce": lambda: reinforce.reinforce_loss(x, x, mask),
               "ppo": lambda: ppo.ppo_loss(x, zero, x, mask, 0.2), "value": lambda: ppo.value_loss(x, zero, mask)}  # fmt: skip
     for name, loss in losses.items():
         value, stats = loss()
@@ -425,7 +425,7 @@ def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch)
     for seed in range(6):
         seen.clear()
         prompt = torch.randint(97, (3 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
-        rl = train.Config(max_new_tokens=40, temperature=0.8, micro_batch=4)
+        rl = train.Config(max_new_tokens=40, temperature=0.8)
         rollout = reinforce.collect_rollout(policy, policy, lambda ids, mask: mask.float(), [prompt], (5,), rl, seed)
         then = rollout.old_logprobs[rollout.response_mask]
         errors.append((torch.tensor(seen[: len(then)]) - then).abs().exp())
