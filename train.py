@@ -338,7 +338,7 @@ def lr_at(step, cfg, steps):
 def deferred_interrupt(grid):
     """Yields a function that tells all ranks alike whether one got Ctrl-C or SIGTERM: an update that is cut in two could not be
     resumed. Without torchrun, which passes Ctrl-C on a second time, a second one stops at once, without a checkpoint.
-    Torchrun's SIGTERM may also mean that another rank died: a rank that gets no agreement within 8 seconds ends."""
+    Torchrun's SIGTERM may also mean that another rank died: a rank that gets no agreement within 4 seconds ends."""
     pressed = [0]
 
     def handler(number, _):
@@ -346,7 +346,7 @@ def deferred_interrupt(grid):
         if not dist.is_initialized():
             signal.signal(number, before[number])
         elif number == signal.SIGTERM:
-            signal.alarm(8)
+            signal.alarm(4)
 
     def agreed():
         stop = all_sum(all_sum(pressed, grid), grid, "tp")[0] > 0

@@ -11,8 +11,10 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -431,3 +433,53 @@ def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch)
         errors.append((torch.tensor(seen[: len(then)]) - then).abs().exp())
         assert len(seen) == len(then)
     assert len(torch.cat(errors)) > 100 and 1 <= torch.cat(errors).mean() < most
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+TROUBLE = '''
+import os, sys, time
+sys.path.insert(0, {repository!r})
+import train
+real, count, rank, what, when = train.Optimizer.step, [0], int(os.environ["RANK"]), *sys.argv[1:3]
+def step(self, *args):
+    count[0] += 1
+    if count[0] == 3 and what == "raise" and rank == 1:
+        open(when, "w").write(repr(time.time()))
+        raise ArithmeticError("rank 1 has a problem of its own")
+    if count[0] == 3 and rank == (what == "stuck"):  # while the other one is in trouble or waits, far from any collective
+        time.sleep(100)
+    return real(self, *args)
+train.Optimizer.step = step
+sys.exit(train.main(sys.argv[3:]))
+'''
+
+
+def trouble(base, tmp_path, what, launcher=(), **env):
+    """A process (or torchrun's several) that trains at dp 2 and gets into trouble at the third update."""
+    (tmp_path / "trouble.py").write_text(TROUBLE.format(repository=str(REPOSITORY)))
+    given = [tmp_path / "trouble.py", what, tmp_path / "when", *words("rm", base, tmp_path / what), "--tp", 1, "--timeout", 5, "--device", "cpu"]
+    env = {**{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen([sys.executable, *map(str, [*launcher, *given])], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_rank_that_raises_ends_all_ranks(base, tmp_path):
+    """Rank 1 raises while rank 0 is busy elsewhere: all end within 10 seconds, with its traceback. (Torchrun's SIGKILL comes after 30.)"""
+    process = trouble(base, tmp_path, "raise", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"])
+    _, err = process.communicate(timeout=120)
+    took = time.time() - float((tmp_path / "when").read_text())
+    assert process.returncode != 0 and took < 10
+    assert "ArithmeticError: rank 1 has a problem of its own" in err and "in train_loop" in err
+
+
+def test_a_stuck_rank_is_waited_for_no_longer_than_timeout(base, tmp_path):
+    """Rank 1 sleeps: after --timeout rank 0 ends with an error that names the stage."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    env = dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    processes = [trouble(base, tmp_path, "stuck", RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
+    began = time.time()
+    _, err = processes[0].communicate(timeout=120)
+    assert processes[0].returncode == 1 and 5 < time.time() - began and processes[1].poll() is None
+    processes[1].kill(), processes[1].communicate()
+    assert "--stage rm: rank 0 waited longer than --timeout 5 s for another one" in err
