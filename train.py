@@ -195,12 +195,12 @@ def parse(argv):
             raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
     for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed", "minibatch", "final_lr",
                  "lora_rank", "lora_alpha", "critic_lora_rank", "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more")
+        if not 0 <= getattr(cfg, name) < 2**63:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more, below 2^63")
     for name in ("batch_size", "micro_tokens", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
                  "ppo_epochs", "critic_lr", "timeout", "max_skipped"):  # fmt: skip
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0")
+        if not 0 < getattr(cfg, name) < 2**63:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0, below 2^63")
     check_combinations(cfg)
     return cfg
 
@@ -561,7 +561,9 @@ def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
         raise BadInput(f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids")
     reference = None
     if kind == "dpo":
-        reference = json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))["reference"]
+        path = Path(directory) / "run.json"
+        if not isinstance(reference := data.read_json(path, path.read_bytes()).get("reference"), str):
+            raise BadInput(f"{path}: reference is {reference!r}, expected the directory of the model that DPO started from")
         reference = load(LanguageModel, reference, cfg, grid).requires_grad_(False)
     model = load(LanguageModel if kind in POLICY_LIKE else ScalarModel, directory, cfg, grid).requires_grad_(False)
     return reward_function(kind, model, reference, tokenizer.ids_with("\n"))
@@ -643,7 +645,7 @@ def finish(work, model, tokenizer, base, **run):
 def is_reward_model(directory):
     """Whether config.json names a model with one scalar a token."""
     with user_files():
-        return "ForTokenClassification" in (read_config(directory)[1].get("architectures") or [""])[0]
+        return "ForTokenClassification" in str(read_config(directory)[1].get("architectures"))
 
 
 @torch.no_grad()
@@ -832,7 +834,7 @@ def main(argv=None):
         if int(os.environ.get("RANK", 0)):
             time.sleep(2)  # rank 0 mostly says the same, and torchrun then ends this one; what only this one met must still be seen
         reason = f"{e.filename or out_path(cfg)}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
-        print(" ".join(reason.split())[:2000], file=sys.stderr)
+        print(" ".join(reason.split()).encode("utf-8", "backslashreplace").decode()[:2000], file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)

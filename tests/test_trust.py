@@ -4,7 +4,9 @@ A tiny random model stands in for a trained one, so that a command of six steps 
 """
 
 import ast
+import base64
 import errno
+import gc
 import json
 import os
 import random
@@ -29,7 +31,7 @@ import ppo
 import qrm
 import reinforce
 import train
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, save_model
+from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, read_config, save_model
 from parallel import Grid, Optimizer, Workdir
 
 REPOSITORY = Path(__file__).parents[1]
@@ -483,3 +485,395 @@ def test_a_stuck_rank_is_waited_for_no_longer_than_timeout(base, tmp_path):
     assert processes[0].returncode == 1 and 5 < time.time() - began and processes[1].poll() is None
     processes[1].kill(), processes[1].communicate()
     assert "--stage rm: rank 0 waited longer than --timeout 5 s for another one" in err
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def raw(name, change):
+    """Rewrites a file of the directory: change(bytes) -> bytes"""
+    return lambda d: (d / name).write_bytes(change((d / name).read_bytes() if (d / name).exists() else b""))
+
+
+def edit(name, change):
+    """The same for a JSON file: change(object) edits it in place, or returns another one"""
+
+    def hurt(d):
+        value = json.loads((d / name).read_text()) if (d / name).exists() else {}
+        value = change(value) or value
+        (d / name).write_text(json.dumps(value))
+
+    return hurt
+
+
+config = lambda **changes: edit("config.json", lambda c: c.update(changes))
+llama3 = lambda **changes: config(rope_scaling={"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                                "original_max_position_embeddings": 64} | changes)  # fmt: skip
+index = lambda weight_map: edit("model.safetensors.index.json", lambda _: {"metadata": {}, "weight_map": weight_map})
+vocab = lambda change: edit("tokenizer.json", lambda t: change(t["model"]["vocab"]))
+Q, NORM, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight", "model.layers.0.mlp.down_proj.weight"
+
+
+def tensors(change):
+    def hurt(d):
+        weights = load_file(d / "model.safetensors")
+        weights = change(weights) or weights
+        save_file({name: x.contiguous() for name, x in weights.items()}, d / "model.safetensors")
+
+    return hurt
+
+
+def header(change):
+    """Rewrites the header of model.safetensors, lengths and all: change(object) edits it in place"""
+
+    def hurt(d):
+        content = (d / "model.safetensors").read_bytes()
+        n = int.from_bytes(content[:8], "little")
+        value = json.loads(content[8 : 8 + n])
+        change(value)
+        text = json.dumps(value).encode()
+        (d / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + content[8 + n :])
+
+    return hurt
+
+
+def every_shard(file):
+    """An index that gives every tensor to one file, and a decoy outside the directory: it must not be opened."""
+
+    def hurt(d):
+        names = load_file(d / "model.safetensors")
+        shutil.copy(d / "model.safetensors", d.parent / "outside.safetensors")
+        index(dict.fromkeys(names, file))(d)
+        (d / "model.safetensors").unlink()
+
+    return hurt
+
+
+def put(name, value, where=()):
+    return tensors(lambda w: w[name].view(-1).__setitem__(len(w[name].view(-1)) // 2, value))
+
+
+BAD_MODELS = {  # what is done to a good policy directory: what the one line says
+    "weights: empty": (raw("model.safetensors", lambda b: b""), "model.safetensors"),
+    "weights: cut in half": (raw("model.safetensors", lambda b: b[: len(b) // 2]), "model.safetensors"),
+    "weights: one byte short": (raw("model.safetensors", lambda b: b[:-1]), "model.safetensors"),
+    "weights: cut in the header": (raw("model.safetensors", lambda b: b[:30]), "model.safetensors"),
+    "weights: bytes behind the end": (raw("model.safetensors", lambda b: b + b"more"), "model.safetensors"),
+    "weights: a header of 2^63 bytes": (raw("model.safetensors", lambda b: b"\xff" * 7 + b"\x7f" + b[8:]), "model.safetensors"),
+    "weights: a header of 99 MB": (raw("model.safetensors", lambda b: (99_000_000).to_bytes(8, "little") + b[8:]), "model.safetensors"),
+    "weights: header is no JSON": (raw("model.safetensors", lambda b: b[:8] + b"\xff" + b[9:]), "model.safetensors"),
+    "weights: a pickle": (raw("model.safetensors", lambda b: b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."), "model.safetensors"),
+    "weights: a tensor beyond the end": (header(lambda h: h[NORM].update(data_offsets=[0, 10**12])), "model.safetensors"),
+    "weights: a tensor of 2^60 numbers": (header(lambda h: h[NORM].update(shape=[2**60])), "model.safetensors"),
+    "weights: two tensors at one place": (header(lambda h: h[NORM].update(data_offsets=h["model.layers.0.input_layernorm.weight"]["data_offsets"])), "model.safetensors"),
+    "weights: an unknown dtype": (header(lambda h: h[NORM].update(dtype="COMPLEX")), "model.safetensors"),
+    "weights: nan": (put(Q, float("nan")), f"{Q} has numbers that are not finite"),
+    "weights: infinite": (put(NORM, float("inf")), f"{NORM} has numbers that are not finite"),
+    "weights: nan in bf16": (tensors(lambda w: w.update({Q: torch.full_like(w[Q], float("nan"), dtype=torch.bfloat16)})), "not finite"),
+    "weights: a transposed matrix": (tensors(lambda w: w.update({DOWN: w[DOWN].T})), "[24, 16], expected floats [16, 24]"),
+    "weights: two matrices swapped": (tensors(lambda w: w.update({DOWN: w[Q], Q: w[DOWN]})), "expected floats"),
+    "weights: integers": (tensors(lambda w: w.update({NORM: w[NORM].int()})), "I32"),
+    "weights: one is missing": (tensors(lambda w: {n: x for n, x in w.items() if n != Q}), f"missing: ['{Q}']"),
+    "weights: one too many": (tensors(lambda w: w.update({"model.extra.weight": w[Q] + 1})), "unexpected: ['model.extra.weight']"),
+    "weights: a head that is missing": (config(tie_word_embeddings=False), "lm_head"),
+    "weights: a reward model without head": (config(architectures=["LlamaForTokenClassification"]), "score.weight"),
+    "weights: none": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "index: a path upwards": (every_shard("../outside.safetensors"), "outside the directory"),
+    "index: an absolute path": (every_shard("/etc/passwd"), "outside the directory"),
+    "index: a folder": (every_shard("sub/model.safetensors"), "outside the directory"),
+    "index: the directory itself": (every_shard("."), "outside the directory"),
+    "index: the one above": (every_shard(".."), "cannot read"),
+    "index: no name": (every_shard(""), "cannot read"),
+    "index: a NUL byte": (every_shard("a\0b"), "cannot be printed"),
+    "index: a lone surrogate": (every_shard("\ud800"), "cannot be printed"),
+    "index: a name of 5,000 letters": (every_shard("x" * 5000), "xxxx"),
+    "index: a number": (every_shard(7), "outside the directory"),
+    "index: a file that is not there": (every_shard("model-00001-of-00002.safetensors"), "model-00001-of-00002.safetensors"),
+    "index: another file": (every_shard("tokenizer.json"), "tokenizer.json"),
+    "index: no map": (index(None), "index.json"),
+    "index: a list": (index([1, 2]), "index.json"),
+    "index: empty": (raw("model.safetensors.index.json", lambda b: b""), "index.json"),
+    "index: not UTF-8": (raw("model.safetensors.index.json", lambda b: b'{"weight_map": {"\xff": 1}}'), "index.json"),
+    "index: nested 100,000 deep": (raw("model.safetensors.index.json", lambda b: b"[" * 100_000), "index.json"),
+    "config: nothing": (raw("config.json", lambda b: b""), "config.json"),
+    "config: a list": (raw("config.json", lambda b: b"[]"), "config.json"),
+    "config: not UTF-8": (raw("config.json", lambda b: b"\xff\xfe{}"), "config.json"),
+    "config: NUL bytes": (raw("config.json", lambda b: b"\0" * 100), "config.json"),
+    "config: nested 100,000 deep": (raw("config.json", lambda b: b'{"a":' * 100_000), "config.json"),
+    "config: a number of 10,000 digits": (raw("config.json", lambda b: b'{"vocab_size":' + b"9" * 10_000 + b"}"), "config.json"),
+    "config: another family": (config(model_type="mamba"), "'mamba'"),
+    "config: no class": (config(architectures=None), "None"),
+    "config: quantised": (config(quantization_config={"bits": 4}), "quantised"),
+    **{f"config: {name} {value!r}"[:60]: (config(**{name: value}), "")
+       for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+       for value in (-1, 7, 10**9, 10**30, float("inf"), float("nan"), "many", [4])},
+    **{f"config: {name} {value!r}": (config(**{name: value}), "config.json")
+       for name in ("rope_theta", "rms_norm_eps") for value in (-1, 0, float("nan"), float("inf"), "x", None, [1], 10**400)},
+    **{f"config: rope_scaling, {name} {value!r}": (llama3(**{name: value}), "config.json")
+       for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") for value in (-1, 0, float("nan"), "x", None)},
+    "config: rope_scaling, equal bounds": (llama3(low_freq_factor=4.0), "config.json"),
+    "config: rope_scaling of another kind": (config(rope_scaling={"rope_type": "yarn"}), "'yarn'"),
+    "config: rope_scaling as a text": (config(rope_scaling="llama3"), "config.json"),
+    "tokenizer: nothing": (raw("tokenizer.json", lambda b: b""), "tokenizer.json"),
+    "tokenizer: cut in half": (raw("tokenizer.json", lambda b: b[: len(b) // 2]), "tokenizer.json"),
+    "tokenizer: a list": (raw("tokenizer.json", lambda b: b"[1]"), "tokenizer.json"),
+    "tokenizer: not UTF-8": (raw("tokenizer.json", lambda b: b.replace(b"Tom", b"\xff\xfe\xff")), "tokenizer.json"),
+    "tokenizer: not there": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json"),
+    "tokenizer: no vocabulary": (edit("tokenizer.json", lambda t: t["model"].pop("vocab") and None), "tokenizer.json"),
+    "tokenizer: an empty vocabulary": (edit("tokenizer.json", lambda t: t["model"].update(vocab={}, merges=[])), ""),
+    "tokenizer: a list as vocabulary": (edit("tokenizer.json", lambda t: t["model"].update(vocab=[["a", 0]])), "tokenizer.json"),
+    "tokenizer: two tokens with one id": (vocab(lambda v: v.update({"Tom": 3})), "tokenizer.json"),
+    "tokenizer: a negative id": (vocab(lambda v: v.update({"Tom": -1})), "tokenizer.json"),
+    "tokenizer: an id of 2^40": (vocab(lambda v: v.update({"Tom": 2**40})), "tokenizer.json"),
+    "tokenizer: an id of 2^30": (vocab(lambda v: v.update({"Tom": 2**30})), "ids up to 1073741824"),
+    "tokenizer: an id that is a text": (vocab(lambda v: v.update({"Tom": "7"})), "tokenizer.json"),
+    "tokenizer: an empty token": (vocab(lambda v: v.update({"": 999})), "tokenizer.json"),
+    "tokenizer: a letter of no alphabet": (vocab(lambda v: v.update({"\u4e2d": 999})), "tokenizer.json"),
+    "tokenizer: a lone surrogate": (vocab(lambda v: v.update({"\ud800": 999})), "tokenizer.json"),
+    "tokenizer: SentencePiece": (edit("tokenizer.json", lambda t: t["model"].update(type="Unigram")), "Unigram"),
+    "tokenizer: merges of nothing": (edit("tokenizer.json", lambda t: t["model"].update(merges=["x"])), "tokenizer.json"),
+    "tokenizer: merges that are numbers": (edit("tokenizer.json", lambda t: t["model"].update(merges=[1, 2])), "tokenizer.json"),
+    "tokenizer: merges out of order": (edit("tokenizer.json", lambda t: (t["model"]["merges"].reverse(), t["model"].update(ignore_merges=False)) and None), "tokenizer.json"),
+    "tokenizer: a broken pattern": (edit("tokenizer.json", lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "(["})), "tokenizer.json"),
+    "tokenizer: a pattern that never ends": (edit("tokenizer.json", lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"(?:(?:\w| |(?!x)\w|\.)+(?<=!)|\w+|\W)"})), "takes forever"),
+    "tokenizer: a pattern that leaves text out": (edit("tokenizer.json", lambda t: t["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "Tom"})), ""),
+    "tokenizer: a normaliser": (edit("tokenizer.json", lambda t: t.update(normalizer={"type": "Lowercase"})), "Lowercase"),
+    "tokenizer: no special tokens": (edit("tokenizer.json", lambda t: t.update(added_tokens=[])), "special token"),
+    "tokenizer: special tokens that are numbers": (edit("tokenizer.json", lambda t: t.update(added_tokens=[1])), "tokenizer.json"),
+    "tokenizer: larger than the model": (edit("tokenizer.json", lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"id": 5000, "content": "<|x|>"})), "ids up to 5000, config.json a vocab_size of"),
+    "tokenizer: settings that are no JSON": (raw("tokenizer_config.json", lambda b: b"eos"), "tokenizer_config.json"),
+    "tokenizer: an end of text that is not there": (edit("tokenizer_config.json", lambda t: t.update(eos_token="<|nothing|>")), "<|nothing|>"),
+    "tokenizer: an end of text that is a number": (edit("tokenizer_config.json", lambda t: t.update(eos_token=7)), "7"),
+    "tokenizer: a stop id that is not there": (edit("generation_config.json", lambda t: {"eos_token_id": [99999]}), "99999"),
+    "tokenizer: a stop id that is a list of lists": (edit("generation_config.json", lambda t: {"eos_token_id": [[1]]}), "eos_token_id"),
+    **{f"tokenizer.model: {what}": (lambda d, content=content: ((d / "tokenizer.json").unlink(), (d / "tokenizer.model").write_bytes(content)), "tokenizer.model")
+       for what, content in {"nothing": b"", "binary": bytes(range(256)), "no base64": b"!!!! 0\n", "no rank": b"YQ==\n", "a rank twice": b"YQ== 0\nYg== 0\n",
+                             "a gap": b"YQ== 0\nYg== 2\n", "negative": b"YQ== -1\n", "NUL bytes": b"\0" * 50,
+                             "an empty token": b" 0\n", "a rank of 30 digits": b"YQ== " + b"9" * 30 + b"\n"}.items()},
+}  # fmt: skip
+
+
+def assert_refused(command, directory, given, says):
+    """Exit status 2, one line on stderr that says it, nothing written."""
+    before = {p: p.stat().st_mtime_ns for p in directory.rglob("*")}
+    status, _, err = command(*given)
+    assert status == 2 and err.endswith("\n") and err.count("\n") == 1 and "Traceback" not in err and len(err) < 2100
+    assert says in err, err
+    assert {p: p.stat().st_mtime_ns for p in directory.rglob("*")} == before
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_bad_model_directories(base, command, tmp_path, kind):
+    hurt, says = BAD_MODELS[kind]
+    hurt(shutil.copytree(base / "policy", tmp_path / "policy"))
+    assert_refused(command, tmp_path, ["--stage", "score", "--model", tmp_path / "policy", "--data", base / "rows.jsonl", "--out", tmp_path / "o"], says)
+
+
+GOOD = {"prompt": "Tom has 3 pens.\n", "response": "#### 3", "chosen": "#### 3", "rejected": "#### 4", "label": "3"}
+LONG = 5_000_000  # characters of a line; `slow`: 100 MB
+BAD_LINES = {  # what follows a good line: what the message says. Texts are repeated to LONG where a function is given
+    "NUL bytes": (b"\0" * 1000, "line 2: not valid JSON"), "a NUL byte in a text": (b'{"prompt": "a\0b", "response": "c"}', "line 2: not valid JSON"),
+    "a raw lone surrogate": (b'{"prompt": "\xed\xa0\x80", "response": "c"}', "line 2: not valid JSON in UTF-8"),
+    "an escaped lone surrogate": (b'{"prompt": "\\udc80", "response": "c"}', "line 2: the tokenizer has no ids"),
+    "a lone surrogate in a response": (b'{"prompt": "a", "response": "\\ud83d"}', "line 2: the tokenizer has no ids"),
+    "a lone surrogate as key": (b'{"\\ud800": 1}', "line 2: found keys"), "UTF-16": ('{"prompt": "a"}'.encode("utf-16"), "line 2: not valid JSON"),
+    "latin 1": ('{"prompt": "caf\u00e9", "response": "c"}'.encode("latin-1"), "line 2: not valid JSON in UTF-8"), "cut off": (b'{"prompt": "a", "resp', "line 2: not valid JSON"),
+    "two objects": (b'{"prompt": "a", "response": "b"} {}', "line 2: not valid JSON"), "a list": (b"[1]", "line 2: found list"), "a text": (b'"x"', "line 2: found str"),
+    "null": (b"null", "line 2: found NoneType"), "NaN": (b"NaN", "line 2: found float"), "a number": (b'{"prompt": 5, "response": "c"}', "line 2: prompt is 5"),
+    "no response": (b'{"prompt": "a"}', "line 2: found keys ['prompt']"), "blanks": (b'{"prompt": " \\n", "response": "c"}', "line 2: prompt"),
+    "null as response": (b'{"prompt": "a", "response": null}', "line 2: response is null"), "messages that are none": (b'{"prompt": [1], "response": "c"}', "line 2: prompt is [1]"),
+    "a thousand brackets": (b"[" * 100_000, "line 2: not valid JSON"), "a number of 10,000 digits": (b'{"prompt": ' + b"7" * 10_000 + b"}", "line 2: not valid JSON"),
+    "a long line of letters": (lambda n: b"x" * n, "line 2: not valid JSON"), "a long line of brackets": (lambda n: b"[" * n, "line 2: not valid JSON"),
+    "a long line of digits": (lambda n: b"7" * n, "line 2: not valid JSON"), "a long key": (lambda n: b'{"' + b"k" * n + b'": 1}', "line 2: found keys"),
+    "a long text that never ends": (lambda n: b'{"prompt": "' + b"a" * n, "line 2: not valid JSON"),
+    "a long value of the wrong type": (lambda n: b'{"prompt": [' + b"1," * (n // 2) + b'1], "response": "c"}', "line 2: prompt is"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [LONG, pytest.param(100_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_bad_lines(base, command, tmp_path, kind, length):
+    line, says = BAD_LINES[kind]
+    if length > LONG and isinstance(line, bytes):
+        pytest.skip("not a long one")
+    (tmp_path / "bad.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + (line(length) if callable(line) else line) + b"\n")
+    given = ["--stage", "sft", "--model", base / "policy", "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "o"]
+    assert_refused(command, tmp_path, given, f"{tmp_path / 'bad.jsonl'}, {says}")
+
+
+@pytest.mark.parametrize("length", [1_000_000, pytest.param(100_000_000, marks=pytest.mark.slow)])
+def test_a_long_row_is_dropped_and_counted(base, command, tmp_path, length):
+    """A right one, of many words or of one: too long for --max_seq_len, like any other."""
+    rows = [GOOD, GOOD | {"prompt": "Tom has " * (length // 8)}, GOOD | {"response": "7" * length}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    status, out, err = command("--stage", "sft", "--model", base / "policy", "--data", path, "--out", tmp_path / "o", "--steps", 1)
+    assert (status, err) == (0, "") and "3 rows; dropped 2 longer than --max_seq_len 1024" in out
+
+
+@pytest.mark.parametrize("given, says", [
+    (["--data", "a\0b"], "--data 'a\\x00b'"), (["--model", "\ud800"], "--model"), (["--out", "a\udcff"], "--out"), (["--run", "\0"], "--run"),
+    (["--data", "x" * 5000], "xxx"), (["--out", "/".join(["x" * 300] * 3)], "xxx"), (["--data", "/dev/null"], "/dev/null"), (["--data", "/dev/zero"], "/dev/zero"),
+    (["--timeout", 0], "--timeout 0"), (["--timeout", "soon"], "'soon'"), (["--max_skipped", 0], "--max_skipped 0"), (["--max_skipped", -3], "--max_skipped -3"),
+    (["--steps", 10**400], "--steps"), (["--lr", "1e999"], "--lr inf"), (["--seed", "0x10"], "'0x10'"), (["--lr", "-1"], "--lr -1.0"), (["--stage", "\0"], "--stage"),
+    (["--batch_size", "\u0663\u0663\u0663\u0663" * 2000], "--batch_size"), (["--chat", "tpu"], "tpu"), (["--lr"], "expected one argument"), (["--=x"], ""),
+])  # fmt: skip
+def test_bad_flags(base, command, tmp_path, monkeypatch, given, says):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(command, tmp_path, ["--stage", "sft", "--model", base / "policy", "--data", base / "rows.jsonl", "--out", "o", *given], says)
+
+
+def test_a_pipe_without_a_writer_is_not_waited_for(base, command, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert_refused(command, tmp_path, ["--stage", "sft", "--model", base / "policy", "--data", tmp_path / "pipe", "--out", tmp_path / "o"], "device")
+
+
+@pytest.mark.parametrize("run", ['{"reward": "dpo"}', '{"reward": "dpo", "reference": 7}', '{"reward": "dpo", "reference": "no/such"}', '{"reward": []}', "[]", "{", "\0"])
+def test_bad_notes_of_a_reward_model(base, command, tmp_path, run):
+    (shutil.copytree(base / "policy", tmp_path / "dpo") / "run.json").write_text(run)
+    given = ["--stage", "eval", "--model", tmp_path / "dpo", "--data", base / "rows.jsonl", "--out", tmp_path / "o"]
+    assert_refused(command, tmp_path, given, "no/such" if "such" in run else "run.json")
+
+
+HOSTILE = [None, True, -1, 0, 2**31, 10**30, 1.5, float("nan"), float("inf"), "", "x", "\0", "\ud800", "../../etc/passwd", "9" * 5000, [], [1], {}, {"a": 1}, [[[[]]]]]
+
+
+def places(value):
+    """Every (container, key) in a JSON value."""
+    for key, child in list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []:
+        yield value, key
+        yield from places(child)
+
+
+def mutated(rng, content, is_json):
+    """A few changes of one kind: bytes flipped, cut, doubled, moved, inserted; or, in JSON, values, keys and entries replaced."""
+    if is_json and rng.random() < 0.6:
+        value = json.loads(content)
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            found = list(places(value))
+            if rng.random() < 0.5:  # near the top: a vocabulary would else take nearly all of the changes
+                found = found[: max(len(found) // 100, 1)] if len(found) > 300 else found
+                found = [(c, k) for c, k in found if not isinstance(k, str) or len(k) > 2] or found
+            if not found:
+                break
+            container, key = rng.choice(found)
+            kind = rng.randrange(4)
+            if kind == 0:
+                container.pop(key)
+            elif kind == 1 and isinstance(container, dict):
+                container[rng.choice(["", "\0", "\ud800", "x" * 300, "Tom"])] = container.pop(key)
+            else:
+                other, place = rng.choice(found)
+                container[key] = json.loads(json.dumps(other[place] if kind == 2 else rng.choice(HOSTILE)))
+        return json.dumps(value).encode()
+    content = bytearray(content)
+    for _ in range(rng.choice((1, 1, 3, 20))):
+        at, n = rng.randrange(len(content) + 1) if rng.random() < 0.7 else rng.randrange(min(len(content), 200) + 1), rng.choice((1, 2, 8, 100, 5000))
+        kind = rng.randrange(5)
+        if kind == 0:
+            content[at : at + n] = rng.randbytes(len(content[at : at + n]))
+        elif kind == 1:
+            del content[at : at + n if rng.random() < 0.8 else None]
+        elif kind == 2:
+            content[at:at] = content[at : at + n]
+        elif kind == 3:
+            content[at:at] = rng.choice([b"\0", b"\xff", b"\n", b'"', b"{", b"[", b"-", b"99999999999", b"\\", rng.randbytes(n)])
+        elif at < len(content):
+            content[at] ^= 1 << rng.randrange(8)
+    return bytes(content)
+
+
+@pytest.fixture(scope="module")
+def targets(base, tmp_path_factory):
+    """kind -> (directory with good files, the file to spoil, the command that reads it): every reader of somebody else's files."""
+    home = tmp_path_factory.mktemp("targets")
+    shutil.copytree(base / "policy", home / "policy"), shutil.copytree(base / "policy", home / "sharded"), shutil.copytree(base / "policy", home / "meta")
+    save_model(load_model(LanguageModel, base / "policy", Grid()), home / "sharded", 4000)
+    (home / "meta/tokenizer.json").unlink(), (home / "meta/tokenizer_config.json").unlink()
+    ranks = b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)) + b"".join(
+        base64.b64encode(word) + b" %d\n" % (256 + i) for i, word in enumerate((b"To", b"Tom", b" h", b" ha", b" has")))  # fmt: skip
+    (home / "meta/tokenizer.model").write_bytes(ranks)
+    edit("config.json", lambda c: c.update(vocab_size=600))(home / "meta")
+    save_model(init_weights(build_model(LanguageModel, read_config(home / "meta")[0], Grid()), 0), home / "meta")
+    (home / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"prompt": [{"role": "user", "content": "Tom"}]}) + "\n")
+    score = lambda model: ["--stage", "score", "--model", home / model, "--data", home / "rows.jsonl", "--out", home / "out.jsonl"]
+    return home, {"jsonl": ("rows.jsonl", score("policy")), "config.json": ("policy/config.json", score("policy")),
+                  "model.safetensors": ("policy/model.safetensors", score("policy")), "index": ("sharded/model.safetensors.index.json", score("sharded")),
+                  "tokenizer.json": ("policy/tokenizer.json", score("policy")), "tokenizer.model": ("meta/tokenizer.model", score("meta"))}  # fmt: skip
+
+
+KINDS = ("jsonl", "config.json", "model.safetensors", "index", "tokenizer.json", "tokenizer.model")
+
+
+@pytest.mark.parametrize("kind, n", [*((kind, 100) for kind in KINDS), *(pytest.param(kind, 1000, marks=pytest.mark.slow) for kind in KINDS)])
+def test_mutated_files(targets, command, kind, n):
+    """Either the file is still good, and the result is whole, or it is refused in one line, and nothing is written. Never a traceback or a hang."""
+    home, files = targets
+    name, given = files[kind]
+    good, rng, statuses = (home / name).read_bytes(), random.Random(f"{kind} {n}"), []
+
+    def late(*_):
+        raise TimeoutError(f"{kind}: mutation {len(statuses)} takes more than 20 seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    try:
+        for i in range(n):
+            (home / name).write_bytes(bad := mutated(rng, good, kind not in ("model.safetensors", "tokenizer.model", "jsonl")))
+            signal.alarm(20)
+            try:
+                status, _, err = command(*given)
+            except BaseException as e:
+                raise AssertionError(f"mutation {i} of {kind}: {bad[:300]}") from e
+            signal.alarm(0)
+            statuses.append(status)
+            rows = rows_of(home / "out.jsonl") if (home / "out.jsonl").exists() else []
+            assert status in (0, 2) and (status == 0) == (len(rows) > 0) and err.count("\n") == (status == 2) and not list(home.rglob("*.partial")), (i, err)
+            (home / "out.jsonl").unlink(missing_ok=True)
+    finally:
+        signal.alarm(0), signal.signal(signal.SIGALRM, before), (home / name).write_bytes(good)
+    print(f"{kind}: {n} mutated files, {statuses.count(2)} refused, {statuses.count(0)} still good")
+    assert statuses.count(2) > n / 4
+
+
+# ------------------------------------------------------------------------------------------------ long runs
+
+
+def memory():
+    """Resident bytes of this process, and tensors that Python still holds."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), sum(torch.is_tensor(x) for x in gc.get_objects())
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("stage, steps, most", [("rm", 90, 4e6), ("ppo", 12, 4e6), pytest.param("rm", 500, 8e6, marks=pytest.mark.slow),
+                                                pytest.param("reinforce", 50, 8e6, marks=pytest.mark.slow), pytest.param("ppo", 50, 8e6, marks=pytest.mark.slow)])  # fmt: skip
+def test_memory_is_flat(base, command, tmp_path, monkeypatch, stage, steps, most):
+    """From a third of the run on: no tensor more, and a few megabytes at most for the allocator; the checkpoints do not pile up either."""
+    seen, log = [], Workdir.log
+    monkeypatch.setattr(Workdir, "log", lambda self, row: (log(self, row), seen.append((*memory(), len(list(self.path.rglob("*")))))))
+    assert command(*words(stage, base, tmp_path / "out", "--steps", steps, "--save_every", 5))[0] == 0
+    rss, tensors, files = zip(*seen[steps // 3 :])
+    print(f"{stage}, {steps} steps: resident memory grew by {(rss[-1] - rss[0]) / 1e6:.2f} MB, peak {(max(rss) - rss[0]) / 1e6:.2f}; tensors {set(tensors)}, files {set(files)}")
+    assert len(seen) == steps and rss[-1] - rss[0] < most and len(set(tensors)) == 1 and len(set(files)) == 1
+
+
+def test_metrics_and_report_survive_a_crash(base, command, tmp_path, monkeypatch):
+    """Cut off in the middle of a line, before any checkpoint and after one: the page shows what is whole, and --resume leaves no doubled line."""
+    from classroom import report
+
+    for cut in (2, 4):
+        out, log = tmp_path / f"run{cut}" / "rm", Workdir.log
+
+        def die(self, row):
+            log(self, row)
+            if row["step"] == cut:
+                with open(self.path / "metrics.jsonl", "a") as file:
+                    file.write('{"step": 9, "lo')
+                raise MemoryError
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(Workdir, "log", die)
+            command(*words("rm", base, out))
+        page = Path(report.write_report(out.parent)).read_text(encoding="utf-8")
+        assert f">rm: loss (nats per pair)</text>" in page and "unfinished" in page
+        assert [row["step"] for row in report.read_stage(out).rows] == list(range(cut + 1))
+        assert command(*words("rm", base, out), "--resume")[0] == 0 and [row["step"] for row in rows_of(out / "metrics.jsonl")] == list(range(6))
