@@ -840,20 +840,21 @@ def test_mutated_files(targets, command, kind, n):
 def memory():
     """Resident bytes of this process, and tensors that Python still holds."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), sum(torch.is_tensor(x) for x in gc.get_objects())
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"), sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("stage, steps, most", [("rm", 90, 4e6), ("ppo", 12, 4e6), pytest.param("rm", 500, 8e6, marks=pytest.mark.slow),
+@pytest.mark.parametrize("stage, steps, most", [("rm", 90, 8e6), ("ppo", 12, 8e6), pytest.param("rm", 500, 8e6, marks=pytest.mark.slow),
                                                 pytest.param("reinforce", 50, 8e6, marks=pytest.mark.slow), pytest.param("ppo", 50, 8e6, marks=pytest.mark.slow)])  # fmt: skip
 def test_memory_is_flat(base, command, tmp_path, monkeypatch, stage, steps, most):
-    """From a third of the run on: no tensor more, and a few megabytes at most for the allocator; the checkpoints do not pile up either."""
+    """Looked at six times, from a sixth of the run on: no tensor more, a few megabytes at most for the allocator, and no file more."""
     seen, log = [], Workdir.log
-    monkeypatch.setattr(Workdir, "log", lambda self, row: (log(self, row), seen.append((*memory(), len(list(self.path.rglob("*")))))))
-    assert command(*words(stage, base, tmp_path / "out", "--steps", steps, "--save_every", 5))[0] == 0
-    rss, tensors, files = zip(*seen[steps // 3 :])
+    look = lambda self, row: (row["step"] + 1) % (steps // 6) == 0 and seen.append((*memory(), len(list(self.path.rglob("*")))))
+    monkeypatch.setattr(Workdir, "log", lambda self, row: (log(self, row), look(self, row)))
+    assert command(*words(stage, base, tmp_path / "out", "--steps", steps, "--save_every", 1))[0] == 0
+    rss, tensors, files = zip(*seen)
     print(f"{stage}, {steps} steps: resident memory grew by {(rss[-1] - rss[0]) / 1e6:.2f} MB, peak {(max(rss) - rss[0]) / 1e6:.2f}; tensors {set(tensors)}, files {set(files)}")
-    assert len(seen) == steps and rss[-1] - rss[0] < most and len(set(tensors)) == 1 and len(set(files)) == 1
+    assert len(seen) >= 6 and rss[-1] - rss[0] < most and len(set(tensors)) == 1 and len(set(files)) == 1
 
 
 def test_metrics_and_report_survive_a_crash(base, command, tmp_path, monkeypatch):
