@@ -165,7 +165,7 @@ def survives(point, home, stage, base, command, expected, older):
 
 @pytest.mark.parametrize("stage, every", [("rm", 2), *((stage, 25) for stage in ("sft", "reinforce", "ppo")),
                                           *(pytest.param(stage, 1, marks=pytest.mark.slow) for stage in STAGES)])  # fmt: skip
-def test_a_kill_at_any_moment_loses_nothing(base, straight, command, tmp_path, stage, every, record_property):
+def test_a_kill_at_any_moment_loses_nothing(base, straight, command, tmp_path, stage, every):
     expected, into = straight(stage), tmp_path / "points"
     (tmp_path / "run").mkdir(), into.mkdir()
     points = kill_points(stage, base, tmp_path / "run", into)
@@ -174,10 +174,10 @@ def test_a_kill_at_any_moment_loses_nothing(base, straight, command, tmp_path, s
     chosen = points[random.Random(stage).randrange(every) :: every]
     for point in chosen:
         survives(point, tmp_path / "run", stage, base, command, expected, older)
-    record_property("kills", len(chosen))
+    print(f"{stage}: {len(chosen)} of {len(points)} moments to be killed at, all survived")
 
 
-@pytest.mark.parametrize("stage, nth", [("ppo", 7), *(pytest.param(stage, nth, marks=pytest.mark.slow) for stage in STAGES for nth in (3, 8, 12, 17))])
+@pytest.mark.parametrize("stage, nth", [("ppo", 7), *(pytest.param(stage, nth, marks=pytest.mark.slow) for stage in STAGES for nth in (2, 3, 5, 8))])
 def test_kill_9(base, straight, command, tmp_path, stage, nth):
     """A real one, at the nth file that is to be renamed."""
     program = (f"import os, signal, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nreplace, left = os.replace, [{nth}]\n"
@@ -690,12 +690,10 @@ BAD_LINES = {  # what follows a good line: what the message says. Texts are repe
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("length", [LONG, pytest.param(100_000_000, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", BAD_LINES)
+@pytest.mark.parametrize("kind, length", [*((kind, LONG) for kind in BAD_LINES),
+                                          *(pytest.param(kind, 10**8, marks=pytest.mark.slow) for kind, case in BAD_LINES.items() if callable(case[0]))])  # fmt: skip
 def test_bad_lines(base, command, tmp_path, kind, length):
     line, says = BAD_LINES[kind]
-    if length > LONG and isinstance(line, bytes):
-        pytest.skip("not a long one")
     (tmp_path / "bad.jsonl").write_bytes(json.dumps(GOOD).encode() + b"\n" + (line(length) if callable(line) else line) + b"\n")
     given = ["--stage", "sft", "--model", base / "policy", "--data", tmp_path / "bad.jsonl", "--out", tmp_path / "o"]
     assert_refused(command, tmp_path, given, f"{tmp_path / 'bad.jsonl'}, {says}")
