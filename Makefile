@@ -8,7 +8,7 @@ test: .venv/ready
 	$(VENV) -m pytest -q
 
 test-all: .venv/ready
-	$(VENV) -m pytest -q -m "slow or not slow"
+	$(VENV) -m pytest -q --slow
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -191,8 +191,6 @@ class Tokenizer:
 
         config, generation, model = (read_json(self.path / name, files.get(name, "{}")) for name in
                                      ("tokenizer_config.json", "generation_config.json", "config.json"))
-        if isinstance(rows := model.get("vocab_size"), int) and rows < self.vocab_size:
-            raise BadInput(f"{path}: the tokenizer has ids up to {self.vocab_size - 1}, config.json a vocab_size of {rows}")
         bos, eos = (token.get("content") if isinstance(token, dict) else token
                     for token in (config.get("bos_token"), config.get("eos_token")))
         if chat == "llama3":

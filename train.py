@@ -284,7 +284,8 @@ def load_tokenizer(directory, cfg):
         raise BadInput(f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {n}")
     made = data.read_json(path, path.read_bytes()) if path.exists() and cfg.stage not in ("sft", "rm") else {}
     if made.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {made['config'].get('chat')}); found --chat {cfg.chat}")
+        chat = re.search(r"'chat': '(\w+)'", str(made.get("config")))
+        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {chat and chat[1]}); found --chat {cfg.chat}")
     return tokenizer
 
 

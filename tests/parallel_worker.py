@@ -47,7 +47,7 @@ def check(tp_alone):
 def names(world):
     """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage only."""
     return {f"tp {tp} x dp {dp}: {name}": (tp, dp, function) for tp, dp in SHAPES[world]
-            for name, (function, tp_alone) in CHECKS.items() if (not tp_alone or dp == 1) and (world < 8 or "stage" in name)}  # fmt: skip
+            for name, (function, tp_alone) in CHECKS.items() if (not tp_alone or dp == 1) and (world < 8 or "twenty" in name)}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -515,7 +515,7 @@ def twenty_steps_of_stage_rm(grid):
             pairs, _ = data.encode(data.load_rows(val.data, ("prompt", "chosen", "rejected")), tokenizer, 1024, ("chosen", "rejected"), log=str)
             ids, mask = collate([example for pair in pairs for example in pair])
             with torch.no_grad():
-                return reward_model_loss(model, ids, mask, val)[0].item(), list(train.eval_reward_model(base / out, val, g).values())
+                return reward_model_loss(model, ids, mask, val)[0].item(), train.eval_reward_model(base / out, val, g)
 
         class Killed(Exception):
             pass
@@ -534,7 +534,8 @@ def twenty_steps_of_stage_rm(grid):
         run("cut", grid, resume=True)
         one = validation("one", Grid())
         losses = [[json.loads(line)["loss"] for line in (base / out / "metrics.jsonl").read_text().split("\n")[:-1]] for out in ("one", "all", "cut")]
-        found = {f"{out}, {what}": far(a, b) for out in ("all", "cut") for what, a, b in zip(("validation loss", "eval.json"), validation(out, grid), one)}
+        found = {f"{out}, {what}": same(a, b) for out in ("all", "cut")
+                 for what, same, a, b in zip(("validation loss", "eval.json"), (far, unequal), validation(out, grid), one)}  # fmt: skip
         dist.barrier()
     return found | {"losses": max(far(x, losses[0]) for x in losses[1:]), "steps": unequal(list(map(len, losses)), [20, 20, 20]),
                     "it learns": (losses[0][-1] / losses[0][0], 0.9)}  # fmt: skip
