@@ -487,6 +487,17 @@ def test_a_stuck_rank_is_waited_for_no_longer_than_timeout(base, tmp_path):
     assert "--stage rm: rank 0 waited longer than --timeout 5 s for another one" in err
 
 
+def test_what_only_another_rank_met_is_said_too(base, command, monkeypatch):
+    """Rank 0 speaks at once, the others after a pause in which torchrun ends them: one line where all met the same, and never none."""
+    pauses = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        status, _, err = command("--stage", "sft", "--data", "no/such.jsonl")
+        assert status == 2 and err.count("\n") == 1 and "no/such.jsonl" in err
+    assert pauses == [2]
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
