@@ -7,9 +7,12 @@ demo: .venv/ready
 test: .venv/ready
 	$(VENV) -m pytest -q
 
+test-all: .venv/ready
+	$(VENV) -m pytest -q --slow
+
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install -q -r requirements.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test test-all

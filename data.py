@@ -245,7 +245,12 @@ class Tokenizer:
         if len(text) > LONGEST_RUN:
             for run in re.finditer(r"\s+|\S+", text):
                 cuts[-1:-1] = range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        ids = [id for start, end in zip(cuts, cuts[1:]) for id in self.bpe.encode_ordinary(text[start:end])]
+        try:
+            ids = [id for start, end in zip(cuts, cuts[1:]) for id in self.bpe.encode_ordinary(text[start:end])]
+        except BaseException as error:  # what Rust calls a panic is no Exception, and its class cannot be imported
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BadInput(f"{self.path}: the tokenizer's pattern takes forever on {text[:60]!r}") from None
         if b"".join(self.token_bytes.get(id, b"") for id in ids) != text.encode("utf-8", "surrogatepass"):
             raise BadInput(f"the tokenizer has no ids for a character or lone surrogate in {text[:60]!r}")
         return ids
@@ -350,6 +355,8 @@ def read_jsonl(path):
 
     Lines end at a newline only: real data holds U+2028, at which str.splitlines() would cut. Blank lines are skipped.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise BadInput(f"{path}: is a directory or a device; --data names a JSON lines file")
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):

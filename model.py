@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from parallel import (ColumnLinear, KeyValueLinear, LoRALinear, RowLinear, VocabEmbedding, all_reduce, check_divisible,  # fmt: skip
-                      copy_to_tp, gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum)
+                      copy_to_tp, gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum,
+                      write_atomically)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -80,15 +80,20 @@ class ModelConfig:
             raise ValueError(f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'")
         try:
             heads = int(raw["num_attention_heads"])
-            scaling = RopeScaling(**{k: rope[k] for k in RopeScaling.__annotations__}) if rule == "llama3" else None
+            scaling = RopeScaling(**{k: number(rope[k]) for k, number in RopeScaling.__annotations__.items()}) if rule == "llama3" else None
             cfg = cls(int(raw["vocab_size"]), int(raw["hidden_size"]), int(raw["intermediate_size"]), int(raw["num_hidden_layers"]),
                       heads, int(raw.get("num_key_value_heads") or heads), int(raw.get("head_dim") or raw["hidden_size"] // heads),
                       float(raw.get("rms_norm_eps", 1e-6)), float(rope["rope_theta"]), scaling,
                       bool(raw.get("tie_word_embeddings", False)), int(raw.get("max_position_embeddings", 2048)), kind)  # fmt: skip
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        except (KeyError, TypeError, ValueError, ArithmeticError) as e:
             raise ValueError(f"a field is missing or not a number: {e}") from None
-        if min(cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, heads, cfg.num_key_value_heads) < 1:
-            raise ValueError("all sizes must be positive")
+        sizes = cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, heads, cfg.num_key_value_heads, cfg.head_dim
+        if not all(0 < size < 2**24 for size in sizes):
+            raise ValueError(f"found sizes {sizes}, expected them to be positive and below 2^24")
+        if not all(0 < x < float("inf") for x in (cfg.rms_norm_eps, cfg.rope_theta, *(asdict(scaling).values() if scaling else ()))):
+            raise ValueError("rms_norm_eps and the numbers of RoPE must be positive and finite")
+        if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
+            raise ValueError("low_freq_factor must be below high_freq_factor")
         if heads % cfg.num_key_value_heads or cfg.head_dim % 2:
             raise ValueError(f"{heads} heads with {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: expected "
                              "query heads in equal groups, and an even width")  # fmt: skip
@@ -667,13 +672,13 @@ def _weight_files(directory):
     try:
         if index.exists():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if any(not isinstance(f, str) or Path(f).name != f for f in names.values()):
-                raise ValueError("a shard lies outside the directory")
+            if any(not isinstance(f, str) or Path(f).name != f or not f.isprintable() for f in names.values()):
+                raise ValueError("a shard lies outside the directory, or its name cannot be printed")
             return {name: directory / file for name, file in names.items()}
         index = directory / "model.safetensors"
         with safe_open(index, "pt") as f:
             return {name: index for name in f.keys()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise ValueError(f"{index}: not a readable safetensors file or index: {e}") from None
 
 
@@ -689,8 +694,13 @@ def load_model(kind, directory, grid, dtype=torch.float32):
     from_lm = "ForCausalLM" in classes
     if not from_lm and (kind is LanguageModel or "ForTokenClassification" not in classes):
         raise ValueError(f"{directory}: config.json says {classes}; expected {'a language model' if kind is LanguageModel else 'a reward model'}")
-    model = build_model(kind, cfg, grid, dtype)
     files = _weight_files(directory)
+    if cfg.num_hidden_layers > len(files):  # before so many are built
+        raise ValueError(f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors")
+    try:
+        model = build_model(kind, cfg, grid, dtype)
+    except RuntimeError as e:
+        raise ValueError(f"{directory}: no memory for a model of the sizes in config.json: {e}") from None
     params = dict(model.named_parameters())
     optional = {"lm_head.weight"} if from_lm and (kind is ScalarModel or cfg.tie_word_embeddings) else {"score.bias"} - params.keys()
     new_head = {"score.weight"} if from_lm and kind is ScalarModel else set()
@@ -709,6 +719,8 @@ def load_model(kind, directory, grid, dtype=torch.float32):
                 if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
                     raise ValueError(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
                 params[name].copy_(model.my_slice(name, view))
+                if not params[name].sum().isfinite():  # one pass, no copy
+                    raise ValueError(f"{files[name]}: {name} has numbers that are not finite")
         except (OSError, SafetensorError) as e:
             raise ValueError(f"{files[name]}: cannot read {name}: {e}") from None
     if new_head:
@@ -746,13 +758,14 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
             tensors["score.bias"] = torch.zeros(1, dtype=tensors["score.weight"].dtype)
         weight_map |= dict.fromkeys(tensors, file)
         if grid.is_main:
-            save_file(tensors, directory / file, metadata={"format": "pt"})
+            write_atomically(directory / file, tensors)
     if grid.is_main:
+        index = directory / "model.safetensors.index.json"
+        index.unlink(missing_ok=True)  # an older one would go before the new file
         if len(plan) > 1:
-            index = {"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}
-            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+            write_atomically(index, json.dumps({"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}, indent=1))
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        (directory / "config.json").write_text(json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1), encoding="utf-8")
+        write_atomically(directory / "config.json", json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1))
 
 
 @torch.no_grad()
@@ -770,6 +783,5 @@ def save_adapter(model, directory, base):
     if is_score:
         tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
     if model.grid.is_main:
-        directory.mkdir()
-        save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-        (directory / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+        write_atomically(directory / "adapter_model.safetensors", tensors)
+        write_atomically(directory / "adapter_config.json", json.dumps(config, indent=1))

@@ -10,8 +10,10 @@ Source of the scheme: Shoeybi et al. 2019, "Megatron-LM", section 3.
 N tokens · D model width · V vocabulary; a sharded size is written as a fraction: V/tp
 """
 
+import contextlib
 import datetime
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -44,11 +47,12 @@ class Grid:
         return self.tp_rank == 0 and self.dp_rank == 0
 
 
-def make_grid(tp_size=0, device="auto"):
+def make_grid(tp_size=0, device="auto", timeout=1800):
     """The grid that torchrun's variables describe: NCCL between GPUs, gloo between CPUs.
 
     tp_size   processes that share one model; 0 means all of them. The rest is data parallel: world = tp x dp
     device    "auto" (CUDA when there is one), "cpu" or "cuda"
+    timeout   seconds that a rank waits for another one before it gives up with an error
     -> Grid; neighbouring ranks form a tp group, so that tp stays inside a machine
     Raises ValueError when tp_size does not divide the number of processes, or when CUDA is asked for and absent.
     """
@@ -67,11 +71,11 @@ def make_grid(tp_size=0, device="auto"):
         torch.cuda.set_device(device)  # before the process group, or every rank would open GPU 0
     if "WORLD_SIZE" not in os.environ:
         return Grid(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
-    mesh = dist.device_mesh.init_device_mesh(device.type, (world // tp_size, tp_size), mesh_dim_names=("dp", "tp"))
-    return Grid(device, mesh.get_local_rank("tp"), tp_size, mesh.get_local_rank("dp"), world // tp_size,
-                mesh.get_group("tp"), mesh.get_group("dp"))  # fmt: skip
+    timeout = datetime.timedelta(seconds=timeout)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    rows = [list(range(start, start + tp_size)) for start in range(0, world, tp_size)]  # dp x tp ranks, as drawn above
+    tp_group, dp_group = (dist.new_subgroups_by_enumeration(ranks, timeout)[0] for ranks in (rows, [list(column) for column in zip(*rows)]))
+    return Grid(device, dist.get_rank() % tp_size, tp_size, dist.get_rank() // tp_size, world // tp_size, tp_group, dp_group)
 
 
 def all_reduce(x, group, op=dist.ReduceOp.SUM):
@@ -326,6 +330,7 @@ class Optimizer:
 
     def __init__(self, model, grid, lr, betas=(0.9, 0.999), weight_decay=0.0, max_grad_norm=1.0):
         self.grid, self.max_grad_norm, self.updates = grid, max_grad_norm, 0
+        self.skipped, self.in_a_row, self.bad_inputs = 0, 0, []  # updates left out: all, the latest ones; what the first of those read
         self.names, self.params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
         self.sharded = [model.shard_dim(n) is not None for n in self.names]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
@@ -348,14 +353,16 @@ class Optimizer:
         return all_reduce(sum(squares), self.grid.tp_group).sqrt()
 
     @torch.no_grad()
-    def step(self, lr):
+    def step(self, lr, loss=0.0):
         """One update at learning rate `lr`; clears the gradients. -> gradient norm before clipping (float).
 
-        A norm that is not finite leaves the weights and moments alone: the caller sees it in the return value.
+        A norm or a loss (the same number on all ranks) that is not finite leaves weights and moments alone, and is counted.
         """
         grads = self.sum_over_dp()
         norm = self.grad_norm(grads).item()
-        if norm < float("inf"):  # false for nan too
+        good = math.isfinite(norm + loss)
+        self.skipped, self.in_a_row = self.skipped + (not good), 0 if good else self.in_a_row + 1
+        if good:
             scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
             for master, grad in zip(self.masters, grads):
                 master.grad = grad.mul_(scale)
@@ -396,15 +403,22 @@ def update(optimizer, parts, loss_fn, lr):
     -> {"loss": ..., names ..., "grad_norm": ...}: means over the whole step on all ranks, the same on every rank
     """
     grid = optimizer.grid
-    (total,) = all_sum([sum(weight for weight, _ in parts)], grid)
+    total, idle = all_sum([sum(weight for weight, _ in parts), not parts], grid)
     sums = {}
     for weight, batch in parts:
         loss, stats = loss_fn(batch)
         (loss * (weight / total)).backward()
         for name, x in {"loss": loss.item(), **stats}.items():
             sums[name] = sums.get(name, 0.0) + x * weight / total
+    if idle:  # ranks without rows learn the names from the others
+        names = [None] * grid.dp_size
+        dist.all_gather_object(names, list(sums), group=grid.dp_group)
+        sums = {name: sums.get(name, 0.0) for name in max(names, key=len)}
     sums = dict(zip(sums, all_sum(list(sums.values()), grid)))
-    return {**sums, "grad_norm": optimizer.step(lr)}
+    norm = optimizer.step(lr, sums["loss"])
+    if optimizer.in_a_row == 1:
+        optimizer.bad_inputs = [batch for _, batch in parts]
+    return {**sums, "grad_norm": norm}
 
 
 # ------------------------------------------------------------------------------------------------ results on disk
@@ -422,92 +436,120 @@ def barrier(grid):
         dist.barrier()
 
 
-def write_atomically(path, text):
-    """A file that exists is whole: written under a temporary name, flushed to disk, renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def flush(path):
+    """Returns when a file, or the names in a directory, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_atomically(path, content):
+    """A file that exists is whole: written under a temporary name, flushed to disk, renamed. content: text, or {name: tensor}
+
+    Raises OSError, and leaves what was there before, when the disk is full or cannot be written to.
+    """
     temporary = path.with_name(path.name + ".partial")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            save_file(content, temporary, metadata={"format": "pt"})
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
 
 
 class Workdir:
     """A result in the making: `<out>.partial` with metrics.jsonl and state/, renamed to `<out>` when it is whole.
 
-    Until then an older `<out>` stays as it is. The state holds whole tensors, so it can be resumed at another tp or dp.
+    A kill at any moment, and a full disk, lose nothing that was whole: not an older `<out>`, not the last checkpoint, which is
+    what state/state.json names. It holds whole tensors, so it can be resumed at another tp or dp.
     """
 
-    def __init__(self, cfg, out, grid, optimizers):
+    def __init__(self, cfg, out, grid, optimizers, inputs=None):
+        """inputs: {description: value}: what a checkpoint fits, beside the flags and the model's architecture."""
         self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
-        self.path, self.first_step = self.out.with_name(self.out.name + ".partial"), 0
-        state = self.path / "state" / "state.json"
-        if cfg.resume and not state.exists():
-            say(grid, f"--resume: no checkpoint in {state.parent}; starting anew")
+        self.path, self.old = (self.out.with_name(self.out.name + end) for end in (".partial", ".old"))
+        self.state, self.first_step, self.saved_step = self.path / "state" / "state.json", 0, 0
+        ignored = {"resume", "save_every", "tp", "device", "micro_tokens", "remat", "timeout", "max_skipped"}
+        sizes = {f"the {owner}'s {k}": v for owner, (model, _) in optimizers.items() for k, v in asdict(model.cfg).items()}
+        self.identity = {"config": {k: v for k, v in asdict(cfg).items() if k not in ignored}, "inputs": {**(inputs or {}), **sizes}}
+        if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
+            self.path.rename(self.out)  # a kill between the two renames of publish(): the new result is whole
+        barrier(self.grid)
+        if cfg.resume and not self.state.exists():
+            say(grid, f"--resume: no checkpoint in {self.state.parent}; starting anew")
         elif cfg.resume:
-            self._restore(json.loads(state.read_text(encoding="utf-8")))
+            try:
+                self._restore()
+            except (AttributeError, KeyError, OSError, SafetensorError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
+                raise ValueError(f"--resume: {self.state}: not a whole checkpoint: {e!r}") from None
         barrier(self.grid)  # every rank has looked before the main one touches anything
         if grid.is_main:
-            if not self.first_step:
-                shutil.rmtree(self.path, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
             lines = []
             if self.first_step:
                 lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
                 lines = [line + "\n" for line in lines[:-1] if json.loads(line)["step"] < self.first_step]
+            else:
+                self.state.unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is none
+                shutil.rmtree(self.path, ignore_errors=True)
             write_atomically(self.path / "metrics.jsonl", "".join(lines))
 
     def log(self, row):
-        """One line on the terminal, the same row in metrics.jsonl."""
+        """One line on the terminal, the same row in metrics.jsonl; a number that is not finite is null there."""
         if self.grid.is_main:
             tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
-    def _identity(self):
-        ignored = {"resume", "save_every", "tp", "device", "micro_tokens", "remat"}
-        return {k: v for k, v in asdict(self.cfg).items() if k not in ignored}
-
     def save(self, step):
         """A checkpoint from which `--resume` goes on at update `step`: safetensors and JSON, no pickle."""
-        tensors, updates = {}, {owner: optimizer.updates for owner, (_, optimizer) in self.optimizers.items()}
+        tensors, counts = {}, {owner: [optimizer.updates, optimizer.in_a_row] for owner, (_, optimizer) in self.optimizers.items()}
         for owner, (model, optimizer) in self.optimizers.items():
             for name, x in optimizer.state_tensors().items():
                 param = name.split(".", 1)[1]
                 tensors[f"{owner}/{name}"] = gather_shards(x, model.shard_dim(param), model.full_size(param), self.grid).cpu().contiguous()
         if self.grid.is_main:
-            fresh, state, old = (self.path / name for name in ("state.new", "state", "state.old"))
-            for leftover in (fresh, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            fresh.mkdir()
-            save_file(tensors, fresh / "optimizer.safetensors")
-            write_atomically(fresh / "state.json", json.dumps({"step": step, "updates": updates, "config": self._identity()}))
-            if state.exists():
-                state.rename(old)
-            fresh.rename(state)
-            shutil.rmtree(old, ignore_errors=True)
+            file = self.state.with_name(f"{step}.safetensors")
+            write_atomically(file, tensors)
+            flush(self.path / "metrics.jsonl")
+            write_atomically(self.state, json.dumps({"step": step, "tensors": file.name, "counts": counts, **self.identity}))
+            for other in self.state.parent.glob("*.safetensors*"):  # state.json no longer names them
+                if other != file:
+                    other.unlink()
+        self.saved_step = step
         barrier(self.grid)
 
-    def _restore(self, saved):
-        if changed := [k for k, v in self._identity().items() if saved["config"].get(k) != v]:
+    def _restore(self):
+        saved = json.loads(self.state.read_text(encoding="utf-8"))
+        then, now = ({**{f"--{k}": v for k, v in x["config"].items()}, **x["inputs"]} for x in (saved, self.identity))
+        if changed := [k for k, v in now.items() if then.get(k) != v]:
             k = changed[0]
-            raise ValueError(f"--resume: {self.path}/state was made with --{k} {saved['config'].get(k)}, not {getattr(self.cfg, k)}")
-        tensors = load_file(self.path / "state" / "optimizer.safetensors")
+            raise ValueError(f"--resume: {self.state.parent} was made with {k} {then.get(k)}, not {now[k]}")
+        tensors = load_file(self.state.with_name(saved["tensors"]))
         for owner, (model, optimizer) in self.optimizers.items():
+            updates, optimizer.in_a_row = saved["counts"][owner]
             mine = {n.split("/", 1)[1]: x for n, x in tensors.items() if n.startswith(owner + "/")}
-            optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], x) for n, x in mine.items()}, saved["updates"][owner])
-        self.first_step = saved["step"]
+            optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], x) for n, x in mine.items()}, updates)
+        self.first_step = self.saved_step = saved["step"]
 
     def publish(self):
         """Puts the finished directory in the place of `<out>`; an older one goes only now."""
         if self.grid.is_main:
-            shutil.rmtree(self.path / "state", ignore_errors=True)
-            old = self.out.with_name(self.out.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
+            for path in (*self.path.rglob("*"), self.path):
+                flush(path)
+            shutil.rmtree(self.old, ignore_errors=True)  # a leftover: `<out>` is there, or there never was one
             if self.out.exists():
-                self.out.rename(old)
+                self.out.rename(self.old)
             self.path.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
+            flush(self.out.parent)
+            for leftover in (self.out / "state", self.old):
+                shutil.rmtree(leftover, ignore_errors=True)
         barrier(self.grid)
         say(self.grid, f"{self.cfg.stage}: {self.out}")

@@ -189,7 +189,7 @@ def advantages(rollout, cfg, grid):
         raise ValueError("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
     mask, penalty = rollout.response_mask, cfg.kl_coef * kl_penalty(rollout, cfg.kl)
     if cfg.advantage in ("rloo", "grpo"):
-        means = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1) / rollout.reward_mask.sum(1)  # (B,)
+        means = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1) / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)
         weights = group_advantages(means, cfg.group_size, cfg.advantage)[:, None].expand(mask.shape)
         return (weights - penalty).masked_fill(~mask, 0.0)
     rewards = standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import math
@@ -54,6 +55,7 @@ class Run:
     seed: int = 0  # of weights, data order and sampling
     tp: int = 0  # processes that share one model; 0 is all of them, the rest is data parallel
     device: str = "auto"  # auto | cpu | cuda
+    timeout: int = 1800  # seconds that a process waits for another one before the run is given up
     dtype: str = "float32"  # float32 | bfloat16 (with fp32 masters)
     chat: str = "none"  # none | llama3 | chatml: how prompts are written for the model
     date: str = ""  # with --chat llama3: the system block of Llama 3.1 and 3.2 with this date, such as "26 Jul 2024"; "" leaves it out
@@ -75,7 +77,8 @@ class Train:
     weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
     lora_rank: int = 0  # [sft rm reinforce ppo] train adapters of this rank beside frozen weights (the paper's reward model: 128); 0 trains all
     lora_alpha: int = 0  # [sft rm reinforce ppo] adapters count alpha / rank; 0 is the rank (the paper)
-    save_every: int = 0  # [sft rm reinforce ppo] updates between resumable checkpoints; 0 is only on Ctrl-C
+    max_skipped: int = 10  # [sft rm reinforce ppo] updates in a row without a finite loss and gradient before the run stops
+    save_every: int = 0  # [sft rm reinforce ppo] updates between resumable checkpoints; 0 is only on Ctrl-C and SIGTERM
     resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
 
 
@@ -180,6 +183,9 @@ def parse(argv):
         text = text if text is argparse.SUPPRESS else f"{text} (default: {default})".replace("%", "%%")
         parser.add_argument(f"--{name}", default=default, help=text, **options)
     cfg = Config(**vars(parser.parse_args(argv)))
+    for name, value in vars(cfg).items():
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise BadInput(f"--{name} {value!r}: expected text in UTF-8 without NUL")
     choices = {"stage": tuple(STAGES), "preset": ("", *PRESETS), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
                "chat": ("none", "llama3", "chatml"), "task": ("gsm8k", "math", "arith"),
                "grader": ("ours", "strict", "authors", "math_verify"), "reward": (*REWARD_MODELS, "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
@@ -189,12 +195,12 @@ def parse(argv):
             raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
     for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed", "minibatch", "final_lr",
                  "lora_rank", "lora_alpha", "critic_lora_rank", "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more")
+        if not 0 <= getattr(cfg, name) < 2**63:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more, below 2^63")
     for name in ("batch_size", "micro_tokens", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
-                 "ppo_epochs", "critic_lr"):  # fmt: skip
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0")
+                 "ppo_epochs", "critic_lr", "timeout", "max_skipped"):  # fmt: skip
+        if not 0 < getattr(cfg, name) < 2**63:
+            raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0, below 2^63")
     check_combinations(cfg)
     return cfg
 
@@ -278,7 +284,8 @@ def load_tokenizer(directory, cfg):
         raise BadInput(f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {n}")
     made = data.read_json(path, path.read_bytes()) if path.exists() and cfg.stage not in ("sft", "rm") else {}
     if made.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {made['config'].get('chat')}); found --chat {cfg.chat}")
+        chat = re.search(r"'chat': '(\w+)'", str(made.get("config")))
+        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {chat and chat[1]}); found --chat {cfg.chat}")
     return tokenizer
 
 
@@ -330,36 +337,64 @@ def lr_at(step, cfg, steps):
 
 @contextlib.contextmanager
 def deferred_interrupt(grid):
-    """Yields a function that tells all ranks alike whether Ctrl-C was pressed on one: an update that is cut in two could not be
-    resumed. Without torchrun, which passes Ctrl-C on a second time, a second one stops at once, without a checkpoint."""
+    """Yields a function that tells all ranks alike whether one got Ctrl-C or SIGTERM: an update that is cut in two could not be
+    resumed. Without torchrun, which passes Ctrl-C on a second time, a second one stops at once, without a checkpoint.
+    Torchrun's SIGTERM may also mean that another rank died: a rank that gets no agreement within 4 seconds ends."""
     pressed = [0]
 
-    def handler(*_):
+    def handler(number, _):
         pressed[0] = 1
         if not dist.is_initialized():
-            signal.signal(signal.SIGINT, before)
+            signal.signal(number, before[number])
+        elif number == signal.SIGTERM:
+            signal.alarm(4)
 
-    before = signal.signal(signal.SIGINT, handler)
+    def agreed():
+        stop = all_sum(all_sum(pressed, grid), grid, "tp")[0] > 0
+        if stop:
+            signal.alarm(0)  # all ranks live: saving may take its time
+        return stop
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: all_sum(all_sum(pressed, grid), grid, "tp")[0] > 0
+        yield agreed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in before:
+            signal.signal(number, before[number])
 
 
-def train_loop(cfg, grid, steps, optimizers, step_fn):
+def save_bad_inputs(work, step):
+    """What the first update that was skipped had read goes to <out>.partial/skipped.<dp rank>.json; the weights are in no way changed."""
+    path = work.path / f"skipped.{work.grid.dp_rank}.json"
+    inputs = {name: optimizer.bad_inputs for name, (_, optimizer) in work.optimizers.items() if optimizer.bad_inputs}
+    if work.grid.tp_rank == 0 and not path.exists():
+        write_atomically(path, json.dumps({"step": step, **inputs}, default=lambda x: x.tolist() if torch.is_tensor(x) else vars(x)))
+
+
+def train_loop(cfg, grid, steps, optimizers, step_fn, inputs):
     """Calls `step_fn(step, lr) -> metrics` for each step that is still to do, logs, saves; -> the Workdir to finish.
 
     optimizers   {name: (model, Optimizer)}: what a checkpoint holds. Everything random is a function of (seed, step), so
                  nothing else is needed to go on exactly.
+    inputs       fingerprints of the files that decide what is learned; `--resume` insists on the same
     """
     with user_files():
-        work = Workdir(cfg, out_path(cfg), grid, optimizers)
+        work = Workdir(cfg, out_path(cfg), grid, optimizers, inputs)
+    skipped = lambda: sum(optimizer.skipped for _, optimizer in optimizers.values())
     with deferred_interrupt(grid) as interrupted:
         for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
-            began, lr = time.perf_counter(), lr_at(step, cfg, steps)
+            began, lr, before = time.perf_counter(), lr_at(step, cfg, steps), skipped()
             row = step_fn(step, lr)
             tokens = row.pop("_tokens")
+            if skipped() > before:
+                row["skipped"] = skipped() - before
+                save_bad_inputs(work, step)
             work.log({"step": step, **row, "lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)})
+            if (n := max(optimizer.in_a_row for _, optimizer in optimizers.values())) >= cfg.max_skipped:
+                if not work.saved_step:  # skipped updates left the weights as they were
+                    work.save(step + 1)
+                raise BadInput(f"--stage {cfg.stage}: {n} updates in a row had a loss or gradient that is not finite; the last good checkpoint is "
+                               f"{work.state.parent} (step {work.saved_step}), the inputs of the first are in {work.path}/skipped.*.json")  # fmt: skip
             stop = interrupted()
             if stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
                 work.save(step + 1)
@@ -368,7 +403,12 @@ def train_loop(cfg, grid, steps, optimizers, step_fn):
     return work
 
 
-def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens):
+def fingerprints(tokenizer, path=""):
+    """What decides which ids a run reads: {description: sha256}."""
+    return {"data of sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "", "tokenizer and chat of sha256": tokenizer.fingerprint}
+
+
+def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens, inputs):
     """Supervised training of one model on shuffled batches of rows (sft, rm); -> the Workdir.
 
     weigh(row)          what the loss is a mean over: tokens, or 1 a pair
@@ -384,7 +424,7 @@ def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens):
         parts = [mine[a:b] for a, b in data.spans([count_tokens(row) for row in mine], cfg.micro_tokens)]
         return {**update(optimizer, [(sum(map(weigh, part)), part) for part in parts], loss_fn, lr), "_tokens": sum(map(count_tokens, batch))}
 
-    return train_loop(cfg, grid, cfg.steps or -(-len(rows) // cfg.batch_size), {"model": (model, optimizer)}, step_fn)
+    return train_loop(cfg, grid, cfg.steps or -(-len(rows) // cfg.batch_size), {"model": (model, optimizer)}, step_fn, inputs)
 
 
 # ------------------------------------------------------------------------------------------------ sft
@@ -412,7 +452,8 @@ def stage_sft(cfg, grid):
         logprobs, entropy = token_logprobs(policy, ids, mask)
         return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
 
-    work = train_on_rows(cfg, grid, policy, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]))
+    work = train_on_rows(cfg, grid, policy, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]),
+                         fingerprints(tokenizer, cfg.data))  # fmt: skip
     finish(work, policy, tokenizer, cfg.model)
 
 
@@ -493,7 +534,7 @@ def stage_rm(cfg, grid):
         errors = torch.tensor([error for pair in part for error in pair[2:]], device=grid.device)  # (2P,), prm only
         return reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors)
 
-    work = train_on_rows(cfg, grid, model, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])))
+    work = train_on_rows(cfg, grid, model, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])), fingerprints(tokenizer, path))
     finish(work, model, tokenizer, directory, reward=cfg.reward, reference=directory)
 
 
@@ -521,7 +562,9 @@ def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
         raise BadInput(f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids")
     reference = None
     if kind == "dpo":
-        reference = json.loads((Path(directory) / "run.json").read_text(encoding="utf-8"))["reference"]
+        path = Path(directory) / "run.json"
+        if not isinstance(reference := data.read_json(path, path.read_bytes()).get("reference"), str):
+            raise BadInput(f"{path}: reference is {reference!r}, expected the directory of the model that DPO started from")
         reference = load(LanguageModel, reference, cfg, grid).requires_grad_(False)
     model = load(LanguageModel if kind in POLICY_LIKE else ScalarModel, directory, cfg, grid).requires_grad_(False)
     return reward_function(kind, model, reference, tokenizer.ids_with("\n"))
@@ -577,7 +620,7 @@ def stage_rl(cfg, grid):
             row["pass@1"] = greedy_pass(policy, tokenizer, heldout, cfg, grid)
         return row | {"_tokens": round(row["response_length"] * n * cfg.group_size)}
 
-    work = train_loop(cfg, grid, steps, optimizers, step_fn)
+    work = train_loop(cfg, grid, steps, optimizers, step_fn, fingerprints(tokenizer, cfg.data))
     if is_ppo:
         if grid.is_main:
             (work.path / "critic").mkdir(exist_ok=True)
@@ -603,7 +646,7 @@ def finish(work, model, tokenizer, base, **run):
 def is_reward_model(directory):
     """Whether config.json names a model with one scalar a token."""
     with user_files():
-        return "ForTokenClassification" in (read_config(directory)[1].get("architectures") or [""])[0]
+        return "ForTokenClassification" in str(read_config(directory)[1].get("architectures"))
 
 
 @torch.no_grad()
@@ -777,27 +820,33 @@ STAGES = {"sft": stage_sft, "pairs": stage_pairs, "rm": stage_rm, "reinforce": s
 
 
 def main(argv=None):
-    """-> exit status: 0, 2 for bad input (one line on stderr), 130 after Ctrl-C (a checkpoint is written)."""
+    """-> exit status: 0, 2 for bad input or a disk that takes no more (one line on stderr), 130 after Ctrl-C (a checkpoint is written)."""
+    status, cfg = 0, None
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         check_paths(cfg)
         with user_files():
-            grid = make_grid(cfg.tp, cfg.device)
+            grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
         if not cfg.model and not cfg.data:
             torch.set_num_threads(1)  # the built-in model is too small for more; and so every machine gives the same numbers
         say(grid, "config: " + "  ".join(f"{k} {getattr(cfg, k)}" for k in flags() if getattr(cfg, k) != ""))
         STAGES[cfg.stage](cfg, grid)
-    except BadInput as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(e, file=sys.stderr)
-        return 2
+    except (BadInput, OSError) as e:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(2)  # rank 0 mostly says the same, and torchrun then ends this one; what only this one met must still be seen
+        reason = f"{e.filename or out_path(cfg)}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
+        print(" ".join(reason.split()).encode("utf-8", "backslashreplace").decode()[:2000], file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
         print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    return 0
+        status = 130
+    except RuntimeError as e:
+        if re.search("timed out|timeout", str(e), re.I):
+            print(f"--stage {cfg.stage}: rank {os.environ.get('RANK')} waited longer than --timeout {cfg.timeout} s for another one", file=sys.stderr)
+        raise
+    if dist.is_initialized():  # not after an error: what other ranks still wait for would be waited for here
+        dist.destroy_process_group()
+    return status
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checks that need several processes: `torchrun --nproc_per_node 2 (or 4) tests/parallel_worker.py DIRECTORY`.
+"""Checks that need several processes: `torchrun --nproc_per_node 2 (or 4; 8 is slow) tests/parallel_worker.py DIRECTORY`.
 
 Starting processes takes seconds and a check takes milliseconds, so one start runs them all. A check gets a grid and returns
 {what: (measured, most allowed)}; DIRECTORY/results.json keeps the worst over the ranks, and test_parallel.py asserts each
@@ -25,6 +25,8 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import checkpoints
+import data
+import parallel
 import train
 from data import Example, batch_indices, collate
 from model import (LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, generate, init_weights, load_model,  # fmt: skip
@@ -33,7 +35,7 @@ from parallel import (ColumnLinear, Grid, Optimizer, RowLinear, VocabEmbedding, 
                       gather_shards, make_grid, reduce_from_tp, shard_range, update, vocab_log_softmax, vocab_pick, vocab_sum)
 from qrm import Reward, reward_model_loss
 
-SHAPES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)]}  # processes: (tp, dp)
+SHAPES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)], 8: [(8, 1), (4, 2), (2, 4)]}  # processes: (tp, dp)
 ROUNDING = 1e-5  # fp32, other order of operations; relative to the largest entry
 CHECKS = {}  # name: (function of a grid, is about tp alone)
 
@@ -43,9 +45,9 @@ def check(tp_alone):
 
 
 def names(world):
-    """{name of a check: (tp, dp, function)} of a start with `world` processes."""
+    """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage only."""
     return {f"tp {tp} x dp {dp}: {name}": (tp, dp, function) for tp, dp in SHAPES[world]
-            for name, (function, tp_alone) in CHECKS.items() if not tp_alone or dp == 1}  # fmt: skip
+            for name, (function, tp_alone) in CHECKS.items() if (not tp_alone or dp == 1) and (world < 8 or "twenty" in name)}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -454,6 +456,89 @@ def a_gradient_that_is_not_finite_stops_every_rank(grid):
                     out[f"{name} {bad} step {step} run {i}"] = unequal((norm < float("inf"), moved), (step != 1,) * 2)
             out[f"{name} {bad} after it"] = max(unequal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
     return out
+
+
+@check(tp_alone=False)
+def a_loss_that_is_not_finite_stops_every_rank(grid):
+    """The loss of the last dp rank is nan, its gradient is not: nobody moves, everyone counts and keeps its inputs; then all go on."""
+    out, pairs = {}, made_up_pairs(8)
+    model, mine = filled(ScalarModel, config(), grid), my_rows(pairs, grid)
+    optimizer, loss_fn = Optimizer(model, grid, 1e-2), pair_loss_fn(model)
+    for step, bad in enumerate((False, True, True, False)):
+        before = [p.detach().clone() for p in model.parameters()]
+        add = float("nan") if bad and grid.dp_rank == grid.dp_size - 1 else 0.0
+        stats = update(optimizer, [(len(mine), mine)], lambda part: (loss_fn(part)[0] + add, {}), 1e-2)
+        moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
+        out[f"step {step}"] = unequal((moved, stats["loss"] == stats["loss"], optimizer.skipped, optimizer.in_a_row, optimizer.bad_inputs),
+                                      (not bad, not bad, (0, 1, 2, 2)[step], (0, 1, 2, 0)[step], [mine] if step else []))  # fmt: skip
+    return out
+
+
+@check(tp_alone=False)
+def ranks_without_rows_take_part_in_an_update(grid):
+    """All rows on the first dp rank: the update of one process, and every rank reports the same figures."""
+    pairs, found = made_up_pairs(8), []
+    for g in (grid, Grid()):
+        model = filled(ScalarModel, MODELS["qwen2"], g)
+        parts = [(len(part), part) for part in cut(pairs, 4)] if g.dp_rank == 0 else []
+        optimizer = Optimizer(model, g, 1e-2)
+        found.append((update(optimizer, parts, pair_loss_fn(model), 1e-2), moments(optimizer, model)))
+    return {"names": unequal(list(found[0][0]), list(found[1][0])), "figures": max(far(found[0][0][k], x) for k, x in found[1][0].items()),
+            "gradients": furthest(found[0][1], found[1][1])}  # fmt: skip
+
+
+@check(tp_alone=False)
+def twenty_steps_of_stage_rm(grid):
+    """`--stage rm` from files: the validation loss is that of one process, also when one process makes the first 8 steps, is cut off,
+    and all ranks go on. 15 pairs, 3 for validation: no number of ranks divides them. At tp 8 there are fewer key/value heads than ranks."""
+    with tempfile.TemporaryDirectory() as directory:
+        paths = [directory]
+        dist.broadcast_object_list(paths)  # all ranks use the main one's
+        base = Path(paths[0])
+        rows = [{"prompt": r["prompt"], "chosen": r["solution"], "rejected": r["response"]} for r in data.arith_rows("train", 60, 0)]
+        rows = [row for row in rows if row["chosen"] != row["rejected"]][:18]
+        if dist.get_rank() == 0:
+            tokenizer = data.arith_tokenizer()
+            cfg = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 8, 4, 8)
+            tokenizer.save(base / "lm"), save_model(init_weights(build_model(LanguageModel, cfg, Grid()), 0), base / "lm")
+            for name, part in (("train", rows[:15]), ("val", rows[15:])):
+                (base / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+        dist.barrier()
+
+        def run(out, g, **changes):
+            cfg = dict(stage="rm", model=str(base / "lm"), data=str(base / "train.jsonl"), out=str(base / out), steps=20, lr=5e-3, batch_size=8, save_every=8)
+            train.stage_rm(train.Config(**cfg | changes), g)
+
+        def validation(out, g):
+            model, tokenizer = load_model(ScalarModel, base / out, g), data.Tokenizer.load(base / out)
+            val = train.Config(stage="eval", data=str(base / "val.jsonl"), task="arith")
+            pairs, _ = data.encode(data.load_rows(val.data, ("prompt", "chosen", "rejected")), tokenizer, 1024, ("chosen", "rejected"), log=str)
+            ids, mask = collate([example for pair in pairs for example in pair])
+            with torch.no_grad():
+                return reward_model_loss(model, ids, mask, val)[0].item(), train.eval_reward_model(base / out, val, g)
+
+        class Killed(Exception):
+            pass
+
+        def log_or_die(self, row, log=parallel.Workdir.log):
+            log(self, row)
+            if row["step"] == 9:
+                raise Killed
+
+        if dist.get_rank() == 0:  # alone, as if there were no others
+            run("one", Grid())
+            with mock.patch.object(parallel.Workdir, "log", log_or_die), contextlib.suppress(Killed):
+                run("cut", Grid())
+        dist.barrier()
+        run("all", grid)
+        run("cut", grid, resume=True)
+        one = validation("one", Grid())
+        losses = [[json.loads(line)["loss"] for line in (base / out / "metrics.jsonl").read_text().split("\n")[:-1]] for out in ("one", "all", "cut")]
+        found = {f"{out}, {what}": same(a, b) for out in ("all", "cut")
+                 for what, same, a, b in zip(("validation loss", "eval.json"), (far, unequal), validation(out, grid), one)}  # fmt: skip
+        dist.barrier()
+    return found | {"losses": max(far(x, losses[0]) for x in losses[1:]), "steps": unequal(list(map(len, losses)), [20, 20, 20]),
+                    "it learns": (losses[0][-1] / losses[0][0], 0.9)}  # fmt: skip
 
 
 @check(tp_alone=False)

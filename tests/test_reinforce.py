@@ -64,9 +64,9 @@ class Recorder(Optimizer):
         super().__init__(model, Grid(), lr=0.0)
         self.seen = []
 
-    def step(self, lr):
+    def step(self, lr, *loss):
         self.seen.append(torch.cat([g.flatten() for g in self.sum_over_dp()]).clone())
-        return super().step(lr)
+        return super().step(lr, *loss)
 
 
 # ------------------------------------------------------------------------------------------------ the policy gradient, exactly
