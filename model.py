@@ -764,11 +764,10 @@ def save_adapter(model, directory, base):
     layers = {n.split(".")[-1]: layer for n, layer in model.model.layers.named_modules() if isinstance(layer, LoRALinear)}
     rank, scale, is_score = len(layers["q_proj"].lora_A), layers["q_proj"].lora_scale, model.head == "score"
     config = {"peft_type": "LORA", "task_type": "TOKEN_CLS" if is_score else "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
-              "lora_alpha": round(scale * rank), "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(layers),
-              "modules_to_save": ["score"] if is_score else None, "inference_mode": True}  # fmt: skip
+              "lora_alpha": round(scale * rank), "target_modules": sorted(layers), "modules_to_save": ["score"] if is_score else None}  # fmt: skip
     if is_score:
         tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
     if model.grid.is_main:
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
         (directory / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

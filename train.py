@@ -262,8 +262,8 @@ def load(kind, directory, cfg, grid):
     with user_files():
         model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
     model.model.remat = cfg.remat
-    size, peak = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    size = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
     say(grid, f"load: {directory}: {size / 1e9:.3g} GB, peak host memory of this process {peak / 1e9:.3g} GB")
     return model
 
@@ -278,7 +278,7 @@ def load_tokenizer(directory, cfg):
         raise BadInput(f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {n}")
     made = data.read_json(path, path.read_bytes()) if path.exists() and cfg.stage not in ("sft", "rm") else {}
     if made.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {made['config'].get('chat')}); found --chat {cfg.chat}")
+        raise BadInput(f"{directory}: was trained with another tokenizer or chat template (--chat {made.get('config', {}).get('chat')}); found --chat {cfg.chat}")
     return tokenizer
 
 
