@@ -407,8 +407,9 @@ class _Model(nn.Module):
         return full[start:stop] if dim == 0 else full[:, start:stop]
 
     def gather(self, name, mine):
-        """The inverse of `my_slice`, on the CPU, the same on all tp ranks."""
-        return gather_shards(mine, self.shard_dim(name), self.full_size(name), self.grid).cpu().contiguous()
+        """The inverse of `my_slice`, on the main rank's CPU; the others, which must call it too, get an empty tensor."""
+        whole = gather_shards(mine, self.shard_dim(name), self.full_size(name), self.grid)
+        return whole.cpu().contiguous() if self.grid.is_main else whole.new_empty(0)
 
     def full_shape(self, name, shape):
         dim = self.shard_dim(name)
