@@ -412,8 +412,9 @@ class _Model(nn.Module):
         return full[start:stop] if dim == 0 else full[:, start:stop]
 
     def gather(self, name, mine):
-        """The inverse of `my_slice`, on the CPU, the same on all tp ranks."""
-        return gather_shards(mine, self.shard_dim(name), self.full_size(name), self.grid).cpu().contiguous()
+        """The inverse of `my_slice`, on the main rank's CPU; the others, which must call it too, get an empty tensor."""
+        whole = gather_shards(mine, self.shard_dim(name), self.full_size(name), self.grid)
+        return whole.cpu().contiguous() if self.grid.is_main else whole.new_empty(0)
 
     def full_shape(self, name, shape):
         dim = self.shard_dim(name)
@@ -778,8 +779,7 @@ def save_adapter(model, directory, base):
     layers = {n.split(".")[-1]: layer for n, layer in model.model.layers.named_modules() if isinstance(layer, LoRALinear)}
     rank, scale, is_score = len(layers["q_proj"].lora_A), layers["q_proj"].lora_scale, model.head == "score"
     config = {"peft_type": "LORA", "task_type": "TOKEN_CLS" if is_score else "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
-              "lora_alpha": round(scale * rank), "lora_dropout": 0.0, "bias": "none", "target_modules": sorted(layers),
-              "modules_to_save": ["score"] if is_score else None, "inference_mode": True}  # fmt: skip
+              "lora_alpha": round(scale * rank), "target_modules": sorted(layers), "modules_to_save": ["score"] if is_score else None}  # fmt: skip
     if is_score:
         tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
     if model.grid.is_main:

@@ -268,8 +268,8 @@ def load(kind, directory, cfg, grid):
     with user_files():
         model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
     model.model.remat = cfg.remat
-    size, peak = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak *= 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    size = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
     say(grid, f"load: {directory}: {size / 1e9:.3g} GB, peak host memory of this process {peak / 1e9:.3g} GB")
     return model
 

@@ -401,7 +401,7 @@ def test_score_shows_coloured_tokens(built, command, tmp_path, monkeypatch):
     assert "\x1b[" not in command(*words, "--task", "arith")[1]
     coloured = command(*words, "--task", "arith", "--show")[1]
     assert coloured.count("\x1b[1;4;") == 1 and re.search(r"\x1b\[1;4;38;5;16;48;5;\d+m-\x1b\[0m", coloured)
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\n")[2:5] == ["<|begin_of_text|>Tom has 2 pens. Tom buys 3. How many?", "2-3=5↵", "#### 5<|end_of_text|>"]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\n")[3:6] == ["<|begin_of_text|>Tom has 2 pens. Tom buys 3. How many?", "2-3=5↵", "#### 5<|end_of_text|>"]
     hostile = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p\x1b[2J", "response": "\x1b[2J"}])
     assert "\x1b[2J" not in command("--stage", "score", "--model", built / "rm", "--data", hostile, "--out", tmp_path / "h.jsonl", "--show")[1]
     monkeypatch.setenv("NO_COLOR", "1")
