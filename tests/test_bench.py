@@ -1,4 +1,5 @@
 """bench.py at tiny sizes: it runs, and its figures are what they say."""
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,22 +10,39 @@ import torch
 from conftest import near
 
 from classroom import bench
+from parallel import update
 
 MIB = 2**20
 
 
 def test_bench_prints_the_machine_a_table_and_one_json_line_a_figure(capsys, monkeypatch):
+    tiny = dataclasses.replace(bench.CONFIG, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    bench.main(["--rounds", "2", "--device", "cpu", "--sizes", "2x8x16,4x8x16", "--prompts", "8"])
+    for name, value in {"CONFIG": tiny, "HF": False, "TRL": False, "peak_memory": lambda way, path: 7}.items():
+        monkeypatch.setattr(bench, name, value)
+    bench.main(["--rounds", "2", "--device", "cpu", "--sizes", "2x8x16", "--only", "head,rm,rl"])
     lines = capsys.readouterr().out.split("\n")
     assert f"torch {torch.__version__}" in lines[0] and "thread" in lines[0]
     found = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [row["figure"] for row in found] == ["head_and_loss"] * 4 + ["rm_step", "generate"]
-    assert [(row["size"], row["dtype"]) for row in found[:4]] == [(size, t) for size in ([2, 8, 16], [4, 8, 16]) for t in ("fp32", "bf16")]
-    for row in found:
-        for value in (v for v in row.values() if isinstance(v, dict)):
-            assert 0 < value["low"] <= value["median"] <= value["high"]
-    assert any("fused ms" in line for line in lines) and sum("tokens/s" in line for line in lines) == 2
+    assert [list(row["rates"]) for row in found] == [["ours", "plain autograd"]] * 2 + [["ours", "plain, padded to longest"], ["ours", "as the authors' code"], ["ours"]]
+    assert 0.7 < found[2]["processed_over_real"] < 0.9 and found[2]["peak_rss_mib"]["ours"] == 7
+    for value in (v for row in found for rates in (row["rates"], row["faster"]) for v in rates.values()):
+        assert 0 < value["low"] <= value["median"] <= value["high"]
+    table = [line for line in lines if "tokens/s" in line and not line.startswith("{")]
+    assert len(table) == 9 and sum("MiB" in line for line in table) == 6
+
+
+@pytest.mark.parametrize("way", ["plain, padded to longest", "as the authors' code"])
+def test_all_ways_make_the_same_update(way, monkeypatch):
+    monkeypatch.setattr(bench, "CONFIG", dataclasses.replace(bench.CONFIG, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                                                             num_key_value_heads=1, head_dim=8))  # fmt: skip
+    pairs, found = bench.load_pairs(None)[1][:2], []
+    for name in ("ours", way):
+        seen = []
+        monkeypatch.setattr(bench, "update", lambda *args: seen.append(update(*args)))
+        bench.rm_step(name, [pairs], torch.device("cpu"))()
+        found.append(seen[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 def test_both_ways_give_the_same_gradient():
@@ -52,7 +70,7 @@ def test_extra_memory_is_counted():
     assert fused == pytest.approx(4, abs=0.2) and plain > 3 * fused  # the gradient of x is 4 MiB, and little else is kept
 
 
-@pytest.mark.parametrize("words", [["--rounds", "0"], ["--sizes", "3x4x5"], ["--sizes", "2x4"], ["--device", "tpu"]])
+@pytest.mark.parametrize("words", [["--rounds", "0"], ["--sizes", "3x4x5"], ["--sizes", "2x4"], ["--device", "tpu"], ["--only", "speed"]])
 def test_wrong_words(words, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(words)
