@@ -40,7 +40,7 @@ REWARDS = {"oracle": "oracle, tokens", "outcome": "oracle, outcome", "qrm": "Q-R
            "logit": "Z as the LM's logit"}  # fmt: skip
 ALGORITHMS = {"ppo": "PPO", "reinforce": "REINFORCE"}
 GRADED = ("oracle", "outcome")  # need no reward model
-FEW = ("dpo", "prm", "logit")  # arms with plan.few seeds
+FEW = ("dpo", "prm", "logit")  # arms with plan.fewer seeds, PPO only
 VALIDATION = 1000  # seed of the held-out prompts that learning rates are chosen on; the curves are those of seed 0's
 
 # "long" has more verbs to unlearn, more of them in a problem, and longer answers: the outcome says less about a token.
@@ -62,11 +62,12 @@ DISPUTED = {
 @dataclass(frozen=True)
 class Plan:
     seeds: int = 5  # each with its own SFT policy, pairs, reward models and RL runs
-    few: int = 3  # the same for DPO-RM, step PRM, part 3, and the ceiling of the other task
+    few: int = 3  # the same for part 3, and the ceiling of the other task
+    fewer: int = 2  # the same for DPO-RM, step PRM and Z as the logit
     rl_lrs: tuple = (3e-5, 1e-4, 3e-4)  # grid of every RL arm, on seed 0
     rm_lrs: tuple = (7e-4, 2e-3, 6e-3)  # grid of every reward model, on seed 0
     task: str = "long"  # of parts 1 to 3: the one on which token credit can show, see part 0
-    arms: tuple = tuple((a, r) for r in REWARDS for a in ALGORITHMS if (a, r) != ("reinforce", "logit"))  # of part 2
+    arms: tuple = tuple((a, r) for r in REWARDS for a in ALGORITHMS if r not in FEW or a == "ppo")  # of part 2
     disputed: tuple = tuple(DISPUTED)  # of part 3
     flags: dict = field(default_factory=dict)  # {stage: what differs from train.py's defaults for the built-in task}
 
@@ -225,7 +226,7 @@ class Study:
         bar.close()
 
     def seeds(self, reward):
-        return range(self.plan.few if reward in FEW else self.plan.seeds)
+        return range(min(self.plan.fewer, self.plan.seeds) if reward in FEW else self.plan.seeds)
 
 
 def best_lr(scores):
