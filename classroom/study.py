@@ -495,6 +495,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="every path with tiny settings: a test, not a result")
     parser.add_argument("--curves", metavar="RUN", help="only the figure of healthy and unhealthy learning curves, from this run of train.py")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)
     if args.curves:
         return print(draw_curves(args.out, args.curves, steps=32, eval_every=2))
     full = FAST if args.fast else FULL
