@@ -63,6 +63,7 @@ def last_merge(token, ranks):
 
 
 def read_json(path, raw):
+    """The JSON object in `raw` (text or bytes) of the file `path`; BadInput if it is none."""
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:

@@ -175,6 +175,7 @@ def causal_attention(layer, q, k, v):
 
 @lru_cache
 def compiled_flex():
+    """torch's FlexAttention as one kernel, compiled once for rows of any length."""
     return torch.compile(flex_attention, dynamic=True)
 
 
@@ -196,14 +197,17 @@ class Packed:
         ids, positions, states, actions, self.lengths, self.buckets = [], [], [], [], [], {}
         for prompt, responses in groups:
             p, before = len(self.lengths), len(ids) + len(prompt) - 1  # `before` ends the first state of each response
-            ids, positions, self.lengths = ids + prompt, [*positions, *range(len(prompt))], [*self.lengths, len(prompt)]
+            ids += prompt
+            positions += range(len(prompt))
+            self.lengths.append(len(prompt))
             for response in responses:
                 places = range(len(ids), len(ids) + len(response))
                 actions += places
                 states += [before, *places][: len(response)]
                 self.buckets.setdefault((len(prompt), len(response)), []).append((p, len(self.lengths)))  # pieces of a sequence
-                ids, self.lengths = ids + response, [*self.lengths, len(response)]
+                ids += response
                 positions += range(len(prompt), len(prompt) + len(response))
+                self.lengths.append(len(response))
         self.ids, self.positions = (torch.tensor([x], dtype=torch.int64, device=device) for x in (ids, positions))
         self.states, self.actions = (torch.tensor(x, dtype=torch.int64, device=device) for x in (states, actions))
 
