@@ -40,7 +40,6 @@ REWARDS = {"oracle": "oracle, tokens", "outcome": "oracle, outcome", "qrm": "Q-R
            "logit": "Z as the LM's logit"}  # fmt: skip
 ALGORITHMS = {"ppo": "PPO", "reinforce": "REINFORCE"}
 GRADED = ("oracle", "outcome")  # need no reward model
-FEW = ("dpo", "prm", "logit")  # arms with plan.fewer seeds, PPO only
 VALIDATION = 1000  # seed of the held-out prompts that learning rates are chosen on; the curves are those of seed 0's
 
 # "long" has more verbs to unlearn, more of them in a problem, and longer answers: the outcome says less about a token.
@@ -62,12 +61,11 @@ DISPUTED = {
 @dataclass(frozen=True)
 class Plan:
     seeds: int = 5  # each with its own SFT policy, pairs, reward models and RL runs
-    few: int = 3  # the same for part 3, and the ceiling of the other task
-    fewer: int = 2  # the same for DPO-RM, step PRM and Z as the logit
-    rl_lrs: tuple = (3e-5, 1e-4, 3e-4)  # grid of every RL arm, on seed 0
-    rm_lrs: tuple = (7e-4, 2e-3, 6e-3)  # grid of every reward model, on seed 0
+    rl_lrs: dict = field(default_factory=lambda: {"ppo": (1e-4, 3e-4, 1e-3), "reinforce": (3e-5, 1e-4, 3e-4)})  # grid of every RL arm, on seed 0
+    rm_lrs: tuple = (2e-4, 7e-4, 2e-3)  # grid of every reward model, on seed 0
     task: str = "long"  # of parts 1 to 3: the one on which token credit can show, see part 0
-    arms: tuple = tuple((a, r) for r in REWARDS for a in ALGORITHMS if r not in FEW or a == "ppo")  # of part 2
+    ceilings: tuple = tuple(TASKS)  # tasks of part 0
+    arms: tuple = tuple((a, r) for r in REWARDS for a in ALGORITHMS if r != "logit" or a == "ppo")  # of part 2
     disputed: tuple = tuple(DISPUTED)  # of part 3
     flags: dict = field(default_factory=dict)  # {stage: what differs from train.py's defaults for the built-in task}
 
@@ -75,9 +73,10 @@ class Plan:
 _RL = {"limit": 300, "eval_every": 2}
 FULL = Plan(flags={"eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
 _RL = {"steps": 1, "batch_size": 16, "minibatch": 8, "limit": 8, "eval_every": 1, "max_new_tokens": 40}
-FAST = dataclasses.replace(FULL, few=0, rl_lrs=(1e-4,), rm_lrs=(2e-3,), disputed=(),
+_LRS = {"ppo": (1e-4,), "reinforce": (1e-4,)}
+FAST = dataclasses.replace(FULL, rl_lrs=_LRS, rm_lrs=(2e-3,), ceilings=(), disputed=(),
                            arms=tuple(("ppo", r) for r in ("oracle", "outcome", "qrm", "orm")))  # fmt: skip
-QUICK = Plan(1, 1, (1e-4,), (2e-3,), arms=(("ppo", "outcome"), ("ppo", "qrm"), ("reinforce", "qrm"), ("ppo", "orm")),
+QUICK = Plan(1, _LRS, (2e-3,), ceilings=(), arms=(("ppo", "outcome"), ("ppo", "qrm"), ("reinforce", "qrm"), ("ppo", "orm")),
              disputed=("PPO, exact KL (Algorithm 1)", "REINFORCE, std only"), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
              "rm": {"steps": 2}, "eval": {"limit": 8, "k": 1, "max_new_tokens": 40}, "reinforce": _RL, "ppo": _RL})  # fmt: skip
 
@@ -165,15 +164,15 @@ def make_rl(home, seed, flags, algorithm, reward, lr, rm_lr, options):
 
 KINDS = {"policy": make_policy, "pairs": make_pairs, "untrained": make_untrained, "rm": make_reward_model, "rl": make_rl}
 READS = {"policy": ("sft", "eval"), "pairs": ("pairs",), "untrained": ("eval",), "rm": ("rm", "eval"), "rl": ("ppo", "reinforce", "eval")}
-ARITH_ROWS = data.arith_rows
+ARITH_ROWS = functools.lru_cache(data.arith_rows)  # every run of a seed reads the same
 
 
 def perform(out, job):
-    """One job in a worker process -> result, seconds."""
+    """One job in a worker process -> result, seconds of its core."""
     torch.set_num_threads(1)
     data.arith_rows = functools.partial(ARITH_ROWS, task=TASKS[job["task"]])  # all stages take the built-in task's rows from it
-    arguments, began = {k: v for k, v in job.items() if k not in ("kind", "task")}, time.perf_counter()
-    return KINDS[job["kind"]](out / job["task"] / f"seed{job['seed']}", **arguments), time.perf_counter() - began
+    arguments, began = {k: v for k, v in job.items() if k not in ("kind", "task")}, time.process_time()
+    return KINDS[job["kind"]](out / job["task"] / f"seed{job['seed']}", **arguments), time.process_time() - began
 
 
 # ------------------------------------------------------------------------------------------------ jobs, in order
@@ -225,9 +224,6 @@ class Study:
         self.missing += waiting
         bar.close()
 
-    def seeds(self, reward):
-        return range(min(self.plan.fewer, self.plan.seeds) if reward in FEW else self.plan.seeds)
-
 
 def best_lr(scores):
     """{lr: validation score} -> the best lr, of equals the smaller; None while one of them has not been run"""
@@ -251,8 +247,8 @@ def part_reward_models(study, starts, kinds):
     grid = {r: {lr: study.result(study.rm(r, 0, lr)) for lr in lrs} for r in kinds}
     chosen = {r: best_lr({lr: x and x["validation"]["pair_accuracy"] for lr, x in grid[r].items()}) for r in kinds}
     chosen = {r: lr for r, lr in chosen.items() if lr is not None}
-    study.run("reward models", [study.rm(r, seed, lr) for seed in ready for r, lr in chosen.items() if seed in study.seeds(r)])
-    return chosen, {r: [x["test"] for seed in study.seeds(r) if (x := study.result(study.rm(r, seed, lr)))] for r, lr in chosen.items()}
+    study.run("reward models", [study.rm(r, seed, lr) for r, lr in chosen.items() for seed in ready])
+    return chosen, {r: [x["test"] for seed in starts if (x := study.result(study.rm(r, seed, lr)))] for r, lr in chosen.items()}
 
 
 def part_rl(study, starts, rm_lrs, arms, task=""):
@@ -264,19 +260,19 @@ def part_rl(study, starts, rm_lrs, arms, task=""):
     def ready(reward, seed):
         return seed in starts and (reward in GRADED or reward in rm_lrs and study.result(study.rm(reward, seed, rm_lrs[reward])))
 
-    study.run("RL, learning rates", [job(*arm, 0, lr) for arm in arms if ready(arm[1], 0) for lr in study.plan.rl_lrs])
-    grid = {arm: {lr: study.result(job(*arm, 0, lr)) for lr in study.plan.rl_lrs} for arm in arms}
+    study.run("RL, learning rates", [job(*arm, 0, lr) for arm in arms if ready(arm[1], 0) for lr in study.plan.rl_lrs[arm[0]]])
+    grid = {arm: {lr: study.result(job(*arm, 0, lr)) for lr in study.plan.rl_lrs[arm[0]]} for arm in arms}
     chosen = {arm: best_lr({lr: r and r["validation"] for lr, r in grid[arm].items()}) for arm in arms}
     chosen = {arm: lr for arm, lr in chosen.items() if lr is not None}
-    study.run("RL, seeds", [job(*arm, s, lr) for s in starts for arm, lr in chosen.items() if s in study.seeds(arm[1]) and ready(arm[1], s)])
-    found = {arm: {s: r["curve"] for s in study.seeds(arm[1]) if (r := study.result(job(*arm, s, lr)))} for arm, lr in chosen.items()}
+    study.run("RL, seeds", [job(*arm, s, lr) for arm, lr in chosen.items() for s in starts if ready(arm[1], s)])
+    found = {arm: {s: r["curve"] for s in starts if (r := study.result(job(*arm, s, lr)))} for arm, lr in chosen.items()}
     return chosen, {arm: {s: [[0, starts[s], 0.0], *curve] for s, curve in curves.items()} for arm, curves in found.items()}
 
 
 def part_disputed(study, starts, rm_lrs, rl_lrs):
     """-> {label: {seed: curve}}; the learning rate is that of the arm in part 2, not tuned again."""
     jobs = {(label, seed): study.job("rl", seed, algorithm=a, reward="qrm", lr=rl_lrs[a, "qrm"], rm_lr=rm_lrs["qrm"], options=options)
-            for seed in range(study.plan.few) for label in study.plan.disputed for a, options in [DISPUTED[label]]
+            for seed in starts for label in study.plan.disputed for a, options in [DISPUTED[label]]
             if (a, "qrm") in rl_lrs and study.result(study.rm("qrm", seed, rm_lrs["qrm"]))}  # fmt: skip
     study.run("disputed choices", jobs.values())
     found = {key: r["curve"] for key, job in jobs.items() if (r := study.result(job))}
@@ -347,10 +343,10 @@ def rl_table(study, title, base, parts):
             for r in rewards:
                 if c := curves.get((a, r)):
                     goal = ["", ""] if target is None else [f"{target:.2f}", reached(c, target)]
-                    rows.append([task, ALGORITHMS[a], REWARDS[r], rate(chosen[a, r], study.plan.rl_lrs), len(c), *results(c), *goal])
+                    rows.append([task, ALGORITHMS[a], REWARDS[r], rate(chosen[a, r], study.plan.rl_lrs[a]), len(c), *results(c), *goal])
                 elif (a, r) in study.plan.arms:
                     rows.append([task, ALGORITHMS[a], REWARDS[r], "not run", *[""] * 6])
-    text = (f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. {tuning(study.plan.rl_lrs, 'final pass@1 on other held-out prompts')} "
+    text = (f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. {tuning(study.plan.rl_lrs['ppo'], 'final pass@1 on other held-out prompts')} "
             "Not tuned, equal in all arms: KL k1 "
             f"with coefficient {train.ARITH['ppo']['kl_coef']}, critic, epochs, clip, minibatch, gamma 1, lambda. Best is the best of each seed's evaluations. Target: the best "
             f"point of the {REWARDS[base]} arm's mean curve, same algorithm; trajectories to it: of the mean curve; of the seeds the median (lowest to "
@@ -380,7 +376,7 @@ def reward_model_table(study, chosen, metrics):
 def disputed_table(study, curves, arms):
     rows = [["choice", "seeds", "best pass@1", "final pass@1", "final KL", "change"]]
     for a in ALGORITHMS:
-        base = {s: c for s, c in arms.get((a, "qrm"), {}).items() if s < study.plan.few}
+        base = arms.get((a, "qrm"), {})
         rows.append([f"{ALGORITHMS[a]}, as in part 2", len(base), *(results(base) if base else ["not run", "", ""]), ""])
         for label in (label for label in study.plan.disputed if DISPUTED[label][0] == a):
             change = [c[-1][1] - base[s][-1][1] for s, c in curves[label].items() if s in base]
@@ -499,21 +495,18 @@ def main(argv=None):
     if args.curves:
         return print(draw_curves(args.out, args.curves, steps=32, eval_every=2))
     full = FAST if args.fast else FULL
-    plan = QUICK if args.quick else dataclasses.replace(full, seeds=args.seeds, few=min(full.few, args.seeds), task=args.task)
+    plan = QUICK if args.quick else dataclasses.replace(full, seeds=args.seeds, task=args.task)
     with concurrent.futures.ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         study = Study(args.out, plan, args.minutes, pool, args.workers)
         starts = part_policies(study, plan.task, plan.seeds)
         part_rl(study, starts, {}, [(a, r) for a, r in plan.arms if r in GRADED])
         ceilings = []
-        for task in TASKS.keys() - {plan.task} if plan.few and not args.quick else ():
-            others = part_policies(study, task, plan.few)
+        for task in (t for t in plan.ceilings if t != plan.task):
+            others = part_policies(study, task, plan.seeds)
             ceilings.append((task, *part_rl(study, others, {}, [("ppo", r) for r in GRADED], task), GRADED))
-        trained, rm_lrs, metrics = {r for _, r in plan.arms} - {*GRADED}, {}, {}
-        for kinds in ([r for r in REWARDS if r in trained - {*FEW}], [r for r in REWARDS if r in trained & {*FEW}]):  # what matters most comes first
-            for found, new in zip((rm_lrs, metrics), part_reward_models(study, starts, kinds)):
-                found |= new
-            rl_lrs, arms = part_rl(study, starts, rm_lrs, [(a, r) for a, r in plan.arms if r in GRADED or r in rm_lrs])
-            disputed = part_disputed(study, starts, rm_lrs, rl_lrs)
+        rm_lrs, metrics = part_reward_models(study, starts, [r for r in REWARDS if r not in GRADED and r in {r for _, r in plan.arms}])
+        rl_lrs, arms = part_rl(study, starts, rm_lrs, [(a, r) for a, r in plan.arms if r in GRADED or r in rm_lrs])
+        disputed = part_disputed(study, starts, rm_lrs, rl_lrs)
     tables = [rl_table(study, "0. The ceiling: exact token rewards against the exact outcome", "outcome", [(plan.task, rl_lrs, arms, GRADED), *ceilings]),
               reward_model_table(study, rm_lrs, metrics),
               rl_table(study, "2. Algorithms and rewards", "orm", [(plan.task, rl_lrs, arms, REWARDS)]),
