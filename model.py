@@ -258,15 +258,19 @@ class KVCache:
     """Keys and values of what was read so far: L tensors (B, K/tp, S, E). Slot b has used its first lengths[b] columns, and
     what lies behind them is never seen."""
 
+    graphs = False  # on CUDA: a step is recorded once for a number of slots and a width, and then replayed without Python
+    widths = 256  # recorded widths are multiples of it
+
     def __init__(self, policy, slots, columns):
         cfg, kv = policy.cfg, policy.model.layers[0].self_attn.k_proj
         shape = (cfg.num_hidden_layers, slots, 1 if kv.whole else kv.out_features // cfg.head_dim, columns, cfg.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=kv.weight.device, dtype=kv.weight.dtype) for _ in range(2))
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=kv.weight.device)
+        self.recorded = {}  # {width: step}
 
     def keep(self, slots):
         """Drops all slots but these. slots (B',) int64"""
-        self.keys, self.values, self.lengths = self.keys[:, slots], self.values[:, slots], self.lengths[slots]
+        self.keys, self.values, self.lengths, self.recorded = self.keys[:, slots], self.values[:, slots], self.lengths[slots], {}
 
     def prefill(self, model, prompts, slots):
         """Reads prompts[i] into slots[i] -> (B', D) residual stream at their last tokens; equal neighbours are read once."""
@@ -294,12 +298,39 @@ class KVCache:
         return F.scaled_dot_product_attention(grouped, keys[:, :, :n], values[:, :, :n], attn_mask=self.seen).view(q.shape)
 
     def step(self, model, tokens):
-        """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream"""
+        """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream, which the next step may overwrite"""
+        width = int(self.lengths.max()) + 1
+        if not self.graphs:
+            return self._step(model, tokens, width)
+        width = min(-(-width // self.widths) * self.widths, self.keys.shape[3])
+        if width not in self.recorded:
+            self.recorded[width] = record(lambda tokens: self._step(model, tokens, width), tokens)
+        return self.recorded[width](tokens)
+
+    def _step(self, model, tokens, width):
         _, _, heads, columns, _ = self.keys.shape
         self.places = ((torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads) * columns) + self.lengths[:, None]).flatten()
-        unseen = torch.arange(int(self.lengths.max()) + 1, device=tokens.device) > self.lengths[:, None]  # (B, S)
+        unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, S)
         self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
         return model(tokens[None], self.lengths[None], self.attend)[0]
+
+
+def record(f, x):
+    """f(x) as a CUDA graph -> a function of a new x. What f reads besides must stay where it is; its answer is overwritten by the next call."""
+    x, side, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        f(x)  # once for real: what is made at the first call must not be recorded
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        y = f(x)
+
+    def replay(new):
+        x.copy_(new)
+        graph.replay()
+        return y
+
+    return replay
 
 
 class Attention(nn.Module):
@@ -606,7 +637,7 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
         row, step = row.where(going, n), step.where(going, 0)
         if going.any():
             x = cache.step(policy.model, new)
-            cache.lengths = (cache.lengths + 1) * going
+            cache.lengths.add_(1).mul_(going)  # in place: a recorded step reads it there
     responses = [row[:k] for row, k in zip(tokens[:n].tolist(), lengths.tolist())]
     return responses, [response[-1] not in stop_ids for response in responses]
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from data import BadInput, Example
-from model import (LanguageModel, ModelConfig, Packed, ScalarModel, add_lora, build_model, init_weights, load_model, read_config, save_adapter,  # fmt: skip
+from model import (KVCache, LanguageModel, ModelConfig, Packed, ScalarModel, add_lora, build_model, init_weights, load_model, read_config, save_adapter,  # fmt: skip
                    save_model, token_logprobs)
 from parallel import Grid, Optimizer, Workdir, all_sum, barrier, make_grid, say, update, write_atomically
 from ppo import PPO, ppo_step
@@ -57,6 +57,7 @@ class Run:
     device: str = "auto"  # auto | cpu | cuda
     timeout: int = 1800  # seconds that a process waits for another one before the run is given up
     dtype: str = "float32"  # float32 | bfloat16 (with fp32 masters)
+    graphs: bool = False  # sampling replays CUDA graphs (CUDA only): pays where a step is too short to be launched kernel by kernel
     flex: bool = False  # packed rows by torch's FlexAttention, one compiled kernel (CUDA only); off: one call for each length
     chat: str = "none"  # none | llama3 | chatml: how prompts are written for the model
     date: str = ""  # with --chat llama3: the system block of Llama 3.1 and 3.2 with this date, such as "26 Jul 2024"; "" leaves it out
@@ -830,9 +831,9 @@ def main(argv=None):
             grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
         if not cfg.model and not cfg.data:
             torch.set_num_threads(1)  # the built-in model is too small for more; and so every machine gives the same numbers
-        if cfg.flex and grid.device.type != "cuda":
-            raise BadInput("--flex: FlexAttention has no backward on the CPU; expected --device cuda")
-        Packed.flex = cfg.flex
+        if (cfg.flex or cfg.graphs) and grid.device.type != "cuda":
+            raise BadInput(f"--{'flex' if cfg.flex else 'graphs'}: works on CUDA only; expected --device cuda")
+        Packed.flex, KVCache.graphs = cfg.flex, cfg.graphs
         say(grid, "config: " + "  ".join(f"{k} {getattr(cfg, k)}" for k in flags() if getattr(cfg, k) != ""))
         STAGES[cfg.stage](cfg, grid)
     except (BadInput, OSError) as e:

@@ -5,7 +5,7 @@
 A table, then one JSON object a line and figure. The ways of doing the same are run in turn, in alternating order, and compared
 round by round: on a shared machine the ratio of neighbours is steadier than two times. On the CPU the clock is that of this
 process (CPU seconds on one thread), so what else the machine does hardly matters. transformers and TRL take part where they
-can be imported. Without --data the pairs are random ids with GSM8K's lengths.
+can be imported. Without --data the pairs are random ids with GSM8K's lengths; MATH's lengths are always made in that way.
 
 P pairs (2P rows) · T positions · D model width · N tokens
 """
@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import parallel
-from model import LanguageModel, ModelConfig, RMSNorm, ScalarModel, build_model, generate, init_weights, response_log_softmax, save_model, token_logprobs
+from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, generate, init_weights, response_log_softmax, save_model, token_logprobs
 from parallel import Grid, Optimizer, make_grid, update
 from qrm import fused_qrm_loss, qrm_loss, reward_model_loss, token_scores
 from reinforce import collect_rollout, reinforce_step
@@ -172,17 +172,28 @@ def bench_logprobs(rounds, device, n=2048, vocab=128_256):
 # ------------------------------------------------------------------------------------------------ a training step
 
 
+CHAT = [0] * 35  # stands for the recipe's chat template (Llama 3's), which belongs to every prompt
+# Mean tokens of the authors' test pairs: prompt without template, chosen, rejected; and the spread, such that padding wastes as much as there.
+LENGTHS = {"GSM8K": (56.5, 149.4, 150.8, 0.35), "MATH": (51.5, 134.1, 144.4, 0.63)}
+
+
+def made_pairs(like, n):
+    """n pairs of random ids whose lengths are log-normal, with the moments of LENGTHS."""
+    rng, (*means, sigma) = random.Random(0), LENGTHS[like]
+    length = lambda mean: min(900, max(8, round(mean * rng.lognormvariate(-(sigma**2) / 2, sigma))))
+    rows = [[[rng.randrange(259) for _ in range(length(mean))] for mean in means] for _ in range(n)]
+    return [tuple(data.Example(CHAT + prompt, response) for response in responses) for prompt, *responses in rows]
+
+
 def load_pairs(path, n=64):
     """-> tokenizer, n pairs of Examples. The tokenizer has the 3,800 most frequent words of the file and all bytes."""
-    if path:
-        rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
-        words = collections.Counter(word for row in rows for key in ("prompt", "chosen", "rejected") for word in re.findall(r" ?[^\W\d_]+|[^\s\w]+", row[key]))
-        tokenizer = data.build_tokenizer([word for word, _ in words.most_common(3800) if len(word.encode()) > 1])
-        pairs, _ = data.encode(rows, tokenizer, 1023, ("chosen", "rejected"), str(path), lambda text: None)
-    else:
-        tokenizer, rng = data.arith_tokenizer(), random.Random(0)
-        ids = lambda mean, sd: [rng.randrange(259) for _ in range(max(8, round(rng.gauss(mean, sd))))]
-        pairs = [(data.Example(prompt, ids(150, 55)), data.Example(prompt, ids(150, 60))) for prompt in (ids(91, 30) for _ in range(n))]
+    if not path:
+        return data.arith_tokenizer(), made_pairs("GSM8K", n)
+    rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
+    words = collections.Counter(word for row in rows for key in ("prompt", "chosen", "rejected") for word in re.findall(r" ?[^\W\d_]+|[^\s\w]+", row[key]))
+    tokenizer = data.build_tokenizer([word for word, _ in words.most_common(3800) if len(word.encode()) > 1])
+    pairs, _ = data.encode(rows, tokenizer, 1023 - len(CHAT), ("chosen", "rejected"), str(path), lambda text: None)
+    pairs = [tuple(data.Example(CHAT + e.prompt_ids, e.response_ids) for e in pair) for pair in pairs]
     random.Random(0).shuffle(pairs)
     return tokenizer, pairs[:n]
 
@@ -308,24 +319,32 @@ def rm_flops(pairs):
     return c.num_hidden_layers * (6 * weights * tokens + 12 * c.num_attention_heads * c.head_dim * squares)
 
 
+def batches_of(pairs):
+    return [pairs[i : i + PAIRS] for i in range(0, 4 * PAIRS, PAIRS)]
+
+
+def share_of_tokens(pairs):
+    """Tokens that the blocks read, over the tokens of both sequences of all pairs: exact counts."""
+    return sum(Packed.of(*data.collate(list(pair))).ids.shape[1] for pair in pairs) / tokens_of(pairs)
+
+
 def bench_rm(path, rounds, device):
-    tokenizer, pairs = load_pairs(path)
-    batches = [pairs[i : i + PAIRS] for i in range(0, 4 * PAIRS, PAIRS)]
-    ways = ["ours", "plain, padded to longest", *["transformers"] * HF, *["TRL RewardTrainer"] * (TRL and device.type == "cpu")]
-    used = [pair for batch in batches for pair in batch]
-    processed = sum(len(w.prompt_ids) + len(w.response_ids) + len(l.response_ids) for w, l in used)
-    row = compare(f"RM step, {PAIRS} pairs", {way: rm_step(way, batches, device) for way in ways}, rounds, device, "real tokens/s", tokens_of(used),
-                  processed_over_real=round(processed / tokens_of(used), 3))  # fmt: skip
-    row["of_roofline"] = round(rm_flops(used) / tokens_of(used) * row["rates"]["ours"]["median"] / gemm_rate(device), 3)
-    row["peak_rss_mib"] = {way: peak_memory(way, path) for way in ways} if device.type == "cpu" else {}
-    few = [pairs[i : i + 2] for i in range(0, 4, 2)]  # the paper's 2 pairs a step
+    ways, rows = ["ours", "plain, padded to longest", *["transformers"] * HF], []
+    for like, pairs, also in (("GSM8K", load_pairs(path)[1], ["TRL RewardTrainer"] * (TRL and device.type == "cpu")), ("MATH's lengths", made_pairs("MATH", 64), [])):
+        used = pairs[: 4 * PAIRS]
+        works = {way: rm_step(way, batches_of(pairs), device) for way in ways + also}
+        rows.append(compare(f"RM step, {PAIRS} pairs, {like}", works, rounds, device, "real tokens/s", tokens_of(used), processed_over_real=round(share_of_tokens(used), 3)))
+        rows[-1]["of_roofline"] = round(rm_flops(used) / tokens_of(used) * rows[-1]["rates"]["ours"]["median"] / gemm_rate(device), 3)
+        if device.type == "cpu":
+            rows[-1]["peak_rss_mib"] = {way: peak_memory(way, path, like) for way in works}
+    few = [load_pairs(path)[1][i : i + 2] for i in range(0, 4, 2)]  # the paper's 2 pairs a step
     works = {way: rm_step(way, few, device) for way in ("ours", "as the authors' code")}
-    return [row, compare("RM step, 2 pairs", works, rounds, device, "real tokens/s", sum(map(tokens_of, few)))]
+    return [*rows, compare("RM step, 2 pairs, GSM8K", works, rounds, device, "real tokens/s", sum(map(tokens_of, few)))]
 
 
-def peak_memory(way, path):
+def peak_memory(way, path, like):
     """Peak resident MiB of a process that does nothing else than the RM step."""
-    command = [sys.executable, __file__, "--alone", way, *(["--data", str(path)] if path else [])]
+    command = [sys.executable, __file__, "--alone", way, *(["--data", str(path)] if path else []), *(["--math"] if like.startswith("MATH") else [])]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -334,7 +353,7 @@ def peak_memory(way, path):
 
 def bench_decode(path, rounds, device, new_tokens=128):
     """Sampled tokens a second at temperature 1; no stop token, so that every row runs to the end (transformers waits for the longest)."""
-    tokenizer, pairs = load_pairs(path)
+    _, pairs = load_pairs(path)
     policy = init_weights(build_model(LanguageModel, CONFIG, Grid(device)), 0)
     rows = []
     for n in (16, 64):
@@ -363,7 +382,7 @@ def transformers_generate(policy, prompts, new_tokens, device):
 def bench_rl(path, rounds, device, prompts=4, group=4, new_tokens=64):
     """One step of RL: sample, score under policy and reference, one update. The reward is a lookup, so no model is in it."""
     tokenizer, pairs = load_pairs(path)
-    texts = [pair[0].prompt_ids for pair in pairs[:prompts]]
+    texts = [pair[0].prompt_ids[len(CHAT) :] for pair in pairs[:prompts]]  # TRL gets them as text
     policy, reference = (init_weights(build_model(LanguageModel, CONFIG, Grid(device)), 0) for _ in range(2))
     cfg = dataclasses.replace(Config(), advantage="grpo", group_size=group, batch_size=prompts * group, kl_coef=0.04, max_new_tokens=new_tokens)
     optimizer = Optimizer(policy, Grid(device), LR)
@@ -451,6 +470,7 @@ def main(argv=None):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--sizes", type=lambda text: [parse_size(part) for part in text.split(",")], default="16x512x1024", help="of the head: 2P x T x D")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
+    parser.add_argument("--math", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--count_traffic", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.rounds < 1:
@@ -466,7 +486,7 @@ def main(argv=None):
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if args.alone:
-        work = rm_step(args.alone, [load_pairs(args.data)[1][:PAIRS]] * 2, device)
+        work = rm_step(args.alone, batches_of(made_pairs("MATH", 64) if args.math else load_pairs(args.data)[1])[:1] * 2, device)
         work()
         return print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
     print(machine(device), *(f"{name} {importlib.metadata.version(name)}" for name, there in (("transformers", HF), ("trl", TRL)) if there), sep=", ")

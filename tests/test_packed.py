@@ -8,6 +8,7 @@ import torch
 from conftest import near, random_ids, random_model, small_config
 
 import data
+from classroom import bench
 from data import Example, collate, spans
 from model import KVCache, LanguageModel, Packed, ScalarModel, at_actions, at_states, causal_attention, generate, response_log_softmax, token_logprobs
 from qrm import Reward, masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
@@ -171,15 +172,9 @@ def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary():
     assert sizes[0] == sizes[1]
 
 
-def share_of_tokens(pairs):
-    """Tokens that the blocks read, over tokens of both sequences of all pairs: exact counts."""
-    real = sum(len(e.prompt_ids) + len(e.response_ids) for pair in pairs for e in pair)
-    return sum(Packed.of(*collate(list(pair))).ids.shape[1] for pair in pairs) / real
-
-
 def test_a_pair_reads_its_prompt_once():
     prompt = list(range(20))
-    assert share_of_tokens([(Example(prompt, [1] * 15), Example(prompt, [2] * 5))]) == 40 / 60
+    assert bench.share_of_tokens([(Example(prompt, [1] * 15), Example(prompt, [2] * 5))]) == 40 / 60
 
 
 GSM8K = next((p / "data" / "gsm8k" for p in (Path(__file__).parents[1], Path(__file__).parents[2] / "shared") if (p / "data" / "gsm8k").exists()), None)
@@ -192,7 +187,7 @@ def test_a_pair_of_gsm8k_costs_at_most_083_of_its_tokens():
     tokenizer = data.build_tokenizer(common_words(" ".join(row[k] for row in rows for k in ("instruction", "chosen", "rejected"))))
     chat = [0] * 35
     pairs = [tuple(Example(chat + tokenizer.encode_prompt(row["instruction"]), tokenizer.encode_response(row[k])) for k in ("chosen", "rejected")) for row in rows]
-    assert 0.75 < share_of_tokens(pairs) <= 0.83
+    assert 0.75 < bench.share_of_tokens(pairs) <= 0.83
 
 
 def common_words(text):
@@ -211,6 +206,32 @@ def watch(policy, monkeypatch):
     monkeypatch.setattr(KVCache, "prefill", lambda self, model, prompts, slots: (prefills.append(len(prompts)), prefill(self, model, prompts, slots))[1])
     monkeypatch.setattr(KVCache, "step", lambda self, model, tokens: (steps.append(len(tokens)), step(self, model, tokens))[1])
     return prefills, steps
+
+
+def test_recorded_steps_sample_the_same_tokens(monkeypatch):
+    """What a CUDA graph does to a step, on the CPU: one static input, one static output, and everything else where it was."""
+    made, played = [], []
+
+    def record(f, x):
+        x, cache = x.clone(), f.__closure__[[name for name in f.__code__.co_freevars].index("self")].cell_contents
+        y, there = f(x), [t.data_ptr() for t in (cache.keys, cache.values, cache.lengths)]
+        made.append((len(x), f.__closure__[f.__code__.co_freevars.index("width")].cell_contents))
+
+        def replay(new):
+            assert there == [t.data_ptr() for t in (cache.keys, cache.values, cache.lengths)]
+            played.append(len(new))
+            return y.copy_(f(x.copy_(new)))
+
+        return replay
+
+    policy = random_model(LanguageModel, small_config())
+    prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)]
+    expected = [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
+    monkeypatch.setattr("model.record", record)
+    monkeypatch.setattr(KVCache, "graphs", True)
+    monkeypatch.setattr(KVCache, "widths", 8)
+    assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
+    assert len(made) < len(played) / 2 and {width for _, width in made} == {8, 16, 24, 26} and len({slots for slots, _ in made}) > 1
 
 
 def test_the_samples_of_a_prompt_read_it_once():

@@ -574,7 +574,7 @@ def test_bad_rows(built, command, tmp_path, kind):
     (["--stage", "reinforce", "--advantage", "rloo"], ["rloo", "--group_size"]), (["--stage", "reinforce", "--advantage", "gae"], ["gae", "critic"]),
     (["--stage", "ppo", "--temperature", "0"], ["--temperature"]), (["--stage", "ppo", "--batch_size", "2", "--minibatch", "1", "--group_size", "4"], []),
     (["--preset", "paper"], ["--preset 'paper'", "paper-rm, paper-ppo"]), (["--preset", "paper-rm"], ["--preset paper-rm", "--model and --data"]),
-    (["--stage", "rm", "--flex", "--device", "cpu"], ["--flex", "--device cuda"]), (["--stage", "grade"], ["--data"]), (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
+    (["--stage", "rm", "--flex", "--device", "cpu"], ["--flex", "--device cuda"]), (["--stage", "ppo", "--graphs", "--device", "cpu"], ["--graphs", "--device cuda"]), (["--stage", "grade"], ["--data"]), (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
     (["--stage", "ppo", "--reward_model", "no/such"], ["no/such"]), (["--stage", "rm", "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
 ])  # fmt: skip
 def test_bad_flags(command, tmp_path, words, says):
