@@ -52,6 +52,8 @@ DISPUTED = {
     "PPO, stop token's reward = sequence mean": ("ppo", {"eos_to_mean": True}),
     "PPO, absolute k1": ("ppo", {"kl": "abs"}),
     "PPO, exact KL (Algorithm 1)": ("ppo", {"kl": "exact"}),
+    "PPO, one epoch": ("ppo", {"ppo_epochs": 1}),
+    "PPO, one epoch, no baseline": ("ppo", {"ppo_epochs": 1, "baseline_weight": 0.0}),  # REINFORCE, but for the clip
     "REINFORCE, std only": ("reinforce", {"standardize": "std"}),
     "REINFORCE, no KL (Algorithm 2)": ("reinforce", {"kl_coef": 0.0}),
     "REINFORCE, sequence mean on every token": ("reinforce", {"advantage": "grpo", "group_size": 8}),
