@@ -73,7 +73,7 @@ class Plan:
 
 
 _RL = {"limit": 300, "eval_every": 2}
-FULL = Plan(flags={"eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
+FULL = Plan(flags={"rm": {"steps": 400}, "eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
 _RL = {"steps": 1, "batch_size": 16, "minibatch": 8, "limit": 8, "eval_every": 1, "max_new_tokens": 40}
 _LRS = {"ppo": (1e-4,), "reinforce": (1e-4,)}
 FAST = dataclasses.replace(FULL, rl_lrs=_LRS, rm_lrs=(2e-3,), ceilings=(), disputed=(),
