@@ -210,7 +210,7 @@ class Tokenizer:
         self.bos_id = None if first is None else self.special(first)
         self.stop_id = needed[-1] if needed else self.special(eos) if eos else stops[0]
         self.stop_ids = tuple(sorted({*stops, self.stop_id}))
-        rules = sorted(ranks.items()), sorted(self.specials.items()), pattern, self.nfc, chat, date, first, self.stop_id
+        rules = sorted(ranks.items()), pattern, self.nfc, chat, date, self.bos_id, needed, self.stop_id
         self.fingerprint = hashlib.sha256(repr(rules).encode()).hexdigest()
 
     @classmethod

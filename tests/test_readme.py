@@ -45,7 +45,7 @@ def test_flags_named_in_the_readme_exist():
     known = {*flags(), "help"}
     for script in (ROOT / "classroom").glob("*.py"):
         known |= set(re.findall(r'"--([\w-]+)"', script.read_text(encoding="utf-8")))
-    known |= {"nproc_per_node", "standalone", "slow"}  # torchrun's, pytest's
+    known |= {"nproc_per_node", "standalone", "slow", "local"}  # torchrun's, pytest's, --local-dir of hf
     assert not set(re.findall(r"(?<![\w-])--(\w+)", text)) - known
 
 

@@ -312,6 +312,8 @@ def test_fingerprint(tmp_path):
     prints += [load(tmp_path, FORMS["llama3"], "llama3", "26 Jul 2024").fingerprint]
     prints += [load(tmp_path, tokenizer_json(split(QWEN))).fingerprint]  # without NFC
     assert len(set(prints)) == 14 and prints[0] == load(tmp_path, FORMS["gpt2"]).fingerprint
+    renamed = json.loads(json.dumps(FORMS["llama3"]).replace("<|end_header_id|>", "<|eom_id|>"))  # no id of plain text, but one of the template's, depends on it
+    assert load(tmp_path, renamed).fingerprint == load(tmp_path, FORMS["llama3"]).fingerprint
 
 
 def test_built_in(tmp_path):
