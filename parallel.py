@@ -64,8 +64,9 @@ def make_grid(tp_size=0, device="auto", timeout=1800):
         raise ValueError("--device cuda: this torch sees no CUDA device; use --device cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says one thread a process; a lone process keeps what torch or OMP_NUM_THREADS says
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     else:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)  # before the process group, or every rank would open GPU 0
