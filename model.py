@@ -11,7 +11,7 @@ import copy
 import json
 import zlib
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -295,33 +295,30 @@ class KVCache:
         keys, values = self.keys[layer], self.values[layer]  # (B, K/tp, S, E)
         keys.view(-1, keys.shape[-1])[self.places], values.view(-1, keys.shape[-1])[self.places] = k[0].flatten(0, 1), v[0].flatten(0, 1)
         grouped, n = q[0].unflatten(1, (k.shape[2], -1)), self.seen.shape[-1]  # (B, K/tp, H/K, E): a kv head's queries side by side
-        return F.scaled_dot_product_attention(grouped, keys[:, :, :n], values[:, :, :n], attn_mask=self.seen).view(q.shape)
+        return F.scaled_dot_product_attention(grouped, keys[:, :, :n], values[:, :, :n], attn_mask=self.seen).reshape(q.shape)
 
     def step(self, model, tokens):
         """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream, which the next step may overwrite"""
         width = int(self.lengths.max()) + 1
         if not self.graphs:
-            return self._step(model, tokens, width)
+            return self._step(model, width, tokens)
         width = min(-(-width // self.widths) * self.widths, self.keys.shape[3])
         if width not in self.recorded:
-            self.recorded[width] = record(lambda tokens: self._step(model, tokens, width), tokens)
+            self.recorded[width] = record(partial(self._step, model, width), tokens)
         return self.recorded[width](tokens)
 
-    def _step(self, model, tokens, width):
+    def _step(self, model, width, tokens):
         _, _, heads, columns, _ = self.keys.shape
         self.places = ((torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads) * columns) + self.lengths[:, None]).flatten()
-        unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, S)
+        unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, width)
         self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
         return model(tokens[None], self.lengths[None], self.attend)[0]
 
 
 def record(f, x):
     """f(x) as a CUDA graph -> a function of a new x. What f reads besides must stay where it is; its answer is overwritten by the next call."""
-    x, side, graph = x.clone(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        f(x)  # once for real: what is made at the first call must not be recorded
-    torch.cuda.current_stream().wait_stream(side)
+    x, graph = x.clone(), torch.cuda.CUDAGraph()
+    f(x)  # once for real: what is made at the first call must not be recorded
     with torch.cuda.graph(graph):
         y = f(x)
 
@@ -507,6 +504,14 @@ def in_place(response_mask, values):
     return torch.zeros(response_mask.shape, device=values.device, dtype=values.dtype).masked_scatter(response_mask, values)
 
 
+LOGITS = 3 * 2**22  # in memory at a time, of a rank
+
+
+def rows_at_a_time(policy):
+    """Tokens whose logits are made together: the same number on every rank, though their slices of the vocabulary may differ."""
+    return max(1, LOGITS // -(-policy.cfg.vocab_size // policy.grid.tp_size))
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """See token_logprobs. Logits are made for `rows` tokens at a time, and again in backward: only their log-sum is kept."""
 
@@ -555,7 +560,7 @@ def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
     """
     x, targets = copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid), ids[:, 1:][response_mask]
     weight = policy.head_weight
-    rows = rows or max(1, 3 * 2**22 // len(weight))
+    rows = rows or rows_at_a_time(policy)
     logprobs, entropy = _TokenLogprobs.apply(x, weight, targets, temperature, policy.cfg.vocab_size, policy.grid, rows)
     return in_place(response_mask, logprobs), in_place(response_mask, entropy)
 
@@ -572,7 +577,7 @@ def response_log_softmax(policy, ids, response_mask, temperature=1.0):
 @torch.no_grad()
 def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
     """KL(pi || ref) at every state, summed over the vocabulary: (B, T+1), (B, T) -> (B, T) nats, 0 outside the mask"""
-    states = [at_states(model, ids, response_mask).split(max(1, 3 * 2**22 // len(policy.head_weight))) for model in (policy, reference)]
+    states = [at_states(model, ids, response_mask).split(rows_at_a_time(policy)) for model in (policy, reference)]
     out = []
     for xs in zip(*states):
         log_pi, log_ref = (vocab_log_softmax(m.logits(x).float() / temperature, m.grid) for m, x in zip((policy, reference), xs))
@@ -598,7 +603,7 @@ def sample_tokens(logprobs, uniforms):
     cdf = logprobs.exp().cumsum(-1)  # (B, V)
     height = uniforms[:, None] * cdf[:, -1:]
     height = torch.minimum(height, torch.nextafter(cdf[:, -1:], cdf.new_zeros(())))  # rounding must not step past the end
-    return torch.searchsorted(cdf, height, right=True).squeeze(-1)
+    return torch.searchsorted(cdf, height, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)  # a row of nan, too, gets an id
 
 
 @torch.no_grad()
@@ -618,13 +623,14 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
     x = torch.zeros(slots, policy.cfg.hidden_size, device=device, dtype=cache.keys.dtype)  # what each slot has read last
     row = torch.full((slots,), n, device=device)  # the prompt that a slot answers; n is none (tokens and uniforms have such a row)
     step, lengths, going = torch.zeros_like(row), torch.zeros(n + 1, dtype=torch.int64, device=device), torch.zeros_like(row, dtype=torch.bool)
-    while waiting or going.any():
+    busy = False
+    while waiting or busy:
         free = (~going).nonzero()[:, 0]
         if waiting and len(free) * 8 >= slots:  # many at a time: reading prompts pays in bulk
             free, taken = free[: len(waiting)], [waiting.pop() for _ in free[: len(waiting)]]
             x[free] = cache.prefill(policy.model, [prompts[i] for i in taken], free)
             row[free], step[free], going[free] = torch.tensor(taken, device=device), 0, True
-        elif len(free) * 4 >= len(row):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
+        elif len(free) * (2 if cache.graphs else 4) >= len(row):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
             rows = going.nonzero()[:, 0]
             cache.keep(rows)
             x, row, step, going = x[rows], row[rows], step[rows], going[rows]
@@ -635,7 +641,7 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
         step, lengths[row] = step + 1, step + 1
         going = going & ~torch.isin(new, stops) & (step < max_new_tokens)
         row, step = row.where(going, n), step.where(going, 0)
-        if going.any():
+        if busy := bool(going.any()):
             x = cache.step(policy.model, new)
             cache.lengths.add_(1).mul_(going)  # in place: a recorded step reads it there
     responses = [row[:k] for row, k in zip(tokens[:n].tolist(), lengths.tolist())]

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
@@ -314,7 +314,7 @@ def vocab_pick(logprobs, targets, vocab_size, grid):
 
 
 def vocab_sum(x, grid):
-    """Sum over a vocabulary that is cut over tp: (..., V/tp) -> (...). Entropy and exact KL are one call of it."""
+    """Sum over a vocabulary that is cut over tp: (..., V/tp) -> (...), such as an exact KL."""
     return reduce_from_tp(x.sum(-1), grid)
 
 
@@ -341,7 +341,7 @@ class Optimizer:
         """One all-reduce of all gradients in one fp32 buffer; missing gradients count as zero."""
         grads = [torch.zeros_like(m) if p.grad is None else p.grad.float() for p, m in zip(self.params, self.masters)]
         if self.grid.dp_size > 1:
-            flat = all_reduce(torch.cat([g.flatten() for g in grads]), self.grid.dp_group)
+            dist.all_reduce(flat := torch.cat([g.flatten() for g in grads]), group=self.grid.dp_group)
             grads = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
         return grads
 
@@ -477,7 +477,7 @@ class Workdir:
         self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
         self.path, self.old = (self.out.with_name(self.out.name + end) for end in (".partial", ".old"))
         self.state, self.first_step, self.saved_step = self.path / "state" / "state.json", 0, 0
-        ignored = {"resume", "save_every", "tp", "device", "micro_tokens", "remat", "timeout", "max_skipped"}
+        ignored = {"resume", "save_every", "tp", "device", "micro_tokens", "remat", "timeout", "max_skipped", "flex", "graphs"}
         sizes = {f"the {owner}'s {k}": v for owner, (model, _) in optimizers.items() for k, v in asdict(model.cfg).items()}
         self.identity = {"config": {k: v for k, v in asdict(cfg).items() if k not in ignored}, "inputs": {**(inputs or {}), **sizes}}
         if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
@@ -515,7 +515,7 @@ class Workdir:
         for owner, (model, optimizer) in self.optimizers.items():
             for name, x in optimizer.state_tensors().items():
                 param = name.split(".", 1)[1]
-                tensors[f"{owner}/{name}"] = gather_shards(x, model.shard_dim(param), model.full_size(param), self.grid).cpu().contiguous()
+                tensors[f"{owner}/{name}"] = model.gather(param, x)
         if self.grid.is_main:
             file = self.state.with_name(f"{step}.safetensors")
             write_atomically(file, tensors)
@@ -533,11 +533,11 @@ class Workdir:
         if changed := [k for k, v in now.items() if then.get(k) != v]:
             k = changed[0]
             raise ValueError(f"--resume: {self.state.parent} was made with {k} {then.get(k)}, not {now[k]}")
-        tensors = load_file(self.state.with_name(saved["tensors"]))
         for owner, (model, optimizer) in self.optimizers.items():
             updates, optimizer.in_a_row = saved["counts"][owner]
-            mine = {n.split("/", 1)[1]: x for n, x in tensors.items() if n.startswith(owner + "/")}
-            optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], x) for n, x in mine.items()}, updates)
+            with safe_open(self.state.with_name(saved["tensors"]), "pt") as file:
+                names = [n.split("/", 1)[1] for n in file.keys() if n.startswith(owner + "/")]
+                optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], file.get_slice(f"{owner}/{n}")) for n in names}, updates)
         self.first_step = self.saved_step = saved["step"]
 
     def publish(self):

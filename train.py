@@ -57,7 +57,7 @@ class Run:
     device: str = "auto"  # auto | cpu | cuda
     timeout: int = 1800  # seconds that a process waits for another one before the run is given up
     dtype: str = "float32"  # float32 | bfloat16 (with fp32 masters)
-    graphs: bool = False  # sampling replays CUDA graphs (CUDA only): pays where a step is too short to be launched kernel by kernel
+    graphs: bool = False  # [pairs reinforce ppo eval] sampling replays CUDA graphs (CUDA only): pays where a step is too short to be launched kernel by kernel
     flex: bool = False  # packed rows by torch's FlexAttention, one compiled kernel (CUDA only); off: one call for each length
     chat: str = "none"  # none | llama3 | chatml: how prompts are written for the model
     date: str = ""  # with --chat llama3: the system block of Llama 3.1 and 3.2 with this date, such as "26 Jul 2024"; "" leaves it out
@@ -73,14 +73,14 @@ class Train:
     batch_size: int = 2  # [sft rm reinforce ppo] rows, pairs or trajectories a step, over all processes (the paper: 2 pairs)
     micro_tokens: int = 8192  # [sft rm reinforce ppo eval score] tokens per forward; changes memory and speed, not results
     remat: bool = False  # [sft rm reinforce ppo] keep only each block's input, and compute the block again in backward
-    warmup: int = 0  # [sft rm reinforce ppo] updates of linear warm-up
-    final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr left at the last update (linear decay); 1 is constant, as in the paper
+    warmup: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts) of linear warm-up
+    final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr that is left after the last update (linear decay); 1 is constant, as in the paper
     max_grad_norm: float = 1.0  # [sft rm reinforce ppo] gradients are scaled down to this norm; 0 is off
     weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
     lora_rank: int = 0  # [sft rm reinforce ppo] train adapters of this rank beside frozen weights (the paper's reward model: 128); 0 trains all
     lora_alpha: int = 0  # [sft rm reinforce ppo] adapters count alpha / rank; 0 is the rank (the paper)
     max_skipped: int = 10  # [sft rm reinforce ppo] updates in a row without a finite loss and gradient before the run stops
-    save_every: int = 0  # [sft rm reinforce ppo] updates between resumable checkpoints; 0 is only on Ctrl-C and SIGTERM
+    save_every: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts) between resumable checkpoints; 0 is only on Ctrl-C and SIGTERM
     resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
 
 
@@ -189,8 +189,8 @@ def parse(argv):
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             raise BadInput(f"--{name} {value!r}: expected text in UTF-8 without NUL")
     choices = {"stage": tuple(STAGES), "preset": ("", *PRESETS), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
-               "chat": ("none", "llama3", "chatml"), "task": ("gsm8k", "math", "arith"),
-               "grader": ("ours", "strict", "authors", "math_verify"), "reward": (*REWARD_MODELS, "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
+               "chat": tuple(data.CHATS), "task": data.TASKS, "grader": data.GRADERS,
+               "reward": (*REWARD_MODELS, "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
                "advantage": ("", "token", "return", "gae", "rloo", "grpo"), "kl": ("exact", "k1", "k3", "abs")}  # fmt: skip
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -242,7 +242,7 @@ def check_paths(cfg):
         raise BadInput(f"--out {out}: is a file; expected a directory, for eval.json")
     if cfg.stage in ("pairs", "score", "grade") and out.is_dir():
         raise BadInput(f"--out {out}: is a directory; expected the name of a JSON lines file")
-    above = next(path for path in (out, *out.absolute().parents) if path != out and path.exists())
+    above = next(path for path in out.absolute().parents if path.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise BadInput(f"--out {out}: {above} is not a directory that can be written to")
 
@@ -332,7 +332,7 @@ def need(stage, cfg, grid):
 
 
 def lr_at(step, cfg, steps):
-    """Linear warm-up from 0, then linear decay to final_lr * lr at the last update (constant when final_lr is 1)."""
+    """Linear warm-up from 0, then linear decay that would be at final_lr * lr right after the last update (constant when that is 1)."""
     warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
     return cfg.lr * warm * (1 - (1 - cfg.final_lr) * step / max(steps, 1))
 
@@ -543,16 +543,16 @@ def stage_rm(cfg, grid):
 # ------------------------------------------------------------------------------------------------ reinforce, ppo
 
 
-def reward_kind(directory):
-    """One of REWARD_MODELS, as the rm stage noted it in run.json; a directory made elsewhere is taken for a Q-RM."""
+def reward_kind(directory, otherwise="qrm"):
+    """One of REWARD_MODELS, as the rm stage noted it in run.json; a directory made elsewhere is taken for `otherwise`."""
     path = Path(directory) / "run.json"
-    kind = data.read_json(path, path.read_bytes()).get("reward", "qrm") if path.exists() else "qrm"
+    kind = data.read_json(path, path.read_bytes()).get("reward", otherwise) if path.exists() else otherwise
     if kind not in REWARD_MODELS:
         raise BadInput(f"{path}: reward is {kind!r}, expected one of {', '.join(REWARD_MODELS)}")
     return "qrm" if kind == "plain" else kind
 
 
-def reward_functions(kind, directory, tokenizer, cfg, grid, rows=()):
+def load_reward(kind, directory, tokenizer, cfg, grid, rows=()):
     """-> reward_fn, reward_mask_fn (None: every response token), whether the reward is a token's own Q.
 
     outcome and oracle grade the answers to `rows`; the others are models from `directory`.
@@ -577,7 +577,9 @@ def stage_rl(cfg, grid):
     is_ppo = cfg.stage == "ppo"
     directory = str(cfg.model or need("sft", cfg, grid))
     graded = cfg.reward in ("outcome", "oracle")
-    judge = "" if graded else str(cfg.reward_model or need("rm", dataclasses.replace(cfg, out=""), grid))
+    if graded and cfg.reward_model:
+        raise BadInput(f"--reward {cfg.reward} grades the answers itself; expected no --reward_model")
+    judge = "" if graded else str(cfg.reward_model or need("rm", cfg, grid))
     tokenizer = load_tokenizer(directory, cfg)
     reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
     policy = adapted(reference if cfg.lora_rank else load(LanguageModel, directory, cfg, grid), cfg, cfg.lora_rank)
@@ -596,15 +598,19 @@ def stage_rl(cfg, grid):
         say(grid, f"{text}; {len(prompts)} left")
         if not prompts:
             raise BadInput(f"{text}; none is left")
-    reward_fn, reward_mask_fn, is_q = reward_functions(cfg.reward if graded else reward_kind(judge), judge, tokenizer, cfg, grid, rows)
+    kind = cfg.reward if graded else reward_kind(judge, cfg.reward)
+    if not graded and cfg.reward not in ("qrm", "plain", kind):
+        raise BadInput(f"--reward {cfg.reward}: {judge} was trained as {kind!r}; expected the reward that it was trained for, or none")
+    reward_fn, reward_mask_fn, is_q = load_reward(kind, judge, tokenizer, cfg, grid, rows)
     if not cfg.advantage:
         cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
-    optimizers = {"policy": (policy, Optimizer(policy, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm))}
+    settings = dict(weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+    optimizers = {"policy": (policy, Optimizer(policy, grid, cfg.lr, **settings))}
     if is_ppo:  # the critic starts from the reward model, with a new head
         critic = load(ScalarModel, judge if judge and is_reward_model(judge) else directory, cfg, grid)
         critic.score.weight.data.zero_()
         critic = adapted(critic, cfg, cfg.critic_lora_rank)
-        optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, max_grad_norm=cfg.max_grad_norm))
+        optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, **settings))
     steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches([], cfg))
     if n // grid.dp_size * cfg.group_size < cuts:
         raise BadInput(f"--batch_size {cfg.batch_size}: too few trajectories for {grid.dp_size} processes x {cuts} minibatches")
@@ -614,7 +620,8 @@ def stage_rl(cfg, grid):
         seed = hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank)
         rollout = collect_rollout(policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg, seed, reward_mask_fn)
         if is_ppo:
-            stats = ppo_step(policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, cfg.critic_lr)
+            critic_lr = lr_at(step, dataclasses.replace(cfg, lr=cfg.critic_lr), steps)  # the same schedule
+            stats = ppo_step(policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, critic_lr)
         else:
             stats = reinforce_step(policy, optimizers["policy"][1], rollout, cfg, lr)
         row = {"trajectories": (step + 1) * n * cfg.group_size, **stats, **rollout_stats(rollout, grid)}
@@ -670,7 +677,7 @@ def wilson(right, n, z=1.96):
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
     kind, tokenizer = reward_kind(directory), load_tokenizer(directory, cfg)
-    reward_fn, _, _ = reward_functions(kind, directory, tokenizer, cfg, grid)
+    reward_fn, _, _ = load_reward(kind, directory, tokenizer, cfg, grid)
     path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(stage_config(cfg, "pairs")))[1]
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
     pairs, rows = data.encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
@@ -703,7 +710,12 @@ def eval_reward_model(directory, cfg, grid):
 def eval_policy(directory, cfg, grid):
     """Greedy pass@1, unbiased pass@k of k samples, the majority of all k, and best-of-k by a reward model's mean score when one is at hand."""
     tokenizer = load_tokenizer(directory, cfg)
-    policy = load(LanguageModel, directory, cfg, grid)
+    policy, judge = load(LanguageModel, directory, cfg, grid), cfg.reward_model
+    if not judge and not cfg.data and Path(directory).absolute().parent == Path(cfg.run).absolute() and (own := out_path(stage_config(cfg, "rm"))).exists():
+        judge = str(own)  # of the same run
+    if judge:
+        kind = reward_kind(judge)
+        reward_fn, _, _ = load_reward(kind, judge, tokenizer, cfg, grid)
     rows = data.load_rows(cfg.data, ("prompt", "label"), cfg.limit) if cfg.data else data.arith_rows("test", cfg.limit or ARITH["eval"]["limit"], cfg.seed)
     mine, began = rows[grid.dp_rank :: grid.dp_size], time.perf_counter()
     greedy, tokens = sample_graded(policy, tokenizer, mine, cfg, grid, 0, 0.0, 1)
@@ -711,11 +723,9 @@ def eval_policy(directory, cfg, grid):
     seconds, ks = time.perf_counter() - began, sorted({*(2**i for i in range(cfg.k.bit_length())), cfg.k})
     counts = [len(mine), sum(row[0][2] for row in greedy), tokens + more, sum(majority_is_right(row, cfg) for row in samples)]
     counts += [sum(pass_at_k(cfg.k, sum(a[2] for a in row), k) for row in samples) for k in ks]
-    judge = cfg.reward_model or (str(out_path(stage_config(cfg, "rm"))) if not cfg.data else "")
-    if judge and Path(judge).exists():
-        kind = reward_kind(judge)
+    if judge:
         examples = [Example(tokenizer.encode_prompt(row["prompt"]), a[1]) for row, answers in zip(mine, samples) for a in answers]
-        scores = score_examples(reward_functions(kind, judge, tokenizer, cfg, grid)[0], examples, cfg, grid)
+        scores = score_examples(reward_fn, examples, cfg, grid)
         ranks = [sequence_score(kind, z) for z in scores]
         best = [max(range(cfg.k), key=lambda j: ranks[i * cfg.k + j]) for i in range(len(mine))]
         counts.append(sum(samples[i][j][2] for i, j in enumerate(best)))
@@ -795,7 +805,8 @@ def stage_grade(cfg, grid):
     rows = data.load_rows(cfg.data, ("response", "label"), cfg.limit)
     written = []
     for row in rows:
-        answer, correct = data.grade(row["response"], row["label"], cfg.task, cfg.grader)
+        text = row["response"] if isinstance(row["response"], str) else row["response"][-1]["content"]  # the reply of a list of messages
+        answer, correct = data.grade(text, row["label"], cfg.task, cfg.grader)
         written.append((row["line"], row["raw"] | {"answer": answer, "correct": correct}))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
@@ -849,7 +860,9 @@ def main(argv=None):
         if re.search("timed out|timeout", str(e), re.I):
             print(f"--stage {cfg.stage}: rank {os.environ.get('RANK')} waited longer than --timeout {cfg.timeout} s for another one", file=sys.stderr)
         raise
-    if dist.is_initialized():  # not after an error: what other ranks still wait for would be waited for here
+    if status == 2 and dist.is_initialized() and dist.get_backend() == "nccl":
+        os._exit(status)  # to take NCCL down is a collective, and the other ranks may not have met what this one did
+    if dist.is_initialized():  # not after an exception: what other ranks still wait for would be waited for here
         dist.destroy_process_group()
     return status
 

@@ -215,7 +215,7 @@ def score_pairs(run):
         error = data.error_places(tokenizer, rows[j // 2]["prompt"], [example])[0]
         answers.append(Answer(example.response_ids, error, {}, {}))
     for name in judges:
-        reward_fn, mask_fn, _ = train.reward_functions(train.reward_kind(run / name), run / name, tokenizer, train.Config(), Grid())
+        reward_fn, mask_fn, _ = train.load_reward(train.reward_kind(run / name), run / name, tokenizer, train.Config(), Grid())
         scores = torch.cat([reward_fn(*part) for part in zip(ids.split(64), mask.split(64))])  # (2P, T)
         spoken = mask_fn(ids, mask) if mask_fn else mask
         scaled = standardize(scores, spoken, "mean_std", Grid())  # (2P, T), as REINFORCE does with a rollout
@@ -318,7 +318,7 @@ class Sampled(NamedTuple):
 def sample(run, stages):
     """One rollout of each policy on the same held-out prompts, scored by <run>/rm -> tokenizer, rows, {policy: Sampled}"""
     tokenizer, reference = data.Tokenizer.load(run / "sft"), load_model(LanguageModel, run / "sft", Grid())
-    reward_fn, mask_fn, _ = train.reward_functions(train.reward_kind(run / "rm"), run / "rm", tokenizer, train.Config(), Grid())
+    reward_fn, mask_fn, _ = train.load_reward(train.reward_kind(run / "rm"), run / "rm", tokenizer, train.Config(), Grid())
     rows, found = data.arith_rows("test", SAMPLED, 1), {}
     for name in (name for name in POLICIES if is_model(run / name)):
         own = {k: v for k, v in stages[name].run.get("config", {}).items() if k in train.flags() and name != "sft"}

@@ -53,7 +53,7 @@ DISPUTED = {
     "PPO, absolute k1": ("ppo", {"kl": "abs"}),
     "PPO, exact KL (Algorithm 1)": ("ppo", {"kl": "exact"}),
     "PPO, one epoch": ("ppo", {"ppo_epochs": 1}),
-    "PPO, one epoch, no baseline": ("ppo", {"ppo_epochs": 1, "baseline_weight": 0.0}),  # REINFORCE, but for the clip
+    "PPO, one epoch, no baseline": ("ppo", {"ppo_epochs": 1, "baseline_weight": 0.0}),  # REINFORCE with PPO's ratio and clip
     "REINFORCE, std only": ("reinforce", {"standardize": "std"}),
     "REINFORCE, no KL (Algorithm 2)": ("reinforce", {"kl_coef": 0.0}),
     "REINFORCE, sequence mean on every token": ("reinforce", {"advantage": "grpo", "group_size": 8}),
@@ -181,12 +181,12 @@ def perform(out, job):
 
 
 class Study:
-    """What has been run, {job as JSON: record}, as in runs.jsonl; and what should have been and was not."""
+    """What has been run, {job as JSON: record}, as in runs.jsonl; and what should be, {job as JSON: job}."""
 
     def __init__(self, out, plan, minutes, pool, workers):
         self.workers = workers
         self.out, self.plan, self.pool, self.deadline = Path(out), plan, pool, time.monotonic() + 60 * minutes
-        self.log, self.missing = self.out / "runs.jsonl", []
+        self.log, self.asked = self.out / "runs.jsonl", {}
         self.out.mkdir(parents=True, exist_ok=True)
         text = self.log.read_text(encoding="utf-8") if self.log.exists() else ""
         self.log.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a line without its end was cut off by a crash
@@ -204,7 +204,9 @@ class Study:
 
     def run(self, title, jobs):
         """Runs what is not there yet, --workers at a time and in this order; starts nothing after the deadline."""
-        waiting = [job for job in {json.dumps(j): j for j in jobs}.values() if self.result(job) is None]
+        jobs = {json.dumps(job): job for job in jobs}
+        self.asked |= jobs
+        waiting = [job for job in jobs.values() if self.result(job) is None]
         bar, running = tqdm(total=len(waiting), desc=title, disable=not waiting or None), {}
         while waiting or running:
             while waiting and len(running) < self.workers and time.monotonic() < self.deadline:
@@ -216,15 +218,17 @@ class Study:
                 job = running.pop(future)
                 bar.update()
                 if future.exception():
-                    self.missing.append(job)
                     tqdm.write(f"failed: {json.dumps(job)}: {future.exception()}")
                     continue
                 result, seconds = future.result()
                 record = self.done[json.dumps(job)] = {"job": job, "result": result, "seconds": round(seconds, 1)}
                 with open(self.log, "a", encoding="utf-8") as f:
                     f.write(json.dumps(record) + "\n")
-        self.missing += waiting
         bar.close()
+
+    @property
+    def missing(self):
+        return [job for job in self.asked.values() if self.result(job) is None]
 
 
 def best_lr(scores):
@@ -383,9 +387,9 @@ def disputed_table(study, curves, arms):
         for label in (label for label in study.plan.disputed if DISPUTED[label][0] == a):
             change = [c[-1][1] - base[s][-1][1] for s, c in curves[label].items() if s in base]
             rows.append([label, len(curves[label]), *(results(curves[label]) if curves[label] else ["not run", "", ""]), spread(change) if change else ""])
-    text = (f"Q-RM. Each row changes one choice of part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {train.ARITH['ppo']['kl_coef']}) and keeps its learning "
-            "rate, tuned for the unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The control gives every token its answer's "
-            "mean score, compared within groups of 8 answers to a prompt (GRPO). Z as the LM's logit stands in parts 1 and 2.")  # fmt: skip
+    text = (f"Q-RM. Each row changes what it names in part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {train.ARITH['ppo']['kl_coef']}) and keeps its learning "
+            "rate, tuned for the unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The rows with one epoch lie between PPO and REINFORCE. "
+            "'Sequence mean on every token' is GRPO with the same model: the answer's mean score, compared within 8 answers to a prompt, of which there are 32 a rollout. Z as the LM's logit stands in parts 1 and 2.")  # fmt: skip
     return {"title": "3. Disputed choices", "text": text, "rows": rows}
 
 
@@ -471,8 +475,8 @@ def draw_curves(out, run, **flags):
 
 
 def write_results(study, tables, arms, disputed):
-    minutes = sum(record["seconds"] for record in study.done.values()) / 60
-    head = f"{len(study.done)} runs, {minutes:.0f} core-minutes; {len(study.missing)} not run. Parts 1 to 3: task {study.plan.task}, {TASKS[study.plan.task]}."
+    done = [study.done[key] for key in study.asked if key in study.done]
+    head = f"{len(done)} runs, {sum(record['seconds'] for record in done) / 60:.0f} core-minutes; {len(study.missing)} not run. Parts 1 to 3: task {study.plan.task}, {TASKS[study.plan.task]}."
     text = "\n".join(["# The study", "", head, "", *map(markdown, tables)])
     (study.out / "study.md").write_text(text, encoding="utf-8")
     curves = {f"{a} {r}": c for (a, r), c in arms.items()} | disputed

@@ -10,7 +10,8 @@ from conftest import near, random_ids, random_model, small_config
 import data
 from classroom import bench
 from data import Example, collate, spans
-from model import KVCache, LanguageModel, Packed, ScalarModel, at_actions, at_states, causal_attention, generate, response_log_softmax, token_logprobs
+from model import KVCache, LanguageModel, Packed, ScalarModel, at_actions, at_states, causal_attention, generate, response_log_softmax, sample_tokens, token_logprobs
+from parallel import Grid
 from qrm import Reward, masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
@@ -213,9 +214,9 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
     made, played = [], []
 
     def record(f, x):
-        x, cache = x.clone(), f.__closure__[[name for name in f.__code__.co_freevars].index("self")].cell_contents
+        x, cache = x.clone(), f.func.__self__
         y, there = f(x), [t.data_ptr() for t in (cache.keys, cache.values, cache.lengths)]
-        made.append((len(x), f.__closure__[f.__code__.co_freevars.index("width")].cell_contents))
+        made.append((len(x), f.args[1]))
 
         def replay(new):
             assert there == [t.data_ptr() for t in (cache.keys, cache.values, cache.lengths)]
@@ -232,6 +233,29 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
     monkeypatch.setattr(KVCache, "widths", 8)
     assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
     assert len(made) < len(played) / 2 and {width for _, width in made} == {8, 16, 24, 26} and len({slots for slots, _ in made}) > 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs_sample_the_same_tokens(monkeypatch):
+    policy = random_model(LanguageModel, small_config()).cuda()
+    policy.grid = Grid(torch.device("cuda"))
+    prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)]
+    expected = generate(policy, prompts, 20, [0, 4, 9], 0.0, batch_size=8)
+    monkeypatch.setattr(KVCache, "graphs", True)
+    assert generate(policy, prompts, 20, [0, 4, 9], 0.0, batch_size=8) == expected
+
+
+def test_attention_may_answer_in_any_memory_layout(monkeypatch):
+    """On CUDA, scaled_dot_product_attention returns (B, H, T, E) that lies in memory as (B, T, H, E)."""
+    policy, prompts = random_model(LanguageModel, small_config()), [random_ids(5, seed=1).tolist(), random_ids(3, seed=2).tolist()]
+    expected, plain = generate(policy, prompts, 6, [], 0.0), torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **more: plain(*args, **more).transpose(1, 2).contiguous().transpose(1, 2))
+    assert generate(policy, prompts, 6, [], 0.0) == expected
+
+
+def test_a_row_of_nan_gets_an_id():
+    """The run then ends by its losses that are not finite, not by an index error."""
+    assert sample_tokens(torch.full((2, 7), torch.nan), torch.tensor([0.0, 0.9])).max() < 7
 
 
 def test_the_samples_of_a_prompt_read_it_once():

@@ -410,13 +410,14 @@ def test_score_shows_coloured_tokens(built, command, tmp_path, monkeypatch):
 
 def test_grade(command, tmp_path):
     rows = [{"output": "so #### 18", "label": 18, "id": 7}, {"output": "no number", "label": "18"}, {"output": "it is 1,800.", "label": "18"},
-            {"output": "The answer is 5", "label": "#### 5"}, {"response": "72", "answer": "48+24=<<48+24=72>>72\n#### 72"}]  # fmt: skip
+            {"output": "The answer is 5", "label": "#### 5"}, {"response": "72", "answer": "48+24=<<48+24=72>>72\n#### 72"},
+            {"response": [{"role": "user", "content": "4 or 5?"}, {"role": "assistant", "content": "5"}], "label": "5"}]  # fmt: skip
     words = ["--stage", "grade", "--data", write_jsonl(tmp_path / "r.jsonl", rows), "--out", tmp_path / "g.jsonl"]
     status, out, _ = command(*words)
     found = rows_of(tmp_path / "g.jsonl")
-    assert status == 0 and "3 of 5 correct" in out
-    assert [row["correct"] for row in found] == [True, False, False, True, True]
-    assert [row["answer"] for row in found] == ["18", None, "1800", "5", "72"]
+    assert status == 0 and "4 of 6 correct" in out
+    assert [row["correct"] for row in found] == [True, False, False, True, True, True]
+    assert [row["answer"] for row in found] == ["18", None, "1800", "5", "72", "5"]
     assert found[0] == {**rows[0], "answer": "18", "correct": True}
     rows = [{"response": r"\boxed{\frac12}", "label": "0.5"}]
     write_jsonl(tmp_path / "r.jsonl", rows)
@@ -445,6 +446,24 @@ def test_wilson_interval():
         assert train.wilson(right, n) == pytest.approx([low, high], abs=6e-5)
         for p in train.wilson(right, n):
             assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+
+
+def test_eval_takes_only_a_judge_of_the_same_run(built, command, tmp_path):
+    """A model that lies elsewhere may have another tokenizer than the reward model of the built-in run."""
+    words = ["--stage", "eval", "--run", built, "--limit", 4, "--k", 2, "--max_new_tokens", 20, "--out", tmp_path / "e"]
+    shutil.copytree(built / "sft", tmp_path / "sft")
+    for directory, judged in ((built / "sft", True), (tmp_path / "sft", False)):
+        assert command(*words, "--model", directory)[0] == 0
+        assert ("best_of_k" in json.loads((tmp_path / "e/eval.json").read_text())) == judged
+
+
+def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
+    shutil.copytree(built / "rm", tmp_path / "rm")
+    for reward, says in (("orm", "was trained as 'qrm'"), ("outcome", "expected no --reward_model")):
+        status, _, err = command("--stage", "reinforce", "--run", built, "--reward", reward, "--reward_model", tmp_path / "rm", "--out", tmp_path / "r")
+        assert status == 2 and says in err and not (tmp_path / "r").exists()
+    (tmp_path / "rm/run.json").unlink()  # from elsewhere: what --reward says it is
+    assert train.reward_kind(tmp_path / "rm", "orm") == "orm" and train.reward_kind(tmp_path / "rm") == "qrm"
 
 
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
