@@ -5,10 +5,10 @@ demo: .venv/ready
 	$(VENV) train.py
 
 test: .venv/ready
-	$(VENV) -m pytest -q
+	$(VENV) -m pytest -q tests
 
 test-all: .venv/ready
-	$(VENV) -m pytest -q --slow
+	$(VENV) -m pytest -q --slow tests
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -36,7 +36,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import parallel
-from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, generate, init_weights, response_log_softmax, save_model, token_logprobs
+from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, generate, init_weights, save_model, token_logprobs
 from parallel import Grid, Optimizer, make_grid, update
 from qrm import fused_qrm_loss, qrm_loss, reward_model_loss, token_scores
 from reinforce import collect_rollout, reinforce_step
@@ -44,6 +44,7 @@ from train import Config
 
 CONFIG = ModelConfig(4096, 256, 704, 4, 8, 4, 32)  # small enough for one core: 3.0 M parameters in the blocks, 1.0 M in the embedding
 PAIRS, LR = 8, 1e-4  # pairs a step
+GEMM = "as many FLOP in products of 1,024^3"  # blocks only, attention as half of the square: ours over it is the share of the roofline
 HF, TRL = (importlib.util.find_spec(name) is not None for name in ("transformers", "trl"))
 
 
@@ -144,7 +145,7 @@ def bench_head(size, dtype, rounds, device):
 
 
 def bench_logprobs(rounds, device, n=2048, vocab=128_256):
-    """Log-probabilities of n tokens from hidden states, forward and backward."""
+    """Log-probabilities of n tokens from hidden states, forward and backward; ours makes the entropy, too."""
     cfg = dataclasses.replace(CONFIG, vocab_size=vocab, num_hidden_layers=0, tie_word_embeddings=False)
     policy = init_weights(build_model(LanguageModel, cfg, Grid(device)), 0)
     policy.model.embed_tokens.weight.requires_grad_(False)  # only what the head costs
@@ -156,14 +157,14 @@ def bench_logprobs(rounds, device, n=2048, vocab=128_256):
             if way == "ours":
                 logprobs = token_logprobs(policy, ids, mask)[0]
             else:
-                logprobs = response_log_softmax(policy, ids, mask).gather(-1, ids[0, 1:, None])
+                logprobs = -torch.nn.functional.cross_entropy(policy.logits(policy.model(ids[:, :-1])[0]), ids[0, 1:], reduction="none")
             if grad:
                 logprobs.sum().backward()
                 policy.zero_grad()
 
     rows = []
     for grad in (False, True):
-        works = {way: lambda way=way, grad=grad: work(way, grad) for way in ("ours", "plain log_softmax")}
+        works = {way: lambda way=way, grad=grad: work(way, grad) for way in ("ours", "cross_entropy")}
         memory = {way: round(extra_memory(f, device) / 2**20, 1) for way, f in works.items()}
         rows.append(compare(f"log-probabilities of {n} tokens, V {vocab}, forward{' and backward' * grad}", works, rounds, device, "tokens/s", n, extra_mib=memory))
     return rows
@@ -181,7 +182,7 @@ def made_pairs(like, n):
     """n pairs of random ids whose lengths are log-normal, with the moments of LENGTHS."""
     rng, (*means, sigma) = random.Random(0), LENGTHS[like]
     length = lambda mean: min(900, max(8, round(mean * rng.lognormvariate(-(sigma**2) / 2, sigma))))
-    rows = [[[rng.randrange(259) for _ in range(length(mean))] for mean in means] for _ in range(n)]
+    rows = [[[rng.randrange(32, 127) for _ in range(length(mean))] for mean in means] for _ in range(n)]  # bytes that are text
     return [tuple(data.Example(CHAT + prompt, response) for response in responses) for prompt, *responses in rows]
 
 
@@ -269,8 +270,8 @@ def trainer_seconds(make_trainer):
         def on_step_end(self, *args, **kwargs):
             self.seconds = self.seconds + time.process_time() - self.began
 
-    watch, directory = Clock(), tempfile.mkdtemp()
-    trainer = make_trainer(directory, watch)
+    watch, home = Clock(), tempfile.TemporaryDirectory()
+    watch.home, trainer = home, make_trainer(home.name, watch)  # kept as long as the trainer
 
     def work():
         watch.seconds = 0.0
@@ -302,11 +303,17 @@ def trl_reward_trainer(batches):
     return trainer_seconds(make)
 
 
-def gemm_rate(device, n=1024):
-    """Multiply-adds of large matrix products, in FLOP/s: the roof."""
+def gemm_seconds(device, flops, n=1024):
+    """-> a function that multiplies large matrices until a tenth of `flops` is done, and returns ten times the seconds: the roof."""
     a, b, out = (torch.randn(n, n, device=device) for _ in range(3))
-    times = interleaved({"gemm": lambda: [torch.mm(a, b, out=out) for _ in range(10)] and None}, 5, device)["gemm"]
-    return 20 * n**3 / statistics.median(times)
+
+    def work():
+        began = clock(device)
+        for _ in range(times := max(1, round(flops / 20 / n**3))):
+            torch.mm(a, b, out=out)
+        return (clock(device) - began) * flops / (2 * n**3 * times)
+
+    return work
 
 
 def rm_flops(pairs):
@@ -329,22 +336,26 @@ def share_of_tokens(pairs):
 
 
 def bench_rm(path, rounds, device):
-    ways, rows = ["ours", "plain, padded to longest", *["transformers"] * HF], []
-    for like, pairs, also in (("GSM8K", load_pairs(path)[1], ["TRL RewardTrainer"] * (TRL and device.type == "cpu")), ("MATH's lengths", made_pairs("MATH", 64), [])):
+    ways, rows, (_, real) = ["ours", "plain, padded to longest", *["transformers"] * HF], [], load_pairs(path)
+    for like, pairs, also in (("GSM8K", real, ["TRL RewardTrainer"] * (TRL and device.type == "cpu")), ("MATH's lengths", made_pairs("MATH", 64), [])):
         used = pairs[: 4 * PAIRS]
-        works = {way: rm_step(way, batches_of(pairs), device) for way in ways + also}
+        works = {way: rm_step(way, batches_of(pairs), device) for way in ways + also} | {GEMM: gemm_seconds(device, rm_flops(used))}
         rows.append(compare(f"RM step, {PAIRS} pairs, {like}", works, rounds, device, "real tokens/s", tokens_of(used), processed_over_real=round(share_of_tokens(used), 3)))
-        rows[-1]["of_roofline"] = round(rm_flops(used) / tokens_of(used) * rows[-1]["rates"]["ours"]["median"] / gemm_rate(device), 3)
         if device.type == "cpu":
-            rows[-1]["peak_rss_mib"] = {way: peak_memory(way, path, like) for way in works}
-    few = [load_pairs(path)[1][i : i + 2] for i in range(0, 4, 2)]  # the paper's 2 pairs a step
+            rows[-1]["peak_rss_mib"] = {way: peak_memory(way, path, like) for way in ways + also}
+    few = [real[i : i + 2] for i in range(0, 4, 2)]  # the paper's 2 pairs a step
     works = {way: rm_step(way, few, device) for way in ("ours", "as the authors' code")}
     return [*rows, compare("RM step, 2 pairs, GSM8K", works, rounds, device, "real tokens/s", sum(map(tokens_of, few)))]
 
 
+def resident(what):
+    """VmRSS (now) or VmHWM (at the peak) of this process, MiB"""
+    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+
+
 def peak_memory(way, path, like):
-    """Peak resident MiB of a process that does nothing else than the RM step."""
-    command = [sys.executable, __file__, "--alone", way, *(["--data", str(path)] if path else []), *(["--math"] if like.startswith("MATH") else [])]
+    """Resident MiB that the RM step adds at its peak to a process that has imported what it needs, and does nothing else."""
+    command = [sys.executable, __file__, "--device", "cpu", "--alone", way, *(["--data", str(path)] if path else []), *(["--math"] if like.startswith("MATH") else [])]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -486,9 +497,11 @@ def main(argv=None):
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if args.alone:
+        importlib.import_module({"transformers": "transformers", "TRL RewardTrainer": "trl"}.get(args.alone, "torch"))
+        before = resident("VmRSS")
         work = rm_step(args.alone, batches_of(made_pairs("MATH", 64) if args.math else load_pairs(args.data)[1])[:1] * 2, device)
         work()
-        return print(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024)
+        return print(resident("VmHWM") - before)
     print(machine(device), *(f"{name} {importlib.metadata.version(name)}" for name, there in (("transformers", HF), ("trl", TRL)) if there), sep=", ")
     figures = {"head": lambda: [bench_head(size, dtype, args.rounds, device) for size in args.sizes for dtype in DTYPES],
                "logprobs": lambda: bench_logprobs(args.rounds, device), "rm": lambda: bench_rm(args.data, args.rounds, device),

@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -80,7 +81,9 @@ def blanked(source, exercises):
 
 
 def blank(directory):
-    """Writes a student's copy of the project. What is copied is listed first: DIR may lie inside the project."""
+    """Writes a student's copy of the project, outside of it (or the next copy, and the tests, would find this one)."""
+    if ROOT in directory.absolute().parents:
+        raise ValueError(f"{directory}: lies inside the project; expected another place, such as ../student")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: exists and is not empty; expected a new directory")
     exercises = ladder()
@@ -92,7 +95,7 @@ def blank(directory):
             mine = [e for e in exercises if path == ROOT / e.file]
             copy.write_bytes(blanked(path.read_text(encoding="utf-8"), mine).encode() if mine else path.read_bytes())
     print(f"{directory}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points; "
-          f"grade them with: python {Path(__file__).resolve()} grade {directory}")  # fmt: skip
+          f"grade them with: {shlex.join(['python', str(Path(__file__).resolve()), 'grade', str(directory)])}")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ one function of a student's
@@ -128,18 +131,20 @@ def with_function(source, function, text):
     return "\n".join([*lines[: first - 1], text, *lines[node.end_lineno :]])
 
 
-def as_module(file, source):
-    """Source as a module of its own; what it imports from the project are the given files."""
+def as_module(file, source, alone=False):
+    """Source as a module of its own; what it imports from the project are the given files. alone: to import itself finds itself, no solution."""
     module = ModuleType(file.removesuffix(".py"))
+    if alone:
+        sys.modules[module.__name__] = module
     exec(compile(source, file, "exec"), module.__dict__)
     return module
 
 
-def check(exercise, source):
+def check(exercise, source, alone=False):
     """Runs an exercise's checks on a module's source; AssertionError, or whatever the student's code raises, if it fails."""
     import checks
 
-    checks.CHECKS[exercise.id](as_module(exercise.file, source))
+    checks.CHECKS[exercise.id](as_module(exercise.file, source, alone))
 
 
 # ------------------------------------------------------------------------------------------------ grading
@@ -155,14 +160,13 @@ def worker(directory, exercise, result):
     try:
         theirs = (directory / exercise.file).read_text(encoding="utf-8")
         ours = (ROOT / exercise.file).read_text(encoding="utf-8")
-        check(exercise, with_function(ours, exercise.function, cut_out(theirs, exercise.function, exercise.file)))
+        check(exercise, with_function(ours, exercise.function, cut_out(theirs, exercise.function, exercise.file)), alone=True)
         reason = ""
-    except NotImplementedError:
-        reason = "blank"
     except AssertionError as error:
         reason = str(error).strip().split("\n")[-1] or "AssertionError"
     except BaseException as error:  # SystemExit too
-        reason = f"{type(error).__name__}: {error}".strip().split("\n")[0]
+        blank = isinstance(error, NotImplementedError) and str(error).startswith("exercise ")
+        reason = "blank" if blank else f"{type(error).__name__}: {error}".strip().split("\n")[0]
     result.send(reason)
 
 
@@ -190,8 +194,6 @@ def grade(directory, ids, json_file, timeout):
         raise ValueError(f"no exercise {unknown[0]}; expected some of {', '.join(e.id for e in exercises)}")
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such directory; expected a student's copy")
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise ValueError(f"--json {json_file}: its directory does not exist")
     for path in {ROOT / e.file for e in exercises}:
         if 'raise NotImplementedError("exercise ' in path.read_text(encoding="utf-8"):
             raise ValueError(f"{path} is a student's; grade with the exercises.py of the project that the copy was made from")

@@ -186,6 +186,7 @@ def headline(stages, judges):
         measures = {"pair_accuracy": "held-out pairs whose right answer scores higher; chance 0.5",
                     "length_baseline": "the same when the shorter answer is preferred",
                     "error_auc": "chance that the first wrong token scores below a token before it; blind 0.5",
+                    "first_error_choice": "at the first wrong token, the right one scores higher; chance 0.5",
                     "first_error_hit": "wrong answers whose largest drop is at the first wrong token"}  # fmt: skip
         rows = [[f"{key}<br><small>{text}</small>", *(share(r.get(key)) for r in judged.values())] for key, text in measures.items()]
         out.append(table("Reward models on held-out pairs", ["reward model", *judged], [*rows, ["held-out pairs", *(escape(str(r.get("n_pairs", "–"))) for r in judged.values())]]))

@@ -45,18 +45,20 @@ VALIDATION = 1000  # seed of the held-out prompts that learning rates are chosen
 # "long" has more verbs to unlearn, more of them in a problem, and longer answers: the outcome says less about a token.
 TASKS = {"demo": data.Arith(), "long": data.Arith(steps=(6, 8), operand=1, verbs=16, misread=8)}
 
-# The choices on which the paper and its code differ, and controls: {label: (algorithm, flags that differ from part 2)}
+# The choices on which the paper and its code differ, and controls: {label: (algorithm, reward, flags that differ from part 2)}
 DISPUTED = {
-    "PPO, std only": ("ppo", {"standardize": "std"}),
-    "PPO, baseline weight 0.01": ("ppo", {"baseline_weight": 0.01}),
-    "PPO, stop token's reward = sequence mean": ("ppo", {"eos_to_mean": True}),
-    "PPO, absolute k1": ("ppo", {"kl": "abs"}),
-    "PPO, exact KL (Algorithm 1)": ("ppo", {"kl": "exact"}),
-    "PPO, one epoch": ("ppo", {"ppo_epochs": 1}),
-    "PPO, one epoch, no baseline": ("ppo", {"ppo_epochs": 1, "baseline_weight": 0.0}),  # REINFORCE with PPO's ratio and clip
-    "REINFORCE, std only": ("reinforce", {"standardize": "std"}),
-    "REINFORCE, no KL (Algorithm 2)": ("reinforce", {"kl_coef": 0.0}),
-    "REINFORCE, sequence mean on every token": ("reinforce", {"advantage": "grpo", "group_size": 8}),
+    "std only": ("ppo", "qrm", {"standardize": "std"}),
+    "baseline weight 0.01": ("ppo", "qrm", {"baseline_weight": 0.01}),
+    "stop token's reward = sequence mean": ("ppo", "qrm", {"eos_to_mean": True}),
+    "absolute k1": ("ppo", "qrm", {"kl": "abs"}),
+    "exact KL (Algorithm 1)": ("ppo", "qrm", {"kl": "exact"}),
+    "one epoch": ("ppo", "qrm", {"ppo_epochs": 1}),
+    "one epoch, no baseline": ("ppo", "qrm", {"ppo_epochs": 1, "baseline_weight": 0.0}),  # REINFORCE with PPO's ratio and clip
+    "std only, REINFORCE": ("reinforce", "qrm", {"standardize": "std"}),
+    "no KL (Algorithm 2)": ("reinforce", "qrm", {"kl_coef": 0.0}),
+    "sequence mean on every token": ("reinforce", "qrm", {"advantage": "grpo", "group_size": 8}),
+    "ORM, lambda 1": ("ppo", "orm", {"lam": 1.0}),
+    "oracle's outcome, lambda 1": ("ppo", "outcome", {"lam": 1.0}),
 }
 
 
@@ -79,7 +81,7 @@ _LRS = {"ppo": (1e-4,), "reinforce": (1e-4,)}
 FAST = dataclasses.replace(FULL, rl_lrs=_LRS, rm_lrs=(2e-3,), ceilings=(), disputed=(),
                            arms=tuple(("ppo", r) for r in ("oracle", "outcome", "qrm", "orm")))  # fmt: skip
 QUICK = Plan(1, _LRS, (2e-3,), ceilings=(), arms=(("ppo", "outcome"), ("ppo", "qrm"), ("reinforce", "qrm"), ("ppo", "orm")),
-             disputed=("PPO, exact KL (Algorithm 1)", "REINFORCE, std only"), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
+             disputed=("exact KL (Algorithm 1)", "std only, REINFORCE"), flags={"sft": {"steps": 60, "warmup": 10}, "pairs": {"limit": 100, "max_new_tokens": 40},
              "rm": {"steps": 2}, "eval": {"limit": 8, "k": 1, "max_new_tokens": 40}, "reinforce": _RL, "ppo": _RL})  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ jobs, in a worker
@@ -127,8 +129,8 @@ def make_pairs(home, seed, flags):
 
 
 def make_untrained(home, seed, flags):
-    """What the reward models knew at their start -> {name: what eval says}: a random head on the SFT policy's trunk, read as
-    Q-RM and as ORM, and the policy's own logits. (DPO-RM starts at log pi/pi = 0 everywhere, and ranks nothing.)"""
+    """What there is to know before training -> {name: what eval says}: the SFT policy's trunk under a random head (training starts
+    from a head of zeros), read as Q-RM and as ORM, and the policy's own logits. (DPO-RM starts at log pi/pi = 0, and ranks nothing.)"""
     model, tokenizer, out = load_model(ScalarModel, home / "sft", Grid()), data.Tokenizer.load(home / "sft", "none"), {}
     model.score.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
     for reward in ("qrm", "orm", "logit"):
@@ -277,9 +279,9 @@ def part_rl(study, starts, rm_lrs, arms, task=""):
 
 def part_disputed(study, starts, rm_lrs, rl_lrs):
     """-> {label: {seed: curve}}; the learning rate is that of the arm in part 2, not tuned again."""
-    jobs = {(label, seed): study.job("rl", seed, algorithm=a, reward="qrm", lr=rl_lrs[a, "qrm"], rm_lr=rm_lrs["qrm"], options=options)
-            for seed in starts for label in study.plan.disputed for a, options in [DISPUTED[label]]
-            if (a, "qrm") in rl_lrs and study.result(study.rm("qrm", seed, rm_lrs["qrm"]))}  # fmt: skip
+    jobs = {(label, seed): study.job("rl", seed, algorithm=a, reward=r, lr=rl_lrs[a, r], rm_lr=rm_lrs.get(r), options=options)
+            for seed in starts for label in study.plan.disputed for a, r, options in [DISPUTED[label]]
+            if (a, r) in rl_lrs and (r in GRADED or r in rm_lrs and study.result(study.rm(r, seed, rm_lrs[r])))}  # fmt: skip
     study.run("disputed choices", jobs.values())
     found = {key: r["curve"] for key, job in jobs.items() if (r := study.result(job))}
     return {label: {s: [[0, starts[s], 0.0], *curve] for (name, s), curve in found.items() if name == label} for label in study.plan.disputed}
@@ -321,7 +323,7 @@ def reached(curves, target):
     seeds = [reach(c, target) for c in curves.values()]
     show = lambda x: f">{last}" if x is None or x > last else f"{x:.0f}"
     in_order = [show(x) for x in sorted(last + 1 if x is None else x for x in seeds)]
-    return f"{show(reach(mean_curve(curves), target))}; {in_order[(len(seeds) - 1) // 2]} ({in_order[0]} to {in_order[-1]}), {sum(x is not None for x in seeds)}/{len(seeds)}"
+    return f"{show(reach(mean_curve(curves), target))}; {in_order[len(seeds) // 2]} ({in_order[0]} to {in_order[-1]}), {sum(x is not None for x in seeds)}/{len(seeds)}"
 
 
 def rate(lr, grid):
@@ -353,10 +355,11 @@ def rl_table(study, title, base, parts):
                 elif (a, r) in study.plan.arms:
                     rows.append([task, ALGORITHMS[a], REWARDS[r], "not run", *[""] * 6])
     text = (f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. {tuning(study.plan.rl_lrs['ppo'], 'final pass@1 on other held-out prompts')} "
-            "Not tuned, equal in all arms: KL k1 "
-            f"with coefficient {train.ARITH['ppo']['kl_coef']}, critic, epochs, clip, minibatch, gamma 1, lambda. Best is the best of each seed's evaluations. Target: the best "
+            f"Not tuned: KL k1 with coefficient {train.ARITH['ppo']['kl_coef']} (where rewards are summed over time, as for outcome and steps, so is the KL), epochs, clip, minibatch; "
+            f"gamma 1 and lambda {train.Config().lam} for PPO on outcome and steps (token rewards have neither). The critic starts from the reward model, or from the policy where there is none of its kind. "
+            "Final KL is that of the last rollout, before its update. Best is the best of each seed's evaluations. Target: the best "
             f"point of the {REWARDS[base]} arm's mean curve, same algorithm; trajectories to it: of the mean curve; of the seeds the median (lowest to "
-            "highest) and how many reach it.")  # fmt: skip
+            "highest) and how many reach it. (The target's own arm is measured at its peak, which lets the others look fast.)")  # fmt: skip
     return {"title": title, "text": text, "rows": rows}
 
 
@@ -366,7 +369,7 @@ def reward_model_table(study, chosen, metrics):
     for r, found in metrics.items():
         rows.append([REWARDS[r], rate(chosen[r], study.plan.rm_lrs), len(found), *(spread([m[c] for m in found]) for c in columns)])
     starts = [r for s in range(study.plan.seeds) if (r := study.result(study.job("untrained", s)))]
-    for key, label in (("qrm", "untrained: random head, mean (Q-RM, step PRM)"), ("orm", "untrained: random head, last token (ORM)"),
+    for key, label in (("qrm", "untrained trunk, random head, mean (Q-RM, step PRM)"), ("orm", "untrained trunk, random head, last token (ORM)"),
                        ("logit", "untrained: the policy's own logits, mean")):  # fmt: skip
         rows.append([label, "", len(starts), *(spread([s[key][c] for s in starts]) for c in columns)])
     lengths = [m["length_baseline"] for m in metrics.get("qrm", [])]
@@ -380,14 +383,14 @@ def reward_model_table(study, chosen, metrics):
 
 
 def disputed_table(study, curves, arms):
-    rows = [["choice", "seeds", "best pass@1", "final pass@1", "final KL", "change"]]
-    for a in ALGORITHMS:
-        base = arms.get((a, "qrm"), {})
-        rows.append([f"{ALGORITHMS[a]}, as in part 2", len(base), *(results(base) if base else ["not run", "", ""]), ""])
-        for label in (label for label in study.plan.disputed if DISPUTED[label][0] == a):
+    rows = [["algorithm", "choice", "seeds", "best pass@1", "final pass@1", "final KL", "change"]]
+    for a, r in dict.fromkeys(DISPUTED[label][:2] for label in study.plan.disputed):
+        base = arms.get((a, r), {})
+        rows.append([ALGORITHMS[a], f"{REWARDS[r]} as in part 2", len(base), *(results(base) if base else ["not run", "", ""]), ""])
+        for label in (label for label in study.plan.disputed if DISPUTED[label][:2] == (a, r)):
             change = [c[-1][1] - base[s][-1][1] for s, c in curves[label].items() if s in base]
-            rows.append([label, len(curves[label]), *(results(curves[label]) if curves[label] else ["not run", "", ""]), spread(change) if change else ""])
-    text = (f"Q-RM. Each row changes what it names in part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {train.ARITH['ppo']['kl_coef']}) and keeps its learning "
+            rows.append([ALGORITHMS[a], label, len(curves[label]), *(results(curves[label]) if curves[label] else ["not run", "", ""]), spread(change) if change else ""])
+    text = (f"Each row changes what it names in part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {train.ARITH['ppo']['kl_coef']}) and keeps its learning "
             "rate, tuned for the unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The rows with one epoch lie between PPO and REINFORCE. "
             "'Sequence mean on every token' is GRPO with the same model: the answer's mean score, compared within 8 answers to a prompt, of which there are 32 a rollout. Z as the LM's logit stands in parts 1 and 2.")  # fmt: skip
     return {"title": "3. Disputed choices", "text": text, "rows": rows}
@@ -405,7 +408,7 @@ def draw(path, arms, disputed):
     import matplotlib.pyplot as plt
 
     panels = [(ALGORITHMS[a], {REWARDS[r]: c for (b, r), c in arms.items() if b == a}) for a in ALGORITHMS]
-    panels = [(title, lines) for title, lines in [*panels, ("Q-RM, disputed choices (means)", disputed)] if any(lines.values())]
+    panels = [(title, lines) for title, lines in [*panels, ("disputed choices (means)", disputed)] if any(lines.values())]
     figure, axes = plt.subplots(1, max(len(panels), 1), figsize=(1 + 5 * max(len(panels), 1), 4.5), sharey=True, squeeze=False)
     axes = axes[0]
     for axis, (title, lines) in zip(axes, panels):

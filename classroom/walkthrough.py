@@ -132,7 +132,7 @@ section("7. Preference pairs")
 # Right answers paired with wrong ones of the same prompt. Which token is wrong, nobody tells the reward model.
 found = [(row, pair) for row, four in zip(rows, answers) for pair in make_pairs(row, four, 4)]
 pairs = data.encode([{**row, **pair} for row, pair in found], tokenizer, 64, ("chosen", "rejected"))[0]
-cut = len(pairs) * 4 // 5
+cut = next(i for i in range(len(pairs) * 4 // 5, len(pairs)) if found[i][0] is not found[i - 1][0])  # no prompt on both sides
 pairs, test_pairs = pairs[:cut], pairs[cut:]
 print(f"{len(found)} pairs from {len(answers)} prompts; {len(pairs)} to learn from, {len(test_pairs)} held out. One of them:")
 print(f"  prompt {found[0][1]['prompt']!r}\n  chosen {found[0][1]['chosen']!r}\n  rejected {found[0][1]['rejected']!r}")
@@ -227,7 +227,7 @@ mask = rollout.response_mask
 
 # %%
 section("14. Z_std: from scores to rewards")
-# Mean and standard deviation over all response tokens of the rollout. The score already is a Q: no discount, no sum over later rewards.
+# Mean and standard deviation over all response tokens of the rollout. The score is taken as a Q: no discount, no sum over later rewards.
 z_std = standardize(rollout.scores, rollout.reward_mask, "mean_std", grid)  # (B, T)
 print(f"Z      mean {rollout.scores[mask].mean():+.3f}  std {rollout.scores[mask].std(unbiased=False):.3f}  of {mask.sum()} tokens")
 print(f"Z_std  mean {z_std[mask].mean():+.3f}  std {z_std[mask].std(unbiased=False):.3f}  outside the mask all {z_std[~mask].abs().max():.0f}")
@@ -264,7 +264,7 @@ with torch.no_grad():
     t, (plus, minus) = m.nonzero()[1].item(), tokenizer.encode("+-")
     own, other = rollout.ids[i : i + 1], rollout.ids[i : i + 1].clone()
     other[0, t + 1] = plus if own[0, t + 1] == minus else minus  # another a_t = targets[0, t]
-    for name, read in (("V(s_t)     ", lambda ids: state_values(critic, ids, mask[i : i + 1])), ("Z(s_t, a_t)", lambda ids: token_scores(reward_model, ids))):
+    for name, read in (("read at s_t", lambda ids: state_values(critic, ids, mask[i : i + 1])), ("Z(s_t, a_t)", lambda ids: token_scores(reward_model, ids))):
         print(f"{name} {read(own)[0, t]:+.4f} with {tokenizer.decode([own[0, t + 1].item()])!r}, "
               f"{read(other)[0, t]:+.4f} with {tokenizer.decode([other[0, t + 1].item()])!r}")  # fmt: skip
 torch.nn.init.zeros_(critic.score.weight)  # and gets a new head

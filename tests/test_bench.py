@@ -24,12 +24,12 @@ def test_bench_prints_the_machine_a_table_and_one_json_line_a_figure(capsys, mon
     lines = capsys.readouterr().out.split("\n")
     assert f"torch {torch.__version__}" in lines[0] and "thread" in lines[0]
     found = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [list(row["rates"]) for row in found] == [["ours", "plain autograd"]] * 2 + [["ours", "plain, padded to longest"]] * 2 + [["ours", "as the authors' code"], ["ours"]]
+    assert [list(row["rates"]) for row in found] == [["ours", "plain autograd"]] * 2 + [["ours", "plain, padded to longest", bench.GEMM]] * 2 + [["ours", "as the authors' code"], ["ours"]]
     assert all(0.7 < row["processed_over_real"] < 0.9 and row["peak_rss_mib"]["ours"] == 7 for row in found[2:4])
     for value in (v for row in found for rates in (row["rates"], row["faster"]) for v in rates.values()):
         assert 0 < value["low"] <= value["median"] <= value["high"]
     table = [line for line in lines if "tokens/s" in line and not line.startswith("{")]
-    assert len(table) == 11 and sum("MiB" in line for line in table) == 8
+    assert len(table) == 13 and sum("MiB" in line for line in table) == 8
 
 
 @pytest.mark.parametrize("like,waste", [("GSM8K", (1.25, 1.56, 1.80)), ("MATH", (1.42, 2.05, 2.67))])

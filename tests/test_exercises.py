@@ -403,12 +403,23 @@ def test_nothing_takes_the_grader_down(tmp_path):
     assert f"line {line})" in found["1.1"][1]  # of the student's file
 
 
+def test_the_solution_cannot_be_imported_and_an_error_of_torch_is_no_blank(tmp_path):
+    source = (ROOT / "qrm.py").read_text(encoding="utf-8")
+    body = source[source.index("def masked_mean(") :]
+    body = body[: body.index("\n\n\n")]
+    for line, says in (("    import qrm\n    return qrm.masked_mean(x, mask)", "RecursionError"), ("    torch.eye(2).bool() @ torch.eye(2).bool()", "not implemented for")):
+        head = body[: body.index(":\n") + 2]
+        (tmp_path / "qrm.py").write_text(source.replace(body, head + line), encoding="utf-8")
+        status, out, _ = exercises_py("grade", tmp_path, "4.2")
+        assert status == 1 and says in out, out
+
+
 def test_list_hint_and_bad_input(tmp_path):
     status, out, _ = exercises_py("list")
     assert status == 0 and len(out.split("\n")) == 1 + len(EXERCISES) + 1 and "qrm.py         _FusedQRM.backward" in out
     status, out, _ = exercises_py("hint", "4.3")
     assert status == 0 and out.startswith("F.logsigmoid(z) stays finite")
     for arguments, word in ((("hint", "9.9"), "9.9"), (("grade", tmp_path, "9"), "9"), (("grade", tmp_path / "none"), "none"),
-                            (("grade", tmp_path, "--json", tmp_path / "a" / "b"), "--json"), (("mark",), "mark"), ((), "expected list")):  # fmt: skip
+                            (("blank", ROOT / "classroom" / "ann"), "inside the project"), (("mark",), "mark"), ((), "expected list")):  # fmt: skip
         status, out, err = exercises_py(*arguments)
         assert status == 2 and word in err and err.count("\n") == 1 and not out, err

@@ -40,7 +40,7 @@ def test_trajectories_to_a_target():
     curve = [(0, 0.2), (512, 0.4), (1024, 0.3)]
     assert reach(curve, 0.2) == 0 and reach(curve, 0.3) == pytest.approx(256) and reach(curve, 0.41) is None
     curves = {0: [[0, 0.2], [512, 0.4]], 1: [[0, 0.2], [512, 0.2]]}  # mean: 0.2, 0.3
-    assert reached(curves, 0.3) == "512; 256 (256 to >512), 1/2"
+    assert reached(curves, 0.3) == "512; >512 (256 to >512), 1/2"
 
 
 def test_best_learning_rate():
