@@ -413,14 +413,14 @@ def draw(path, arms, disputed):
     axes = axes[0]
     for axis, (title, lines) in zip(axes, panels):
         for i, (label, curves) in enumerate((label, curves) for label, curves in lines.items() if curves):
-            axis.plot(*zip(*mean_curve(curves)), f"C{i}", label=f"{label} (n={len(curves)})", linestyle="--" if "oracle" in label else "-")
+            axis.plot(*zip(*mean_curve(curves)), f"C{i}", label=f"{label} (n={len(curves)})", linestyle="--" if "oracle" in label else ":" if i > 9 else "-")
             if lines is not disputed:
                 points = list(zip(*curves.values()))
                 low, high = ([pick(q[1] for q in p) for p in points] for pick in (min, max))
                 axis.fill_between([p[0][0] for p in points], low, high, color=f"C{i}", alpha=0.12)
         axis.set(title=title, xlabel="sampled trajectories")
         if axis.lines:
-            axis.legend(fontsize=7)
+            axis.legend(fontsize=7, **(dict(loc="upper left", bbox_to_anchor=(1, 1)) if lines is disputed else {}))
     axes[0].set_ylabel("greedy pass@1, held-out prompts")
     figure.tight_layout()
     figure.savefig(path, dpi=130)

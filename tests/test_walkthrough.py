@@ -29,7 +29,7 @@ def test_walkthrough():
     assert re.search(r"Z_std  mean [+-]0\.000  std 1\.000 .* all 0$", out, re.M)
     up, down = numbers(r"where A > 0: (\S+), where A < 0: (\S+)", out)
     assert up > 0 > down
-    v, w = numbers(r"V\(s_t\) +(\S+) with .*, (\S+) with", out)
+    v, w = numbers(r"read at s_t (\S+) with .*, (\S+) with", out)
     z, y = numbers(r"Z\(s_t, a_t\) +(\S+) with .*, (\S+) with", out)
     assert v == w and z != y
     assert numbers(r"ratio of \d+ tokens: from (\S+) to (\S+);", out) == [1.0, 1.0]
