@@ -82,7 +82,7 @@ def blanked(source, exercises):
 
 def blank(directory):
     """Writes a student's copy of the project, outside of it (or the next copy, and the tests, would find this one)."""
-    if ROOT in directory.absolute().parents:
+    if ROOT in directory.resolve().parents:
         raise ValueError(f"{directory}: lies inside the project; expected another place, such as ../student")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: exists and is not empty; expected a new directory")

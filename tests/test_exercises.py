@@ -414,12 +414,21 @@ def test_the_solution_cannot_be_imported_and_an_error_of_torch_is_no_blank(tmp_p
         assert status == 1 and says in out, out
 
 
+def test_blank_beside_the_project(monkeypatch):
+    """`blank ../student`, as the README has it: a path that goes through the project and out of it again."""
+    seen = []
+    monkeypatch.setattr("exercises.ladder", lambda: seen.append(1) or [])
+    monkeypatch.setattr("exercises.COPIED", ())
+    sys.modules["exercises"].blank(ROOT / ".." / "not-there" / "student")
+    assert seen
+
+
 def test_list_hint_and_bad_input(tmp_path):
     status, out, _ = exercises_py("list")
     assert status == 0 and len(out.split("\n")) == 1 + len(EXERCISES) + 1 and "qrm.py         _FusedQRM.backward" in out
     status, out, _ = exercises_py("hint", "4.3")
     assert status == 0 and out.startswith("F.logsigmoid(z) stays finite")
     for arguments, word in ((("hint", "9.9"), "9.9"), (("grade", tmp_path, "9"), "9"), (("grade", tmp_path / "none"), "none"),
-                            (("blank", ROOT / "classroom" / "ann"), "inside the project"), (("mark",), "mark"), ((), "expected list")):  # fmt: skip
+                            (("blank", ROOT / "classroom" / "ann"), "inside the project"), (("blank", ROOT / ".." / ROOT.name / "ann"), "inside the project"), (("mark",), "mark"), ((), "expected list")):  # fmt: skip
         status, out, err = exercises_py(*arguments)
         assert status == 2 and word in err and err.count("\n") == 1 and not out, err
