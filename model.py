@@ -9,10 +9,11 @@ L layers · S cache columns · N response tokens; a size that is cut over tp is 
 
 import copy
 import json
+import os
 import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from parallel import (ColumnLinear, KeyValueLinear, LoRALinear, RowLinear, VocabEmbedding, all_reduce, check_divisible,  # fmt: skip
-                      copy_to_tp, gather_shards, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax, vocab_pick, vocab_sum,
-                      write_atomically)
+                      copy_to_tp, gather_shards, linear, packed_weights, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax,
+                      vocab_pick, vocab_sum, write_atomically)
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -256,39 +257,46 @@ class Packed:
 
 class KVCache:
     """Keys and values of what was read so far: L tensors (B, K/tp, S, E). Slot b has used its first lengths[b] columns, and
-    what lies behind them is never seen."""
+    what lies behind them is never seen. There are as many columns as the longest slot needs, and less than `spare` more."""
 
-    graphs = False  # on CUDA: a step is recorded once for a number of slots and a width, and then replayed without Python
-    widths = 256  # recorded widths are multiples of it
+    graphs = False  # on CUDA: a step is recorded once for a number of slots and columns, and then replayed without Python
+    spare = 64  # more would be read past at every step, fewer would be made, and the cache copied, more often
 
-    def __init__(self, policy, slots, columns):
+    def __init__(self, policy, slots):
         cfg, kv = policy.cfg, policy.model.layers[0].self_attn.k_proj
-        shape = (cfg.num_hidden_layers, slots, 1 if kv.whole else kv.out_features // cfg.head_dim, columns, cfg.head_dim)
+        shape = (cfg.num_hidden_layers, slots, 1 if kv.whole else kv.out_features // cfg.head_dim, 0, cfg.head_dim)
         self.keys, self.values = (torch.zeros(shape, device=kv.weight.device, dtype=kv.weight.dtype) for _ in range(2))
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=kv.weight.device)
-        self.recorded = {}  # {width: step}
+        self.recorded = None  # the step
+
+    def make_room(self, columns):
+        if (missing := columns - self.keys.shape[3]) > 0:
+            more = -(-missing // self.spare) * self.spare
+            self.keys, self.values, self.recorded = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more)), None
 
     def keep(self, slots):
         """Drops all slots but these. slots (B',) int64"""
-        self.keys, self.values, self.lengths, self.recorded = self.keys[:, slots], self.values[:, slots], self.lengths[slots], {}
+        self.keys, self.values, self.lengths, self.recorded = self.keys[:, slots], self.values[:, slots], self.lengths[slots], None
 
     def prefill(self, model, prompts, slots):
-        """Reads prompts[i] into slots[i] -> (B', D) residual stream at their last tokens; equal neighbours are read once."""
-        groups = [[prompt, len(list(same))] for prompt, same in groupby(prompts)]
-        packed = Packed([(prompt, [[]]) for prompt, _ in groups], self.lengths.device)
-        ends = torch.tensor([len(prompt) for prompt, _ in groups]).cumsum(0)
-        copies = torch.tensor([n for _, n in groups])
-        spans = [range(end - len(p), end) for (p, n), end in zip(groups, ends.tolist()) for _ in range(n)]
+        """Reads prompts[i] into slots[i] -> (B', D) residual stream at their last tokens. What all prompts begin with (a chat
+        template) is read once, and so are equal neighbours."""
+        groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
+        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
+        packed = Packed([(prompts[0][:shared], [prompt[shared:] for prompt, _ in groups])], self.lengths.device)
+        ends = list(accumulate((len(prompt) - shared for prompt, _ in groups), initial=shared))
+        spans = [[*range(shared), *range(a, b)] for (_, n), (a, b) in zip(groups, pairwise(ends)) for _ in range(n)]  # where each slot's tokens are
         token, column, slot = (torch.tensor(x, dtype=torch.int64, device=self.lengths.device) for x in (
             [t for span in spans for t in span], [c for span in spans for c in range(len(span))],
             [s for span, s in zip(spans, slots.tolist()) for _ in span]))  # fmt: skip
+        self.make_room(max(map(len, prompts)))
 
         def attend(layer, q, k, v):
             self.keys[layer, slot, :, column], self.values[layer, slot, :, column] = k[0, token], v[0, token]
             return packed.attend(layer, q, k, v)
 
         self.lengths[slots] = torch.tensor([len(prompt) for prompt in prompts], device=self.lengths.device)
-        return model(packed.ids, packed.positions, attend)[0, (ends - 1).repeat_interleave(copies).to(slots.device)]
+        return model(packed.ids, packed.positions, attend)[0, [span[-1] for span in spans]]
 
     def attend(self, layer, q, k, v):
         """One new token a slot: stores its k, v and attends to the slot's own past. q (1, B, H/tp, E), k, v (1, B, K/tp, E)"""
@@ -300,12 +308,11 @@ class KVCache:
     def step(self, model, tokens):
         """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream, which the next step may overwrite"""
         width = int(self.lengths.max()) + 1
+        self.make_room(width)
         if not self.graphs:
-            return self._step(model, width, tokens)
-        width = min(-(-width // self.widths) * self.widths, self.keys.shape[3])
-        if width not in self.recorded:
-            self.recorded[width] = record(partial(self._step, model, width), tokens)
-        return self.recorded[width](tokens)
+            return self._step(model, -(-width // 8) * 8, tokens)  # odd widths are slow
+        self.recorded = self.recorded or record(partial(self._step, model, self.keys.shape[3]), tokens)
+        return self.recorded(tokens)
 
     def _step(self, model, width, tokens):
         _, _, heads, columns, _ = self.keys.shape
@@ -470,7 +477,7 @@ class LanguageModel(_Model):
 
     def logits(self, x):
         """Residual stream (..., D) -> this rank's logits (..., V/tp)."""
-        return F.linear(copy_to_tp(self.model.norm(x), self.grid), self.head_weight)  # f
+        return linear(copy_to_tp(self.model.norm(x), self.grid), self.head_weight)  # f
 
 
 class ScalarModel(_Model):
@@ -519,12 +526,13 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature, vocab_size, grid, rows):
         start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
         mine, places = (targets >= start) & (targets < stop), (targets - start).clamp(0, stop - start - 1)
+        logits, probs = (x.new_empty(min(rows, len(x)), len(weight), dtype=dtype) for dtype in (x.dtype, torch.float32))  # once: fresh memory is slow
 
         def some(x, place, own):
-            l = F.linear(x, weight).float().div_(temperature)  # (rows, V/tp)
+            l = torch.mm(x, weight.T, out=logits[: len(x)]).float().div_(temperature)  # (rows, V/tp)
             top = all_reduce(l.amax(-1), grid.tp_group, dist.ReduceOp.MAX)
             l -= top[:, None]
-            picked, p = l.gather(-1, place[:, None])[:, 0] * own, l.exp()
+            picked, p = l.gather(-1, place[:, None])[:, 0] * own, torch.exp(l, out=probs[: len(x)])
             total, weighted, picked = all_reduce(torch.stack([p.sum(-1), l.mul_(p).sum(-1), picked]), grid.tp_group)
             return torch.stack([picked - total.log(), total.log() - weighted / total, top + total.log()])
 
@@ -538,15 +546,15 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         x, weight, places, mine, log_sum = ctx.saved_tensors
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        logits = x.new_empty(min(ctx.rows, len(x)), len(weight))
         for i in range(0, len(x), ctx.rows):  # d logprob / d l_v = [v is the target] - softmax(l)_v
             part = slice(i, i + ctx.rows)
-            g = F.linear(x[part], weight).float().div_(ctx.temperature).sub_(log_sum[part, None]).exp_()
+            g = torch.mm(x[part], weight.T, out=logits[: len(x[part])]).float().div_(ctx.temperature).sub_(log_sum[part, None]).exp_()
             scale = grad[part, None] / ctx.temperature
             g = g.mul_(-scale).scatter_add_(1, places[part, None], scale * mine[part, None]).to(x.dtype)
-            dx[part] = g @ weight
+            torch.mm(g, weight, out=dx[part])
             if dw is not None:
                 dw.addmm_(g.T, x[part]) if g.dtype == dw.dtype else dw.add_(g.T @ x[part])
-            del g  # before the next one is made
         return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None, None
 
 
@@ -595,18 +603,18 @@ def token_logits(policy, ids, response_mask):
 
 
 # exercise 1.7 (4 lines): sampling by the inverse CDF
-def sample_tokens(logprobs, uniforms):
+def sample_tokens(probs, uniforms):
     """Inverse CDF with one uniform a row: exact, one pass, and the same on every rank that is handed the same numbers.
 
-    logprobs (B, V) fp32, uniforms (B,) in [0, 1) -> (B,) int64; a token of probability 0 is never drawn
+    probs (B, V) fp32, which need not sum to 1, uniforms (B,) in [0, 1) -> (B,) int64; a token of probability 0 is never drawn
     """
-    cdf = logprobs.exp().cumsum(-1)  # (B, V)
+    cdf = probs.cumsum(-1)  # (B, V)
     height = uniforms[:, None] * cdf[:, -1:]
     height = torch.minimum(height, torch.nextafter(cdf[:, -1:], cdf.new_zeros(())))  # rounding must not step past the end
     return torch.searchsorted(cdf, height, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)  # a row of nan, too, gets an id
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0, batch_size=256):
     """Samples one answer a prompt; ids in, ids out, so that what is scored later is exactly what was sampled.
 
@@ -618,32 +626,32 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
     device, n = policy.grid.device, len(prompts)
     uniforms = torch.rand(n + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     waiting, slots = sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i])), min(batch_size, n)  # taken from the end
-    cache = KVCache(policy, slots, max(map(len, prompts), default=0) + max_new_tokens)
+    cache = KVCache(policy, slots)
     stops, tokens = torch.tensor(stop_ids, device=device), torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device)
     x = torch.zeros(slots, policy.cfg.hidden_size, device=device, dtype=cache.keys.dtype)  # what each slot has read last
     row = torch.full((slots,), n, device=device)  # the prompt that a slot answers; n is none (tokens and uniforms have such a row)
     step, lengths, going = torch.zeros_like(row), torch.zeros(n + 1, dtype=torch.int64, device=device), torch.zeros_like(row, dtype=torch.bool)
     busy = False
-    while waiting or busy:
-        free = (~going).nonzero()[:, 0]
-        if waiting and len(free) * 8 >= slots:  # many at a time: reading prompts pays in bulk
-            free, taken = free[: len(waiting)], [waiting.pop() for _ in free[: len(waiting)]]
-            x[free] = cache.prefill(policy.model, [prompts[i] for i in taken], free)
-            row[free], step[free], going[free] = torch.tensor(taken, device=device), 0, True
-        elif len(free) * (2 if cache.graphs else 4) >= len(row):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
-            rows = going.nonzero()[:, 0]
-            cache.keep(rows)
-            x, row, step, going = x[rows], row[rows], step[rows], going[rows]
-        logprobs = vocab_log_softmax(policy.logits(x).float() / (temperature or 1.0), policy.grid)  # (B, V/tp)
-        logprobs = gather_shards(logprobs, 1, policy.cfg.vocab_size, policy.grid)  # (B, V)
-        new = sample_tokens(logprobs, uniforms[row, step]) if temperature else logprobs.argmax(-1)  # (B,)
-        tokens[row, step] = new
-        step, lengths[row] = step + 1, step + 1
-        going = going & ~torch.isin(new, stops) & (step < max_new_tokens)
-        row, step = row.where(going, n), step.where(going, 0)
-        if busy := bool(going.any()):
-            x = cache.step(policy.model, new)
-            cache.lengths.add_(1).mul_(going)  # in place: a recorded step reads it there
+    with packed_weights([policy.head_weight, *(layer.weight for layer in policy.modules() if isinstance(layer, LoRALinear))]):
+        while waiting or busy:
+            free = (~going).nonzero()[:, 0]
+            if waiting and len(free) * 8 >= slots:  # many at a time: reading prompts pays in bulk
+                free, taken = free[: len(waiting)], [waiting.pop() for _ in free[: len(waiting)]]
+                x[free] = cache.prefill(policy.model, [prompts[i] for i in taken], free)
+                row[free], step[free], going[free] = torch.tensor(taken, device=device), 0, True
+            elif len(free) * (2 if cache.graphs else 4) >= len(row):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
+                rows = going.nonzero()[:, 0]
+                cache.keep(rows)
+                x, row, step, going = x[rows], row[rows], step[rows], going[rows]
+            logits = gather_shards(policy.logits(x).float(), 1, policy.cfg.vocab_size, policy.grid)  # (B, V)
+            new = sample_tokens(logits.div_(temperature).softmax(-1), uniforms[row, step]) if temperature else logits.argmax(-1)  # (B,)
+            tokens[row, step] = new
+            step, lengths[row] = step + 1, step + 1
+            going = going & ~torch.isin(new, stops) & (step < max_new_tokens)
+            row, step = row.where(going, n), step.where(going, 0)
+            if busy := bool(going.any()):
+                x = cache.step(policy.model, new)
+                cache.lengths.add_(1).mul_(going)  # in place: a recorded step reads it there
     responses = [row[:k] for row, k in zip(tokens[:n].tolist(), lengths.tolist())]
     return responses, [response[-1] not in stop_ids for response in responses]
 

@@ -191,6 +191,28 @@ def gather_shards(x, dim, size, grid):
 # ------------------------------------------------------------------------------------------------ layers
 
 
+def linear(x, weight, bias=None):
+    """F.linear; inside `packed_weights` and without gradient, by the copy of the weight that was made there."""
+    packed = None if torch.is_grad_enabled() else getattr(weight, "packed", None)
+    return F.linear(x, weight, bias) if packed is None else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@contextlib.contextmanager
+def packed_weights(weights, at_least=2**16):
+    """For many small forwards, such as decoding on a CPU: fp32 matrices of `at_least` numbers get a copy in the layout of oneDNN's
+    kernels. F.linear arranges a matrix anew for each call, which costs as much as the product if x has few rows. The weights
+    must not change inside. Elsewhere (CUDA, a torch without oneDNN) nothing happens."""
+    here = lambda w: w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= at_least
+    weights = {w for w in weights if here(w) and torch.backends.mkldnn.is_available()}
+    try:
+        for w in weights:
+            w.packed = torch.ops.mkldnn._reorder_linear_weight(w.detach())
+        yield
+    finally:
+        for w in weights:
+            w.packed = None
+
+
 class LoRALinear(nn.Linear):
     """nn.Linear, to which `add_lora` gives an adapter (Hu et al. 2022): Y = X W^T + bias + alpha/rank X A^T B^T.
 
@@ -216,7 +238,7 @@ class LoRALinear(nn.Linear):
         return p
 
     def forward(self, x):
-        y = F.linear(x, self.my_rows(self.weight), self.my_rows(self.bias))
+        y = linear(x, self.my_rows(self.weight), self.my_rows(self.bias))
         if self.lora_A is None:
             return y
         f = lambda p: copy_to_tp(p, self.grid)

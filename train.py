@@ -844,7 +844,7 @@ def main(argv=None):
             torch.set_num_threads(1)  # the built-in model is too small for more; and so every machine gives the same numbers
         if (cfg.flex or cfg.graphs) and grid.device.type != "cuda":
             raise BadInput(f"--{'flex' if cfg.flex else 'graphs'}: works on CUDA only; expected --device cuda")
-        Packed.flex, KVCache.graphs = cfg.flex, cfg.graphs
+        Packed.flex, KVCache.graphs, KVCache.spare = cfg.flex, cfg.graphs, 256 if cfg.graphs else 64  # each growth is recorded anew
         say(grid, "config: " + "  ".join(f"{k} {getattr(cfg, k)}" for k in flags() if getattr(cfg, k) != ""))
         STAGES[cfg.stage](cfg, grid)
     except (BadInput, OSError) as e:

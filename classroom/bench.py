@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import parallel
-from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, generate, init_weights, save_model, token_logprobs
+from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, generate, init_weights, response_log_softmax, save_model, token_logprobs
 from parallel import Grid, Optimizer, make_grid, update
 from qrm import fused_qrm_loss, qrm_loss, reward_model_loss, token_scores
 from reinforce import collect_rollout, reinforce_step
@@ -145,7 +146,8 @@ def bench_head(size, dtype, rounds, device):
 
 
 def bench_logprobs(rounds, device, n=2048, vocab=128_256):
-    """Log-probabilities of n tokens from hidden states, forward and backward; ours makes the entropy, too."""
+    """Log-probabilities of n tokens from hidden states, forward and backward; ours makes the entropy, too. The plain way is
+    response_log_softmax; cross_entropy keeps one matrix less."""
     cfg = dataclasses.replace(CONFIG, vocab_size=vocab, num_hidden_layers=0, tie_word_embeddings=False)
     policy = init_weights(build_model(LanguageModel, cfg, Grid(device)), 0)
     policy.model.embed_tokens.weight.requires_grad_(False)  # only what the head costs
@@ -156,6 +158,8 @@ def bench_logprobs(rounds, device, n=2048, vocab=128_256):
         with torch.set_grad_enabled(grad):
             if way == "ours":
                 logprobs = token_logprobs(policy, ids, mask)[0]
+            elif way == "plain log_softmax":
+                logprobs = response_log_softmax(policy, ids, mask).gather(1, ids[0, 1:, None])
             else:
                 logprobs = -torch.nn.functional.cross_entropy(policy.logits(policy.model(ids[:, :-1])[0]), ids[0, 1:], reduction="none")
             if grad:
@@ -164,7 +168,7 @@ def bench_logprobs(rounds, device, n=2048, vocab=128_256):
 
     rows = []
     for grad in (False, True):
-        works = {way: lambda way=way, grad=grad: work(way, grad) for way in ("ours", "cross_entropy")}
+        works = {way: lambda way=way, grad=grad: work(way, grad) for way in ("ours", "plain log_softmax", "cross_entropy")}
         memory = {way: round(extra_memory(f, device) / 2**20, 1) for way, f in works.items()}
         rows.append(compare(f"log-probabilities of {n} tokens, V {vocab}, forward{' and backward' * grad}", works, rounds, device, "tokens/s", n, extra_mib=memory))
     return rows
@@ -363,31 +367,49 @@ def peak_memory(way, path, like):
 
 
 def bench_decode(path, rounds, device, new_tokens=128):
-    """Sampled tokens a second at temperature 1; no stop token, so that every row runs to the end (transformers waits for the longest)."""
+    """Sampled tokens a second at temperature 1: without stop tokens, so that every row runs to the end, and with so many of them
+    that answers are as long as GSM8K's; transformers then waits for the longest."""
     _, pairs = load_pairs(path)
     policy = init_weights(build_model(LanguageModel, CONFIG, Grid(device)), 0)
     rows = []
-    for n in (16, 64):
-        prompts = [pair[0].prompt_ids for pair in pairs[:n]]
-        works = {"ours": lambda prompts=prompts: generate(policy, prompts, new_tokens, (), seed=0) and None}
-        if HF:
-            works["transformers"] = transformers_generate(policy, prompts, new_tokens, device)
-        rows.append(compare(f"decoding, batch {n}, {new_tokens} new tokens", works, rounds, device, "tokens/s", n * new_tokens))
+    for n, most, stops in ((16, new_tokens, 0), (64, new_tokens, 0), (64, 4 * new_tokens, 28)):
+        prompts, stop_ids, mean = [pair[0].prompt_ids for pair in pairs[:n]], list(range(stops)), []
+
+        def ours():
+            return sum(map(len, generate(policy, prompts, most, stop_ids, seed=len(mean))[0]))
+
+        def rate(sample):
+            began, tokens = clock(device), sample()
+            mean.append(tokens / n)
+            return (clock(device) - began) / tokens  # answers differ in length: seconds a token
+
+        ways = {"ours": ours} | ({"transformers": transformers_generate(policy, prompts, most, stop_ids, device)} if HF else {})
+        row = compare(f"decoding, batch {n}, ", {way: partial(rate, f) for way, f in ways.items()}, rounds, device, "tokens/s", 1)
+        row["figure"] += f"stopping after {statistics.mean(mean):.0f} tokens on average" if stops else f"{most} new tokens"
+        rows.append(row)
     return rows
 
 
-def transformers_generate(policy, prompts, new_tokens, device):
-    """The same weights in LlamaForCausalLM, prompts padded on the left, dynamic cache, sampling at temperature 1."""
+def transformers_generate(policy, prompts, most, stop_ids, device):
+    """The same weights in LlamaForCausalLM, prompts padded on the left, dynamic cache, sampling at temperature 1. -> number of tokens"""
     from transformers import LlamaForCausalLM
 
     with tempfile.TemporaryDirectory() as directory:
         save_model(policy, directory)
         model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa").to(device)
-    width = max(map(len, prompts))
+    width, stops = max(map(len, prompts)), torch.tensor(stop_ids, device=device)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return lambda: model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=True, temperature=1.0,
-                                  top_k=0, top_p=1.0, pad_token_id=0) is None or None  # fmt: skip
+    how = {"eos_token_id": stop_ids} if stop_ids else {"min_new_tokens": most}
+
+    def sample():
+        new = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                             pad_token_id=CONFIG.vocab_size - 1, **how)[:, width:]  # fmt: skip
+        before = torch.isin(new, stops).cumsum(1).roll(1, 1)  # stop tokens before each place
+        before[:, 0] = 0
+        return int((before == 0).sum())
+
+    return sample
 
 
 def bench_rl(path, rounds, device, prompts=4, group=4, new_tokens=64):

@@ -212,7 +212,7 @@ def check_1_7(m):
     """cumsum of the probabilities; the uniform times the last entry of that sum (it is not exactly 1) is a height, and
     torch.searchsorted(..., right=True) finds the first entry above it."""
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    sample = lambda p, u: m.sample_tokens(p.log().expand(len(u), -1), torch.tensor(u)).tolist()
+    sample = lambda p, u: m.sample_tokens(p.expand(len(u), -1), torch.tensor(u)).tolist()
     found, expected = sample(p, [0.0, 0.05, 0.15, 0.35, 0.65, 0.99]), [0, 0, 1, 2, 3, 3]
     assert found == expected, f"probabilities .1 .2 .3 .4, uniforms 0 .05 .15 .35 .65 .99: found {found}, expected {expected}"
     last = 1 - 2**-24  # the largest fp32 below 1

@@ -43,7 +43,7 @@ MUTANTS = {
             ("x = copy_to_tp(x, self.grid)", "x = x"), ("reduce_from_tp(self.down_proj(y), self.grid)", "self.down_proj(y)"),
             ("y = F", "x = copy_to_tp(x, self.grid)\n        y = F")],
     "1.7": [("right=True", "right=False"), (".cumsum(-1)", ".cumsum(0)"), ("uniforms[:, None] * cdf[:, -1:]", "uniforms[:, None].clone()"),
-            ("uniforms[:, None] *", "(1 - uniforms[:, None]) *"), ("logprobs.exp()", "logprobs.exp().sort(descending=True)[0]"),
+            ("uniforms[:, None] *", "(1 - uniforms[:, None]) *"), ("probs.cumsum", "probs.sort(descending=True)[0].cumsum"),
             (".squeeze(-1)", "")],
     "2.1": [("return x.view_as(x)", "return all_reduce(x, group)"), ("return all_reduce(grad, ctx.group), None", "return grad, None"),
             ("all_reduce(grad, ctx.group)", "all_reduce(grad, ctx.group) / ctx.group.size()"),
@@ -187,7 +187,7 @@ OTHERS = {
     scores = torch.einsum("bthe,bshe->bhts", q, k) / E**0.5
     return torch.einsum("bhts,bshe->bthe", scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf")).softmax(-1), v)""",
     "1.7": """
-    cdf = logprobs.exp().cumsum(-1)
+    cdf = probs.cumsum(-1)
     return ((uniforms * cdf[:, -1])[:, None] < cdf).float().argmax(-1)""",
     "2.7": """
     start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)

@@ -241,10 +241,10 @@ def test_sample_tokens_draws_from_the_distribution():
     probs = torch.tensor([0.0, 0.3, 0.01, 0.0, 0.0, 0.2, 0.05, 0.4, 0.04, 0.0])
     n = 100_000
     even = (torch.arange(n) + 0.5) / n  # evenly spread: each count is its expectation, to one
-    counts = sample_tokens(probs.log().expand(n, -1), even).bincount(minlength=10)
+    counts = sample_tokens(probs.expand(n, -1), even).bincount(minlength=10)
     assert ((counts - n * probs).abs() <= 1.5).all()
     uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0))
-    counts = sample_tokens(probs.log().expand(n, -1), uniforms).bincount(minlength=10)
+    counts = sample_tokens(probs.expand(n, -1), uniforms).bincount(minlength=10)
     assert (counts[probs == 0] == 0).all()
     assert chi_square(counts[probs > 0], probs[probs > 0]) < 20.5  # 5 degrees of freedom: one seed in 1000 is above
 
@@ -252,13 +252,13 @@ def test_sample_tokens_draws_from_the_distribution():
 def test_sample_tokens_at_the_ends_of_the_unit_interval():
     probs = torch.tensor([[0.0, 0.25, 0.5, 0.25, 0.0]])
     last = torch.tensor([1 - 2.0**-24])  # the largest fp32 below 1
-    assert sample_tokens(probs.log(), torch.tensor([0.0])) == 1
-    assert sample_tokens(probs.log(), last) == 3
-    assert sample_tokens(probs.log(), torch.tensor([0.25])) == 2  # [0.25, 0.75) is token 2's
+    assert sample_tokens(probs, torch.tensor([0.0])) == 1
+    assert sample_tokens(probs, last) == 3
+    assert sample_tokens(probs, torch.tensor([0.25])) == 2  # [0.25, 0.75) is token 2's
     logits = torch.randn(20, 50_000, generator=torch.Generator().manual_seed(0))
     logits[:, :7], logits[:, -7:] = -torch.inf, -torch.inf
-    assert (sample_tokens(logits.log_softmax(-1), torch.zeros(20)) == 7).all()
-    ends = sample_tokens(logits.log_softmax(-1), last.expand(20))  # the sum of 50,000 numbers need not be 1
+    assert (sample_tokens(logits.softmax(-1), torch.zeros(20)) == 7).all()
+    ends = sample_tokens(logits.softmax(-1), last.expand(20))  # the sum of 50,000 numbers need not be 1
     assert (ends < 50_000 - 7).all() and (ends > 49_000).all()
 
 
@@ -270,7 +270,7 @@ def generate_slowly(policy, prompts, max_new_tokens, stop_ids, temperature, unif
         while len(response) < max_new_tokens and not (response and response[-1] in stop_ids):
             logits = policy.logits(policy.model(torch.tensor([prompt + response])))[0, -1:]
             if temperature:
-                token = sample_tokens((logits / temperature).log_softmax(-1), row[len(response)].view(1))
+                token = sample_tokens((logits / temperature).softmax(-1), row[len(response)].view(1))
             else:
                 token = logits.argmax(-1)
             response.append(token.item())

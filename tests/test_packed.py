@@ -1,6 +1,7 @@
 """The fast paths against the plain ones: packed rows, chunked log-probabilities, recomputed blocks, refilled slots."""
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from conftest import near, random_ids, random_model, small_config
 import data
 from classroom import bench
 from data import Example, collate, spans
-from model import KVCache, LanguageModel, Packed, ScalarModel, at_actions, at_states, causal_attention, generate, response_log_softmax, sample_tokens, token_logprobs
-from parallel import Grid
+from model import (KVCache, LanguageModel, Packed, ScalarModel, add_lora, at_actions, at_states, causal_attention, generate,  # fmt: skip
+                   init_weights, response_log_softmax, sample_tokens, token_logprobs)
+from parallel import Grid, linear, packed_weights
 from qrm import Reward, masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
@@ -230,9 +232,9 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
     expected = [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
     monkeypatch.setattr("model.record", record)
     monkeypatch.setattr(KVCache, "graphs", True)
-    monkeypatch.setattr(KVCache, "widths", 8)
+    monkeypatch.setattr(KVCache, "spare", 8)
     assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
-    assert len(made) < len(played) / 2 and {width for _, width in made} == {8, 16, 24, 26} and len({slots for slots, _ in made}) > 1
+    assert len(made) < len(played) / 2 and {width for _, width in made} == {8, 16, 24, 32} and len({slots for slots, _ in made}) > 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -268,6 +270,76 @@ def test_the_samples_of_a_prompt_read_it_once():
     assert generate(policy, prompts, 4, [], 0)[0] == [alone[0]] * 5 + [alone[1]] * 3
 
 
+def test_what_all_prompts_begin_with_is_read_once():
+    """A chat template; and a prompt that is the beginning of another one."""
+    policy, read = random_model(LanguageModel, small_config()), []
+    policy.model.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    template = random_ids(7, seed=1).tolist()
+    prompts = [template + rest for rest in ([3, 1], [4], [4], [], [4, 1, 5, 9], [2, 6])]
+    responses = generate(policy, prompts, 5, [], 0.0)[0]
+    assert read == [6 + 1 + 2 + 3 + 3 + 5] + 4 * [6]  # the template but its last token, then what is left of five different prompts
+    assert responses == [generate(policy, [prompt], 5, [], 0.0)[0][0] for prompt in prompts] and len(set(map(tuple, responses))) > 2
+
+
+def test_the_cache_grows_with_its_longest_answer(monkeypatch):
+    """Not with what answers might need: max_new_tokens costs nothing."""
+    policy, seen, step = random_model(LanguageModel, small_config()), [], KVCache.step
+
+    def spy(self, model, tokens):
+        x = step(self, model, tokens)
+        seen.append((int(self.lengths.max()) + 1, self.keys.shape[3], self.values.shape[3]))
+        return x
+
+    monkeypatch.setattr(KVCache, "step", spy)
+    monkeypatch.setattr(KVCache, "spare", 8)
+    prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(6)]
+    responses, _ = generate(policy, prompts, 2_000, [0], 1.0, seed=3, batch_size=3)
+    assert 40 < max(map(len, responses)) < 1_000 and all(used <= keys == values < used + 16 for used, keys, values in seen[:5])
+    assert max(keys for _, keys, _ in seen) <= max(map(len, responses)) + 6 + 8
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}, {"lora": 2}])
+def test_packed_weights_sample_the_same_tokens(changes, monkeypatch):
+    changes = dict(changes)
+    lora = changes.pop("lora", 0)
+    policy = random_model(LanguageModel, small_config(**changes))
+    if lora:
+        policy = init_weights(add_lora(policy, lora, seed=1), 1, only="lora_B")
+        with torch.no_grad():
+            for name, param in policy.named_parameters():
+                param.add_(0.3 if "lora_B" in name else 0)
+    prompts, used = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)], []
+    expected = [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
+
+    def spy(x, weight, bias=None):
+        used.append(getattr(weight, "packed", None) is not None)
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr("parallel.linear", spy)
+    monkeypatch.setattr("model.linear", spy)
+    monkeypatch.setattr("model.packed_weights", partial(packed_weights, at_least=1))
+    assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
+    assert used and all(used) and not any(getattr(p, "packed", None) is not None for p in policy.parameters())
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_packed_weights_are_left_behind_and_never_differentiated():
+    weight, small, half = (torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in (((300, 256), None), ((8, 8), None), ((300, 256), torch.bfloat16)))
+    x, bias = torch.randn(3, 5, 256, requires_grad=True), torch.randn(300)
+    expected = torch.nn.functional.linear(x, weight, bias)
+    with pytest.raises(KeyError), packed_weights([weight, weight, small, half]):
+        assert weight.packed is not None and not hasattr(small, "packed") and not hasattr(half, "packed")
+        with torch.no_grad():
+            near(linear(x, weight, bias), expected)
+            near(linear(x, weight), expected - bias)
+        assert torch.equal(linear(x, weight, bias), expected) and linear(x, weight, bias).requires_grad
+        raise KeyError
+    with torch.no_grad():
+        weight.mul_(2)  # what a packed copy would not see
+        near(linear(x, weight, bias), 2 * expected - bias)
+
+
 def test_a_finished_slot_is_refilled(monkeypatch):
     policy = random_model(LanguageModel, small_config())
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(40)]
@@ -288,9 +360,9 @@ def test_sampled_and_scored_log_probabilities_agree():
 
     sample = model.sample_tokens
 
-    def spy(logprobs, uniforms):
-        new = sample(logprobs, uniforms)
-        for u, token, row in zip(uniforms.tolist(), new.tolist(), logprobs):
+    def spy(probs, uniforms):
+        new = sample(probs, uniforms)
+        for u, token, row in zip(uniforms.tolist(), new.tolist(), probs.log()):
             drawn[u] = row[token].item()
         return new
 

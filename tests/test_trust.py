@@ -419,9 +419,9 @@ def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch)
     cfg = ModelConfig(97, 64, 128, 2, 8, 4, 8)
     policy, seen, real = init_weights(build_model(LanguageModel, cfg, Grid(), dtype), 0), [], model.sample_tokens
 
-    def sample_tokens(logprobs, uniforms):
-        new = real(logprobs, uniforms)
-        seen.append(logprobs.gather(1, new[:, None]).item())
+    def sample_tokens(probs, uniforms):
+        new = real(probs, uniforms)
+        seen.append(probs.gather(1, new[:, None]).log().item())
         return new
 
     monkeypatch.setattr(model, "sample_tokens", sample_tokens)
