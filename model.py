@@ -21,11 +21,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from parallel import (ColumnLinear, KeyValueLinear, LoRALinear, RowLinear, VocabEmbedding, all_reduce, check_divisible,  # fmt: skip
-                      copy_to_tp, gather_shards, linear, packed_weights, reduce_from_tp, shard_dim, shard_range, vocab_log_softmax,
+                      copy_to_tp, gather_shards, linear, reduce_from_tp, reordered_weights, shard_dim, shard_range, vocab_log_softmax,
                       vocab_pick, vocab_sum, write_atomically)
 
 # ------------------------------------------------------------------------------------------------ configuration
@@ -133,6 +134,7 @@ class RMSNorm(nn.Module):
 
 # exercise 1.2 (8 lines): the angles of RoPE, with Llama 3.1's scaling
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must be fit for training, whoever asks first
 def rope_frequencies(cfg, device=torch.device("cpu")):
     """Angles per position (radians), (E/2,) fp32: theta^(-2i/E), after Llama 3.1's scaling where the config asks for it.
 
@@ -256,27 +258,35 @@ class Packed:
 
 
 class KVCache:
-    """Keys and values of what was read so far: L tensors (B, K/tp, S, E). Slot b has used its first lengths[b] columns, and
-    what lies behind them is never seen. There are as many columns as the longest slot needs, and less than `spare` more."""
+    """Keys and values of what was read so far: L tensors (B, K/tp, S, E) each. Slot b has used its first lengths[b] columns, and
+    what lies behind them is never seen. There are as many columns as the longest slot ever needed, and less than `spare` more."""
 
-    graphs = False  # on CUDA: a step is recorded once for a number of slots and columns, and then replayed without Python
-    spare = 64  # more would be read past at every step, fewer would be made, and the cache copied, more often
+    graphs = False  # on CUDA: a step is recorded once for a number of slots and a width, and then replayed without Python
+    spare = 64  # a multiple of 8: widths of recorded steps, too. More would be read past, fewer would be copied more often
 
     def __init__(self, policy, slots):
         cfg, kv = policy.cfg, policy.model.layers[0].self_attn.k_proj
-        shape = (cfg.num_hidden_layers, slots, 1 if kv.whole else kv.out_features // cfg.head_dim, 0, cfg.head_dim)
-        self.keys, self.values = (torch.zeros(shape, device=kv.weight.device, dtype=kv.weight.dtype) for _ in range(2))
+        shape = (slots, 1 if kv.whole else kv.out_features // cfg.head_dim, 0, cfg.head_dim)
+        self.keys, self.values = ([kv.weight.new_zeros(shape) for _ in policy.model.layers] for _ in range(2))
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=kv.weight.device)
-        self.recorded = None  # the step
+        self.recorded = {}  # {width: step}
 
     def make_room(self, columns):
-        if (missing := columns - self.keys.shape[3]) > 0:
+        if (missing := columns - self.keys[0].shape[2]) > 0:
             more = -(-missing // self.spare) * self.spare
-            self.keys, self.values, self.recorded = F.pad(self.keys, (0, 0, 0, more)), F.pad(self.values, (0, 0, 0, more)), None
+            self.change(lambda x: F.pad(x, (0, 0, 0, more)))
 
     def keep(self, slots):
         """Drops all slots but these. slots (B',) int64"""
-        self.keys, self.values, self.lengths, self.recorded = self.keys[:, slots], self.values[:, slots], self.lengths[slots], None
+        self.lengths = self.lengths[slots]
+        self.change(lambda x: x[slots])
+
+    def change(self, f):
+        """Puts f(x) in the place of each tensor, one by one: there is never more than one of them twice."""
+        self.recorded = {}
+        for tensors in (self.keys, self.values):
+            for layer in range(len(tensors)):
+                tensors[layer] = f(tensors[layer])
 
     def prefill(self, model, prompts, slots):
         """Reads prompts[i] into slots[i] -> (B', D) residual stream at their last tokens. What all prompts begin with (a chat
@@ -292,7 +302,7 @@ class KVCache:
         self.make_room(max(map(len, prompts)))
 
         def attend(layer, q, k, v):
-            self.keys[layer, slot, :, column], self.values[layer, slot, :, column] = k[0, token], v[0, token]
+            self.keys[layer][slot, :, column], self.values[layer][slot, :, column] = k[0, token], v[0, token]
             return packed.attend(layer, q, k, v)
 
         self.lengths[slots] = torch.tensor([len(prompt) for prompt in prompts], device=self.lengths.device)
@@ -307,18 +317,20 @@ class KVCache:
 
     def step(self, model, tokens):
         """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream, which the next step may overwrite"""
-        width = int(self.lengths.max()) + 1
+        unit = self.spare if self.graphs else 8  # odd widths are slow
+        width = -(-(int(self.lengths.max()) + 1) // unit) * unit
         self.make_room(width)
         if not self.graphs:
-            return self._step(model, -(-width // 8) * 8, tokens)  # odd widths are slow
-        self.recorded = self.recorded or record(partial(self._step, model, self.keys.shape[3]), tokens)
-        return self.recorded(tokens)
+            return self._step(model, width, tokens)
+        if width not in self.recorded:
+            self.recorded[width] = record(partial(self._step, model, width), tokens)
+        return self.recorded[width](tokens)
 
     def _step(self, model, width, tokens):
-        _, _, heads, columns, _ = self.keys.shape
+        _, heads, columns, _ = self.keys[0].shape
         self.places = ((torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads) * columns) + self.lengths[:, None]).flatten()
         unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, width)
-        self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys.dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
+        self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys[0].dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
         return model(tokens[None], self.lengths[None], self.attend)[0]
 
 
@@ -519,6 +531,11 @@ def rows_at_a_time(policy):
     return max(1, LOGITS // -(-policy.cfg.vocab_size // policy.grid.tp_size))
 
 
+def _product(x, weight, out):
+    """x weight^T in fp32, into `out`."""
+    return torch.mm(x, weight.T, out=out) if x.dtype == out.dtype else out.copy_(x @ weight.T)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     """See token_logprobs. Logits are made for `rows` tokens at a time, and again in backward: only their log-sum is kept."""
 
@@ -526,10 +543,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature, vocab_size, grid, rows):
         start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
         mine, places = (targets >= start) & (targets < stop), (targets - start).clamp(0, stop - start - 1)
-        logits, probs = (x.new_empty(min(rows, len(x)), len(weight), dtype=dtype) for dtype in (x.dtype, torch.float32))  # once: fresh memory is slow
+        logits, probs = (x.new_empty(min(rows, len(x)), len(weight), dtype=torch.float32) for _ in range(2))  # once: fresh memory is slow
 
         def some(x, place, own):
-            l = torch.mm(x, weight.T, out=logits[: len(x)]).float().div_(temperature)  # (rows, V/tp)
+            l = _product(x, weight, logits[: len(x)]).div_(temperature)  # (rows, V/tp)
             top = all_reduce(l.amax(-1), grid.tp_group, dist.ReduceOp.MAX)
             l -= top[:, None]
             picked, p = l.gather(-1, place[:, None])[:, 0] * own, torch.exp(l, out=probs[: len(x)])
@@ -543,13 +560,14 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         x, weight, places, mine, log_sum = ctx.saved_tensors
         dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        logits = x.new_empty(min(ctx.rows, len(x)), len(weight))
+        logits = x.new_empty(min(ctx.rows, len(x)), len(weight), dtype=torch.float32)
         for i in range(0, len(x), ctx.rows):  # d logprob / d l_v = [v is the target] - softmax(l)_v
             part = slice(i, i + ctx.rows)
-            g = torch.mm(x[part], weight.T, out=logits[: len(x[part])]).float().div_(ctx.temperature).sub_(log_sum[part, None]).exp_()
+            g = _product(x[part], weight, logits[: len(x[part])]).div_(ctx.temperature).sub_(log_sum[part, None]).exp_()
             scale = grad[part, None] / ctx.temperature
             g = g.mul_(-scale).scatter_add_(1, places[part, None], scale * mine[part, None]).to(x.dtype)
             torch.mm(g, weight, out=dx[part])
@@ -623,16 +641,18 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
     batch_size    answers in the making at a time; a finished one makes room for the next prompt
     -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
     """
+    if not all(prompts):
+        raise ValueError("a prompt has no tokens; expected at least one")
     device, n = policy.grid.device, len(prompts)
     uniforms = torch.rand(n + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     waiting, slots = sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i])), min(batch_size, n)  # taken from the end
     cache = KVCache(policy, slots)
     stops, tokens = torch.tensor(stop_ids, device=device), torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device)
-    x = torch.zeros(slots, policy.cfg.hidden_size, device=device, dtype=cache.keys.dtype)  # what each slot has read last
+    x = torch.zeros(slots, policy.cfg.hidden_size, device=device, dtype=policy.head_weight.dtype)  # what each slot has read last
     row = torch.full((slots,), n, device=device)  # the prompt that a slot answers; n is none (tokens and uniforms have such a row)
     step, lengths, going = torch.zeros_like(row), torch.zeros(n + 1, dtype=torch.int64, device=device), torch.zeros_like(row, dtype=torch.bool)
     busy = False
-    with packed_weights([policy.head_weight, *(layer.weight for layer in policy.modules() if isinstance(layer, LoRALinear))]):
+    with reordered_weights([policy.head_weight, *(layer.weight for layer in policy.modules() if isinstance(layer, LoRALinear))]):
         while waiting or busy:
             free = (~going).nonzero()[:, 0]
             if waiting and len(free) * 8 >= slots:  # many at a time: reading prompts pays in bulk

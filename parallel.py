@@ -192,25 +192,26 @@ def gather_shards(x, dim, size, grid):
 
 
 def linear(x, weight, bias=None):
-    """F.linear; inside `packed_weights` and without gradient, by the copy of the weight that was made there."""
-    packed = None if torch.is_grad_enabled() else getattr(weight, "packed", None)
-    return F.linear(x, weight, bias) if packed is None else torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    """F.linear; inside `reordered_weights` and without gradient, by the copy of the weight that was made there."""
+    ours = None if torch.is_grad_enabled() else getattr(weight, "reordered", None)
+    return F.linear(x, weight, bias) if ours is None else torch.ops.mkldnn._linear_pointwise(x, ours, bias, "none", [], "")
 
 
 @contextlib.contextmanager
-def packed_weights(weights, at_least=2**16):
+def reordered_weights(weights, at_least=2**16):
     """For many small forwards, such as decoding on a CPU: fp32 matrices of `at_least` numbers get a copy in the layout of oneDNN's
-    kernels. F.linear arranges a matrix anew for each call, which costs as much as the product if x has few rows. The weights
-    must not change inside. Elsewhere (CUDA, a torch without oneDNN) nothing happens."""
+    kernels (so they are there twice). F.linear arranges a matrix anew for each call, which for 2 to 16 rows can cost as much as
+    the product. The weights must not change inside. Elsewhere (CUDA, a torch without oneDNN) nothing happens."""
     here = lambda w: w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= at_least
-    weights = {w for w in weights if here(w) and torch.backends.mkldnn.is_available()}
+    weights, done = {w for w in weights if here(w) and torch.backends.mkldnn.is_available()}, []
     try:
         for w in weights:
-            w.packed = torch.ops.mkldnn._reorder_linear_weight(w.detach())
+            w.reordered = torch.ops.mkldnn._reorder_linear_weight(w.detach())
+            done.append(w)
         yield
     finally:
-        for w in weights:
-            w.packed = None
+        for w in done:
+            del w.reordered
 
 
 class LoRALinear(nn.Linear):

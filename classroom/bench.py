@@ -29,13 +29,14 @@ import sys
 import tempfile
 import time
 import warnings
-from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import model
 import parallel
 from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, generate, init_weights, response_log_softmax, save_model, token_logprobs
 from parallel import Grid, Optimizer, make_grid, update
@@ -146,8 +147,7 @@ def bench_head(size, dtype, rounds, device):
 
 
 def bench_logprobs(rounds, device, n=2048, vocab=128_256):
-    """Log-probabilities of n tokens from hidden states, forward and backward; ours makes the entropy, too. The plain way is
-    response_log_softmax; cross_entropy keeps one matrix less."""
+    """Log-probabilities of n tokens from hidden states, forward and backward; ours makes the entropy, too. The plain way is response_log_softmax."""
     cfg = dataclasses.replace(CONFIG, vocab_size=vocab, num_hidden_layers=0, tie_word_embeddings=False)
     policy = init_weights(build_model(LanguageModel, cfg, Grid(device)), 0)
     policy.model.embed_tokens.weight.requires_grad_(False)  # only what the head costs
@@ -366,48 +366,62 @@ def peak_memory(way, path, like):
 # ------------------------------------------------------------------------------------------------ decoding, a step of RL
 
 
+STOP = 1  # the stop token of the figure where answers end
+
+
 def bench_decode(path, rounds, device, new_tokens=128):
-    """Sampled tokens a second at temperature 1: without stop tokens, so that every row runs to the end, and with so many of them
-    that answers are as long as GSM8K's; transformers then waits for the longest."""
+    """Sampled tokens a second at temperature 1: first without stop token, so that every row runs to the end; then with answers
+    that are exactly as long as the chosen ones of the pairs, for which transformers waits until the longest is done."""
     _, pairs = load_pairs(path)
     policy = init_weights(build_model(LanguageModel, CONFIG, Grid(device)), 0)
     rows = []
-    for n, most, stops in ((16, new_tokens, 0), (64, new_tokens, 0), (64, 4 * new_tokens, 28)):
-        prompts, stop_ids, mean = [pair[0].prompt_ids for pair in pairs[:n]], list(range(stops)), []
-
-        def ours():
-            return sum(map(len, generate(policy, prompts, most, stop_ids, seed=len(mean))[0]))
-
-        def rate(sample):
-            began, tokens = clock(device), sample()
-            mean.append(tokens / n)
-            return (clock(device) - began) / tokens  # answers differ in length: seconds a token
-
-        ways = {"ours": ours} | ({"transformers": transformers_generate(policy, prompts, most, stop_ids, device)} if HF else {})
-        row = compare(f"decoding, batch {n}, ", {way: partial(rate, f) for way, f in ways.items()}, rounds, device, "tokens/s", 1)
-        row["figure"] += f"stopping after {statistics.mean(mean):.0f} tokens on average" if stops else f"{most} new tokens"
-        rows.append(row)
+    for n, lengths in ((16, [new_tokens] * 16), (64, [new_tokens] * 64), (64, [len(pair[0].response_ids) for pair in pairs[:64]])):
+        prompts, ends = [pair[0].prompt_ids for pair in pairs[:n]], len(set(lengths)) > 1
+        works = {"ours": lambda: sum(map(len, our_answers(policy, prompts, lengths, ends))) and None}
+        if HF:
+            sample = transformers_generate(policy, prompts, lengths, ends, device)
+            works["transformers"] = lambda: sample() and None
+        what = f"answers of {min(lengths)} to {max(lengths)}, mean {statistics.mean(lengths):.0f}" if ends else f"{new_tokens} new tokens"
+        rows.append(compare(f"decoding, batch {n}, {what}", works, rounds, device, "tokens/s", sum(lengths)))
     return rows
 
 
-def transformers_generate(policy, prompts, most, stop_ids, device):
-    """The same weights in LlamaForCausalLM, prompts padded on the left, dynamic cache, sampling at temperature 1. -> number of tokens"""
-    from transformers import LlamaForCausalLM
+def our_answers(policy, prompts, lengths, ends):
+    """One sampled answer a prompt, of lengths[i] tokens. Weights are random, so a stop token must be put where an answer ends:
+    where the sampler is handed that place's uniform number."""
+    most, sample = max(lengths), model.sample_tokens
+    uniforms = torch.rand(len(prompts) + 1, most, generator=torch.Generator().manual_seed(0))  # as generate has them
+    last = uniforms[range(len(prompts)), [n - 1 for n in lengths]].to(policy.grid.device)
+
+    def sample_until_the_end(probs, u):
+        probs[:, STOP] = 0
+        return sample(probs, u).masked_fill_(torch.isin(u, last), STOP)
+
+    with mock.patch("model.sample_tokens", sample_until_the_end if ends else sample):
+        return generate(policy, prompts, most, [STOP] if ends else [], seed=0)[0]
+
+
+def transformers_generate(policy, prompts, lengths, ends, device):
+    """The same weights in LlamaForCausalLM, prompts padded on the left, dynamic cache. -> a function that samples, -> number of tokens"""
+    from transformers import LlamaForCausalLM, LogitsProcessor
+
+    class Ends(LogitsProcessor):
+        def __call__(self, ids, scores):
+            scores[:, STOP] = torch.where(limits == ids.shape[1] - width + 1, torch.inf, -torch.inf)
+            return scores.nan_to_num_(posinf=1e9)
 
     with tempfile.TemporaryDirectory() as directory:
         save_model(policy, directory)
         model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa").to(device)
-    width, stops = max(map(len, prompts)), torch.tensor(stop_ids, device=device)
+    width, most, limits = max(map(len, prompts)), max(lengths), torch.tensor(lengths, device=device)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    how = {"eos_token_id": stop_ids} if stop_ids else {"min_new_tokens": most}
+    how = {"eos_token_id": STOP, "logits_processor": [Ends()]} if ends else {"min_new_tokens": most}
 
     def sample():
         new = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                             pad_token_id=CONFIG.vocab_size - 1, **how)[:, width:]  # fmt: skip
-        before = torch.isin(new, stops).cumsum(1).roll(1, 1)  # stop tokens before each place
-        before[:, 0] = 0
-        return int((before == 0).sum())
+                             pad_token_id=STOP, **how)[:, width:]  # fmt: skip
+        return int((new != STOP).sum()) + len(new) if ends else new.numel()
 
     return sample
 

@@ -379,10 +379,10 @@ def generate_gives_all_ranks_the_tokens_of_one_process(grid):
                                     ("sampled, 1 kv head", 0.5, MODELS["qwen2, 1 kv head"])):  # fmt: skip
         policies = [filled(LanguageModel, cfg, g) for g in (grid, Grid())]
         answers = [generate(p, prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3) for p in policies]
-        with mock.patch("model.packed_weights", functools.partial(parallel.packed_weights, at_least=1)):
-            packed = generate(policies[0], prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3)
+        with mock.patch("model.reordered_weights", functools.partial(parallel.reordered_weights, at_least=1)):
+            reordered = generate(policies[0], prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3)
         flat = torch.tensor([len(row) for row in answers[0][0]] + sum(answers[0][0], []))
-        out |= {label: unequal(answers[0], answers[1]), f"{label}, tp ranks": spread(flat, grid.tp_group), f"{label}, packed": unequal(packed, answers[1])}
+        out |= {label: unequal(answers[0], answers[1]), f"{label}, tp ranks": spread(flat, grid.tp_group), f"{label}, reordered": unequal(reordered, answers[1])}
     return out
 
 

@@ -13,12 +13,12 @@ from classroom import bench
 from parallel import update
 
 MIB = 2**20
+TINY = dataclasses.replace(bench.CONFIG, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
 
 
 def test_bench_prints_the_machine_a_table_and_one_json_line_a_figure(capsys, monkeypatch):
-    tiny = dataclasses.replace(bench.CONFIG, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    for name, value in {"CONFIG": tiny, "HF": False, "TRL": False, "peak_memory": lambda way, path, like: 7}.items():
+    for name, value in {"CONFIG": TINY, "HF": False, "TRL": False, "peak_memory": lambda way, path, like: 7}.items():
         monkeypatch.setattr(bench, name, value)
     bench.main(["--rounds", "2", "--device", "cpu", "--sizes", "2x8x16", "--only", "head,rm,rl"])
     lines = capsys.readouterr().out.split("\n")
@@ -30,6 +30,30 @@ def test_bench_prints_the_machine_a_table_and_one_json_line_a_figure(capsys, mon
         assert 0 < value["low"] <= value["median"] <= value["high"]
     table = [line for line in lines if "tokens/s" in line and not line.startswith("{")]
     assert len(table) == 13 and sum("MiB" in line for line in table) == 8
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_answers_are_as_long_as_asked_for(ends, monkeypatch):
+    """And as many tokens are counted for transformers, where it can be imported."""
+    monkeypatch.setattr(bench, "CONFIG", dataclasses.replace(TINY, vocab_size=50))
+    policy = bench.init_weights(bench.build_model(bench.LanguageModel, bench.CONFIG, bench.Grid()), 0)
+    prompts, lengths = [[3, 4], [5], [3, 4, 6, 7]], [9, 1, 30] if ends else [30] * 3
+    answers = bench.our_answers(policy, prompts, lengths, ends)
+    assert [len(row) for row in answers] == lengths
+    assert not ends or all(row.index(bench.STOP) == n - 1 for row, n in zip(answers, lengths))
+    if bench.HF:
+        assert bench.transformers_generate(policy, prompts, lengths, ends, torch.device("cpu"))() == sum(lengths)
+
+
+def test_decoding_and_log_probabilities_at_tiny_sizes(monkeypatch):
+    monkeypatch.setattr(bench, "CONFIG", TINY)
+    monkeypatch.setattr(bench, "HF", False)
+    cpu, pairs = torch.device("cpu"), bench.made_pairs("GSM8K", 64)
+    rows = bench.bench_decode(None, 1, cpu, new_tokens=3) + bench.bench_logprobs(1, cpu, n=30, vocab=300)
+    lengths = [len(pair[0].response_ids) for pair in pairs]
+    assert rows[2]["figure"] == f"decoding, batch 64, answers of {min(lengths)} to {max(lengths)}, mean {sum(lengths) / 64:.0f}"
+    assert [list(row["rates"]) for row in rows] == 3 * [["ours"]] + 2 * [["ours", "plain log_softmax", "cross_entropy"]]
+    assert all(row["extra_mib"]["ours"] >= 0 for row in rows[3:])
 
 
 @pytest.mark.parametrize("like,waste", [("GSM8K", (1.25, 1.56, 1.80)), ("MATH", (1.42, 2.05, 2.67))])
@@ -44,8 +68,7 @@ def test_made_pairs_are_like_the_real_ones(like, waste):
 
 @pytest.mark.parametrize("way", ["plain, padded to longest", "as the authors' code"])
 def test_all_ways_make_the_same_update(way, monkeypatch):
-    monkeypatch.setattr(bench, "CONFIG", dataclasses.replace(bench.CONFIG, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                                                             num_key_value_heads=1, head_dim=8))  # fmt: skip
+    monkeypatch.setattr(bench, "CONFIG", TINY)
     pairs, found = bench.load_pairs(None)[1][:2], []
     for name in ("ours", way):
         seen = []

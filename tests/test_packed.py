@@ -13,7 +13,7 @@ from classroom import bench
 from data import Example, collate, spans
 from model import (KVCache, LanguageModel, Packed, ScalarModel, add_lora, at_actions, at_states, causal_attention, generate,  # fmt: skip
                    init_weights, response_log_softmax, sample_tokens, token_logprobs)
-from parallel import Grid, linear, packed_weights
+from parallel import Grid, linear, reordered_weights
 from qrm import Reward, masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
@@ -217,11 +217,11 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
 
     def record(f, x):
         x, cache = x.clone(), f.func.__self__
-        y, there = f(x), [t.data_ptr() for t in (cache.keys, cache.values, cache.lengths)]
+        y, there = f(x), [t.data_ptr() for t in (*cache.keys, *cache.values, cache.lengths)]
         made.append((len(x), f.args[1]))
 
         def replay(new):
-            assert there == [t.data_ptr() for t in (cache.keys, cache.values, cache.lengths)]
+            assert there == [t.data_ptr() for t in (*cache.keys, *cache.values, cache.lengths)]
             played.append(len(new))
             return y.copy_(f(x.copy_(new)))
 
@@ -282,25 +282,25 @@ def test_what_all_prompts_begin_with_is_read_once():
 
 
 def test_the_cache_grows_with_its_longest_answer(monkeypatch):
-    """Not with what answers might need: max_new_tokens costs nothing."""
+    """Not with what answers might need."""
     policy, seen, step = random_model(LanguageModel, small_config()), [], KVCache.step
 
     def spy(self, model, tokens):
         x = step(self, model, tokens)
-        seen.append((int(self.lengths.max()) + 1, self.keys.shape[3], self.values.shape[3]))
+        seen.append((int(self.lengths.max()) + 1, self.keys[0].shape[2], self.values[-1].shape[2]))
         return x
 
     monkeypatch.setattr(KVCache, "step", spy)
     monkeypatch.setattr(KVCache, "spare", 8)
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(6)]
     responses, _ = generate(policy, prompts, 2_000, [0], 1.0, seed=3, batch_size=3)
-    assert 40 < max(map(len, responses)) < 1_000 and all(used <= keys == values < used + 16 for used, keys, values in seen[:5])
+    assert 40 < max(map(len, responses)) < 1_000 and all(used <= keys == values < used + 8 for used, keys, values in seen[:5])
     assert max(keys for _, keys, _ in seen) <= max(map(len, responses)) + 6 + 8
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 @pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}, {"lora": 2}])
-def test_packed_weights_sample_the_same_tokens(changes, monkeypatch):
+def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
     changes = dict(changes)
     lora = changes.pop("lora", 0)
     policy = random_model(LanguageModel, small_config(**changes))
@@ -309,34 +309,35 @@ def test_packed_weights_sample_the_same_tokens(changes, monkeypatch):
         with torch.no_grad():
             for name, param in policy.named_parameters():
                 param.add_(0.3 if "lora_B" in name else 0)
-    prompts, used = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)], []
+    prompts, used, read = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)], [], set()
     expected = [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
 
     def spy(x, weight, bias=None):
-        used.append(getattr(weight, "packed", None) is not None)
+        used.append(hasattr(weight, "reordered"))
+        read.add(weight)
         return linear(x, weight, bias)
 
     monkeypatch.setattr("parallel.linear", spy)
     monkeypatch.setattr("model.linear", spy)
-    monkeypatch.setattr("model.packed_weights", partial(packed_weights, at_least=1))
+    monkeypatch.setattr("model.reordered_weights", partial(reordered_weights, at_least=1))
     assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
-    assert used and all(used) and not any(getattr(p, "packed", None) is not None for p in policy.parameters())
+    assert all(used) and len(read) == 7 * policy.cfg.num_hidden_layers + 1 and not any(hasattr(p, "reordered") for p in policy.parameters())
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-def test_packed_weights_are_left_behind_and_never_differentiated():
+def test_reordered_weights_are_left_behind_and_never_differentiated():
     weight, small, half = (torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in (((300, 256), None), ((8, 8), None), ((300, 256), torch.bfloat16)))
     x, bias = torch.randn(3, 5, 256, requires_grad=True), torch.randn(300)
     expected = torch.nn.functional.linear(x, weight, bias)
-    with pytest.raises(KeyError), packed_weights([weight, weight, small, half]):
-        assert weight.packed is not None and not hasattr(small, "packed") and not hasattr(half, "packed")
+    with pytest.raises(KeyError), reordered_weights([weight, weight, small, half]):
+        assert weight.reordered is not None and not hasattr(small, "reordered") and not hasattr(half, "reordered")
         with torch.no_grad():
             near(linear(x, weight, bias), expected)
             near(linear(x, weight), expected - bias)
         assert torch.equal(linear(x, weight, bias), expected) and linear(x, weight, bias).requires_grad
         raise KeyError
     with torch.no_grad():
-        weight.mul_(2)  # what a packed copy would not see
+        weight.mul_(2)  # what a copy would not see
         near(linear(x, weight, bias), 2 * expected - bias)
 
 
