@@ -197,13 +197,16 @@ def linear(x, weight, bias=None):
     return F.linear(x, weight, bias) if ours is None else torch.ops.mkldnn._linear_pointwise(x, ours, bias, "none", [], "")
 
 
+REORDERS = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
 @contextlib.contextmanager
 def reordered_weights(weights, at_least=2**16):
     """For many small forwards, such as decoding on a CPU: fp32 matrices of `at_least` numbers get a copy in the layout of oneDNN's
     kernels (so they are there twice). F.linear arranges a matrix anew for each call, which for 2 to 16 rows can cost as much as
-    the product. The weights must not change inside. Elsewhere (CUDA, a torch without oneDNN) nothing happens."""
+    the product. The weights must not change inside. Elsewhere (CUDA, other processors, a torch without these) nothing happens."""
     here = lambda w: w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= at_least
-    weights, done = {w for w in weights if here(w) and torch.backends.mkldnn.is_available()}, []
+    weights, done = {w for w in weights if REORDERS and here(w)}, []
     try:
         for w in weights:
             w.reordered = torch.ops.mkldnn._reorder_linear_weight(w.detach())

@@ -12,8 +12,8 @@ import data
 from classroom import bench
 from data import Example, collate, spans
 from model import (KVCache, LanguageModel, Packed, ScalarModel, add_lora, at_actions, at_states, causal_attention, generate,  # fmt: skip
-                   init_weights, response_log_softmax, sample_tokens, token_logprobs)
-from parallel import Grid, linear, reordered_weights
+                   init_weights, response_log_softmax, rope_frequencies, sample_tokens, token_logprobs)
+from parallel import REORDERS, Grid, linear, reordered_weights
 from qrm import Reward, masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
@@ -255,6 +255,29 @@ def test_attention_may_answer_in_any_memory_layout(monkeypatch):
     assert generate(policy, prompts, 6, [], 0.0) == expected
 
 
+def test_where_weights_cannot_be_reordered_nothing_happens(monkeypatch):
+    policy = random_model(LanguageModel, small_config())
+    monkeypatch.setattr("model.reordered_weights", partial(reordered_weights, at_least=1))
+    expected = generate(policy, [[3, 1, 4]], 5, [], 0.0)
+    monkeypatch.setattr("parallel.REORDERS", False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    assert generate(policy, [[3, 1, 4]], 5, [], 0.0) == expected
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="a prompt has no tokens"):
+        generate(random_model(LanguageModel, small_config()), [[3, 1], []], 5, [], 0.0)
+
+
+def test_what_sampling_leaves_behind_can_be_trained_with():
+    """generate may be the first to ask for the angles of RoPE, which are kept."""
+    rope_frequencies.cache_clear()
+    policy = random_model(LanguageModel, small_config())
+    generate(policy, [[3, 1]], 2, [], 0.0)
+    assert not rope_frequencies(policy.cfg, torch.device("cpu")).is_inference() and rope_frequencies.cache_info().currsize == 1
+    token_logprobs(policy, torch.tensor([[3, 1, 4]]), torch.ones(1, 2, dtype=torch.bool))[0].sum().backward()
+
+
 def test_a_row_of_nan_gets_an_id():
     """The run then ends by its losses that are not finite, not by an index error."""
     assert sample_tokens(torch.full((2, 7), torch.nan), torch.tensor([0.0, 0.9])).max() < 7
@@ -298,7 +321,7 @@ def test_the_cache_grows_with_its_longest_answer(monkeypatch):
     assert max(keys for _, keys, _ in seen) <= max(map(len, responses)) + 6 + 8
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not REORDERS, reason="oneDNN lays out no weights here")
 @pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}, {"lora": 2}])
 def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
     changes = dict(changes)
@@ -324,7 +347,7 @@ def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
     assert all(used) and len(read) == 7 * policy.cfg.num_hidden_layers + 1 and not any(hasattr(p, "reordered") for p in policy.parameters())
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not REORDERS, reason="oneDNN lays out no weights here")
 def test_reordered_weights_are_left_behind_and_never_differentiated():
     weight, small, half = (torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in (((300, 256), None), ((8, 8), None), ((300, 256), torch.bfloat16)))
     x, bias = torch.randn(3, 5, 256, requires_grad=True), torch.randn(300)
