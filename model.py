@@ -272,6 +272,7 @@ class KVCache:
         self.recorded = {}  # {width: step}
 
     def make_room(self, columns):
+        """At least so many columns from now on."""
         if (missing := columns - self.keys[0].shape[2]) > 0:
             more = -(-missing // self.spare) * self.spare
             self.change(lambda x: F.pad(x, (0, 0, 0, more)))
