@@ -262,7 +262,7 @@ class KVCache:
     what lies behind them is never seen. There are as many columns as the longest slot ever needed, and less than `spare` more."""
 
     graphs = False  # on CUDA: a step is recorded once for a number of slots and a width, and then replayed without Python
-    spare = 64  # a multiple of 8: widths of recorded steps, too. More would be read past, fewer would be copied more often
+    spare = 64  # a multiple of 8; recorded steps are as wide as a multiple of it
 
     def __init__(self, policy, slots):
         cfg, kv = policy.cfg, policy.model.layers[0].self_attn.k_proj
@@ -641,6 +641,7 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
     temperature   0 is greedy               seed        prompt i, step t always get the same uniform number
     batch_size    answers in the making at a time; a finished one makes room for the next prompt
     -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
+    Raises ValueError for a prompt without tokens.
     """
     if not all(prompts):
         raise ValueError("a prompt has no tokens; expected at least one")
