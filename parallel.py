@@ -10,24 +10,20 @@ Source of the scheme: Shoeybi et al. 2019, "Megatron-LM", section 3.
 N tokens · D model width · V vocabulary; a sharded size is written as a fraction: V/tp
 """
 
-import contextlib
 import datetime
-import json
 import math
 import os
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ the grid
+
+
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,9 @@ def all_sum(values, grid, group="dp"):
 # ------------------------------------------------------------------------------------------------ f and g
 
 
+
+
+
 # exercise 2.1 (3 lines): f, before work that differs between ranks
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
@@ -138,6 +137,9 @@ def reduce_from_tp(x, grid):
 
 
 # ------------------------------------------------------------------------------------------------ who holds what
+
+
+
 
 # Column-parallel layers cut their output (rows of the weight), row-parallel ones their input (columns).
 _SHARD_DIM = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0,
@@ -191,30 +193,13 @@ def gather_shards(x, dim, size, grid):
 # ------------------------------------------------------------------------------------------------ layers
 
 
+
+
+
 def linear(x, weight, bias=None):
     """F.linear; inside `reordered_weights` and without gradient, by the copy of the weight that was made there."""
     ours = None if torch.is_grad_enabled() else getattr(weight, "reordered", None)
     return F.linear(x, weight, bias) if ours is None else torch.ops.mkldnn._linear_pointwise(x, ours, bias, "none", [], "")
-
-
-REORDERS = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-
-
-@contextlib.contextmanager
-def reordered_weights(weights, at_least=2**16):
-    """For many small forwards, such as decoding on a CPU: fp32 matrices of `at_least` numbers get a copy in the layout of oneDNN's
-    kernels (so they are there twice). F.linear arranges a matrix anew for each call, which for 2 to 16 rows can cost as much as
-    the product. The weights must not change inside. Elsewhere (CUDA, other processors, a torch without these) nothing happens."""
-    here = lambda w: w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= at_least
-    weights, done = {w for w in weights if REORDERS and here(w)}, []
-    try:
-        for w in weights:
-            w.reordered = torch.ops.mkldnn._reorder_linear_weight(w.detach())
-            done.append(w)
-        yield
-    finally:
-        for w in done:
-            del w.reordered
 
 
 class LoRALinear(nn.Linear):
@@ -308,6 +293,9 @@ class VocabEmbedding(nn.Module):
 # ------------------------------------------------------------------------------------------------ vocabulary-parallel
 
 
+
+
+
 # exercise 2.6 (6 lines): log softmax over a vocabulary that is cut
 def vocab_log_softmax(logits, grid):
     """log softmax over a vocabulary that is cut over tp; only two numbers a row are exchanged, never logits.
@@ -345,6 +333,9 @@ def vocab_sum(x, grid):
 
 
 # ------------------------------------------------------------------------------------------------ optimizer
+
+
+
 
 
 class Optimizer:
@@ -451,6 +442,9 @@ def update(optimizer, parts, loss_fn, lr):
 # ------------------------------------------------------------------------------------------------ results on disk
 
 
+
+
+
 def say(grid, text):
     """One line on the main rank; a tqdm bar that is being drawn stays whole."""
     if grid.is_main:
@@ -461,122 +455,3 @@ def barrier(grid):
     """Waits for all ranks of a grid that has any; on a `Grid()` made by one rank alone it does nothing."""
     if grid.tp_group is not None:
         dist.barrier()
-
-
-def flush(path):
-    """Returns when a file, or the names in a directory, would survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_atomically(path, content):
-    """A file that exists is whole: written under a temporary name, flushed to disk, renamed. content: text, or {name: tensor}
-
-    Raises OSError, and leaves what was there before, when the disk is full or cannot be written to.
-    """
-    temporary = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            temporary.write_text(content, encoding="utf-8")
-        else:
-            save_file(content, temporary, metadata={"format": "pt"})
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-    except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
-
-
-class Workdir:
-    """A result in the making: `<out>.partial` with metrics.jsonl and state/, renamed to `<out>` when it is whole.
-
-    A kill at any moment, and a full disk, lose nothing that was whole: not an older `<out>`, not the last checkpoint, which is
-    what state/state.json names. It holds whole tensors, so it can be resumed at another tp or dp.
-    """
-
-    def __init__(self, cfg, out, grid, optimizers, inputs=None):
-        """inputs: {description: value}: what a checkpoint fits, beside the flags and the model's architecture."""
-        self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
-        self.path, self.old = (self.out.with_name(self.out.name + end) for end in (".partial", ".old"))
-        self.state, self.first_step, self.saved_step = self.path / "state" / "state.json", 0, 0
-        ignored = {"resume", "save_every", "tp", "device", "micro_tokens", "remat", "timeout", "max_skipped", "flex", "graphs"}
-        sizes = {f"the {owner}'s {k}": v for owner, (model, _) in optimizers.items() for k, v in asdict(model.cfg).items()}
-        self.identity = {"config": {k: v for k, v in asdict(cfg).items() if k not in ignored}, "inputs": {**(inputs or {}), **sizes}}
-        if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
-            self.path.rename(self.out)  # a kill between the two renames of publish(): the new result is whole
-        barrier(self.grid)
-        if cfg.resume and not self.state.exists():
-            say(grid, f"--resume: no checkpoint in {self.state.parent}; starting anew")
-        elif cfg.resume:
-            try:
-                self._restore()
-            except (AttributeError, KeyError, OSError, SafetensorError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
-                raise ValueError(f"--resume: {self.state}: not a whole checkpoint: {e!r}") from None
-        barrier(self.grid)  # every rank has looked before the main one touches anything
-        if grid.is_main:
-            lines = []
-            if self.first_step:
-                lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-                lines = [line + "\n" for line in lines[:-1] if json.loads(line)["step"] < self.first_step]
-            else:
-                self.state.unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is none
-                shutil.rmtree(self.path, ignore_errors=True)
-            write_atomically(self.path / "metrics.jsonl", "".join(lines))
-
-    def log(self, row):
-        """One line on the terminal, the same row in metrics.jsonl; a number that is not finite is null there."""
-        if self.grid.is_main:
-            tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
-            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
-
-    def save(self, step):
-        """A checkpoint from which `--resume` goes on at update `step`: safetensors and JSON, no pickle."""
-        tensors, counts = {}, {owner: [optimizer.updates, optimizer.in_a_row] for owner, (_, optimizer) in self.optimizers.items()}
-        for owner, (model, optimizer) in self.optimizers.items():
-            for name, x in optimizer.state_tensors().items():
-                param = name.split(".", 1)[1]
-                tensors[f"{owner}/{name}"] = model.gather(param, x)
-        if self.grid.is_main:
-            file = self.state.with_name(f"{step}.safetensors")
-            write_atomically(file, tensors)
-            flush(self.path / "metrics.jsonl")
-            write_atomically(self.state, json.dumps({"step": step, "tensors": file.name, "counts": counts, **self.identity}))
-            for other in self.state.parent.glob("*.safetensors*"):  # state.json no longer names them
-                if other != file:
-                    other.unlink()
-        self.saved_step = step
-        barrier(self.grid)
-
-    def _restore(self):
-        saved = json.loads(self.state.read_text(encoding="utf-8"))
-        then, now = ({**{f"--{k}": v for k, v in x["config"].items()}, **x["inputs"]} for x in (saved, self.identity))
-        if changed := [k for k, v in now.items() if then.get(k) != v]:
-            k = changed[0]
-            raise ValueError(f"--resume: {self.state.parent} was made with {k} {then.get(k)}, not {now[k]}")
-        for owner, (model, optimizer) in self.optimizers.items():
-            updates, optimizer.in_a_row = saved["counts"][owner]
-            with safe_open(self.state.with_name(saved["tensors"]), "pt") as file:
-                names = [n.split("/", 1)[1] for n in file.keys() if n.startswith(owner + "/")]
-                optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], file.get_slice(f"{owner}/{n}")) for n in names}, updates)
-        self.first_step = self.saved_step = saved["step"]
-
-    def publish(self):
-        """Puts the finished directory in the place of `<out>`; an older one goes only now."""
-        if self.grid.is_main:
-            for path in (*self.path.rglob("*"), self.path):
-                flush(path)
-            shutil.rmtree(self.old, ignore_errors=True)  # a leftover: `<out>` is there, or there never was one
-            if self.out.exists():
-                self.out.rename(self.old)
-            self.path.rename(self.out)
-            flush(self.out.parent)
-            for leftover in (self.out / "state", self.old):
-                shutil.rmtree(leftover, ignore_errors=True)
-        barrier(self.grid)
-        say(self.grid, f"{self.cfg.stage}: {self.out}")

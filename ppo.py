@@ -7,30 +7,25 @@ Source: Chen et al. 2025, Algorithm 1; Schulman et al. 2017 (clip), 2016 (GAE).
 B trajectories of this process · T positions
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 
 from model import at_states, in_place, token_logprobs
 from parallel import all_reduce, all_sum, update
 from reinforce import advantages as policy_advantages
-from reinforce import eos_to_mean, kl_penalty, mean_stats, micro_batches, minibatches, standardize
-
-
-@dataclass(frozen=True)
-class PPO:
-    """What PPO needs beside RL's fields."""
-
-    clip: float = 0.2  # [ppo] the ratio's gain is cut outside 1 +- clip (the paper)
-    ppo_epochs: int = 1  # [ppo] passes over a rollout (the paper)
-    baseline_weight: float = 1.0  # [ppo] weight of V in A = Z_std - KL - V (1 the paper, 0.01 the authors' code)
-    critic_lr: float = 1e-5  # [ppo] the critic's learning rate (the authors' code)
-    critic_lora_rank: int = 0  # [ppo] lora_rank of the critic (the authors' code: 128); 0 trains all of it
-    lam: float = 0.8  # [ppo] lambda of advantage gae (the paper, with gamma 0.9)
-
+from reinforce import (
+    eos_to_mean,
+    kl_penalty,
+    mean_stats,
+    micro_batches,
+    minibatches,
+    standardize,
+)
 
 # ------------------------------------------------------------------------------------------------ equations
+
+
+
 
 
 # exercise 6.1 (1 line): the critic's position
@@ -114,6 +109,9 @@ def explained_variance(values, returns, response_mask, grid):
 
 
 # ------------------------------------------------------------------------------------------------ the update
+
+
+
 
 
 def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, critic_lr):

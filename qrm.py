@@ -9,8 +9,6 @@ Source: Chen et al. 2025, "Discriminative Policy Optimization for Token-Level Re
 B sequences · P pairs (rows 2p and 2p+1 are the chosen and the rejected of pair p) · T positions · D model width
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 
@@ -20,16 +18,10 @@ REWARD_MODELS = ("qrm", "plain", "logit", "orm", "prm", "dpo")  # what --stage r
 POLICY_LIKE = ("logit", "dpo")  # of these, what is a language model; the others have a scalar head
 
 
-@dataclass(frozen=True)
-class Reward:
-    """Which reward model, and the two numbers of its loss."""
-
-    reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo | logit; rm: plain (qrm by autograd); RL: outcome (graded), oracle
-    beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4); dpo: 0.1 is the paper's
-    margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)
-
-
 # ------------------------------------------------------------------------------------------------ the method
+
+
+
 
 
 # exercise 4.1 (1 line): where the score of a token is read
@@ -138,6 +130,9 @@ def token_shares(response_mask):
 # ------------------------------------------------------------------------------------------------ the other reward models
 
 
+
+
+
 # exercise 4.6 (1 line): where an outcome reward stands
 def last_token_mask(response_mask):
     """(B, T) bool -> the same, true at the last response token only (the stop token, unless the answer was cut off)."""
@@ -193,9 +188,9 @@ def plackett_luce_loss(ranked):
     return (rest - ranked.float())[:, :-1].mean(), {}
 
 
+
+
 # A reward_fn maps (ids (B, T+1), response_mask (B, T)) to rewards (B, T), 0 outside the mask, in the place of targets.
-
-
 def token_reward(reward_model):
     """Q-RM: the raw Z(s_t, a_t) of every response token."""
     return lambda ids, mask: response_scores(reward_model, ids, mask)
@@ -233,6 +228,9 @@ def logit_reward(policy):
 
 
 # ------------------------------------------------------------------------------------------------ by name
+
+
+
 
 
 def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(), errors=None):
@@ -276,6 +274,9 @@ def sequence_score(kind, scores):
 
 
 # ------------------------------------------------------------------------------------------------ how good is it
+
+
+
 
 
 # exercise 4.12 (10 lines): does a score know where the answer went wrong?

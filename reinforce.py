@@ -9,32 +9,19 @@ Source: Chen et al. 2025, section 3.4, Algorithm 2; Williams 1992. PPO (ppo.py) 
 B trajectories of this process · T positions · N response tokens · V vocabulary
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
-from data import MAX_CHARS, Example, at_line, collate, error_places, extract_answer, grade, meaning, spans
-from model import exact_kl, generate, token_logprobs
+from data import Example, collate, spans
+from model import exact_kl, token_logprobs
 from parallel import all_sum, shard_range, update
-
-
-@dataclass(frozen=True)
-class RL:
-    """How rewards become advantages, and a rollout becomes updates."""
-
-    advantage: str = ""  # [reinforce ppo] token (qrm, dpo, oracle) | return (orm, prm, outcome) | gae (the same, ppo) | rloo | grpo
-    standardize: str = "mean_std"  # [reinforce ppo] mean_std (the paper) | std (the authors' code) | none
-    kl: str = "k1"  # [reinforce ppo] penalty to the reference: k1 | k3 | exact (the paper; see kl_penalty) | abs (the authors' code)
-    kl_coef: float = 0.0  # [reinforce ppo] weight of that penalty (the paper: ppo 0.01, reinforce none)
-    eos_to_mean: bool = False  # [reinforce ppo] the last token's reward becomes its sequence's mean (the authors' code)
-    group_size: int = 1  # [reinforce ppo] samples a prompt; batch_size counts trajectories, so prompts = batch / group
-    minibatch: int = 0  # [reinforce ppo] trajectories per update; 0 is the whole rollout (strictly on-policy)
-    gamma: float = 1.0  # [reinforce ppo] discount of advantage return and gae (the paper: gae 0.9)
-    eval_every: int = 4  # [reinforce ppo] rollouts between two evaluations of greedy pass@1
-
+from support.sampling import generate
 
 # ------------------------------------------------------------------------------------------------ the rollout
+
+
+
 
 
 @dataclass
@@ -114,6 +101,9 @@ def collect_rollout(policy, reference, reward_fn, prompts, stop_ids, cfg, seed, 
 
 
 # ------------------------------------------------------------------------------------------------ rewards to advantages
+
+
+
 
 
 # exercise 5.2 (9 lines): standardised rewards
@@ -202,6 +192,9 @@ def advantages(rollout, cfg, grid):
 # ------------------------------------------------------------------------------------------------ the update
 
 
+
+
+
 # exercise 5.5 (1 line): the policy gradient
 def reinforce_loss(logprobs, advantages, response_mask):
     """loss = -mean over response tokens of A_t log pi(a_t | s_t); its gradient is the policy gradient (Williams 1992).
@@ -244,79 +237,3 @@ def rollout_stats(rollout, grid):
     tokens, rows, spoken, reward, k1, k3, entropy, cut = all_sum(sums, grid)
     return {"reward": reward / spoken, "kl_k1": k1 / tokens, "kl_k3": k3 / tokens, "entropy": entropy / tokens,
             "response_length": tokens / rows, "truncated": cut / rows}  # fmt: skip
-
-# ------------------------------------------------------------------------------------------------ graded answers
-
-
-def encode_prompts(rows, tokenizer, cfg):
-    """-> list of id lists; a prompt that cannot be encoded is named by its file and line"""
-    prompts = []
-    for row in rows:
-        with at_line(cfg.data or "built-in task", row["line"]):
-            prompts.append(tokenizer.encode_prompt(row["prompt"]))
-    return prompts
-
-
-def sample_graded(policy, tokenizer, rows, cfg, grid, seed, temperature, k):
-    """k answers a row: -> [[(text, response ids, correct, truncated)] * k] for this dp rank's rows, and the token count."""
-    prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg) for _ in range(k)]
-    responses, truncated = generate(policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed)
-    texts = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in responses]
-    labels = [row["label"] for row in rows for _ in range(k)]
-    graded = [(text, ids, grade(text, label, cfg.task, cfg.grader)[1], cut) for text, ids, label, cut in zip(texts, responses, labels, truncated)]
-    return [graded[i : i + k] for i in range(0, len(graded), k)], sum(map(len, responses))
-
-
-def make_pairs(row, answers, most):
-    """Right answers paired with wrong ones of the same prompt; each pair once, the shorter list again from its start.
-    Truncated answers are left out: written as text they would gain a stop token that they never had."""
-    right = list(dict.fromkeys(text for text, _, correct, cut in answers if correct and not cut and text.strip()))
-    wrong = list(dict.fromkeys(text for text, _, correct, cut in answers if not correct and not cut and text.strip()))
-    n = min(max(len(right), len(wrong)), most) if right and wrong else 0
-    return [{"prompt": row["prompt"], "chosen": right[i % len(right)], "rejected": wrong[i % len(wrong)], "label": row["label"]} for i in range(n)]
-
-
-def pass_at_k(n, correct, k):
-    """Chance that at least one of k answers drawn from these n is right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
-def majority_is_right(answers, cfg):
-    """Whether the claim that most of k graded answers make is right (maj@k): equal values are one claim, of equally frequent
-    ones the earliest counts, and an answer that claims nothing does not vote."""
-    votes = {}
-    for text, _, correct, _ in answers:
-        if (claim := extract_answer(text, cfg.task, cfg.grader)) is not None:
-            votes.setdefault(meaning(claim[:MAX_CHARS]), []).append(correct)
-    return bool(votes) and max(votes.values(), key=len)[0]
-
-
-def greedy_pass(policy, tokenizer, rows, cfg, grid):
-    """Share of rows whose greedy answer is right, over all dp ranks."""
-    answers, _ = sample_graded(policy, tokenizer, rows[grid.dp_rank :: grid.dp_size], cfg, grid, 0, 0.0, 1)
-    return all_sum([sum(row[0][2] for row in answers)], grid)[0] / len(rows)
-
-
-def graded_reward(kind, tokenizer, rows, cfg):
-    """A reward_fn that knows the truth: it looks up the prompts of `rows` and grades the answers.
-
-    outcome   1 or 0 at the last token; an answer without its stop token is wrong
-    oracle    1 before the first wrong token and 0 from there on (the built-in task knows the one right answer)
-    """
-    known = {tuple(tokenizer.encode_prompt(row["prompt"])): row for row in rows}
-
-    def reward_fn(ids, response_mask):
-        out = torch.zeros(response_mask.shape, device=ids.device)
-        for i, (row_ids, mask) in enumerate(zip(ids.tolist(), response_mask.tolist())):
-            start, n = mask.index(True), sum(mask)  # targets[start] = ids[start + 1] is the first response token
-            row, response = known[tuple(row_ids[: start + 1])], row_ids[start + 1 : start + 1 + n]
-            text = tokenizer.decode([t for t in response if t not in tokenizer.stop_ids])
-            correct = response[-1] in tokenizer.stop_ids and grade(text, row["label"], cfg.task, cfg.grader)[1]
-            if kind == "outcome":
-                out[i, start + n - 1] = float(correct)
-            else:
-                right = n if correct else error_places(tokenizer, row["prompt"], [Example([], response)])[0]
-                out[i, start : start + right] = 1.0
-        return out
-
-    return reward_fn

@@ -35,14 +35,16 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import tokenizers
 import data
 import model
 import parallel
-from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, generate, init_weights, response_log_softmax, save_model, token_logprobs
+from model import LanguageModel, ModelConfig, Packed, RMSNorm, ScalarModel, build_model, init_weights, response_log_softmax, save_model, token_logprobs
+from support.sampling import generate
 from parallel import Grid, Optimizer, make_grid, update
 from qrm import fused_qrm_loss, qrm_loss, reward_model_loss, token_scores
 from reinforce import collect_rollout, reinforce_step
-from train import Config
+from support.settings import Config
 
 CONFIG = ModelConfig(4096, 256, 704, 4, 8, 4, 32)  # small enough for one core: 3.0 M parameters in the blocks, 1.0 M in the embedding
 PAIRS, LR = 8, 1e-4  # pairs a step
@@ -196,7 +198,7 @@ def load_pairs(path, n=64):
         return data.arith_tokenizer(), made_pairs("GSM8K", n)
     rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
     words = collections.Counter(word for row in rows for key in ("prompt", "chosen", "rejected") for word in re.findall(r" ?[^\W\d_]+|[^\s\w]+", row[key]))
-    tokenizer = data.build_tokenizer([word for word, _ in words.most_common(3800) if len(word.encode()) > 1])
+    tokenizer = tokenizers.build_tokenizer([word for word, _ in words.most_common(3800) if len(word.encode()) > 1])
     pairs, _ = data.encode(rows, tokenizer, 1023 - len(CHAT), ("chosen", "rejected"), str(path), lambda text: None)
     pairs = [tuple(data.Example(CHAT + e.prompt_ids, e.response_ids) for e in pair) for pair in pairs]
     random.Random(0).shuffle(pairs)
@@ -397,7 +399,7 @@ def our_answers(policy, prompts, lengths, ends):
         probs[:, STOP] = 0
         return sample(probs, u).masked_fill_(torch.isin(u, last), STOP)
 
-    with mock.patch("model.sample_tokens", sample_until_the_end if ends else sample):
+    with mock.patch("support.sampling.sample_tokens", sample_until_the_end if ends else sample):
         return generate(policy, prompts, most, [STOP] if ends else [], seed=0)[0]
 
 

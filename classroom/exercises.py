@@ -211,7 +211,7 @@ def grade(directory, ids, json_file, timeout):
     total = {"exercises": len(rows), **{key: round(sum(row[key] for row in rows), 3) for key in ("passed", "points", "max_points", "seconds")}}
     print(f"{total['passed']} of {total['exercises']} exercises, {total['points']} of {total['max_points']} points, {total['seconds']:.1f} s")
     if json_file:
-        from parallel import write_atomically
+        from support.files import write_atomically
 
         write_atomically(json_file, json.dumps({"directory": str(directory), "total": total, "exercises": rows}, indent=1))
     return total["passed"] == total["exercises"]

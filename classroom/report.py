@@ -22,12 +22,17 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import evaluate
+from support import files
+from support import graders
+from support import settings
+from support import tokenizers
 import data
-import train
 from model import LanguageModel, ScalarModel, load_model, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import ppo_advantages, ppo_step, state_values
-from reinforce import Rollout, advantages, collect_rollout, encode_prompts, minibatches, reinforce_step, standardize
+from data import encode_prompts
+from reinforce import Rollout, advantages, collect_rollout, minibatches, reinforce_step, standardize
 
 EXAMPLES, PAIRS, SAMPLED = 3, 400, 128  # prompts shown token by token; held-out pairs for the averages; answers sampled of each policy
 FULL_COLOUR = 2.5  # standard deviations from which a token has its full colour
@@ -207,7 +212,7 @@ class Answer(NamedTuple):
 def score_pairs(run):
     """What each reward model says about the first PAIRS of pairs-heldout.jsonl
     -> tokenizer, {directory: label} of the models that are there, [(prompt, right Answer, wrong Answer)]"""
-    tokenizer, judges = data.Tokenizer.load(run / "rm"), {name: label for name, label in JUDGES.items() if is_model(run / name)}
+    tokenizer, judges = tokenizers.Tokenizer.load(run / "rm"), {name: label for name, label in JUDGES.items() if is_model(run / name)}
     rows = data.load_rows(run / "pairs-heldout.jsonl", ("prompt", "chosen", "rejected"), PAIRS)
     pairs, rows = data.encode(rows, tokenizer, 1024, ("chosen", "rejected"), log=lambda text: None)
     ids, mask = data.collate([example for pair in pairs for example in pair])  # (2P, T+1), (2P, T)
@@ -216,7 +221,7 @@ def score_pairs(run):
         error = data.error_places(tokenizer, rows[j // 2]["prompt"], [example])[0]
         answers.append(Answer(example.response_ids, error, {}, {}))
     for name in judges:
-        reward_fn, mask_fn, _ = train.load_reward(train.reward_kind(run / name), run / name, tokenizer, train.Config(), Grid())
+        reward_fn, mask_fn, _ = evaluate.load_reward(evaluate.reward_kind(run / name), run / name, tokenizer, settings.Config(), Grid())
         scores = torch.cat([reward_fn(*part) for part in zip(ids.split(64), mask.split(64))])  # (2P, T)
         spoken = mask_fn(ids, mask) if mask_fn else mask
         scaled = standardize(scores, spoken, "mean_std", Grid())  # (2P, T), as REINFORCE does with a rollout
@@ -309,7 +314,7 @@ def credit(run):
 
 
 class Sampled(NamedTuple):
-    cfg: train.Config  # of the run, with a rollout of SAMPLED trajectories
+    cfg: settings.Config  # of the run, with a rollout of SAMPLED trajectories
     policy: LanguageModel
     rollout: Rollout
     answers: list  # response ids of each row
@@ -318,21 +323,21 @@ class Sampled(NamedTuple):
 
 def sample(run, stages):
     """One rollout of each policy on the same held-out prompts, scored by <run>/rm -> tokenizer, rows, {policy: Sampled}"""
-    tokenizer, reference = data.Tokenizer.load(run / "sft"), load_model(LanguageModel, run / "sft", Grid())
-    reward_fn, mask_fn, _ = train.load_reward(train.reward_kind(run / "rm"), run / "rm", tokenizer, train.Config(), Grid())
+    tokenizer, reference = tokenizers.Tokenizer.load(run / "sft"), load_model(LanguageModel, run / "sft", Grid())
+    reward_fn, mask_fn, _ = evaluate.load_reward(evaluate.reward_kind(run / "rm"), run / "rm", tokenizer, settings.Config(), Grid())
     rows, found = data.arith_rows("test", SAMPLED, 1), {}
     for name in (name for name in POLICIES if is_model(run / name)):
-        own = {k: v for k, v in stages[name].run.get("config", {}).items() if k in train.flags() and name != "sft"}
-        cfg = train.Config(**{**train.ARITH["ppo"], **own, "stage": name, "group_size": 1, "data": ""})
+        own = {k: v for k, v in stages[name].run.get("config", {}).items() if k in settings.flags() and name != "sft"}
+        cfg = settings.Config(**{**settings.ARITH["ppo"], **own, "stage": name, "group_size": 1, "data": ""})
         if name != "sft" and (cfg.reward != "qrm" or cfg.advantage not in ("", "token") or cfg.reward_model):
             raise ValueError(f"{name} was trained on another reward")
         cfg = dataclasses.replace(cfg, batch_size=SAMPLED, minibatch=max(SAMPLED // len(minibatches([], cfg)), 1))
         policy = load_model(LanguageModel, run / name, Grid())
-        seed = train.hash_seed("report", name)
+        seed = evaluate.hash_seed("report", name)
         rollout = collect_rollout(policy, reference, reward_fn, encode_prompts(rows, tokenizer, cfg), tokenizer.stop_ids, cfg, seed, mask_fn)
         answers = [ids[1:][mask].tolist() for ids, mask in zip(rollout.ids, rollout.response_mask)]
         spoken = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in answers]
-        found[name] = Sampled(cfg, policy, rollout, answers, [data.grade(text, row["label"], "arith")[1] for text, row in zip(spoken, rows)])
+        found[name] = Sampled(cfg, policy, rollout, answers, [graders.grade(text, row["label"], "arith")[1] for text, row in zip(spoken, rows)])
     if len(found) < 2:
         raise ValueError("neither reinforce nor ppo is there")
     return tokenizer, rows, found
@@ -514,7 +519,7 @@ def write_report(run_dir):
     """Draws <run_dir>/report.html and returns its path; BadInput if there is no such directory."""
     run = Path(run_dir)
     if not run.is_dir():
-        raise data.BadInput(f"{run}: no such directory; expected what was --run of train.py")
+        raise files.BadInput(f"{run}: no such directory; expected what was --run of train.py")
     stages = {name: read_stage(run / name) for name in ("sft", "rm", "reinforce", "ppo")}
     judges = {"rm": stages["rm"]} | {path.name: read_stage(path) for path in sorted(run.glob("rm-*")) if path.suffix == ""}
     samples = functools.cache(lambda: sample(run, stages))
@@ -545,6 +550,6 @@ if __name__ == "__main__":
         sys.exit("usage: python classroom/report.py RUN_DIR")
     try:
         print(write_report(sys.argv[1]))
-    except data.BadInput as e:
+    except files.BadInput as e:
         print(e, file=sys.stderr)
         sys.exit(2)

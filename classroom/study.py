@@ -29,6 +29,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from support import settings
+from support import tokenizers
 import data
 import qrm
 import train
@@ -90,7 +92,7 @@ QUICK = Plan(1, _LRS, (2e-3,), ceilings=(), arms=(("ppo", "outcome"), ("ppo", "q
 def call(stage, **flags):
     """train.py --stage ... with its defaults for the built-in task (which --model and --data would switch off), silently."""
     argv, log = ["--stage", stage], io.StringIO()
-    for name, value in {**train.ARITH.get(stage, {}), "device": "cpu", **flags}.items():
+    for name, value in {**settings.ARITH.get(stage, {}), "device": "cpu", **flags}.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         status = train.main(argv)
@@ -131,7 +133,7 @@ def make_pairs(home, seed, flags):
 def make_untrained(home, seed, flags):
     """What there is to know before training -> {name: what eval says}: the SFT policy's trunk under a random head (training starts
     from a head of zeros), read as Q-RM and as ORM, and the policy's own logits. (DPO-RM starts at log pi/pi = 0, and ranks nothing.)"""
-    model, tokenizer, out = load_model(ScalarModel, home / "sft", Grid()), data.Tokenizer.load(home / "sft", "none"), {}
+    model, tokenizer, out = load_model(ScalarModel, home / "sft", Grid()), tokenizers.Tokenizer.load(home / "sft", "none"), {}
     model.score.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
     for reward in ("qrm", "orm", "logit"):
         directory = home / f"untrained-{reward}"
@@ -355,8 +357,8 @@ def rl_table(study, title, base, parts):
                 elif (a, r) in study.plan.arms:
                     rows.append([task, ALGORITHMS[a], REWARDS[r], "not run", *[""] * 6])
     text = (f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. {tuning(study.plan.rl_lrs['ppo'], 'final pass@1 on other held-out prompts')} "
-            f"Not tuned: KL k1 with coefficient {train.ARITH['ppo']['kl_coef']} (where rewards are summed over time, as for outcome and steps, so is the KL), epochs, clip, minibatch; "
-            f"gamma 1 and lambda {train.Config().lam} for PPO on outcome and steps (token rewards have neither). The critic starts from the reward model, or from the policy where there is none of its kind. "
+            f"Not tuned: KL k1 with coefficient {settings.ARITH['ppo']['kl_coef']} (where rewards are summed over time, as for outcome and steps, so is the KL), epochs, clip, minibatch; "
+            f"gamma 1 and lambda {settings.Config().lam} for PPO on outcome and steps (token rewards have neither). The critic starts from the reward model, or from the policy where there is none of its kind. "
             "Final KL is that of the last rollout, before its update. Best is the best of each seed's evaluations. Target: the best "
             f"point of the {REWARDS[base]} arm's mean curve, same algorithm; trajectories to it: of the mean curve; of the seeds the median (lowest to "
             "highest) and how many reach it. (The target's own arm is measured at its peak, which lets the others look fast.)")  # fmt: skip
@@ -390,7 +392,7 @@ def disputed_table(study, curves, arms):
         for label in (label for label in study.plan.disputed if DISPUTED[label][:2] == (a, r)):
             change = [c[-1][1] - base[s][-1][1] for s, c in curves[label].items() if s in base]
             rows.append([ALGORITHMS[a], label, len(curves[label]), *(results(curves[label]) if curves[label] else ["not run", "", ""]), spread(change) if change else ""])
-    text = (f"Each row changes what it names in part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {train.ARITH['ppo']['kl_coef']}) and keeps its learning "
+    text = (f"Each row changes what it names in part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {settings.ARITH['ppo']['kl_coef']}) and keeps its learning "
             "rate, tuned for the unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The rows with one epoch lie between PPO and REINFORCE. "
             "'Sequence mean on every token' is GRPO with the same model: the answer's mean score, compared within 8 answers to a prompt, of which there are 32 a rollout. Z as the LM's logit stands in parts 1 and 2.")  # fmt: skip
     return {"title": "3. Disputed choices", "text": text, "rows": rows}

@@ -22,8 +22,9 @@ from model import LanguageModel, ModelConfig, ScalarModel, at_actions, build_mod
 from parallel import Grid, Optimizer, update
 from ppo import ppo_advantages, ppo_loss, ppo_step, state_values, value_loss
 from qrm import credit_counts, fused_qrm_loss, masked_mean, qrm_loss, reward_model_loss, token_reward, token_scores, token_shares
-from reinforce import advantages, collect_rollout, make_pairs, minibatches, reinforce_loss, rollout_stats, sample_graded, standardize
-from train import Config
+from reinforce import advantages, collect_rollout, minibatches, reinforce_loss, rollout_stats, standardize
+from support.evaluate import make_pairs, sample_graded
+from support.settings import Config
 
 torch.set_num_threads(1)
 grid = Grid()  # one process: no launcher, no process group

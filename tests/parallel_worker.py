@@ -24,16 +24,21 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import checkpoints
+import made_checkpoints
+from support import checkpoints
+from support import evaluate
+from support import sampling
+from support import settings
+from support import tokenizers
 import data
-import parallel
 import train
 from data import Example, batch_indices, collate
-from model import (LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, generate, init_weights, load_model,  # fmt: skip
-                   save_adapter, save_model, token_logprobs)
+from model import LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, load_model, save_adapter, save_model, token_logprobs
+from support.sampling import generate
 from parallel import (ColumnLinear, Grid, Optimizer, RowLinear, VocabEmbedding, all_reduce, all_sum, copy_to_tp,  # fmt: skip
                       gather_shards, make_grid, reduce_from_tp, shard_range, update, vocab_log_softmax, vocab_pick, vocab_sum)
-from qrm import Reward, reward_model_loss
+from qrm import reward_model_loss
+from support.settings import Reward
 
 SHAPES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)], 8: [(8, 1), (4, 2), (2, 4)]}  # processes: (tp, dp)
 ROUNDING = 1e-5  # fp32, other order of operations; relative to the largest entry
@@ -360,12 +365,12 @@ def stage_score_gives_transformers_numbers(grid):
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
         dist.broadcast_object_list(paths)
-        for parent in (checkpoints.FIXTURES, Path(sys.argv[1], "made")):
+        for parent in (made_checkpoints.FIXTURES, Path(sys.argv[1], "made")):
             for model in sorted(path.parent for path in parent.glob("*/rows.jsonl")):
                 scored = Path(paths[0], f"{model.name}.jsonl")
-                train.stage_score(train.Config(stage="score", model=str(model), data=str(model / "rows.jsonl"), out=str(scored)), grid)
+                train.stage_score(settings.Config(stage="score", model=str(model), data=str(model / "rows.jsonl"), out=str(scored)), grid)
                 dist.barrier()
-                out[f"{parent.name}/{model.name}"] = (checkpoints.furthest_from_expected(scored, model), 2e-4)
+                out[f"{parent.name}/{model.name}"] = (made_checkpoints.furthest_from_expected(scored, model), 2e-4)
         dist.barrier()
     return out
 
@@ -379,7 +384,7 @@ def generate_gives_all_ranks_the_tokens_of_one_process(grid):
                                     ("sampled, 1 kv head", 0.5, MODELS["qwen2, 1 kv head"])):  # fmt: skip
         policies = [filled(LanguageModel, cfg, g) for g in (grid, Grid())]
         answers = [generate(p, prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3) for p in policies]
-        with mock.patch("model.reordered_weights", functools.partial(parallel.reordered_weights, at_least=1)):
+        with mock.patch("support.sampling.reordered_weights", functools.partial(sampling.reordered_weights, at_least=1)):
             reordered = generate(policies[0], prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3)
         flat = torch.tensor([len(row) for row in answers[0][0]] + sum(answers[0][0], []))
         out |= {label: unequal(answers[0], answers[1]), f"{label}, tp ranks": spread(flat, grid.tp_group), f"{label}, reordered": unequal(reordered, answers[1])}
@@ -511,27 +516,27 @@ def twenty_steps_of_stage_rm(grid):
 
         def run(out, g, **changes):
             cfg = dict(stage="rm", model=str(base / "lm"), data=str(base / "train.jsonl"), out=str(base / out), steps=20, lr=5e-3, batch_size=8, save_every=8)
-            train.stage_rm(train.Config(**cfg | changes), g)
+            train.stage_rm(settings.Config(**cfg | changes), g)
 
         def validation(out, g):
-            model, tokenizer = load_model(ScalarModel, base / out, g), data.Tokenizer.load(base / out)
-            val = train.Config(stage="eval", data=str(base / "val.jsonl"), task="arith")
+            model, tokenizer = load_model(ScalarModel, base / out, g), tokenizers.Tokenizer.load(base / out)
+            val = settings.Config(stage="eval", data=str(base / "val.jsonl"), task="arith")
             pairs, _ = data.encode(data.load_rows(val.data, ("prompt", "chosen", "rejected")), tokenizer, 1024, ("chosen", "rejected"), log=str)
             ids, mask = collate([example for pair in pairs for example in pair])
             with torch.no_grad():
-                return reward_model_loss(model, ids, mask, val)[0].item(), train.eval_reward_model(base / out, val, g)
+                return reward_model_loss(model, ids, mask, val)[0].item(), evaluate.eval_reward_model(base / out, val, g)
 
         class Killed(Exception):
             pass
 
-        def log_or_die(self, row, log=parallel.Workdir.log):
+        def log_or_die(self, row, log=checkpoints.Workdir.log):
             log(self, row)
             if row["step"] == 9:
                 raise Killed
 
         if dist.get_rank() == 0:  # alone, as if there were no others
             run("one", Grid())
-            with mock.patch.object(parallel.Workdir, "log", log_or_die), contextlib.suppress(Killed):
+            with mock.patch.object(checkpoints.Workdir, "log", log_or_die), contextlib.suppress(Killed):
                 run("cut", Grid())
         dist.barrier()
         run("all", grid)

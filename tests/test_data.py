@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import (OPERATOR, Arith, BadInput, Example, arith_rows, arith_solve, arith_tokenizer, batch_indices, collate, encode,  # fmt: skip
-                  first_error, grade, gsm8k_label, load_rows, read_jsonl, stable_hash)
+from data import Arith, Example, OPERATOR, arith_rows, arith_solve, arith_tokenizer, batch_indices, collate, encode, first_error, load_rows, stable_hash
+from support.files import BadInput, read_jsonl
+from support.graders import grade, gsm8k_label
 
 REPOSITORY = Path(__file__).parents[1]
 FILES = ("train", "ppo", "reinforce", "qrm", "model", "parallel", "data")

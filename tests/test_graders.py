@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data import GRADERS, TASKS, extract_answer, grade, gsm8k_label, same_answer, signed_square
+from support.graders import GRADERS, TASKS, extract_answer, grade, gsm8k_label, same_answer, signed_square
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 real = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")

@@ -14,9 +14,8 @@ from conftest import near, random_ids, random_model, small_config
 from safetensors.torch import load_file, save_file
 
 from data import Example, collate
-from model import (KVCache, LanguageModel, ModelConfig, RMSNorm, RopeScaling, ScalarModel, add_lora, apply_rope, build_model,  # fmt: skip
-                   generate, init_weights, load_model, response_log_softmax, rope_frequencies, rope_table, sample_tokens,
-                   save_adapter, save_model, token_logprobs)
+from model import LanguageModel, ModelConfig, RMSNorm, RopeScaling, ScalarModel, add_lora, apply_rope, build_model, init_weights, load_model, response_log_softmax, rope_frequencies, rope_table, sample_tokens, save_adapter, save_model, token_logprobs
+from support.sampling import KVCache, generate
 from parallel import Grid
 
 SCALING = RopeScaling(8.0, 1.0, 2.0, 16)  # with E = 8 and theta = 10000: one frequency blended, the others divided

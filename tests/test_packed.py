@@ -8,13 +8,15 @@ import pytest
 import torch
 from conftest import near, random_ids, random_model, small_config
 
-import data
+from support import tokenizers
 from classroom import bench
 from data import Example, collate, spans
-from model import (KVCache, LanguageModel, Packed, ScalarModel, add_lora, at_actions, at_states, causal_attention, generate,  # fmt: skip
-                   response_log_softmax, rope_frequencies, sample_tokens, token_logprobs)
-from parallel import REORDERS, Grid, linear, reordered_weights
-from qrm import Reward, masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
+from model import LanguageModel, Packed, ScalarModel, add_lora, at_actions, at_states, causal_attention, response_log_softmax, rope_frequencies, sample_tokens, token_logprobs
+from support.sampling import KVCache, generate
+from parallel import Grid, linear
+from support.sampling import REORDERS, reordered_weights
+from qrm import masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
+from support.settings import Reward
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
 GROUPS = [([5, 6, 7], [[1, 2, 3, 4], [9]]), ([8], [[1, 2], [3], [4, 5, 6]]), ([9, 8, 7], [[4, 4, 1, 2]])]
@@ -187,7 +189,7 @@ GSM8K = next((p / "data" / "gsm8k" for p in (Path(__file__).parents[1], Path(__f
 def test_a_pair_of_gsm8k_costs_at_most_083_of_its_tokens():
     """With the recipe's chat template, whose 35 tokens belong to the prompt, and a token for each of the frequent words."""
     rows = [json.loads(line) for line in (GSM8K / "pairs_test.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    tokenizer = data.build_tokenizer(common_words(" ".join(row[k] for row in rows for k in ("instruction", "chosen", "rejected"))))
+    tokenizer = tokenizers.build_tokenizer(common_words(" ".join(row[k] for row in rows for k in ("instruction", "chosen", "rejected"))))
     chat = [0] * 35
     pairs = [tuple(Example(chat + tokenizer.encode_prompt(row["instruction"]), tokenizer.encode_response(row[k])) for k in ("chosen", "rejected")) for row in rows]
     assert 0.75 < bench.share_of_tokens(pairs) <= 0.83
@@ -230,7 +232,7 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
     policy = random_model(LanguageModel, small_config())
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)]
     expected = [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
-    monkeypatch.setattr("model.record", record)
+    monkeypatch.setattr("support.sampling.record", record)
     monkeypatch.setattr(KVCache, "graphs", True)
     monkeypatch.setattr(KVCache, "spare", 8)
     assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
@@ -257,9 +259,9 @@ def test_attention_may_answer_in_any_memory_layout(monkeypatch):
 
 def test_where_weights_cannot_be_reordered_nothing_happens(monkeypatch):
     policy = random_model(LanguageModel, small_config())
-    monkeypatch.setattr("model.reordered_weights", partial(reordered_weights, at_least=1))
+    monkeypatch.setattr("support.sampling.reordered_weights", partial(reordered_weights, at_least=1))
     expected = generate(policy, [[3, 1, 4]], 5, [], 0.0)
-    monkeypatch.setattr("parallel.REORDERS", False)
+    monkeypatch.setattr("support.sampling.REORDERS", False)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None, raising=False)
     assert generate(policy, [[3, 1, 4]], 5, [], 0.0) == expected
 
@@ -340,7 +342,7 @@ def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
 
     monkeypatch.setattr("parallel.linear", spy)
     monkeypatch.setattr("model.linear", spy)
-    monkeypatch.setattr("model.reordered_weights", partial(reordered_weights, at_least=1))
+    monkeypatch.setattr("support.sampling.reordered_weights", partial(reordered_weights, at_least=1))
     assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
     assert all(used) and len(read) == 7 * policy.cfg.num_hidden_layers + 1 and not any(hasattr(p, "reordered") for p in policy.parameters())
 
@@ -390,7 +392,7 @@ def test_sampled_and_scored_log_probabilities_agree():
 
     prompts, n = [random_ids(2 + i % 3, seed=i).tolist() for i in range(12)], 9
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "sample_tokens", spy)
+        patch.setattr("support.sampling.sample_tokens", spy)
         responses, _ = generate(policy, prompts, n, [0], 1.3, seed=5, batch_size=5)
     ids, mask = collate([Example(p, r) for p, r in zip(prompts, responses)])
     scored = token_logprobs(policy, ids, mask, 1.3)[0]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import checkpoints
+import made_checkpoints
 import parallel_worker as worker
 from data import collate
 from model import LanguageModel, ScalarModel
@@ -272,7 +272,7 @@ def start(tmp_path_factory):
     def launch(world):
         directory = tmp_path_factory.mktemp(f"world{world}")
         if importlib.util.find_spec("transformers"):
-            checkpoints.make(directory / "made", seed=world)
+            made_checkpoints.make(directory / "made", seed=world)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", worker.__file__, str(directory)]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

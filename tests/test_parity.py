@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import data
+from support import graders
+from support import tokenizers
 import train
-from checkpoints import FIXTURES, KINDS, furthest_from_expected
+from made_checkpoints import FIXTURES, KINDS, furthest_from_expected
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 
@@ -40,7 +41,7 @@ def test_a_dated_system_block_comes_on_request(tmp_path):
     texts = []
     for more in ([], ["--date", "26 Jul 2024"]):
         run(*words, *more)
-        texts.append(data.Tokenizer.load(FIXTURES / "llama").decode(rows_of(tmp_path / "s.jsonl")[0]["prompt_ids"]))
+        texts.append(tokenizers.Tokenizer.load(FIXTURES / "llama").decode(rows_of(tmp_path / "s.jsonl")[0]["prompt_ids"]))
     start, asked = "<|begin_of_text|><|start_header_id|>", "user<|end_header_id|>\n\n2 + 3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     block = "system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>"
     assert texts == [start + asked, start + block + asked]
@@ -82,15 +83,15 @@ def test_transformers_gives_our_numbers_for_what_we_saved(tmp_path, name, dtype,
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
 def test_pairs_of_a_policy_on_gsm8k_prompts_train_a_reward_model(tmp_path):
     """OpenAI's rows, and a policy that guesses: among its digits are right ones. Then adapters on those pairs, and their evaluation."""
-    rows = [row for row in rows_of(GSM8K / "test.jsonl") if len(row["question"]) < 150 and len(data.gsm8k_label(row["answer"])) == 1][:8]
+    rows = [row for row in rows_of(GSM8K / "test.jsonl") if len(row["question"]) < 150 and len(graders.gsm8k_label(row["answer"])) == 1][:8]
     prompts, policy = tmp_path / "prompts.jsonl", FIXTURES / "llama-old"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run("--stage", "pairs", "--model", policy, "--data", prompts, "--k", 32, "--max_new_tokens", 64, "--temperature", 2, "--out", tmp_path / "pairs.jsonl")
     pairs = rows_of(tmp_path / "pairs.jsonl")
-    labels = {row["question"]: data.gsm8k_label(row["answer"]) for row in rows}
+    labels = {row["question"]: graders.gsm8k_label(row["answer"]) for row in rows}
     assert pairs and len({(p["prompt"], p["chosen"], p["rejected"]) for p in pairs}) == len(pairs)
     assert all(p["label"] == labels[p["prompt"]] for p in pairs)
-    assert all(data.grade(p[key], p["label"], "gsm8k")[1] == (key == "chosen") for p in pairs for key in ("chosen", "rejected"))
+    assert all(graders.grade(p[key], p["label"], "gsm8k")[1] == (key == "chosen") for p in pairs for key in ("chosen", "rejected"))
     run("--stage", "rm", "--model", policy, "--data", tmp_path / "pairs.jsonl", "--lora_rank", 4, "--lr", 0.01, "--steps", 3, "--out", tmp_path / "rm")
     run("--stage", "eval", "--model", tmp_path / "rm", "--data", tmp_path / "pairs.jsonl")
     assert json.loads((tmp_path / "rm/eval.json").read_text())["n_pairs"] == len(pairs)

@@ -39,7 +39,7 @@ def test_no_link_is_left_out():
 
 def test_flags_named_in_the_readme_exist():
     sys.path.insert(0, str(ROOT))
-    from train import flags
+    from support.settings import flags
 
     text = README.read_text(encoding="utf-8")
     known = {*flags(), "help"}

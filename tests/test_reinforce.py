@@ -14,7 +14,7 @@ from parallel import Grid, Optimizer
 from qrm import token_reward
 from reinforce import (Rollout, advantages, collect_rollout, eos_to_mean, group_advantages, kl_estimates, kl_penalty,  # fmt: skip
                        minibatches, reinforce_loss, reinforce_step, returns_to_go, rollout_stats, standardize)
-from train import Config
+from support.settings import Config
 
 NAN = math.nan
 STOP = 0

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from classroom import report
-from data import BadInput, Example, arith_rows, arith_solve, arith_tokenizer, collate, first_error
+from data import Example, arith_rows, arith_solve, arith_tokenizer, collate, first_error
+from support.files import BadInput
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, save_model, token_logprobs
 from parallel import Grid
 from qrm import token_scores

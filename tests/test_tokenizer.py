@@ -6,7 +6,8 @@ import unicodedata
 
 import pytest
 
-from data import BYTE_TO_CHAR, LLAMA3, BadInput, Tokenizer, build_tokenizer, last_merge
+from support.files import BadInput
+from support.tokenizers import BYTE_TO_CHAR, LLAMA3, Tokenizer, build_tokenizer, last_merge
 
 QWEN = LLAMA3.replace("{1,3}", "")
 MERGES = ["l o", "lo w", "e r", "Ġ low", "Ċ Ċ", "1 2", "a a", "Ġ Ġ"]  # make the ids 256 to 263

@@ -18,10 +18,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from support import evaluate
+from support import graders
+from support import settings
+from support import tokenizers
 import data
 import train
-from model import LanguageModel, ScalarModel, build_model, generate, init_weights, load_model, save_model
-from parallel import Grid, Optimizer, Workdir
+from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
+from support.sampling import generate
+from parallel import Grid, Optimizer
+from support import evaluate, settings
+from support.checkpoints import Workdir
 
 REPOSITORY = Path(__file__).parents[1]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -49,8 +56,10 @@ def few_rows(split, n, seed):
 def tiny():
     """Small defaults for the built-in task; one thread, whatever make_grid finds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "ARITH", TINY)
-        patch.setattr(data, "arith_rows", few_rows)
+        for stage, fields in TINY.items():
+            patch.setitem(settings.ARITH, stage, fields)
+        patch.setattr(train, "arith_rows", few_rows)
+        patch.setattr(evaluate, "arith_rows", few_rows)
         patch.setattr(torch, "set_num_threads", lambda n: None)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.delenv(name, raising=False)
@@ -161,7 +170,7 @@ def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
         assert len({(row["prompt"], row["chosen"], row["rejected"]) for row in rows}) == len(rows) > 0
         for row in rows:
             assert list(row) == ["prompt", "chosen", "rejected", "label"]
-            assert data.grade(row["chosen"], row["label"], "arith")[1] and not data.grade(row["rejected"], row["label"], "arith")[1]
+            assert graders.grade(row["chosen"], row["label"], "arith")[1] and not graders.grade(row["rejected"], row["label"], "arith")[1]
             assert row["label"] == data.arith_solve(row["prompt"]).split()[-1]
     assert not prompts[0] & prompts[1]
 
@@ -198,7 +207,7 @@ def test_ways_to_reward(built, command, tmp_path, words):
 
 def test_tokens_are_those_of_both_sequences_without_padding(built, command, pairs_file, tmp_path):
     assert command("--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "rm", "--batch_size", 4)[0] == 0
-    tokenizer = data.Tokenizer.load(built / "sft")
+    tokenizer = tokenizers.Tokenizer.load(built / "sft")
     lengths = [len(tokenizer.encode_prompt(p["prompt"])) + len(tokenizer.encode_response(p[k])) for p in PAIRS for k in ("chosen", "rejected")]
     (row,) = rows_of(tmp_path / "rm/metrics.jsonl")  # one pass
     assert row["tokens"] == sum(lengths) and row["loss"] == pytest.approx(2.126928, rel=1e-6)  # log(1 + e^2): a new head is zero
@@ -361,7 +370,7 @@ def test_score(built, command, tmp_path, name, key):
     out = tmp_path / "deep" / "scores.jsonl"
     words = ["--stage", "score", "--model", built / name, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--out", out, "--micro_tokens", 150]
     assert command(*words)[0] == 0
-    found, tokenizer = rows_of(out), data.Tokenizer.load(built / name)
+    found, tokenizer = rows_of(out), tokenizers.Tokenizer.load(built / name)
     assert len(found) == len(rows)
     model = load_model(LanguageModel if name == "sft" else ScalarModel, built / name, Grid())
     for row, given in zip(found, rows):
@@ -428,7 +437,7 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     for n in range(1, 7):
         for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
             draws = list(itertools.combinations([i < correct for i in range(n)], k))
-            assert train.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+            assert evaluate.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
 
 
 @pytest.mark.parametrize("answers, label, right", [
@@ -436,15 +445,15 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     (["no", "", "none", "#### 1,000"], "1000", True), (["no", ""], "5", False), (["#### 1/2", "it is 0.5", "#### 3", "#### 3.5"], "0.5", True),
 ])  # fmt: skip
 def test_majority(answers, label, right):
-    graded = [(text, [], data.grade(text, label, "gsm8k")[1], False) for text in answers]
-    assert train.majority_is_right(graded, train.Config(task="gsm8k")) is right
+    graded = [(text, [], graders.grade(text, label, "gsm8k")[1], False) for text in answers]
+    assert evaluate.majority_is_right(graded, settings.Config(task="gsm8k")) is right
 
 
 def test_wilson_interval():
     """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its defining equation."""
     for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
-        assert train.wilson(right, n) == pytest.approx([low, high], abs=6e-5)
-        for p in train.wilson(right, n):
+        assert evaluate.wilson(right, n) == pytest.approx([low, high], abs=6e-5)
+        for p in evaluate.wilson(right, n):
             assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
 
 
@@ -463,14 +472,14 @@ def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
         status, _, err = command("--stage", "reinforce", "--run", built, "--reward", reward, "--reward_model", tmp_path / "rm", "--out", tmp_path / "r")
         assert status == 2 and says in err and not (tmp_path / "r").exists()
     (tmp_path / "rm/run.json").unlink()  # from elsewhere: what --reward says it is
-    assert train.reward_kind(tmp_path / "rm", "orm") == "orm" and train.reward_kind(tmp_path / "rm") == "qrm"
+    assert evaluate.reward_kind(tmp_path / "rm", "orm") == "orm" and evaluate.reward_kind(tmp_path / "rm") == "qrm"
 
 
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
     """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is named."""
-    tokenizer, policy = data.Tokenizer.load(built / "sft"), load_model(LanguageModel, built / "sft", Grid())
+    tokenizer, policy = tokenizers.Tokenizer.load(built / "sft"), load_model(LanguageModel, built / "sft", Grid())
     answers, _ = generate(policy, [tokenizer.encode_prompt(p) for p in PROMPTS], 40, tokenizer.stop_ids, temperature=0)
-    said = [data.extract_answer(tokenizer.decode(ids[:-1]), "gsm8k") for ids in answers]
+    said = [graders.extract_answer(tokenizer.decode(ids[:-1]), "gsm8k") for ids in answers]
     rows = [{"instruction": p, "label": a if i % 2 else "12345"} for i, (p, a) in enumerate(zip(PROMPTS, said))]
     words = ["--stage", "eval", "--model", built / "sft", "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--max_new_tokens", 40]
     assert all(said) and command(*words, "--k", 5, "--out", tmp_path / "e")[0] == 0
@@ -496,7 +505,7 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     assert command(*words)[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())
     right = sum(w > l for w, l in zip(*means))
-    assert found == {"n_pairs": 6, "pair_accuracy": right / 6, "pair_accuracy_95": train.wilson(right, 6), "length_baseline": 2 / 6}
+    assert found == {"n_pairs": 6, "pair_accuracy": right / 6, "pair_accuracy_95": evaluate.wilson(right, 6), "length_baseline": 2 / 6}
     assert [w < l for w, l in zip(*lengths)] == [False] * 4 + [True] * 2
     assert command(*words, "--task", "arith")[0] == 0  # prompts of the built-in task; two rejected answers have no error
     assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {"error_auc", "first_error_hit", "first_error_choice"}
@@ -653,7 +662,7 @@ def test_model_directories_that_cannot_be_used(built, command, pairs_file, tmp_p
 
 def test_policy_and_reward_model_must_share_the_tokenizer(built, command, pairs_file, tmp_path):
     other = shutil.copytree(built / "rm", tmp_path / "rm")
-    for path, raw in data.build_tokenizer(["Tom", " Ann"]).files.items():
+    for path, raw in tokenizers.build_tokenizer(["Tom", " Ann"]).files.items():
         (other / path).write_bytes(raw)
     words = ["--model", built / "sft", "--reward_model", other, "--data", write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])]
     for stage in ("reinforce", "ppo", "eval"):
@@ -668,7 +677,7 @@ def chatty(tiny, tmp_path_factory):
     files = {name: json.loads(raw) for name, raw in tokenizer.files.items()}
     added = files["tokenizer.json"]["added_tokens"]
     added += [{**added[0], "id": tokenizer.vocab_size + i, "content": name} for i, name in enumerate(("<|im_start|>", "<|im_end|>"))]
-    tokenizer = data.Tokenizer({name: json.dumps(value).encode() for name, value in files.items()}, "chatty", "chatml")
+    tokenizer = tokenizers.Tokenizer({name: json.dumps(value).encode() for name, value in files.items()}, "chatty", "chatml")
     save_model(init_weights(build_model(LanguageModel, train.arith_model(tokenizer), Grid()), 0), run)
     tokenizer.save(run)
     pairs, rows = write_jsonl(run / "pairs.jsonl", PAIRS), write_jsonl(run / "rows.jsonl", [{"prompt": p["prompt"], "response": p["chosen"]} for p in PAIRS])
@@ -694,7 +703,7 @@ def test_a_model_is_used_in_the_template_that_it_was_trained_in(chatty, command,
 
 def test_prompts_that_leave_no_room_for_an_answer_are_dropped_and_counted(built, command, tmp_path):
     rows = [{"prompt": p} for p in [*PROMPTS, "Tom " * 30, "Tom " * 9]]
-    path, tokenizer = write_jsonl(tmp_path / "p.jsonl", rows), data.Tokenizer.load(built / "sft")
+    path, tokenizer = write_jsonl(tmp_path / "p.jsonl", rows), tokenizers.Tokenizer.load(built / "sft")
     lengths = sorted(len(tokenizer.encode_prompt(row["prompt"])) for row in rows)
     words = ["--stage", "reinforce", "--model", built / "sft", "--reward_model", built / "rm", "--data", path, "--max_new_tokens", 8, "--batch_size", 2]
     status, out, err = command(*words, "--max_seq_len", 8 + lengths[-2], "--out", tmp_path / "o")
@@ -705,7 +714,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_dropped_and_counted(built,
 
 def test_every_id_of_the_tokenizer_has_a_row(built, command, pairs_file, tmp_path):
     other = shutil.copytree(built / "sft", tmp_path / "sft")
-    config, n = json.loads((other / "config.json").read_text()), data.Tokenizer.load(other).vocab_size
+    config, n = json.loads((other / "config.json").read_text()), tokenizers.Tokenizer.load(other).vocab_size
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": n - 1}))
     assert_refused(command, tmp_path, ["--stage", "rm", "--model", other, "--data", pairs_file, "--out", tmp_path / "o"], other, f"go up to {n - 1}", f"vocab_size {n - 1}")
 
@@ -729,20 +738,20 @@ def test_help_lists_the_flags_of_a_stage(capsys):
             train.main(words)
         assert end.value.code == 0
         pages.append(" ".join(capsys.readouterr().out.split()))
-    fields = train.flags()
-    assert set(fields) == set(train.Config.__dataclass_fields__)  # every field has a comment
+    fields = settings.flags()
+    assert set(fields) == set(settings.Config.__dataclass_fields__)  # every field has a comment
     assert all(f"--{name} " in pages[0] for name in fields)
     assert "--beta" in pages[1] and "--clip" not in pages[1] and "--beta" not in pages[2] and "(default: 0.01)" in pages[2]  # TINY's
 
 
 def test_defaults_are_the_built_in_tasks_only_without_data():
-    defaults = train.Config()
-    assert train.parse(["--stage=rm"]).lr == train.parse(["--stage", "rm"]).lr == TINY["rm"]["lr"]
-    assert train.parse(["--stage", "rm", "--data", "x"]).lr == train.parse(["--stage", "rm", "--model", "x"]).lr == defaults.lr
-    cfg = train.parse(["--stage", "eval", "--model=x"])
+    defaults = settings.Config()
+    assert settings.parse(["--stage=rm"]).lr == settings.parse(["--stage", "rm"]).lr == TINY["rm"]["lr"]
+    assert settings.parse(["--stage", "rm", "--data", "x"]).lr == settings.parse(["--stage", "rm", "--model", "x"]).lr == defaults.lr
+    cfg = settings.parse(["--stage", "eval", "--model=x"])
     assert (cfg.task, cfg.limit, cfg.k, cfg.micro_tokens) == ("arith", 5, 3, defaults.micro_tokens)
-    assert train.parse(["--stage", "eval", "--model", "x", "--data=y"]).task == "gsm8k"
-    assert train.parse(["--stage", "eval", "--model", "x", "--limit", "0"]).limit == 0
+    assert settings.parse(["--stage", "eval", "--model", "x", "--data=y"]).task == "gsm8k"
+    assert settings.parse(["--stage", "eval", "--model", "x", "--limit", "0"]).limit == 0
 
 
 PAPER = {  # method and appendix of the paper, and the authors' scripts
@@ -756,16 +765,16 @@ PAPER = {  # method and appendix of the paper, and the authors' scripts
 @pytest.mark.parametrize("preset", PAPER)
 def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
     """They are the paper's numbers, every flag wins over them, help shows them, and the commands run."""
-    assert train.PRESETS.keys() == PAPER.keys() and all(p.keys() <= train.flags().keys() for p in train.PRESETS.values())
-    cfg = train.parse(["--preset", preset, "--model", "m", "--data", "d"])
+    assert settings.PRESETS.keys() == PAPER.keys() and all(p.keys() <= settings.flags().keys() for p in settings.PRESETS.values())
+    cfg = settings.parse(["--preset", preset, "--model", "m", "--data", "d"])
     assert {k: getattr(cfg, k) for k in PAPER[preset]} == PAPER[preset]
     assert (cfg.dtype, cfg.chat, cfg.max_grad_norm, cfg.weight_decay, cfg.warmup, cfg.final_lr) == ("bfloat16", "llama3", 0, 0, 0, 1)
-    for name, (default, kind, _) in train.flags().items():
-        if name in train.PRESETS[preset] and name != "stage" and kind is not str:
+    for name, (default, kind, _) in settings.flags().items():
+        if name in settings.PRESETS[preset] and name != "stage" and kind is not str:
             other = kind(getattr(cfg, name) * 2 or 3)
             words = [f"--{name}", str(other)] + (["--minibatch", "8"] if name == "group_size" else [])
-            assert getattr(train.parse(["--preset", preset, *words, "--model", "m", "--data", "d"]), name) == other
-    assert train.parse(["--preset", preset, "--dtype=float32", "--model", "m", "--data", "d"]).dtype == "float32"
+            assert getattr(settings.parse(["--preset", preset, *words, "--model", "m", "--data", "d"]), name) == other
+    assert settings.parse(["--preset", preset, "--dtype=float32", "--model", "m", "--data", "d"]).dtype == "float32"
     with pytest.raises(SystemExit):
         train.main(["--preset", preset, "--help"])
     page = " ".join(capsys.readouterr().out.split())
@@ -796,8 +805,8 @@ TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
 def tiny_program(tmp_path):
     """train.py with the settings that `command` runs with in this process."""
     path = tmp_path / "tiny_train.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH, rows = {TINY!r}, train.data.arith_rows\n"
-                    "train.data.arith_rows = lambda split, n, seed: rows(split, min(n, 400), seed)\nsys.exit(train.main())\n")
+    path.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH.update({TINY!r})\nrows = train.arith_rows\n"
+                    "train.arith_rows = lambda split, n, seed: rows(split, min(n, 400), seed)\nsys.exit(train.main())\n")
     return path
 
 
@@ -860,7 +869,7 @@ def test_ctrl_c_leaves_a_checkpoint(built, command, pairs_file, tmp_path):
 def test_real_pairs_on_the_tiny_model(built, command, tmp_path):
     words = ["--stage", "rm", "--model", built / "sft", "--data", GSM8K / "pairs_test.jsonl", "--steps", 2, "--out", tmp_path / "rm"]
     status, out, _ = command(*words)
-    rows, tokenizer = rows_of(GSM8K / "pairs_test.jsonl"), data.Tokenizer.load(built / "sft")
+    rows, tokenizer = rows_of(GSM8K / "pairs_test.jsonl"), tokenizers.Tokenizer.load(built / "sft")
     assert len(rows) == 787
     lengths = [len(tokenizer.encode_prompt(r["instruction"])) + max(len(tokenizer.encode_response(r[k])) for k in ("chosen", "rejected")) for r in rows]
     identical = sum(r["chosen"] == r["rejected"] for r, n in zip(rows, lengths) if n <= 1024)

@@ -24,6 +24,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from support import settings
+from support import tokenizers
 import data
 import model
 import parallel
@@ -32,7 +34,8 @@ import qrm
 import reinforce
 import train
 from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, load_model, read_config, save_model
-from parallel import Grid, Optimizer, Workdir
+from parallel import Grid, Optimizer
+from support.checkpoints import Workdir
 
 REPOSITORY = Path(__file__).parents[1]
 STAGES = ("sft", "rm", "reinforce", "ppo")
@@ -256,7 +259,7 @@ def test_resume_refuses_other_data_tokenizer_and_base_model(base, command, tmp_p
     before = {p: p.read_bytes() for p in (tmp_path / "out.partial").rglob("*") if p.is_file()}
     config = json.loads((mine / "policy/config.json").read_text())
     rows = (mine / "rows.jsonl").read_text()
-    other = data.build_tokenizer(["Tom", " Ann", *(f" {word}" for word in "abcdefghijklmnopqrstuvwxyz")])
+    other = tokenizers.build_tokenizer(["Tom", " Ann", *(f" {word}" for word in "abcdefghijklmnopqrstuvwxyz")])
     for path, content, says in [("rows.jsonl", rows.replace("Tom", "Ann"), ["data of sha256"]), ("policy/config.json", json.dumps(config | {"rope_theta": 5e5}), ["the model's rope_theta", "10000.0", "500000.0"]),
                                 ("policy/tokenizer.json", other.files["tokenizer.json"].decode(), ["tokenizer and chat of sha256"])]:  # fmt: skip
         whole = (mine / path).read_text()
@@ -334,7 +337,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(base, command, tmp_
     assert found.pop("step") == step and list(found) == [{"ppo": "critic"}.get(stage, "policy" if stage == "reinforce" else "model")]
     ((inputs, *_),) = found.values()
     if stage == "rm":  # the pairs of that batch, as ids
-        tokenizer, given = data.Tokenizer.load(base / "policy"), rows_of(base / "rows.jsonl")
+        tokenizer, given = tokenizers.Tokenizer.load(base / "policy"), rows_of(base / "rows.jsonl")
         batch = [given[i] for i in data.batch_indices(len(given), 4, step, 0)]
         assert [pair[1][1] for pair in inputs] == [tokenizer.encode_response(row["rejected"]) for row in batch]
     elif stage == "sft":
@@ -401,13 +404,13 @@ def test_extreme_rewards_and_lengths_give_finite_numbers(kind, lengths):
     for how in ("token", "return", "rloo", "grpo"):
         for standardize in ("mean_std", "std", "none"):
             for eos_to_mean in (False, True):
-                cfg = train.Config(advantage=how, standardize=standardize, eos_to_mean=eos_to_mean, group_size=2)
+                cfg = settings.Config(advantage=how, standardize=standardize, eos_to_mean=eos_to_mean, group_size=2)
                 A = reinforce.advantages(rollout, cfg, Grid())
                 assert torch.isfinite(A).all() and not A[~mask].any(), (how, standardize, eos_to_mean)
                 if kind == "all equal" and standardize == "mean_std" and 0 not in lengths:
                     assert A.abs().max() < 1e-5
     for how in ("token", "gae"):
-        A, returns = ppo.ppo_advantages(rollout, rewards, train.Config(advantage=how, gamma=0.9), Grid())
+        A, returns = ppo.ppo_advantages(rollout, rewards, settings.Config(advantage=how, gamma=0.9), Grid())
         assert torch.isfinite(A).all() and torch.isfinite(returns).all()
     assert 1 >= ppo.explained_variance(rewards, rewards, mask, Grid()) >= 0
     assert ppo.explained_variance(zero, zero + 3, mask, Grid()) == 0
@@ -424,12 +427,12 @@ def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch)
         seen.append(probs.gather(1, new[:, None]).log().item())
         return new
 
-    monkeypatch.setattr(model, "sample_tokens", sample_tokens)
+    monkeypatch.setattr("support.sampling.sample_tokens", sample_tokens)
     errors = []
     for seed in range(6):
         seen.clear()
         prompt = torch.randint(97, (3 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
-        rl = train.Config(max_new_tokens=40, temperature=0.8)
+        rl = settings.Config(max_new_tokens=40, temperature=0.8)
         rollout = reinforce.collect_rollout(policy, policy, lambda ids, mask: mask.float(), [prompt], (5,), rl, seed)
         then = rollout.old_logprobs[rollout.response_mask]
         errors.append((torch.tensor(seen[: len(then)]) - then).abs().exp())
@@ -443,7 +446,7 @@ TROUBLE = '''
 import os, sys, time
 sys.path.insert(0, {repository!r})
 import train
-real, count, rank, what, when = train.Optimizer.step, [0], int(os.environ["RANK"]), *sys.argv[1:3]
+real, count, rank, what, when = parallel.Optimizer.step, [0], int(os.environ["RANK"]), *sys.argv[1:3]
 def step(self, *args):
     count[0] += 1
     if count[0] == 3 and what == "raise" and rank == 1:
@@ -452,7 +455,7 @@ def step(self, *args):
     if count[0] == 3 and rank == (what == "stuck"):  # while the other one is in trouble or waits, far from any collective
         time.sleep(100)
     return real(self, *args)
-train.Optimizer.step = step
+parallel.Optimizer.step = step
 sys.exit(train.main(sys.argv[3:]))
 '''
 
@@ -803,7 +806,7 @@ def targets(base, tmp_path_factory):
     (home / "meta/tokenizer.model").write_bytes(ranks)
     edit("config.json", lambda c: c.update(vocab_size=600))(home / "meta")
     save_model(init_weights(build_model(LanguageModel, read_config(home / "meta")[0], Grid()), 0), home / "meta")
-    note = {"reward": "qrm", "config": {"chat": "none"}, "tokenizer": data.Tokenizer.load(home / "policy").fingerprint}
+    note = {"reward": "qrm", "config": {"chat": "none"}, "tokenizer": tokenizers.Tokenizer.load(home / "policy").fingerprint}
     (home / "policy/run.json").write_text(json.dumps(note))
     (home / "rows.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"prompt": [{"role": "user", "content": "Tom"}]}) + "\n")
     score = lambda model: ["--stage", "score", "--model", home / model, "--data", home / "rows.jsonl", "--out", home / "out.jsonl"]

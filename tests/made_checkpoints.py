@@ -1,4 +1,4 @@
-"""Small random checkpoints made by transformers, and what transformers computes with them: `python tests/checkpoints.py` writes
+"""Small random checkpoints made by transformers, and what transformers computes with them: `python tests/made_checkpoints.py` writes
 tests/fixtures anew, and where transformers is installed the tests make others of another seed."""
 import json
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import data  # noqa: E402
+from support import tokenizers  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
@@ -27,7 +27,7 @@ ROWS = [{"prompt": prompt, "response": response} for prompt, response in (
 
 def tokenizer_files():
     """The built-in tokenizer without words, and with the special tokens of both chat templates."""
-    files = {name: json.loads(raw) for name, raw in data.build_tokenizer(["####"]).files.items()}
+    files = {name: json.loads(raw) for name, raw in tokenizers.build_tokenizer(["####"]).files.items()}
     added = files["tokenizer.json"]["added_tokens"]
     added += [{**added[0], "id": added[-1]["id"] + 1 + i, "content": name} for i, name in enumerate(SPECIALS)]
     return {name: json.dumps(value, indent=1) for name, value in files.items()}
@@ -43,7 +43,7 @@ def make(directory, seed):
         out.mkdir(parents=True)
         for file, text in tokenizer_files().items():
             (out / file).write_text(text, encoding="utf-8")
-        tokenizer = data.Tokenizer.load(out)
+        tokenizer = tokenizers.Tokenizer.load(out)
         model_class = getattr(transformers, kind)
         config = model_class.config_class(**SIZES, **settings, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.stop_id, pad_token_id=None)
         torch.manual_seed(seed)

@@ -1,0 +1,84 @@
+"""Files: the one error type for bad input, JSON and JSON lines with line numbers, atomic writes."""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+
+class BadInput(ValueError):
+    """A file, row or flag that cannot be used; the message is one line that names it."""
+
+
+def read_json(path, raw):
+    """The JSON object in `raw` (text or bytes) of the file `path`; BadInput if it is none."""
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {str(value)[:40]!r}")
+    return value
+
+
+def read_jsonl(path):
+    """Yields (line number from 1, object) of a UTF-8 file, one object a line.
+
+    Lines end at a newline only: real data holds U+2028, at which str.splitlines() would cut. Blank lines are skipped.
+    """
+    if Path(path).exists() and not Path(path).is_file():
+        raise BadInput(f"{path}: is a directory or a device; --data names a JSON lines file")
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line.decode("utf-8"))
+                    except (ValueError, RecursionError) as e:
+                        reason = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+                        raise BadInput(f"{path}, line {number}: not valid JSON in UTF-8 ({reason})") from None
+                    if not isinstance(row, dict):
+                        raise BadInput(f"{path}, line {number}: found {type(row).__name__}, expected a JSON object")
+                    yield number, row
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be read ({e.strerror}); --data names a JSON lines file") from None
+
+
+@contextlib.contextmanager
+def at_line(source, number):
+    """Inside, what is wrong with a row gets the name of its file and its line."""
+    try:
+        yield
+    except BadInput as e:
+        raise BadInput(f"{source}, line {number}: {e}") from None
+
+
+def flush(path):
+    """Returns when a file, or the names in a directory, would survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_atomically(path, content):
+    """A file that exists is whole: written under a temporary name, flushed to disk, renamed. content: text, or {name: tensor}
+
+    Raises OSError, and leaves what was there before, when the disk is full or cannot be written to.
+    """
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
+        else:
+            save_file(content, temporary, metadata={"format": "pt"})
+        flush(temporary)
+        os.replace(temporary, path)
+        flush(path.parent)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(f"{path}: {getattr(e, 'strerror', None) or e}") from None
