@@ -41,7 +41,7 @@ from parallel import (
     vocab_pick,
     vocab_sum,
 )
-from support.files import write_atomically
+from support.files import BadInput, write_atomically
 
 # ------------------------------------------------------------------------------------------------ configuration
 
@@ -80,22 +80,22 @@ class ModelConfig:
     def from_dict(cls, raw):
         """From config.json as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
 
-        Raises ValueError with one line for anything that this code would get wrong silently.
+        Raises BadInput with one line for anything that this code would get wrong silently.
         """
         kind = raw.get("model_type")
         if kind not in ("llama", "qwen2"):
-            raise ValueError(f"model_type {kind!r} is not supported; expected 'llama' or 'qwen2'")
+            raise BadInput(f"model_type {kind!r} is not supported; expected 'llama' or 'qwen2'")
         if raw.get("quantization_config"):
-            raise ValueError("the weights are quantised; expected bf16, fp16 or fp32 weights")
+            raise BadInput("the weights are quantised; expected bf16, fp16 or fp32 weights")
         if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
+            raise BadInput(f"hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
         biased = raw.get("mlp_bias") or (kind == "llama" and raw.get("attention_bias"))
         if biased or raw.get("use_sliding_window"):
-            raise ValueError("mlp_bias, attention_bias and use_sliding_window are not supported; expected false")
+            raise BadInput("mlp_bias, attention_bias and use_sliding_window are not supported; expected false")
         rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
         rule = rope.get("rope_type", rope.get("type", "default"))
         if rule not in ("default", "llama3"):
-            raise ValueError(f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'")
+            raise BadInput(f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'")
         try:
             heads = int(raw["num_attention_heads"])
             scaling = RopeScaling(**{k: number(rope[k]) for k, number in RopeScaling.__annotations__.items()}) if rule == "llama3" else None
@@ -104,16 +104,16 @@ class ModelConfig:
                       float(raw.get("rms_norm_eps", 1e-6)), float(rope["rope_theta"]), scaling,
                       bool(raw.get("tie_word_embeddings", False)), int(raw.get("max_position_embeddings", 2048)), kind)  # fmt: skip
         except (KeyError, TypeError, ValueError, ArithmeticError) as e:
-            raise ValueError(f"a field is missing or not a number: {e}") from None
+            raise BadInput(f"a field is missing or not a number: {e}") from None
         sizes = cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, heads, cfg.num_key_value_heads, cfg.head_dim
         if not all(0 < size < 2**24 for size in sizes):
-            raise ValueError(f"found sizes {sizes}, expected them to be positive and below 2^24")
+            raise BadInput(f"found sizes {sizes}, expected them to be positive and below 2^24")
         if not all(0 < x < float("inf") for x in (cfg.rms_norm_eps, cfg.rope_theta, *(asdict(scaling).values() if scaling else ()))):
-            raise ValueError("rms_norm_eps and the numbers of RoPE must be positive and finite")
+            raise BadInput("rms_norm_eps and the numbers of RoPE must be positive and finite")
         if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise ValueError("low_freq_factor must be below high_freq_factor")
+            raise BadInput("low_freq_factor must be below high_freq_factor")
         if heads % cfg.num_key_value_heads or cfg.head_dim % 2:
-            raise ValueError(f"{heads} heads with {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: expected "
+            raise BadInput(f"{heads} heads with {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: expected "
                              "query heads in equal groups, and an even width")  # fmt: skip
         return cfg
 
@@ -616,16 +616,16 @@ def build_model(kind, cfg, grid, dtype=torch.float32):
 
 
 def read_config(directory):
-    """config.json of a model directory -> (ModelConfig, the raw dict); ValueError with one line if it cannot be used."""
+    """config.json of a model directory -> (ModelConfig, the raw dict); BadInput with one line if it cannot be used."""
     path = Path(directory) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, dict):
-            raise ValueError("expected a JSON object")
+            raise BadInput("expected a JSON object")
         return ModelConfig.from_dict(raw), raw
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         reason = "no such file; expected a Hugging Face model directory" if isinstance(e, FileNotFoundError) else e
-        raise ValueError(f"{path}: {reason}") from None
+        raise BadInput(f"{path}: {reason}") from None
 
 
 def _weight_files(directory):
@@ -635,56 +635,56 @@ def _weight_files(directory):
         if index.exists():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             if any(not isinstance(f, str) or Path(f).name != f or not f.isprintable() for f in names.values()):
-                raise ValueError("a shard lies outside the directory, or its name cannot be printed")
+                raise BadInput("a shard lies outside the directory, or its name cannot be printed")
             return {name: directory / file for name, file in names.items()}
         index = directory / "model.safetensors"
         with safe_open(index, "pt") as f:
             return {name: index for name in f.keys()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
-        raise ValueError(f"{index}: not a readable safetensors file or index: {e}") from None
+        raise BadInput(f"{index}: not a readable safetensors file or index: {e}") from None
 
 
 @torch.no_grad()
 def load_model(kind, directory, grid, dtype=torch.float32):
     """A LanguageModel or ScalarModel from a Hugging Face directory; each rank reads only its slices.
 
-    Strict: a missing, unexpected or misshapen tensor is a ValueError that names it. One exception, by design: a
+    Strict: a missing, unexpected or misshapen tensor is a BadInput that names it. One exception, by design: a
     ScalarModel made from a language model drops `lm_head` and gets a new zero head (a reward model's start).
     """
     cfg, raw = read_config(directory)
     classes = str(raw.get("architectures"))
     from_lm = "ForCausalLM" in classes
     if not from_lm and (kind is LanguageModel or "ForTokenClassification" not in classes):
-        raise ValueError(f"{directory}: config.json says {classes}; expected {'a language model' if kind is LanguageModel else 'a reward model'}")
+        raise BadInput(f"{directory}: config.json says {classes}; expected {'a language model' if kind is LanguageModel else 'a reward model'}")
     files = _weight_files(directory)
     if cfg.num_hidden_layers > len(files):  # before so many are built
-        raise ValueError(f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors")
+        raise BadInput(f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors")
     try:
         model = build_model(kind, cfg, grid, dtype)
     except RuntimeError as e:
-        raise ValueError(f"{directory}: no memory for a model of the sizes in config.json: {e}") from None
+        raise BadInput(f"{directory}: no memory for a model of the sizes in config.json: {e}") from None
     params = dict(model.named_parameters())
     optional = {"lm_head.weight"} if from_lm and (kind is ScalarModel or cfg.tie_word_embeddings) else {"score.bias"} - params.keys()
     new_head = {"score.weight"} if from_lm and kind is ScalarModel else set()
     missing, extra = params.keys() - files.keys() - new_head, files.keys() - params.keys() - optional
     if missing or extra:
-        raise ValueError(f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}")
+        raise BadInput(f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}")
     for name in [n for n in (*params, "score.bias") if n in files]:
         try:  # opened anew for each tensor, for what was read of an open file counts as this process's memory
             with safe_open(files[name], "pt") as file:
                 view = file.get_slice(name)
                 if name == "score.bias":
                     if view[:].any():
-                        raise ValueError(f"{files[name]}: score.bias is not zero; expected a head without bias")
+                        raise BadInput(f"{files[name]}: score.bias is not zero; expected a head without bias")
                     continue
                 expected = model.full_shape(name, params[name].shape)
                 if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                    raise ValueError(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
+                    raise BadInput(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
                 params[name].copy_(model.my_slice(name, view))
                 if not params[name].sum().isfinite():  # one pass, no copy
-                    raise ValueError(f"{files[name]}: {name} has numbers that are not finite")
+                    raise BadInput(f"{files[name]}: {name} has numbers that are not finite")
         except (OSError, SafetensorError) as e:
-            raise ValueError(f"{files[name]}: cannot read {name}: {e}") from None
+            raise BadInput(f"{files[name]}: cannot read {name}: {e}") from None
     if new_head:
         model.score.weight.zero_()
     return model

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from support.files import BadInput
+
 # ------------------------------------------------------------------------------------------------ the grid
 
 
@@ -50,14 +52,14 @@ def make_grid(tp_size=0, device="auto", timeout=1800):
     device    "auto" (CUDA when there is one), "cpu" or "cuda"
     timeout   seconds that a rank waits for another one before it gives up with an error
     -> Grid; neighbouring ranks form a tp group, so that tp stays inside a machine
-    Raises ValueError when tp_size does not divide the number of processes, or when CUDA is asked for and absent.
+    Raises BadInput when tp_size does not divide the number of processes, or when CUDA is asked for and absent.
     """
     world, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     tp_size = tp_size or world
     if world % tp_size:
-        raise ValueError(f"--tp {tp_size} does not divide the {world} processes of this run")
+        raise BadInput(f"--tp {tp_size} does not divide the {world} processes of this run")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this torch sees no CUDA device; use --device cpu or auto")
+        raise BadInput("--device cuda: this torch sees no CUDA device; use --device cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
         device = torch.device("cpu")
         if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says one thread a process; a lone process keeps what torch or OMP_NUM_THREADS says
@@ -169,10 +171,10 @@ def shard_dim(name, kv_heads, tp_size):
 
 
 def check_divisible(tp_size, heads, kv_heads, ffn):
-    """ValueError that lists the sizes that work, when heads or the hidden layer cannot be shared out evenly."""
+    """BadInput that lists the sizes that work, when heads or the hidden layer cannot be shared out evenly."""
     works = [n for n in range(1, heads + 1) if heads % n == 0 and ffn % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
     if tp_size not in works:
-        raise ValueError(f"--tp {tp_size}: a model with {heads} attention heads, {kv_heads} key/value heads and "
+        raise BadInput(f"--tp {tp_size}: a model with {heads} attention heads, {kv_heads} key/value heads and "
                          f"{ffn} hidden units can be shared by {', '.join(map(str, works))} processes")  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import torch
 from data import Example, collate, spans
 from model import exact_kl, token_logprobs
 from parallel import all_sum, shard_range, update
+from support.files import BadInput
 from support.sampling import generate
 
 # ------------------------------------------------------------------------------------------------ the rollout
@@ -147,10 +148,10 @@ def group_advantages(sequence_rewards, group_size, how):
     """One advantage a trajectory from its group of samples of one prompt: (B,) -> (B,), groups are neighbours.
 
     "rloo"   R_i - mean of the others (Ahmadian et al. 2024)      "grpo"   (R_i - mean) / (std + 1e-6) (Shao et al. 2024)
-    The std is the sample's, over group_size - 1. Raises ValueError for a group of one.
+    The std is the sample's, over group_size - 1. Raises BadInput for a group of one.
     """
     if group_size < 2:
-        raise ValueError(f"--advantage {how} compares the samples of one prompt: expected --group_size 2 or more")
+        raise BadInput(f"--advantage {how} compares the samples of one prompt: expected --group_size 2 or more")
     groups = sequence_rewards.view(-1, group_size)  # (prompts, group)
     centred = groups - groups.mean(1, keepdim=True)
     if how == "rloo":
@@ -176,7 +177,7 @@ def advantages(rollout, cfg, grid):
         rloo, grpo    the trajectory's mean reward against its group's, on every token, - kl_coef * KL
     """
     if cfg.advantage == "gae":
-        raise ValueError("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
+        raise BadInput("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
     mask, penalty = rollout.response_mask, cfg.kl_coef * kl_penalty(rollout, cfg.kl)
     if cfg.advantage in ("rloo", "grpo"):
         means = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1) / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)

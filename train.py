@@ -68,7 +68,6 @@ from support.evaluate import (
     sample_graded,
     score_examples,
     show_tokens,
-    user_files,
     write_rows,
 )
 from support.files import BadInput, at_line, write_atomically
@@ -119,8 +118,7 @@ def train_loop(cfg, grid, steps, optimizers, step_fn, inputs):
                  nothing else is needed to go on exactly.
     inputs       fingerprints of the files that decide what is learned; `--resume` insists on the same
     """
-    with user_files():
-        work = Workdir(cfg, out_path(cfg), grid, optimizers, inputs)
+    work = Workdir(cfg, out_path(cfg), grid, optimizers, inputs)
     skipped = lambda: sum(optimizer.skipped for _, optimizer in optimizers.values())
     with deferred_interrupt(grid) as interrupted:
         for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
@@ -174,8 +172,7 @@ def stage_sft(cfg, grid):
         policy = adapted(load(LanguageModel, cfg.model, cfg, grid), cfg, cfg.lora_rank)
     else:
         tokenizer = arith_tokenizer()
-        with user_files():
-            policy = init_weights(build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed)
+        policy = init_weights(build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed)
     rows = load_rows(cfg.data, ("prompt", "response")) if cfg.data else arith_rows("train", 16_000, cfg.seed)
     rows, _ = encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data or "built-in task", log=lambda text: say(grid, text))
 
@@ -437,8 +434,7 @@ def main(argv=None):
     try:
         cfg = parse(sys.argv[1:] if argv is None else argv)
         check_paths(cfg)
-        with user_files():
-            grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
+        grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
         if not cfg.model and not cfg.data:
             torch.set_num_threads(1)  # the built-in model is too small for more; and so every machine gives the same numbers
         if (cfg.flex or cfg.graphs) and grid.device.type != "cuda":

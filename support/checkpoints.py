@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from parallel import all_sum, barrier, say
-from support.files import flush, write_atomically
+from support.files import BadInput, flush, write_atomically
 
 
 class Workdir:
@@ -42,7 +42,7 @@ class Workdir:
             try:
                 self._restore()
             except (AttributeError, KeyError, OSError, SafetensorError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
-                raise ValueError(f"--resume: {self.state}: not a whole checkpoint: {e!r}") from None
+                raise BadInput(f"--resume: {self.state}: not a whole checkpoint: {e!r}") from None
         barrier(self.grid)  # every rank has looked before the main one touches anything
         if grid.is_main:
             lines = []
@@ -85,7 +85,7 @@ class Workdir:
         then, now = ({**{f"--{k}": v for k, v in x["config"].items()}, **x["inputs"]} for x in (saved, self.identity))
         if changed := [k for k, v in now.items() if then.get(k) != v]:
             k = changed[0]
-            raise ValueError(f"--resume: {self.state.parent} was made with {k} {then.get(k)}, not {now[k]}")
+            raise BadInput(f"--resume: {self.state.parent} was made with {k} {then.get(k)}, not {now[k]}")
         for owner, (model, optimizer) in self.optimizers.items():
             updates, optimizer.in_a_row = saved["counts"][owner]
             with safe_open(self.state.with_name(saved["tensors"]), "pt") as file:

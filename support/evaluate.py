@@ -1,6 +1,5 @@
 """Sampling and grading answers, eval, score and show."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -112,19 +111,9 @@ def graded_reward(kind, tokenizer, rows, cfg):
     return reward_fn
 
 
-@contextlib.contextmanager
-def user_files():
-    """Inside, what model.py and parallel.py refuse (ValueError) is the user's input, not a bug."""
-    try:
-        yield
-    except ValueError as e:
-        raise BadInput(str(e)) from None
-
-
 def load(kind, directory, cfg, grid):
     """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
-    with user_files():
-        model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
+    model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
     model.model.remat = cfg.remat
     size = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes there, KiB elsewhere
@@ -136,8 +125,7 @@ def load_tokenizer(directory, cfg):
     """The tokenizer of a model directory in the run's chat template; BadInput if the model has no row for an id, or is used
     otherwise than it was trained (to train it on, as sft and rm do, in another template is fine)."""
     tokenizer, path = Tokenizer.load(directory, cfg.chat, cfg.date or None), Path(directory) / "run.json"
-    with user_files():
-        n = read_config(directory)[0].vocab_size
+    n = read_config(directory)[0].vocab_size
     if tokenizer.vocab_size > n:
         raise BadInput(f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1}, but config.json says vocab_size {n}")
     made = read_json(path, path.read_bytes()) if path.exists() and cfg.stage not in ("sft", "rm") else {}
@@ -199,8 +187,7 @@ def load_reward(kind, directory, tokenizer, cfg, grid, rows=()):
 
 def is_reward_model(directory):
     """Whether config.json names a model with one scalar a token."""
-    with user_files():
-        return "ForTokenClassification" in str(read_config(directory)[1].get("architectures"))
+    return "ForTokenClassification" in str(read_config(directory)[1].get("architectures"))
 
 
 @torch.no_grad()

@@ -13,6 +13,12 @@ class BadInput(ValueError):
     """A file, row or flag that cannot be used; the message is one line that names it."""
 
 
+def require(ok, message):
+    """Raises BadInput with `message` unless `ok`."""
+    if not ok:
+        raise BadInput(message)
+
+
 def read_json(path, raw):
     """The JSON object in `raw` (text or bytes) of the file `path`; BadInput if it is none."""
     try:

@@ -38,7 +38,7 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
     Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2 million" (2).
     """
     if task not in TASKS or grader not in GRADERS:
-        raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}, or grader {grader!r} of {', '.join(GRADERS)}")
+        raise BadInput(f"task {task!r} is not one of {', '.join(TASKS)}, or grader {grader!r} of {', '.join(GRADERS)}")
     if task == "math":
         return boxed(text)
     if grader == "strict":

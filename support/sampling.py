@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from model import Packed, sample_tokens
 from parallel import LoRALinear, gather_shards
+from support.files import BadInput
 
 
 class KVCache:
@@ -113,10 +114,10 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
     temperature   0 is greedy               seed        prompt i, step t always get the same uniform number
     batch_size    answers in the making at a time; a finished one makes room for the next prompt
     -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
-    Raises ValueError for a prompt without tokens.
+    Raises BadInput for a prompt without tokens.
     """
     if not all(prompts):
-        raise ValueError("a prompt has no tokens; expected at least one")
+        raise BadInput("a prompt has no tokens; expected at least one")
     device, n = policy.grid.device, len(prompts)
     uniforms = torch.rand(n + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     waiting, slots = sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i])), min(batch_size, n)  # taken from the end
