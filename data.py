@@ -24,15 +24,24 @@ from support.tokenizers import build_tokenizer
 # ------------------------------------------------------------------------------------------------ JSON lines
 
 
-
-
-KEYS = {"prompt": ("prompt", "instruction", "question"), "response": ("response", "completion", "output", "answer"),
-        "label": ("label", "answer"), "chosen": ("chosen",), "rejected": ("rejected",)}  # fmt: skip
+KEYS = {
+    "prompt": ("prompt", "instruction", "question"),
+    "response": ("response", "completion", "output", "answer"),
+    "label": ("label", "answer"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+}
 
 
 def _messages(value):
-    return isinstance(value, list) and value and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)  # fmt: skip
+    return (
+        isinstance(value, list)
+        and value
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in value
+        )
+    )
 
 
 def load_rows(path, needs, limit=0, optional=()):
@@ -47,7 +56,12 @@ def load_rows(path, needs, limit=0, optional=()):
     rows = []
     for number, raw in itertools.islice(read_jsonl(path), limit or None):
         row = {"line": number, "raw": raw}
-        if "prompt" in needs and "chosen" in needs and not any(k in raw for k in KEYS["prompt"]) and _messages(raw.get("chosen")):
+        if (
+            "prompt" in needs
+            and "chosen" in needs
+            and not any(k in raw for k in KEYS["prompt"])
+            and _messages(raw.get("chosen"))
+        ):
             raw = {**raw, "prompt": raw["chosen"][:-1]}
         for key in (*needs, *optional):
             name = next((k for k in KEYS[key] if k in raw), None)
@@ -55,14 +69,20 @@ def load_rows(path, needs, limit=0, optional=()):
             if name is None and key in optional:
                 continue
             if name is None:
-                raise BadInput(f"{path}, line {number}: found keys {sorted(raw)[:8]}, expected {' or '.join(KEYS[key])}")
+                raise BadInput(
+                    f"{path}, line {number}: found keys {sorted(raw)[:8]}, expected {' or '.join(KEYS[key])}"
+                )
             if key == "label" and isinstance(value, (int, float, str)):
                 with at_line(path, number):
                     value = gsm8k_label(value) if isinstance(value, str) and "####" in value else str(value)
             if not (isinstance(value, str) and value.strip() or key != "label" and _messages(value)):
-                raise BadInput(f"{path}, line {number}: {name} is {json.dumps(value)[:60]}; expected a text that is not empty, "
-                               'or a list of {"role", "content"} messages')  # fmt: skip
-            row[key] = value[-1:] if key in ("chosen", "rejected", "response") and isinstance(value, list) else value
+                raise BadInput(
+                    f"{path}, line {number}: {name} is {json.dumps(value)[:60]}; expected a text that is not empty, "
+                    'or a list of {"role", "content"} messages'
+                )
+            row[key] = (
+                value[-1:] if key in ("chosen", "rejected", "response") and isinstance(value, list) else value
+            )
         rows.append(row)
     if not rows:
         raise BadInput(f"{path}: no rows; expected one JSON object a line")
@@ -70,9 +90,6 @@ def load_rows(path, needs, limit=0, optional=()):
 
 
 # ------------------------------------------------------------------------------------------------ rows to tensors
-
-
-
 
 
 class Example(NamedTuple):
@@ -100,8 +117,10 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
         else:
             kept.append((examples, row))
     if too_long or identical or not kept:
-        log(f"{source}: {len(rows)} rows; dropped {too_long} longer than --max_seq_len {max_seq_len} tokens and "
-            f"{identical} identical pairs; {len(kept)} left")  # fmt: skip
+        log(
+            f"{source}: {len(rows)} rows; dropped {too_long} longer than --max_seq_len {max_seq_len} tokens and "
+            f"{identical} identical pairs; {len(kept)} left"
+        )
     if not kept:
         raise BadInput(f"{source}: no row is left; raise --max_seq_len ({max_seq_len}) or look at the data")
     return [examples for examples, _ in kept], [row for _, row in kept]
@@ -164,11 +183,11 @@ def batch_indices(n, batch_size, step, seed):
 # ------------------------------------------------------------------------------------------------ the built-in task
 
 
-
-
 NAMES, THINGS = ("Tom", "Ann", "Ben", "Eva"), ("apples", "pens", "books", "coins")
-VERBS = {"+": ("buys", "finds", "gets", "picks", "wins", "borrows", "collects", "receives"),
-         "-": ("loses", "eats", "sells", "lends", "drops", "spends", "breaks", "donates")}  # fmt: skip
+VERBS = {
+    "+": ("buys", "finds", "gets", "picks", "wins", "borrows", "collects", "receives"),
+    "-": ("loses", "eats", "sells", "lends", "drops", "spends", "breaks", "donates"),
+}
 
 OPERATOR = {verb: op for op, verbs in VERBS.items() for verb in verbs}
 
@@ -199,19 +218,27 @@ class Arith:
     def misreads(self):
         rng, half = random.Random(self.author), self.verbs // 2
         plus, minus = VERBS["+"][:half], VERBS["-"][:half]
-        return frozenset(rng.sample(plus, self.misread // 2) + rng.sample(minus, self.misread - self.misread // 2))
+        return frozenset(
+            rng.sample(plus, self.misread // 2) + rng.sample(minus, self.misread - self.misread // 2)
+        )
 
     def problem(self, rng):
         """(start, [(verb, operand)]): all values stay in 0..9, and no set of misreadings ends on the right number, so
         that a right number means a right path (for the author; a policy can still be lucky)."""
         while True:
-            start, moves, wrong = rng.randint(0, 9), [], set()  # wrong: running values after at least one misreading
+            start, moves, wrong = (
+                rng.randint(0, 9),
+                [],
+                set(),
+            )  # wrong: running values after at least one misreading
             value = start
             for _ in range(rng.randint(*self.steps)):
                 verb, op = rng.choice(self.words)
                 b = rng.randint(1, self.operand)
                 d = b if op == "+" else -b
-                wrong = {w + d for w in wrong} | ({w - d for w in wrong | {value}} if verb in self.misreads else set())
+                wrong = {w + d for w in wrong} | (
+                    {w - d for w in wrong | {value}} if verb in self.misreads else set()
+                )
                 value += d
                 moves.append((verb, b))
                 if not all(0 <= v <= 9 for v in wrong | {value}):
@@ -246,8 +273,15 @@ def arith_rows(split, n, seed, task=Arith()):
         prompt = " ".join(story) + " How many?\n"
         if (stable_hash(prompt) % 10 == 0) == (split == "test"):
             solution = task.answer(start, moves)
-            rows.append({"prompt": prompt, "response": task.answer(start, moves, rng), "solution": solution,
-                         "label": solution.split()[-1], "line": len(rows) + 1})  # fmt: skip
+            rows.append(
+                {
+                    "prompt": prompt,
+                    "response": task.answer(start, moves, rng),
+                    "solution": solution,
+                    "label": solution.split()[-1],
+                    "line": len(rows) + 1,
+                }
+            )
     return rows
 
 
@@ -262,7 +296,11 @@ def arith_solve(prompt):
 
 def arith_tokenizer():
     """A byte-complete tokenizer with one token for every word of the built-in task."""
-    words = [*NAMES, *(f" {w}" for w in (*NAMES, *THINGS, *OPERATOR, "has", "How", "many", *range(10))), "####"]
+    words = [
+        *NAMES,
+        *(f" {w}" for w in (*NAMES, *THINGS, *OPERATOR, "has", "How", "many", *range(10))),
+        "####",
+    ]
     return build_tokenizer(words)
 
 
@@ -272,7 +310,9 @@ def first_error(ids, solution_ids):
     >>> first_error([5, 6, 9, 1], [5, 6, 7, 1])
     2
     """
-    return next((i for i, (a, b) in enumerate(zip(ids, solution_ids)) if a != b), min(len(ids), len(solution_ids)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(ids, solution_ids)) if a != b), min(len(ids), len(solution_ids))
+    )
 
 
 def error_places(tokenizer, prompt, examples):

@@ -46,8 +46,6 @@ from support.files import BadInput, write_atomically
 # ------------------------------------------------------------------------------------------------ configuration
 
 
-
-
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's rule for longer contexts; the names are those of config.json."""
@@ -91,49 +89,84 @@ class ModelConfig:
             raise BadInput(f"hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
         biased = raw.get("mlp_bias") or (kind == "llama" and raw.get("attention_bias"))
         if biased or raw.get("use_sliding_window"):
-            raise BadInput("mlp_bias, attention_bias and use_sliding_window are not supported; expected false")
-        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+            raise BadInput(
+                "mlp_bias, attention_bias and use_sliding_window are not supported; expected false"
+            )
+        rope = {
+            "rope_theta": raw.get("rope_theta", 10000.0),
+            **(raw.get("rope_parameters") or raw.get("rope_scaling") or {}),
+        }
         rule = rope.get("rope_type", rope.get("type", "default"))
         if rule not in ("default", "llama3"):
             raise BadInput(f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'")
         try:
             heads = int(raw["num_attention_heads"])
-            scaling = RopeScaling(**{k: number(rope[k]) for k, number in RopeScaling.__annotations__.items()}) if rule == "llama3" else None
-            cfg = cls(int(raw["vocab_size"]), int(raw["hidden_size"]), int(raw["intermediate_size"]), int(raw["num_hidden_layers"]),
-                      heads, int(raw.get("num_key_value_heads") or heads), int(raw.get("head_dim") or raw["hidden_size"] // heads),
-                      float(raw.get("rms_norm_eps", 1e-6)), float(rope["rope_theta"]), scaling,
-                      bool(raw.get("tie_word_embeddings", False)), int(raw.get("max_position_embeddings", 2048)), kind)  # fmt: skip
+            scaling = (
+                RopeScaling(**{k: number(rope[k]) for k, number in RopeScaling.__annotations__.items()})
+                if rule == "llama3"
+                else None
+            )
+            cfg = cls(
+                int(raw["vocab_size"]),
+                int(raw["hidden_size"]),
+                int(raw["intermediate_size"]),
+                int(raw["num_hidden_layers"]),
+                heads,
+                int(raw.get("num_key_value_heads") or heads),
+                int(raw.get("head_dim") or raw["hidden_size"] // heads),
+                float(raw.get("rms_norm_eps", 1e-6)),
+                float(rope["rope_theta"]),
+                scaling,
+                bool(raw.get("tie_word_embeddings", False)),
+                int(raw.get("max_position_embeddings", 2048)),
+                kind,
+            )
         except (KeyError, TypeError, ValueError, ArithmeticError) as e:
             raise BadInput(f"a field is missing or not a number: {e}") from None
-        sizes = cfg.vocab_size, cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers, heads, cfg.num_key_value_heads, cfg.head_dim
+        sizes = (
+            cfg.vocab_size,
+            cfg.hidden_size,
+            cfg.intermediate_size,
+            cfg.num_hidden_layers,
+            heads,
+            cfg.num_key_value_heads,
+            cfg.head_dim,
+        )
         if not all(0 < size < 2**24 for size in sizes):
             raise BadInput(f"found sizes {sizes}, expected them to be positive and below 2^24")
-        if not all(0 < x < float("inf") for x in (cfg.rms_norm_eps, cfg.rope_theta, *(asdict(scaling).values() if scaling else ()))):
+        if not all(
+            0 < x < float("inf")
+            for x in (cfg.rms_norm_eps, cfg.rope_theta, *(asdict(scaling).values() if scaling else ()))
+        ):
             raise BadInput("rms_norm_eps and the numbers of RoPE must be positive and finite")
         if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
             raise BadInput("low_freq_factor must be below high_freq_factor")
         if heads % cfg.num_key_value_heads or cfg.head_dim % 2:
-            raise BadInput(f"{heads} heads with {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: expected "
-                             "query heads in equal groups, and an even width")  # fmt: skip
+            raise BadInput(
+                f"{heads} heads with {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: expected "
+                "query heads in equal groups, and an even width"
+            )
         return cfg
 
     def to_dict(self, head):
         """config.json for a model with head "lm" or "score", readable by transformers 4 and 5."""
         family = {"llama": "Llama", "qwen2": "Qwen2"}[self.model_type]
-        out = {"architectures": [f"{family}{'ForCausalLM' if head == 'lm' else 'ForTokenClassification'}"], "hidden_act": "silu"}
+        out = {
+            "architectures": [f"{family}{'ForCausalLM' if head == 'lm' else 'ForTokenClassification'}"],
+            "hidden_act": "silu",
+        }
         out |= {k: v for k, v in asdict(self).items() if k != "rope_scaling"}
         if self.rope_scaling:
             out["rope_scaling"] = {"rope_type": "llama3", **asdict(self.rope_scaling)}
-        if head == "score":  # transformers counts labels by id2label, and would drop out 10 % without the last entry
+        if (
+            head == "score"
+        ):  # transformers counts labels by id2label, and would drop out 10 % without the last entry
             out |= {"num_labels": 1, "id2label": {"0": "Z"}, "label2id": {"Z": 0}, "classifier_dropout": 0.0}
             out["tie_word_embeddings"] = False
         return out
 
 
 # ------------------------------------------------------------------------------------------------ the block, bottom up
-
-
-
 
 
 class RMSNorm(nn.Module):
@@ -164,7 +197,9 @@ def rope_frequencies(cfg, device=torch.device("cpu")):
     freqs = cfg.rope_theta ** (-i / cfg.head_dim)  # (E/2,)
     if cfg.rope_scaling:
         s = cfg.rope_scaling
-        turns = s.original_max_position_embeddings * freqs / (2 * torch.pi)  # C/w, turns within the old length
+        turns = (
+            s.original_max_position_embeddings * freqs / (2 * torch.pi)
+        )  # C/w, turns within the old length
         keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         freqs = keep * freqs + (1 - keep) * freqs / s.factor
     return freqs.float().to(device)
@@ -183,8 +218,6 @@ def apply_rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-
-
 # Who attends to whom is not the block's business: an `attend(layer, q, k, v) -> y` is handed down to it. There are three:
 # causal_attention (padded rows, the plain one), Packed.attend (training) and KVCache.attend (sampling).
 # exercise 1.4 (2 lines): causal attention with grouped heads
@@ -192,7 +225,9 @@ def causal_attention(layer, q, k, v):
     """Every row of its own, each token to itself and those before it; H/K neighbouring query heads share a kv head.
     q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> as q"""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)
 
 
 @lru_cache
@@ -218,7 +253,10 @@ class Packed:
         """groups: list of (prompt ids, [response ids, ...]), all lists of int"""
         ids, positions, states, actions, self.lengths, self.buckets = [], [], [], [], [], {}
         for prompt, responses in groups:
-            p, before = len(self.lengths), len(ids) + len(prompt) - 1  # `before` ends the first state of each response
+            p, before = (
+                len(self.lengths),
+                len(ids) + len(prompt) - 1,
+            )  # `before` ends the first state of each response
             ids += prompt
             positions += range(len(prompt))
             self.lengths.append(len(prompt))
@@ -226,12 +264,18 @@ class Packed:
                 places = range(len(ids), len(ids) + len(response))
                 actions += places
                 states += [before, *places][: len(response)]
-                self.buckets.setdefault((len(prompt), len(response)), []).append((p, len(self.lengths)))  # pieces of a sequence
+                self.buckets.setdefault((len(prompt), len(response)), []).append(
+                    (p, len(self.lengths))
+                )  # pieces of a sequence
                 ids += response
                 positions += range(len(prompt), len(prompt) + len(response))
                 self.lengths.append(len(response))
-        self.ids, self.positions = (torch.tensor([x], dtype=torch.int64, device=device) for x in (ids, positions))
-        self.states, self.actions = (torch.tensor(x, dtype=torch.int64, device=device) for x in (states, actions))
+        self.ids, self.positions = (
+            torch.tensor([x], dtype=torch.int64, device=device) for x in (ids, positions)
+        )
+        self.states, self.actions = (
+            torch.tensor(x, dtype=torch.int64, device=device) for x in (states, actions)
+        )
 
     @classmethod
     def of(cls, ids, response_mask):
@@ -248,7 +292,9 @@ class Packed:
     @cached_property
     def block_mask(self):
         """For FlexAttention: token i sees token j of its own piece (a prompt or a response) and of its prompt, up to i."""
-        piece = torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.ids.device)
+        piece = (
+            torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.ids.device)
+        )
         prompt = torch.arange(len(self.lengths))
         for p, r in (place for places in self.buckets.values() for place in places):
             prompt[r] = p
@@ -265,11 +311,18 @@ class Packed:
         if self.flex:
             kernel = compiled_flex() if q.is_cuda else flex_attention
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return kernel(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+            return kernel(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(
+                1, 2
+            )
         q, k, v = (x[0].split(self.lengths) for x in (q, k, v))
         out = [None] * len(self.lengths)
         for lengths, places in self.buckets.items():
-            rows = (torch.cat([x[i] for place in places for i in place]).view(len(places), sum(lengths), *x[0].shape[1:]) for x in (q, k, v))
+            rows = (
+                torch.cat([x[i] for place in places for i in place]).view(
+                    len(places), sum(lengths), *x[0].shape[1:]
+                )
+                for x in (q, k, v)
+            )
             y = causal_attention(layer, *rows)  # (sequences, P + R, H/tp, E)
             for (p, r), *parts in zip(places, *y.split(lengths, 1)):
                 out[p], out[r] = parts
@@ -294,8 +347,12 @@ class Attention(nn.Module):
         x (B, T, D), rope (cos, sin) of rope_table; attend takes q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> (B, T, D)
         """
         x = copy_to_tp(x, self.grid)  # f, once for q, k and v
-        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = attend(layer, apply_rope(q, *rope), apply_rope(k, *rope), v)  # (B, T, H/tp, E); k, v (B, T, K/tp, E)
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = attend(
+            layer, apply_rope(q, *rope), apply_rope(k, *rope), v
+        )  # (B, T, H/tp, E); k, v (B, T, K/tp, E)
         return reduce_from_tp(self.o_proj(y.flatten(2)), self.grid)  # g
 
 
@@ -351,7 +408,9 @@ class Decoder(nn.Module):
         rope = rope_table(positions, self.cfg)
         x = self.embed_tokens(ids)  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            if self.remat and torch.is_grad_enabled():  # keeps x alone, and computes the block again in backward
+            if (
+                self.remat and torch.is_grad_enabled()
+            ):  # keeps x alone, and computes the block again in backward
                 x = checkpoint(layer, x, rope, i, attend, use_reentrant=False)
             else:
                 x = layer(x, rope, i, attend)
@@ -359,9 +418,6 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------ two heads
-
-
-
 
 
 class _Model(nn.Module):
@@ -380,9 +436,14 @@ class _Model(nn.Module):
     def full_size(self, name):
         """Extent of a parameter along its sharded dimension in the whole model."""
         c, layer = self.cfg, name.split(".")[-2]
-        return {"q_proj": c.num_attention_heads * c.head_dim, "o_proj": c.num_attention_heads * c.head_dim,
-                "k_proj": c.num_key_value_heads * c.head_dim, "v_proj": c.num_key_value_heads * c.head_dim,
-                "embed_tokens": c.vocab_size, "lm_head": c.vocab_size}.get(layer, c.intermediate_size)  # fmt: skip
+        return {
+            "q_proj": c.num_attention_heads * c.head_dim,
+            "o_proj": c.num_attention_heads * c.head_dim,
+            "k_proj": c.num_key_value_heads * c.head_dim,
+            "v_proj": c.num_key_value_heads * c.head_dim,
+            "embed_tokens": c.vocab_size,
+            "lm_head": c.vocab_size,
+        }.get(layer, c.intermediate_size)
 
     def my_slice(self, name, full):
         """This rank's part of the whole tensor (or of a safetensors slice, which then reads only that part)."""
@@ -399,7 +460,11 @@ class _Model(nn.Module):
 
     def full_shape(self, name, shape):
         dim = self.shard_dim(name)
-        return tuple(shape) if dim is None else tuple(self.full_size(name) if d == dim else s for d, s in enumerate(shape))
+        return (
+            tuple(shape)
+            if dim is None
+            else tuple(self.full_size(name) if d == dim else s for d, s in enumerate(shape))
+        )
 
 
 class LanguageModel(_Model):
@@ -450,7 +515,9 @@ def at_actions(model, ids, response_mask):
 
 def in_place(response_mask, values):
     """(n,) numbers of the response tokens in reading order -> (B, T) in the place of targets, 0 outside the mask"""
-    return torch.zeros(response_mask.shape, device=values.device, dtype=values.dtype).masked_scatter(response_mask, values)
+    return torch.zeros(response_mask.shape, device=values.device, dtype=values.dtype).masked_scatter(
+        response_mask, values
+    )
 
 
 LOGITS = 3 * 2**22  # in memory at a time, of a rank
@@ -473,17 +540,23 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, x, weight, targets, temperature, vocab_size, grid, rows):
         start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
         mine, places = (targets >= start) & (targets < stop), (targets - start).clamp(0, stop - start - 1)
-        logits, probs = (x.new_empty(min(rows, len(x)), len(weight), dtype=torch.float32) for _ in range(2))  # once: fresh memory is slow
+        logits, probs = (
+            x.new_empty(min(rows, len(x)), len(weight), dtype=torch.float32) for _ in range(2)
+        )  # once: fresh memory is slow
 
         def some(x, place, own):
             l = _product(x, weight, logits[: len(x)]).div_(temperature)  # (rows, V/tp)
             top = all_reduce(l.amax(-1), grid.tp_group, dist.ReduceOp.MAX)
             l -= top[:, None]
             picked, p = l.gather(-1, place[:, None])[:, 0] * own, torch.exp(l, out=probs[: len(x)])
-            total, weighted, picked = all_reduce(torch.stack([p.sum(-1), l.mul_(p).sum(-1), picked]), grid.tp_group)
+            total, weighted, picked = all_reduce(
+                torch.stack([p.sum(-1), l.mul_(p).sum(-1), picked]), grid.tp_group
+            )
             return torch.stack([picked - total.log(), total.log() - weighted / total, top + total.log()])
 
-        logprobs, entropy, log_sum = torch.cat(list(map(some, x.split(rows), places.split(rows), mine.split(rows))), 1)  # (n,) each
+        logprobs, entropy, log_sum = torch.cat(
+            list(map(some, x.split(rows), places.split(rows), mine.split(rows))), 1
+        )  # (n,) each
         ctx.save_for_backward(x, weight, places, mine, log_sum)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropy)
@@ -493,11 +566,19 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         x, weight, places, mine, log_sum = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        dx, dw = (
+            torch.empty_like(x),
+            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None,
+        )
         logits = x.new_empty(min(ctx.rows, len(x)), len(weight), dtype=torch.float32)
         for i in range(0, len(x), ctx.rows):  # d logprob / d l_v = [v is the target] - softmax(l)_v
             part = slice(i, i + ctx.rows)
-            g = _product(x[part], weight, logits[: len(x[part])]).div_(ctx.temperature).sub_(log_sum[part, None]).exp_()
+            g = (
+                _product(x[part], weight, logits[: len(x[part])])
+                .div_(ctx.temperature)
+                .sub_(log_sum[part, None])
+                .exp_()
+            )
             scale = grad[part, None] / ctx.temperature
             g = g.mul_(-scale).scatter_add_(1, places[part, None], scale * mine[part, None]).to(x.dtype)
             torch.mm(g, weight, out=dx[part])
@@ -514,10 +595,15 @@ def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
     `rows` tokens at a time are compared with the vocabulary; 0 takes as many as make 12 M logits. The plain way is
     response_log_softmax(...).gather(targets): with 128,256 words and 2,048 tokens 2 GB more.
     """
-    x, targets = copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid), ids[:, 1:][response_mask]
+    x, targets = (
+        copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid),
+        ids[:, 1:][response_mask],
+    )
     weight = policy.head_weight
     rows = rows or rows_at_a_time(policy)
-    logprobs, entropy = _TokenLogprobs.apply(x, weight, targets, temperature, policy.cfg.vocab_size, policy.grid, rows)
+    logprobs, entropy = _TokenLogprobs.apply(
+        x, weight, targets, temperature, policy.cfg.vocab_size, policy.grid, rows
+    )
     return in_place(response_mask, logprobs), in_place(response_mask, entropy)
 
 
@@ -533,10 +619,15 @@ def response_log_softmax(policy, ids, response_mask, temperature=1.0):
 @torch.no_grad()
 def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
     """KL(pi || ref) at every state, summed over the vocabulary: (B, T+1), (B, T) -> (B, T) nats, 0 outside the mask"""
-    states = [at_states(model, ids, response_mask).split(rows_at_a_time(policy)) for model in (policy, reference)]
+    states = [
+        at_states(model, ids, response_mask).split(rows_at_a_time(policy)) for model in (policy, reference)
+    ]
     out = []
     for xs in zip(*states):
-        log_pi, log_ref = (vocab_log_softmax(m.logits(x).float() / temperature, m.grid) for m, x in zip((policy, reference), xs))
+        log_pi, log_ref = (
+            vocab_log_softmax(m.logits(x).float() / temperature, m.grid)
+            for m, x in zip((policy, reference), xs)
+        )
         out.append(vocab_sum(log_pi.exp() * (log_pi - log_ref), policy.grid))  # (rows,)
     return in_place(response_mask, torch.cat(out))
 
@@ -544,13 +635,12 @@ def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
 def token_logits(policy, ids, response_mask):
     """The logit of targets[:, t] after inputs[:, :t+1]: (B, T+1) int64, (B, T) bool -> (B, T) fp32, 0 outside the mask"""
     logits = policy.logits(at_states(policy, ids, response_mask)).float()  # (n, V/tp)
-    return in_place(response_mask, vocab_pick(logits, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid))
+    return in_place(
+        response_mask, vocab_pick(logits, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ sampling
-
-
-
 
 
 # exercise 1.7 (4 lines): sampling by the inverse CDF
@@ -561,14 +651,15 @@ def sample_tokens(probs, uniforms):
     """
     cdf = probs.cumsum(-1)  # (B, V)
     height = uniforms[:, None] * cdf[:, -1:]
-    height = torch.minimum(height, torch.nextafter(cdf[:, -1:], cdf.new_zeros(())))  # rounding must not step past the end
-    return torch.searchsorted(cdf, height, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)  # a row of nan, too, gets an id
+    height = torch.minimum(
+        height, torch.nextafter(cdf[:, -1:], cdf.new_zeros(()))
+    )  # rounding must not step past the end
+    return (
+        torch.searchsorted(cdf, height, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)
+    )  # a row of nan, too, gets an id
 
 
 # ------------------------------------------------------------------------------------------------ weights
-
-
-
 
 
 @torch.no_grad()
@@ -599,7 +690,9 @@ def add_lora(model, rank, seed, alpha=0):
     Only the adapters and the scalar head learn; the first forward is that of `model`, which stays as it is: a frozen reference.
     alpha   the update is alpha/rank B A; 0 is the rank, so that the factor is 1 (the paper)
     """
-    adapted = copy.deepcopy(model.requires_grad_(False), {id(x): x for x in (model.grid, *model.parameters())})
+    adapted = copy.deepcopy(
+        model.requires_grad_(False), {id(x): x for x in (model.grid, *model.parameters())}
+    )
     for layer in adapted.model.layers.modules():
         if isinstance(layer, LoRALinear):
             layer.add_lora(rank, alpha or rank)
@@ -624,7 +717,9 @@ def read_config(directory):
             raise BadInput("expected a JSON object")
         return ModelConfig.from_dict(raw), raw
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        reason = "no such file; expected a Hugging Face model directory" if isinstance(e, FileNotFoundError) else e
+        reason = (
+            "no such file; expected a Hugging Face model directory" if isinstance(e, FileNotFoundError) else e
+        )
         raise BadInput(f"{path}: {reason}") from None
 
 
@@ -634,12 +729,14 @@ def _weight_files(directory):
     try:
         if index.exists():
             names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if any(not isinstance(f, str) or Path(f).name != f or not f.isprintable() for f in names.values()):
+            if any(
+                not isinstance(f, str) or Path(f).name != f or not f.isprintable() for f in names.values()
+            ):
                 raise BadInput("a shard lies outside the directory, or its name cannot be printed")
             return {name: directory / file for name, file in names.items()}
         index = directory / "model.safetensors"
         with safe_open(index, "pt") as f:
-            return {name: index for name in f.keys()}
+            return dict.fromkeys(f.keys(), index)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise BadInput(f"{index}: not a readable safetensors file or index: {e}") from None
 
@@ -655,20 +752,30 @@ def load_model(kind, directory, grid, dtype=torch.float32):
     classes = str(raw.get("architectures"))
     from_lm = "ForCausalLM" in classes
     if not from_lm and (kind is LanguageModel or "ForTokenClassification" not in classes):
-        raise BadInput(f"{directory}: config.json says {classes}; expected {'a language model' if kind is LanguageModel else 'a reward model'}")
+        raise BadInput(
+            f"{directory}: config.json says {classes}; expected {'a language model' if kind is LanguageModel else 'a reward model'}"
+        )
     files = _weight_files(directory)
     if cfg.num_hidden_layers > len(files):  # before so many are built
-        raise BadInput(f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors")
+        raise BadInput(
+            f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors"
+        )
     try:
         model = build_model(kind, cfg, grid, dtype)
     except RuntimeError as e:
         raise BadInput(f"{directory}: no memory for a model of the sizes in config.json: {e}") from None
     params = dict(model.named_parameters())
-    optional = {"lm_head.weight"} if from_lm and (kind is ScalarModel or cfg.tie_word_embeddings) else {"score.bias"} - params.keys()
+    optional = (
+        {"lm_head.weight"}
+        if from_lm and (kind is ScalarModel or cfg.tie_word_embeddings)
+        else {"score.bias"} - params.keys()
+    )
     new_head = {"score.weight"} if from_lm and kind is ScalarModel else set()
     missing, extra = params.keys() - files.keys() - new_head, files.keys() - params.keys() - optional
     if missing or extra:
-        raise BadInput(f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}")
+        raise BadInput(
+            f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}"
+        )
     for name in [n for n in (*params, "score.bias") if n in files]:
         try:  # opened anew for each tensor, for what was read of an open file counts as this process's memory
             with safe_open(files[name], "pt") as file:
@@ -678,8 +785,15 @@ def load_model(kind, directory, grid, dtype=torch.float32):
                         raise BadInput(f"{files[name]}: score.bias is not zero; expected a head without bias")
                     continue
                 expected = model.full_shape(name, params[name].shape)
-                if tuple(view.get_shape()) != expected or view.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                    raise BadInput(f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}")
+                if tuple(view.get_shape()) != expected or view.get_dtype() not in (
+                    "F32",
+                    "F16",
+                    "BF16",
+                    "F64",
+                ):
+                    raise BadInput(
+                        f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}"
+                    )
                 params[name].copy_(model.my_slice(name, view))
                 if not params[name].sum().isfinite():  # one pass, no copy
                     raise BadInput(f"{files[name]}: {name} has numbers that are not finite")
@@ -706,7 +820,9 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
     directory, grid = Path(directory), model.grid
     params = {n: p for n, p in model.named_parameters() if ".lora_" not in n}
     names = list(params)
-    width = {n: torch.Size(model.full_shape(n, p.shape)).numel() * p.element_size() for n, p in params.items()}
+    width = {
+        n: torch.Size(model.full_shape(n, p.shape)).numel() * p.element_size() for n, p in params.items()
+    }
     plan = [[]]  # names per shard
     for n in names:
         if plan[-1] and sum(width[m] for m in plan[-1]) + width[n] > max_shard_bytes:
@@ -725,9 +841,17 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
         index = directory / "model.safetensors.index.json"
         index.unlink(missing_ok=True)  # an older one would go before the new file
         if len(plan) > 1:
-            write_atomically(index, json.dumps({"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}, indent=1))
+            write_atomically(
+                index,
+                json.dumps(
+                    {"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}, indent=1
+                ),
+            )
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        write_atomically(directory / "config.json", json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1))
+        write_atomically(
+            directory / "config.json",
+            json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1),
+        )
 
 
 @torch.no_grad()
@@ -736,11 +860,26 @@ def save_adapter(model, directory, base):
 
     base   the model directory that they were trained on, for adapter_config.json; the adapters belong on top of that one
     """
-    tensors = {f"base_model.model.{n}{'.weight' * ('.lora_' in n)}": model.gather(n, p) for n, p in model.named_parameters() if p.requires_grad}
-    layers = {n.split(".")[-1]: layer for n, layer in model.model.layers.named_modules() if isinstance(layer, LoRALinear)}
+    tensors = {
+        f"base_model.model.{n}{'.weight' * ('.lora_' in n)}": model.gather(n, p)
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    }
+    layers = {
+        n.split(".")[-1]: layer
+        for n, layer in model.model.layers.named_modules()
+        if isinstance(layer, LoRALinear)
+    }
     rank, scale, is_score = len(layers["q_proj"].lora_A), layers["q_proj"].lora_scale, model.head == "score"
-    config = {"peft_type": "LORA", "task_type": "TOKEN_CLS" if is_score else "CAUSAL_LM", "base_model_name_or_path": str(base), "r": rank,
-              "lora_alpha": round(scale * rank), "target_modules": sorted(layers), "modules_to_save": ["score"] if is_score else None}  # fmt: skip
+    config = {
+        "peft_type": "LORA",
+        "task_type": "TOKEN_CLS" if is_score else "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "r": rank,
+        "lora_alpha": round(scale * rank),
+        "target_modules": sorted(layers),
+        "modules_to_save": ["score"] if is_score else None,
+    }
     if is_score:
         tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
     if model.grid.is_main:

@@ -26,8 +26,6 @@ from support.files import BadInput
 # ------------------------------------------------------------------------------------------------ the grid
 
 
-
-
 @dataclass(frozen=True)
 class Grid:
     """A process's place among tp x dp processes. The default is one process that needs no process group."""
@@ -62,7 +60,9 @@ def make_grid(tp_size=0, device="auto", timeout=1800):
         raise BadInput("--device cuda: this torch sees no CUDA device; use --device cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
         device = torch.device("cpu")
-        if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says one thread a process; a lone process keeps what torch or OMP_NUM_THREADS says
+        if (
+            "LOCAL_WORLD_SIZE" in os.environ
+        ):  # torchrun says one thread a process; a lone process keeps what torch or OMP_NUM_THREADS says
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     else:
@@ -72,9 +72,22 @@ def make_grid(tp_size=0, device="auto", timeout=1800):
         return Grid(device)
     timeout = datetime.timedelta(seconds=timeout)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    rows = [list(range(start, start + tp_size)) for start in range(0, world, tp_size)]  # dp x tp ranks, as drawn above
-    tp_group, dp_group = (dist.new_subgroups_by_enumeration(ranks, timeout)[0] for ranks in (rows, [list(column) for column in zip(*rows)]))
-    return Grid(device, dist.get_rank() % tp_size, tp_size, dist.get_rank() // tp_size, world // tp_size, tp_group, dp_group)
+    rows = [
+        list(range(start, start + tp_size)) for start in range(0, world, tp_size)
+    ]  # dp x tp ranks, as drawn above
+    tp_group, dp_group = (
+        dist.new_subgroups_by_enumeration(ranks, timeout)[0]
+        for ranks in (rows, [list(column) for column in zip(*rows)])
+    )
+    return Grid(
+        device,
+        dist.get_rank() % tp_size,
+        tp_size,
+        dist.get_rank() // tp_size,
+        world // tp_size,
+        tp_group,
+        dp_group,
+    )
 
 
 def all_reduce(x, group, op=dist.ReduceOp.SUM):
@@ -86,16 +99,13 @@ def all_reduce(x, group, op=dist.ReduceOp.SUM):
     return x
 
 
-def all_sum(values, grid, group="dp"):
-    """Sums a few Python numbers over a group of the grid (float64, so token counts stay exact)."""
-    x = torch.tensor(values, dtype=torch.float64, device=grid.device)
-    return all_reduce(x, getattr(grid, f"{group}_group")).tolist()
+def all_sum(sums, grid, group="dp"):
+    """{name: number} -> the same names with the sums over a group of the grid (float64, so token counts stay exact)."""
+    x = torch.tensor(list(sums.values()), dtype=torch.float64, device=grid.device)
+    return dict(zip(sums, all_reduce(x, getattr(grid, f"{group}_group")).tolist()))
 
 
 # ------------------------------------------------------------------------------------------------ f and g
-
-
-
 
 
 # exercise 2.1 (3 lines): f, before work that differs between ranks
@@ -141,11 +151,18 @@ def reduce_from_tp(x, grid):
 # ------------------------------------------------------------------------------------------------ who holds what
 
 
-
-
 # Column-parallel layers cut their output (rows of the weight), row-parallel ones their input (columns).
-_SHARD_DIM = {"q_proj": 0, "k_proj": 0, "v_proj": 0, "gate_proj": 0, "up_proj": 0,
-              "o_proj": 1, "down_proj": 1, "embed_tokens": 0, "lm_head": 0}  # fmt: skip
+_SHARD_DIM = {
+    "q_proj": 0,
+    "k_proj": 0,
+    "v_proj": 0,
+    "gate_proj": 0,
+    "up_proj": 0,
+    "o_proj": 1,
+    "down_proj": 1,
+    "embed_tokens": 0,
+    "lm_head": 0,
+}
 
 
 def shard_range(size, rank, parts):
@@ -167,15 +184,23 @@ def shard_dim(name, kv_heads, tp_size):
     if tp_size == 1 or (layer in ("k_proj", "v_proj") and kv_heads < tp_size):
         return None
     dim = _SHARD_DIM.get(layer)
-    return None if dim == {"lora_A": 0, "lora_B": 1}.get(leaf) else dim  # A has the columns of the weight, B its rows
+    return (
+        None if dim == {"lora_A": 0, "lora_B": 1}.get(leaf) else dim
+    )  # A has the columns of the weight, B its rows
 
 
 def check_divisible(tp_size, heads, kv_heads, ffn):
     """BadInput that lists the sizes that work, when heads or the hidden layer cannot be shared out evenly."""
-    works = [n for n in range(1, heads + 1) if heads % n == 0 and ffn % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    works = [
+        n
+        for n in range(1, heads + 1)
+        if heads % n == 0 and ffn % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)
+    ]
     if tp_size not in works:
-        raise BadInput(f"--tp {tp_size}: a model with {heads} attention heads, {kv_heads} key/value heads and "
-                         f"{ffn} hidden units can be shared by {', '.join(map(str, works))} processes")  # fmt: skip
+        raise BadInput(
+            f"--tp {tp_size}: a model with {heads} attention heads, {kv_heads} key/value heads and "
+            f"{ffn} hidden units can be shared by {', '.join(map(str, works))} processes"
+        )
 
 
 def gather_shards(x, dim, size, grid):
@@ -189,19 +214,22 @@ def gather_shards(x, dim, size, grid):
     parts = [torch.empty_like(mine) for _ in range(grid.tp_size)]
     dist.all_gather(parts, mine, group=grid.tp_group)
     ranges = [shard_range(size, r, grid.tp_size) for r in range(grid.tp_size)]
-    return torch.cat([p[: b - a] for p, (a, b) in zip(parts, ranges)]).transpose(0, dim)  # (size, ...) turned back
+    return torch.cat([p[: b - a] for p, (a, b) in zip(parts, ranges)]).transpose(
+        0, dim
+    )  # (size, ...) turned back
 
 
 # ------------------------------------------------------------------------------------------------ layers
 
 
-
-
-
 def linear(x, weight, bias=None):
     """F.linear; inside `reordered_weights` and without gradient, by the copy of the weight that was made there."""
     ours = None if torch.is_grad_enabled() else getattr(weight, "reordered", None)
-    return F.linear(x, weight, bias) if ours is None else torch.ops.mkldnn._linear_pointwise(x, ours, bias, "none", [], "")
+    return (
+        F.linear(x, weight, bias)
+        if ours is None
+        else torch.ops.mkldnn._linear_pointwise(x, ours, bias, "none", [], "")
+    )
 
 
 class LoRALinear(nn.Linear):
@@ -219,11 +247,19 @@ class LoRALinear(nn.Linear):
 
     def add_lora(self, rank, alpha):
         zeros = lambda *shape: nn.Parameter(torch.zeros(shape, device=self.weight.device))
-        self.lora_A, self.lora_B, self.lora_scale = zeros(rank, self.in_features), zeros(self.out_features, rank), alpha / rank
+        self.lora_A, self.lora_B, self.lora_scale = (
+            zeros(rank, self.in_features),
+            zeros(self.out_features, rank),
+            alpha / rank,
+        )
 
     def merged(self):
         """My slice of W + alpha/rank B A, in W's dtype; no communication, for the slices fit."""
-        return self.weight if self.lora_A is None else (self.weight.float() + self.lora_scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+        return (
+            self.weight
+            if self.lora_A is None
+            else (self.weight.float() + self.lora_scale * self.lora_B @ self.lora_A).to(self.weight.dtype)
+        )
 
     def my_rows(self, p):
         return p
@@ -271,7 +307,11 @@ class KeyValueLinear(LoRALinear):
         self.head, self.head_dim = grid.tp_rank * kv_heads // grid.tp_size, head_dim
 
     def my_rows(self, p):
-        return copy_to_tp(p, self.grid).narrow(0, self.head * self.head_dim, self.head_dim) if self.whole and p is not None else p
+        return (
+            copy_to_tp(p, self.grid).narrow(0, self.head * self.head_dim, self.head_dim)
+            if self.whole and p is not None
+            else p
+        )
 
 
 class VocabEmbedding(nn.Module):
@@ -288,14 +328,13 @@ class VocabEmbedding(nn.Module):
         if self.grid.tp_size == 1:
             return F.embedding(ids, self.weight)
         mine = (ids >= self.start) & (ids < self.stop)
-        rows = F.embedding((ids - self.start) * mine, self.weight) * mine.unsqueeze(-1)  # (..., D), zero where not mine
+        rows = F.embedding((ids - self.start) * mine, self.weight) * mine.unsqueeze(
+            -1
+        )  # (..., D), zero where not mine
         return reduce_from_tp(rows, self.grid)
 
 
 # ------------------------------------------------------------------------------------------------ vocabulary-parallel
-
-
-
 
 
 # exercise 2.6 (6 lines): log softmax over a vocabulary that is cut
@@ -310,7 +349,9 @@ def vocab_log_softmax(logits, grid):
     logits = logits.float()
     if grid.tp_size == 1:
         return logits.log_softmax(-1)
-    top = all_reduce(logits.amax(-1, keepdim=True), grid.tp_group, dist.ReduceOp.MAX)  # (..., 1), no gradient needed
+    top = all_reduce(
+        logits.amax(-1, keepdim=True), grid.tp_group, dist.ReduceOp.MAX
+    )  # (..., 1), no gradient needed
     total = reduce_from_tp((logits - top).exp().sum(-1, keepdim=True), grid)  # (..., 1)
     return logits - top - copy_to_tp(total.log(), grid)
 
@@ -337,9 +378,6 @@ def vocab_sum(x, grid):
 # ------------------------------------------------------------------------------------------------ optimizer
 
 
-
-
-
 class Optimizer:
     """AdamW (Loshchilov & Hutter 2019) on fp32 masters, with dp-summed gradients clipped by their global norm.
 
@@ -350,7 +388,11 @@ class Optimizer:
 
     def __init__(self, model, grid, lr, betas=(0.9, 0.999), weight_decay=0.0, max_grad_norm=1.0):
         self.grid, self.max_grad_norm, self.updates = grid, max_grad_norm, 0
-        self.skipped, self.in_a_row, self.bad_inputs = 0, 0, []  # updates left out: all, the latest ones; what the first of those read
+        self.skipped, self.in_a_row, self.bad_inputs = (
+            0,
+            0,
+            [],
+        )  # updates left out: all, the latest ones; what the first of those read
         self.names, self.params = zip(*[(n, p) for n, p in model.named_parameters() if p.requires_grad])
         self.sharded = [model.shard_dim(n) is not None for n in self.names]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.params]
@@ -358,7 +400,10 @@ class Optimizer:
 
     def sum_over_dp(self):
         """One all-reduce of all gradients in one fp32 buffer; missing gradients count as zero."""
-        grads = [torch.zeros_like(m) if p.grad is None else p.grad.float() for p, m in zip(self.params, self.masters)]
+        grads = [
+            torch.zeros_like(m) if p.grad is None else p.grad.float()
+            for p, m in zip(self.params, self.masters)
+        ]
         if self.grid.dp_size > 1:
             dist.all_reduce(flat := torch.cat([g.flatten() for g in grads]), group=self.grid.dp_group)
             grads = [part.view_as(g) for part, g in zip(flat.split([g.numel() for g in grads]), grads)]
@@ -369,7 +414,9 @@ class Optimizer:
 
         So all tp ranks scale by the same bits, and a nan that one of them met makes all of them skip the step.
         """
-        squares = [g.square().sum() / (1 if cut else self.grid.tp_size) for g, cut in zip(grads, self.sharded)]
+        squares = [
+            g.square().sum() / (1 if cut else self.grid.tp_size) for g, cut in zip(grads, self.sharded)
+        ]
         return all_reduce(sum(squares), self.grid.tp_group).sqrt()
 
     @torch.no_grad()
@@ -411,40 +458,57 @@ class Optimizer:
             for n, p, m in zip(self.names, self.params, self.masters):
                 m.copy_(tensors[f"master.{n}"])
                 p.copy_(m)
-                state = {k: torch.empty_like(m).copy_(tensors[f"{k}.{n}"]) for k in ("exp_avg", "exp_avg_sq")}  # laid out as m: fused
+                state = {
+                    k: torch.empty_like(m).copy_(tensors[f"{k}.{n}"]) for k in ("exp_avg", "exp_avg_sq")
+                }  # laid out as m: fused
                 self.adam.state[m] = {"step": torch.tensor(float(updates), device=m.device), **state}
 
 
-def update(optimizer, parts, loss_fn, lr):
+class Update:
     """One optimizer step whose gradient depends neither on how rows are cut into micro-batches nor on dp.
 
-    parts     this rank's micro-batches as (weight, batch); weight = what the loss is a mean over (pairs, tokens)
-    loss_fn   batch -> (mean loss, {name: mean}), run and differentiated one part at a time
-    -> {"loss": ..., names ..., "grad_norm": ...}: means over the whole step on all ranks, the same on every rank
+        update = Update(optimizer, parts)
+        for batch in update:
+            loss, stats = ...  # means over this micro-batch
+            update.backward(loss, stats)
+        row = update.step(lr)
+
+    parts   this rank's micro-batches as (weight, batch); weight = what the loss is a mean over (pairs, tokens)
     """
-    grid = optimizer.grid
-    total, idle = all_sum([sum(weight for weight, _ in parts), not parts], grid)
-    sums = {}
-    for weight, batch in parts:
-        loss, stats = loss_fn(batch)
-        (loss * (weight / total)).backward()
+
+    def __init__(self, optimizer, parts):
+        self.optimizer, self.parts, self.sums = optimizer, parts, {}
+        mine = {"weight": sum(weight for weight, _ in parts), "idle": not parts}
+        everywhere = all_sum(mine, optimizer.grid)
+        self.total, self.idle_ranks = everywhere["weight"], everywhere["idle"]
+
+    def __iter__(self):
+        for weight, batch in self.parts:
+            self.weight = weight
+            yield batch
+
+    def backward(self, loss, stats):
+        """Adds the gradient of this micro-batch's share of the loss. stats: {name: mean over the micro-batch}"""
+        (loss * (self.weight / self.total)).backward()
         for name, x in {"loss": loss.item(), **stats}.items():
-            sums[name] = sums.get(name, 0.0) + x * weight / total
-    if idle:  # ranks without rows learn the names from the others
-        names = [None] * grid.dp_size
-        dist.all_gather_object(names, list(sums), group=grid.dp_group)
-        sums = {name: sums.get(name, 0.0) for name in max(names, key=len)}
-    sums = dict(zip(sums, all_sum(list(sums.values()), grid)))
-    norm = optimizer.step(lr, sums["loss"])
-    if optimizer.in_a_row == 1:
-        optimizer.bad_inputs = [batch for _, batch in parts]
-    return {**sums, "grad_norm": norm}
+            self.sums[name] = self.sums.get(name, 0.0) + x * self.weight / self.total
+
+    def step(self, lr):
+        """-> {"loss": ..., names of stats ..., "grad_norm": ...}: means over the whole step, the same on every rank"""
+        grid, optimizer = self.optimizer.grid, self.optimizer
+        sums = self.sums
+        if self.idle_ranks:  # ranks without rows learn the names from the others
+            names = [None] * grid.dp_size
+            dist.all_gather_object(names, list(sums), group=grid.dp_group)
+            sums = {name: sums.get(name, 0.0) for name in max(names, key=len)}
+        sums = all_sum(sums, grid)
+        norm = optimizer.step(lr, sums["loss"])
+        if optimizer.in_a_row == 1:
+            optimizer.bad_inputs = [batch for _, batch in self.parts]
+        return {**sums, "grad_norm": norm}
 
 
 # ------------------------------------------------------------------------------------------------ results on disk
-
-
-
 
 
 def say(grid, text):

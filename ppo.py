@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from model import at_states, in_place, token_logprobs
-from parallel import all_reduce, all_sum, update
+from parallel import Update, all_reduce, all_sum
 from reinforce import advantages as policy_advantages
 from reinforce import (
     eos_to_mean,
@@ -23,9 +23,6 @@ from reinforce import (
 )
 
 # ------------------------------------------------------------------------------------------------ equations
-
-
-
 
 
 # exercise 6.1 (1 line): the critic's position
@@ -46,7 +43,11 @@ def gae(rewards, values, response_mask, gamma, lam):
     -> advantages, returns   (B, T) float, 0 outside response_mask; returns = advantages + values
     """
     rewards, values = rewards.masked_fill(~response_mask, 0.0), values.masked_fill(~response_mask, 0.0)
-    out, running, next_value = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0]), torch.zeros_like(rewards[:, 0])
+    out, running, next_value = (
+        torch.zeros_like(rewards),
+        torch.zeros_like(rewards[:, 0]),
+        torch.zeros_like(rewards[:, 0]),
+    )
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = torch.where(response_mask[:, t], delta + gamma * lam * running, 0.0)
@@ -100,8 +101,8 @@ def explained_variance(values, returns, response_mask, grid):
     """1 - Var(returns - V) / Var(returns) over all ranks: 1 is a perfect critic, 0 no better than a constant (or the targets are one)."""
 
     def variance(x):
-        n, total, squares = all_sum([x.numel(), x.sum().item(), x.square().sum().item()], grid)
-        return squares / n - (total / n) ** 2
+        sums = all_sum({"n": x.numel(), "total": x.sum().item(), "squares": x.square().sum().item()}, grid)
+        return sums["squares"] / sums["n"] - (sums["total"] / sums["n"]) ** 2
 
     values, returns = values[response_mask].double(), returns[response_mask].double()
     total = variance(returns)
@@ -109,9 +110,6 @@ def explained_variance(values, returns, response_mask, grid):
 
 
 # ------------------------------------------------------------------------------------------------ the update
-
-
-
 
 
 def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, critic_lr):
@@ -127,23 +125,27 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
             chunk = rollout.rows(a, b)
             values[a:b, : chunk.response_mask.shape[1]] = state_values(critic, chunk.ids, chunk.response_mask)
     weights, returns = ppo_advantages(rollout, values, cfg, grid)
-    steps, value_steps, highest = [], [], [0.0]
-
-    def policy_loss_fn(part):
-        chunk, weight = part
-        logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
-        loss, stats = ppo_loss(logprobs, chunk.old_logprobs, weight, chunk.response_mask, cfg.clip)
-        highest[0] = max(highest[0], stats.pop("ratio_max"))  # a maximum, not a mean
-        return loss, stats
-
-    def critic_loss_fn(part):
-        chunk, target = part
-        return value_loss(state_values(critic, chunk.ids, chunk.response_mask), target, chunk.response_mask)
+    steps, value_steps, ratio_max = [], [], 0.0
 
     for _ in range(cfg.ppo_epochs):
         for minibatch in cuts:
-            steps.append(update(optimizer, micro_batches(rollout, weights, minibatch), policy_loss_fn, lr))
-            value_steps.append(update(critic_optimizer, micro_batches(rollout, returns, minibatch), critic_loss_fn, critic_lr))
-    ratio_max = all_reduce(torch.tensor(highest, device=grid.device), grid.dp_group, dist.ReduceOp.MAX).item()
-    return mean_stats(steps) | {"ratio_max": ratio_max, "value_loss": mean_stats(value_steps)["loss"],
-                                "explained_variance": explained_variance(values, returns, mask, grid)}  # fmt: skip
+            update = Update(optimizer, micro_batches(rollout, weights, minibatch))
+            for chunk, weight in update:
+                logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
+                loss, stats = ppo_loss(logprobs, chunk.old_logprobs, weight, chunk.response_mask, cfg.clip)
+                ratio_max = max(ratio_max, stats.pop("ratio_max"))  # a maximum, not a mean
+                update.backward(loss, stats)
+            steps.append(update.step(lr))
+            update = Update(critic_optimizer, micro_batches(rollout, returns, minibatch))
+            for chunk, target in update:
+                values_now = state_values(critic, chunk.ids, chunk.response_mask)
+                update.backward(*value_loss(values_now, target, chunk.response_mask))
+            value_steps.append(update.step(critic_lr))
+    ratio_max = all_reduce(
+        torch.tensor([ratio_max], device=grid.device), grid.dp_group, dist.ReduceOp.MAX
+    ).item()
+    return mean_stats(steps) | {
+        "ratio_max": ratio_max,
+        "value_loss": mean_stats(value_steps)["loss"],
+        "explained_variance": explained_variance(values, returns, mask, grid),
+    }

@@ -21,9 +21,6 @@ POLICY_LIKE = ("logit", "dpo")  # of these, what is a language model; the others
 # ------------------------------------------------------------------------------------------------ the method
 
 
-
-
-
 # exercise 4.1 (1 line): where the score of a token is read
 def token_scores(reward_model, ids):
     """Z(s_t, a_t) for every token: a scalar read at the position where a_t is the *input*, so it has seen s_t and a_t.
@@ -124,13 +121,12 @@ def token_shares(response_mask):
     """c_t and pair of every response token in reading order: (2P, T) bool -> (n,) fp32, (n,) int64"""
     rows = torch.arange(len(response_mask), device=response_mask.device)
     shares = (1.0 - 2.0 * (rows % 2)) / response_mask.sum(1).clamp(min=1)  # (2P,)
-    return shares[:, None].expand(response_mask.shape)[response_mask], (rows // 2)[:, None].expand(response_mask.shape)[response_mask]
+    return shares[:, None].expand(response_mask.shape)[response_mask], (rows // 2)[:, None].expand(
+        response_mask.shape
+    )[response_mask]
 
 
 # ------------------------------------------------------------------------------------------------ the other reward models
-
-
-
 
 
 # exercise 4.6 (1 line): where an outcome reward stands
@@ -184,10 +180,10 @@ def plackett_luce_loss(ranked):
     ranked (prompts, K): sequence scores from best to worst. Each prompt weighs the same, however many pairs its K
     answers make; K = 2 is Bradley-Terry. -> loss (scalar), {}
     """
-    rest = ranked.float().flip(1).logcumsumexp(1).flip(1)  # (prompts, K): log sum over what is left to choose from
+    rest = (
+        ranked.float().flip(1).logcumsumexp(1).flip(1)
+    )  # (prompts, K): log sum over what is left to choose from
     return (rest - ranked.float())[:, :-1].mean(), {}
-
-
 
 
 # A reward_fn maps (ids (B, T+1), response_mask (B, T)) to rewards (B, T), 0 outside the mask, in the place of targets.
@@ -209,7 +205,9 @@ def outcome_reward(reward_model, every_token=False):
 
 def step_reward(reward_model, step_ids):
     """Step-level PRM: tanh(Z) at the end of each step, 0 elsewhere."""
-    return lambda ids, mask: torch.tanh(response_scores(reward_model, ids, mask)).masked_fill(~step_end_mask(ids, mask, step_ids), 0.0)
+    return lambda ids, mask: torch.tanh(response_scores(reward_model, ids, mask)).masked_fill(
+        ~step_end_mask(ids, mask, step_ids), 0.0
+    )
 
 
 # exercise 4.11 (1 line): DPO's token rewards
@@ -218,7 +216,9 @@ def dpo_reward(policy, reference, beta=0.1):
 
     (The authors' code reads it one token late: a_i gets the ratio of a_(i+1), and the stop token that of a pad.)
     """
-    return lambda ids, mask: beta * (token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0])
+    return lambda ids, mask: (
+        beta * (token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0])
+    )
 
 
 def logit_reward(policy):
@@ -230,9 +230,6 @@ def logit_reward(policy):
 # ------------------------------------------------------------------------------------------------ by name
 
 
-
-
-
 def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(), errors=None):
     """The training loss of cfg.reward on a batch of pairs; rows 2p and 2p+1 are the chosen and the rejected of pair p.
 
@@ -242,8 +239,13 @@ def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(
     """
     if cfg.reward == "qrm":
         norm, n_pairs = model.model.norm, len(ids) // 2
-        x, (shares, pairs) = at_actions(model, ids, response_mask), token_shares(response_mask)  # (n, D), (n,), (n,)
-        loss, gaps = fused_qrm_loss(x, norm.weight, model.score.weight, shares, pairs, n_pairs, cfg.beta, cfg.margin, norm.eps)
+        x, (shares, pairs) = (
+            at_actions(model, ids, response_mask),
+            token_shares(response_mask),
+        )  # (n, D), (n,), (n,)
+        loss, gaps = fused_qrm_loss(
+            x, norm.weight, model.score.weight, shares, pairs, n_pairs, cfg.beta, cfg.margin, norm.eps
+        )
         return loss, {"pair_accuracy": (gaps > 0).float().mean().item(), "score_gap": gaps.mean().item()}
     if cfg.reward == "dpo":
         with torch.no_grad():
@@ -254,17 +256,27 @@ def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(
     scores = response_scores(model, ids, response_mask)
     if cfg.reward == "prm":
         place = response_mask.cumsum(1) - 1  # (2P, T): index within the response
-        return step_loss(scores, step_end_mask(ids, response_mask, step_ids), torch.where(place < errors[:, None], 1.0, -1.0))
-    return orm_loss(scores, response_mask) if cfg.reward == "orm" else qrm_loss(scores, response_mask, cfg.beta, cfg.margin)
+        return step_loss(
+            scores,
+            step_end_mask(ids, response_mask, step_ids),
+            torch.where(place < errors[:, None], 1.0, -1.0),
+        )
+    return (
+        orm_loss(scores, response_mask)
+        if cfg.reward == "orm"
+        else qrm_loss(scores, response_mask, cfg.beta, cfg.margin)
+    )
 
 
 def reward_function(kind, model, reference=None, step_ids=()):
     """-> reward_fn, reward_mask_fn (where it speaks; None is every response token), whether it is a token's own Q."""
-    return {"qrm": (token_reward(model), None, True),
-            "dpo": (dpo_reward(model, reference), None, True),
-            "logit": (logit_reward(model), None, True),
-            "orm": (outcome_reward(model), lambda ids, mask: last_token_mask(mask), False),
-            "prm": (step_reward(model, step_ids), lambda ids, mask: step_end_mask(ids, mask, step_ids), False)}[kind]  # fmt: skip
+    return {
+        "qrm": (token_reward(model), None, True),
+        "dpo": (dpo_reward(model, reference), None, True),
+        "logit": (logit_reward(model), None, True),
+        "orm": (outcome_reward(model), lambda ids, mask: last_token_mask(mask), False),
+        "prm": (step_reward(model, step_ids), lambda ids, mask: step_end_mask(ids, mask, step_ids), False),
+    }[kind]
 
 
 def sequence_score(kind, scores):
@@ -274,9 +286,6 @@ def sequence_score(kind, scores):
 
 
 # ------------------------------------------------------------------------------------------------ how good is it
-
-
-
 
 
 # exercise 4.12 (10 lines): does a score know where the answer went wrong?
@@ -299,7 +308,9 @@ def credit_counts(scores, first_errors, repaired=None):
             before, at = z[:error], z[error]
             counts["wins"] += (before > at).sum().item() + 0.5 * (before == at).sum().item()
             counts["comparisons"] += error
-            counts["choices"] += 0.0 if right is None else float(right[error] > at) + 0.5 * float(right[error] == at)
+            counts["choices"] += (
+                0.0 if right is None else float(right[error] > at) + 0.5 * float(right[error] == at)
+            )
             counts["hits"] += int(z.diff().argmin().item() + 1 == error)
             counts["n_errors"] += 1
     return counts

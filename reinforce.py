@@ -15,21 +15,20 @@ import torch
 
 from data import Example, collate, spans
 from model import exact_kl, token_logprobs
-from parallel import all_sum, shard_range, update
+from parallel import Update, all_sum, shard_range
 from support.files import BadInput
 from support.sampling import generate
 
 # ------------------------------------------------------------------------------------------------ the rollout
 
 
-
-
-
 @dataclass
 class Rollout:
     """What was sampled, and what was known about it then. All (B, T) in the place of targets, 0 outside the mask."""
 
-    ids: torch.Tensor  # (B, T+1) int64: prompt, sampled response (its stop token included, if it has one), pad
+    ids: (
+        torch.Tensor
+    )  # (B, T+1) int64: prompt, sampled response (its stop token included, if it has one), pad
     response_mask: torch.Tensor  # (B, T) bool
     truncated: torch.Tensor  # (B,) bool: no stop token within max_new_tokens
     old_logprobs: torch.Tensor  # (B, T) nats, by the training forward
@@ -38,7 +37,9 @@ class Rollout:
     kl_k3: torch.Tensor  # (B, T) nats: ref/pi - 1 + log pi - log ref; unbiased, never negative
     kl_exact: torch.Tensor  # (B, T) nats: sum over the vocabulary; zeros unless asked for
     scores: torch.Tensor  # (B, T) raw rewards of the reward model
-    reward_mask: torch.Tensor  # (B, T) bool: where the reward model speaks (all tokens, step ends, or the last token)
+    reward_mask: (
+        torch.Tensor
+    )  # (B, T) bool: where the reward model speaks (all tokens, step ends, or the last token)
 
     def lengths(self):
         """Tokens of prompt and response, row by row: list of int"""
@@ -48,7 +49,10 @@ class Rollout:
     def rows(self, start, stop):
         """Rows [start, stop) of all fields, without the columns that only longer rows need."""
         used = int(self.response_mask[start:stop].any(0).nonzero().max()) + 1
-        cut = {k: v[start:stop, : used + (k == "ids")] if v.dim() == 2 else v[start:stop] for k, v in vars(self).items()}
+        cut = {
+            k: v[start:stop, : used + (k == "ids")] if v.dim() == 2 else v[start:stop]
+            for k, v in vars(self).items()
+        }
         return Rollout(**cut)
 
 
@@ -75,7 +79,10 @@ def minibatches(lengths, cfg):
     on every process. Old and new log-probabilities use the same cut, so the first ratio is exactly 1. lengths: tokens a row"""
     n = -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
     cuts = [shard_range(len(lengths), i, n) for i in range(n)]
-    return [[(a + start, b + start) for a, b in spans(lengths[start:stop], cfg.micro_tokens)] for start, stop in cuts]
+    return [
+        [(a + start, b + start) for a, b in spans(lengths[start:stop], cfg.micro_tokens)]
+        for start, stop in cuts
+    ]
 
 
 @torch.no_grad()
@@ -104,9 +111,6 @@ def collect_rollout(policy, reference, reward_fn, prompts, stop_ids, cfg, seed, 
 # ------------------------------------------------------------------------------------------------ rewards to advantages
 
 
-
-
-
 # exercise 5.2 (9 lines): standardised rewards
 def standardize(rewards, reward_mask, how, grid):
     """Z_std = (Z - mu) / sigma with the moments over all rewards of the rollout, on all ranks (section 3.4).
@@ -118,10 +122,10 @@ def standardize(rewards, reward_mask, how, grid):
     if how == "none":
         return rewards.masked_fill(~reward_mask, 0.0)
     picked = rewards[reward_mask].double()
-    n, total = all_sum([picked.numel(), picked.sum().item()], grid)
-    mean = total / n
-    (squares,) = all_sum([(picked - mean).square().sum().item()], grid)
-    sigma = (squares / n) ** 0.5
+    sums = all_sum({"n": picked.numel(), "total": picked.sum().item()}, grid)
+    mean = sums["total"] / sums["n"]
+    squares = all_sum({"squares": (picked - mean).square().sum().item()}, grid)["squares"]
+    sigma = (squares / sums["n"]) ** 0.5
     sigma = sigma if sigma > 1e-6 else 1.0  # equal rewards: nothing to scale
     return ((rewards - (mean if how == "mean_std" else 0.0)) / sigma).masked_fill(~reward_mask, 0.0)
 
@@ -151,7 +155,9 @@ def group_advantages(sequence_rewards, group_size, how):
     The std is the sample's, over group_size - 1. Raises BadInput for a group of one.
     """
     if group_size < 2:
-        raise BadInput(f"--advantage {how} compares the samples of one prompt: expected --group_size 2 or more")
+        raise BadInput(
+            f"--advantage {how} compares the samples of one prompt: expected --group_size 2 or more"
+        )
     groups = sequence_rewards.view(-1, group_size)  # (prompts, group)
     centred = groups - groups.mean(1, keepdim=True)
     if how == "rloo":
@@ -166,21 +172,25 @@ def kl_penalty(rollout, kl):
     baseline, and the expected policy gradient does not feel it. "k1" does depend on the action, and its gradient is that
     of the KL at each state: it is the default. "abs" is the authors' |k1|, which punishes both directions.
     """
-    return {"k1": rollout.kl_k1, "k3": rollout.kl_k3, "exact": rollout.kl_exact, "abs": rollout.kl_k1.abs()}[kl]
+    return {"k1": rollout.kl_k1, "k3": rollout.kl_k3, "exact": rollout.kl_exact, "abs": rollout.kl_k1.abs()}[
+        kl
+    ]
 
 
 def advantages(rollout, cfg, grid):
     """A (B, T), without critic, 0 outside the mask.
 
-        token         Z_std - kl_coef * KL                         the reward model's score already is a Q (the paper)
-        return        reward-to-go of (reward_std - kl_coef * KL)  for outcome and step rewards
-        rloo, grpo    the trajectory's mean reward against its group's, on every token, - kl_coef * KL
+    token         Z_std - kl_coef * KL                         the reward model's score already is a Q (the paper)
+    return        reward-to-go of (reward_std - kl_coef * KL)  for outcome and step rewards
+    rloo, grpo    the trajectory's mean reward against its group's, on every token, - kl_coef * KL
     """
     if cfg.advantage == "gae":
         raise BadInput("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
     mask, penalty = rollout.response_mask, cfg.kl_coef * kl_penalty(rollout, cfg.kl)
     if cfg.advantage in ("rloo", "grpo"):
-        means = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1) / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)
+        means = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1) / rollout.reward_mask.sum(
+            1
+        ).clamp(min=1)  # (B,)
         weights = group_advantages(means, cfg.group_size, cfg.advantage)[:, None].expand(mask.shape)
         return (weights - penalty).masked_fill(~mask, 0.0)
     rewards = standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)
@@ -191,9 +201,6 @@ def advantages(rollout, cfg, grid):
 
 
 # ------------------------------------------------------------------------------------------------ the update
-
-
-
 
 
 # exercise 5.5 (1 line): the policy gradient
@@ -209,20 +216,22 @@ def reinforce_step(policy, optimizer, rollout, cfg, lr):
     """The updates of one rollout: one a minibatch. -> {"loss", "grad_norm"}: means over the minibatches"""
     weights, steps = advantages(rollout, cfg, policy.grid), []
 
-    def loss_fn(part):
-        chunk, weight = part
-        logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
-        return reinforce_loss(logprobs, weight, chunk.response_mask)
-
     for minibatch in minibatches(rollout.lengths(), cfg):
-        steps.append(update(optimizer, micro_batches(rollout, weights, minibatch), loss_fn, lr))
+        update = Update(optimizer, micro_batches(rollout, weights, minibatch))
+        for chunk, weight in update:
+            logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
+            update.backward(*reinforce_loss(logprobs, weight, chunk.response_mask))
+        steps.append(update.step(lr))
     return mean_stats(steps)
 
 
 def micro_batches(rollout, weights, spans):
     """[(response tokens, (chunk of the rollout, its weights))] for parallel.update: the loss is a mean over tokens."""
     chunks = [rollout.rows(*span) for span in spans]
-    return [(int(c.response_mask.sum()), (c, weights[a:b, : c.response_mask.shape[1]])) for c, (a, b) in zip(chunks, spans)]
+    return [
+        (int(c.response_mask.sum()), (c, weights[a:b, : c.response_mask.shape[1]]))
+        for c, (a, b) in zip(chunks, spans)
+    ]
 
 
 def mean_stats(steps):
@@ -232,9 +241,24 @@ def mean_stats(steps):
 
 def rollout_stats(rollout, grid):
     """What every RL log line reports about a rollout, over all ranks: raw reward, KL, entropy, length, truncation."""
-    mask, n = rollout.response_mask, rollout.response_mask.sum().item()
-    sums = [n, len(mask), rollout.reward_mask.sum().item(), rollout.scores[rollout.reward_mask].sum().item(),
-            rollout.kl_k1.sum().item(), rollout.kl_k3.sum().item(), rollout.entropy.sum().item(), rollout.truncated.sum().item()]  # fmt: skip
-    tokens, rows, spoken, reward, k1, k3, entropy, cut = all_sum(sums, grid)
-    return {"reward": reward / spoken, "kl_k1": k1 / tokens, "kl_k3": k3 / tokens, "entropy": entropy / tokens,
-            "response_length": tokens / rows, "truncated": cut / rows}  # fmt: skip
+    sums = all_sum(
+        {
+            "tokens": rollout.response_mask.sum().item(),
+            "rows": len(rollout.response_mask),
+            "rewards": rollout.reward_mask.sum().item(),
+            "reward": rollout.scores[rollout.reward_mask].sum().item(),
+            "kl_k1": rollout.kl_k1.sum().item(),
+            "kl_k3": rollout.kl_k3.sum().item(),
+            "entropy": rollout.entropy.sum().item(),
+            "truncated": rollout.truncated.sum().item(),
+        },
+        grid,
+    )
+    return {
+        "reward": sums["reward"] / sums["rewards"],
+        "kl_k1": sums["kl_k1"] / sums["tokens"],
+        "kl_k3": sums["kl_k3"] / sums["tokens"],
+        "entropy": sums["entropy"] / sums["tokens"],
+        "response_length": sums["tokens"] / sums["rows"],
+        "truncated": sums["truncated"] / sums["rows"],
+    }

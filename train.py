@@ -1,10 +1,10 @@
 """Every stage of Q-RM from the command line; read top to bottom, it is the method.
 
-    python train.py                                        the whole path on the built-in task (--stage demo)
-    torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes (gloo)
+python train.py                                        the whole path on the built-in task (--stage demo)
+torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes (gloo)
 
-    sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model ─► reinforce, ppo ─► policy
-                                                                     eval, score and grade look at any of them
+sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model ─► reinforce, ppo ─► policy
+                                                                 eval, score and grade look at any of them
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from model import (
     save_model,
     token_logprobs,
 )
-from parallel import Grid, Optimizer, all_sum, barrier, make_grid, say, update
+from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import POLICY_LIKE, reward_model_loss, token_reward
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
@@ -78,7 +78,6 @@ from support.settings import ARITH, check_paths, flags, out_path, parse, stage_c
 # ------------------------------------------------------------------------------------------------ files and logs
 
 
-
 def adapted(model, cfg, rank):
     """What is to be trained: the model itself, or, with a rank, adapters on its frozen weights."""
     return add_lora(model, rank, cfg.seed, cfg.lora_alpha) if rank else model
@@ -102,9 +101,6 @@ def need(stage, cfg, grid):
 # ------------------------------------------------------------------------------------------------ the training loop
 
 
-
-
-
 def lr_at(step, cfg, steps):
     """Linear warm-up from 0, then linear decay that would be at final_lr * lr right after the last update (constant when that is 1)."""
     warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
@@ -121,19 +117,35 @@ def train_loop(cfg, grid, steps, optimizers, step_fn, inputs):
     work = Workdir(cfg, out_path(cfg), grid, optimizers, inputs)
     skipped = lambda: sum(optimizer.skipped for _, optimizer in optimizers.values())
     with deferred_interrupt(grid) as interrupted:
-        for step in tqdm(range(work.first_step, steps), cfg.stage, initial=work.first_step, total=steps, disable=None if grid.is_main else True):
+        for step in tqdm(
+            range(work.first_step, steps),
+            cfg.stage,
+            initial=work.first_step,
+            total=steps,
+            disable=None if grid.is_main else True,
+        ):
             began, lr, before = time.perf_counter(), lr_at(step, cfg, steps), skipped()
             row = step_fn(step, lr)
             tokens = row.pop("_tokens")
             if skipped() > before:
                 row["skipped"] = skipped() - before
                 save_bad_inputs(work, step)
-            work.log({"step": step, **row, "lr": lr, "tokens": tokens, "tokens_per_s": tokens / (time.perf_counter() - began)})
+            work.log(
+                {
+                    "step": step,
+                    **row,
+                    "lr": lr,
+                    "tokens": tokens,
+                    "tokens_per_s": tokens / (time.perf_counter() - began),
+                }
+            )
             if (n := max(optimizer.in_a_row for _, optimizer in optimizers.values())) >= cfg.max_skipped:
                 if not work.saved_step:  # skipped updates left the weights as they were
                     work.save(step + 1)
-                raise BadInput(f"--stage {cfg.stage}: {n} updates in a row had a loss or gradient that is not finite; the last good checkpoint is "
-                               f"{work.state.parent} (step {work.saved_step}), the inputs of the first are in {work.path}/skipped.*.json")  # fmt: skip
+                raise BadInput(
+                    f"--stage {cfg.stage}: {n} updates in a row had a loss or gradient that is not finite; the last good checkpoint is "
+                    f"{work.state.parent} (step {work.saved_step}), the inputs of the first are in {work.path}/skipped.*.json"
+                )
             stop = interrupted()
             if stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
                 work.save(step + 1)
@@ -149,20 +161,31 @@ def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens, inputs):
     loss_fn(rows)       -> mean loss, {name: mean}
     """
     if cfg.batch_size < grid.dp_size:
-        raise BadInput(f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do")
+        raise BadInput(
+            f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do"
+        )
     optimizer = Optimizer(model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
 
     def step_fn(step, lr):
         batch = [rows[i] for i in batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]
         mine = batch[grid.dp_rank :: grid.dp_size]
         parts = [mine[a:b] for a, b in spans([count_tokens(row) for row in mine], cfg.micro_tokens)]
-        return {**update(optimizer, [(sum(map(weigh, part)), part) for part in parts], loss_fn, lr), "_tokens": sum(map(count_tokens, batch))}
+        update = Update(optimizer, [(sum(map(weigh, part)), part) for part in parts])
+        for part in update:
+            update.backward(*loss_fn(part))
+        return {**update.step(lr), "_tokens": sum(map(count_tokens, batch))}
 
-    return train_loop(cfg, grid, cfg.steps or -(-len(rows) // cfg.batch_size), {"model": (model, optimizer)}, step_fn, inputs)
+    return train_loop(
+        cfg,
+        grid,
+        cfg.steps or -(-len(rows) // cfg.batch_size),
+        {"model": (model, optimizer)},
+        step_fn,
+        inputs,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ sft
-
 
 
 def stage_sft(cfg, grid):
@@ -172,30 +195,46 @@ def stage_sft(cfg, grid):
         policy = adapted(load(LanguageModel, cfg.model, cfg, grid), cfg, cfg.lora_rank)
     else:
         tokenizer = arith_tokenizer()
-        policy = init_weights(build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed)
+        policy = init_weights(
+            build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed
+        )
     rows = load_rows(cfg.data, ("prompt", "response")) if cfg.data else arith_rows("train", 16_000, cfg.seed)
-    rows, _ = encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data or "built-in task", log=lambda text: say(grid, text))
+    rows, _ = encode(
+        rows, tokenizer, cfg.max_seq_len, source=cfg.data or "built-in task", log=lambda text: say(grid, text)
+    )
 
     def loss_fn(part):
         ids, mask = collate([row[0] for row in part], grid.device)
         logprobs, entropy = token_logprobs(policy, ids, mask)
         return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
 
-    work = train_on_rows(cfg, grid, policy, rows, lambda row: len(row[0].response_ids), loss_fn, lambda row: sequence_length(row[0]),
-                         fingerprints(tokenizer, cfg.data))  # fmt: skip
+    work = train_on_rows(
+        cfg,
+        grid,
+        policy,
+        rows,
+        lambda row: len(row[0].response_ids),
+        loss_fn,
+        lambda row: sequence_length(row[0]),
+        fingerprints(tokenizer, cfg.data),
+    )
     finish(work, policy, tokenizer, cfg.model)
 
 
 def arith_model(tokenizer):
     """0.15 M parameters; eight heads, so that eight processes can share it."""
-    return ModelConfig(tokenizer.vocab_size, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
-                       num_attention_heads=8, num_key_value_heads=4, head_dim=16)  # fmt: skip
+    return ModelConfig(
+        tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pairs
-
-
-
 
 
 def stage_pairs(cfg, grid):
@@ -206,11 +245,18 @@ def stage_pairs(cfg, grid):
     out = out_path(cfg)
     jobs = [(cfg.data or "built-in task", out, None)]
     if not cfg.data:  # held-out pairs, for eval
-        jobs = [("built-in task, training prompts", out, "train"), ("built-in task, held-out prompts", heldout_pairs(cfg), "test")]
+        jobs = [
+            ("built-in task, training prompts", out, "train"),
+            ("built-in task, held-out prompts", heldout_pairs(cfg), "test"),
+        ]
     for source, path, split in jobs:
         n = cfg.limit or ARITH["pairs"]["limit"]
         n = max(n // 5, 1) if split == "test" else n
-        rows = arith_rows(split, n, cfg.seed + 1) if split else load_rows(cfg.data, ("prompt", "label"), cfg.limit)
+        rows = (
+            arith_rows(split, n, cfg.seed + 1)
+            if split
+            else load_rows(cfg.data, ("prompt", "label"), cfg.limit)
+        )
         mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
         chunk = max(1, 1024 // cfg.k)
         for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
@@ -220,18 +266,20 @@ def stage_pairs(cfg, grid):
             correct += sum(a[2] for row in answers for a in row)
             for row, answer in zip(part, answers):
                 found += [(row["line"], pair) for pair in make_pairs(row, answer, cfg.pairs_per_prompt)]
-        (correct,) = all_sum([correct], grid)
+        correct = all_sum({"correct": correct}, grid)["correct"]
         written = write_rows(path, found, grid)
         if not written:
-            raise BadInput(f"{source}: no prompt has both a right and a wrong answer; raise --k or --limit, or use another policy")
-        say(grid, f"pairs: {path}: {written} pairs from {len(rows)} prompts x {cfg.k} samples, {correct / len(rows) / cfg.k:.3f} of them right")
+            raise BadInput(
+                f"{source}: no prompt has both a right and a wrong answer; raise --k or --limit, or use another policy"
+            )
+        say(
+            grid,
+            f"pairs: {path}: {written} pairs from {len(rows)} prompts x {cfg.k} samples, {correct / len(rows) / cfg.k:.3f} of them right",
+        )
     barrier(grid)
 
 
 # ------------------------------------------------------------------------------------------------ rm
-
-
-
 
 
 def stage_rm(cfg, grid):
@@ -242,10 +290,14 @@ def stage_rm(cfg, grid):
     base = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
     model = adapted(base, cfg, cfg.lora_rank)
     rows = load_rows(path, ("prompt", "chosen", "rejected"))
-    pairs, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text))
+    pairs, rows = encode(
+        rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text)
+    )
     if cfg.reward == "prm":
         if cfg.task != "arith":
-            raise BadInput("--reward prm learns from step labels, which only the built-in task (--task arith) knows")
+            raise BadInput(
+                "--reward prm learns from step labels, which only the built-in task (--task arith) knows"
+            )
         for i, row in enumerate(rows):
             with at_line(path, row["line"]):
                 pairs[i] += tuple(error_places(tokenizer, row["prompt"], pairs[i]))
@@ -255,16 +307,28 @@ def stage_rm(cfg, grid):
     step_ids = tokenizer.ids_with("\n")
 
     def loss_fn(part):
-        ids, mask = collate([example for pair in part for example in pair[:2]], grid.device)  # (2P, T+1), (2P, T)
-        errors = torch.tensor([error for pair in part for error in pair[2:]], device=grid.device)  # (2P,), prm only
+        ids, mask = collate(
+            [example for pair in part for example in pair[:2]], grid.device
+        )  # (2P, T+1), (2P, T)
+        errors = torch.tensor(
+            [error for pair in part for error in pair[2:]], device=grid.device
+        )  # (2P,), prm only
         return reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors)
 
-    work = train_on_rows(cfg, grid, model, pairs, lambda pair: 1, loss_fn, lambda pair: sum(map(sequence_length, pair[:2])), fingerprints(tokenizer, path))
+    work = train_on_rows(
+        cfg,
+        grid,
+        model,
+        pairs,
+        lambda pair: 1,
+        loss_fn,
+        lambda pair: sum(map(sequence_length, pair[:2])),
+        fingerprints(tokenizer, path),
+    )
     finish(work, model, tokenizer, directory, reward=cfg.reward, reference=directory)
 
 
 # ------------------------------------------------------------------------------------------------ reinforce, ppo
-
 
 
 def stage_rl(cfg, grid):
@@ -277,16 +341,27 @@ def stage_rl(cfg, grid):
     judge = "" if graded else str(cfg.reward_model or need("rm", cfg, grid))
     tokenizer = load_tokenizer(directory, cfg)
     reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
-    policy = adapted(reference if cfg.lora_rank else load(LanguageModel, directory, cfg, grid), cfg, cfg.lora_rank)
+    policy = adapted(
+        reference if cfg.lora_rank else load(LanguageModel, directory, cfg, grid), cfg, cfg.lora_rank
+    )
     if cfg.data:
         rows = load_rows(cfg.data, ("prompt", "label") if graded else ("prompt",), optional=("label",))
         cut = max(len(rows) - cfg.limit, 0)
         rows, heldout = rows[:cut], [row for row in rows[cut:] if "label" in row]
         if not rows:
-            raise BadInput(f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
+            raise BadInput(
+                f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from"
+            )
     else:
-        rows, heldout = arith_rows("train", 8192, cfg.seed + 2), arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0)
-    prompts, n, room = encode_prompts(rows, tokenizer, cfg), cfg.batch_size // cfg.group_size, cfg.max_seq_len - cfg.max_new_tokens
+        rows, heldout = (
+            arith_rows("train", 8192, cfg.seed + 2),
+            arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0),
+        )
+    prompts, n, room = (
+        encode_prompts(rows, tokenizer, cfg),
+        cfg.batch_size // cfg.group_size,
+        cfg.max_seq_len - cfg.max_new_tokens,
+    )
     if long := sum(len(ids) > room for ids in prompts):
         prompts = [ids for ids in prompts if len(ids) <= room]
         text = f"{cfg.data or 'built-in task'}: dropped {long} prompts longer than --max_seq_len {cfg.max_seq_len} - --max_new_tokens {cfg.max_new_tokens}"
@@ -295,7 +370,9 @@ def stage_rl(cfg, grid):
             raise BadInput(f"{text}; none is left")
     kind = cfg.reward if graded else reward_kind(judge, cfg.reward)
     if not graded and cfg.reward not in ("qrm", "plain", kind):
-        raise BadInput(f"--reward {cfg.reward}: {judge} was trained as {kind!r}; expected the reward that it was trained for, or none")
+        raise BadInput(
+            f"--reward {cfg.reward}: {judge} was trained as {kind!r}; expected the reward that it was trained for, or none"
+        )
     reward_fn, reward_mask_fn, is_q = load_reward(kind, judge, tokenizer, cfg, grid, rows)
     if not cfg.advantage:
         cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
@@ -308,15 +385,23 @@ def stage_rl(cfg, grid):
         optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, **settings))
     steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches([], cfg))
     if n // grid.dp_size * cfg.group_size < cuts:
-        raise BadInput(f"--batch_size {cfg.batch_size}: too few trajectories for {grid.dp_size} processes x {cuts} minibatches")
+        raise BadInput(
+            f"--batch_size {cfg.batch_size}: too few trajectories for {grid.dp_size} processes x {cuts} minibatches"
+        )
 
     def step_fn(step, lr):
-        batch = [prompts[i] for i in batch_indices(len(prompts), n, step, cfg.seed)][grid.dp_rank :: grid.dp_size]
+        batch = [prompts[i] for i in batch_indices(len(prompts), n, step, cfg.seed)][
+            grid.dp_rank :: grid.dp_size
+        ]
         seed = hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank)
-        rollout = collect_rollout(policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg, seed, reward_mask_fn)
+        rollout = collect_rollout(
+            policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg, seed, reward_mask_fn
+        )
         if is_ppo:
             critic_lr = lr_at(step, dataclasses.replace(cfg, lr=cfg.critic_lr), steps)  # the same schedule
-            stats = ppo_step(policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, critic_lr)
+            stats = ppo_step(
+                policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, critic_lr
+            )
         else:
             stats = reinforce_step(policy, optimizers["policy"][1], rollout, cfg, lr)
         row = {"trajectories": (step + 1) * n * cfg.group_size, **stats, **rollout_stats(rollout, grid)}
@@ -339,13 +424,16 @@ def finish(work, model, tokenizer, base, **run):
         save_adapter(model, work.path / "adapter", base)
     if work.grid.is_main:
         tokenizer.save(work.path)
-        run |= {"config": dataclasses.asdict(work.cfg), "tokenizer": tokenizer.fingerprint, "torch": torch.__version__}
+        run |= {
+            "config": dataclasses.asdict(work.cfg),
+            "tokenizer": tokenizer.fingerprint,
+            "torch": torch.__version__,
+        }
         write_atomically(work.path / "run.json", json.dumps(run, indent=1))
     work.publish()
 
 
 # ------------------------------------------------------------------------------------------------ eval, score, grade
-
 
 
 def stage_eval(cfg, grid):
@@ -354,7 +442,9 @@ def stage_eval(cfg, grid):
         directories = [cfg.model or cfg.out]
     else:
         need("rm", cfg, grid)
-        directories = [d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""]
+        directories = [
+            d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""
+        ]
     for directory in map(Path, directories):
         judges = is_reward_model(directory) or reward_kind(directory) in POLICY_LIKE
         if judges:
@@ -365,23 +455,49 @@ def stage_eval(cfg, grid):
         path = Path(cfg.out) / "eval.json" if cfg.out else directory / "eval.json"
         if grid.is_main:
             write_atomically(path, json.dumps(result, indent=1))
-        say(grid, f"eval: {path}: " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()))
+        say(
+            grid,
+            f"eval: {path}: "
+            + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()),
+        )
 
 
 def stage_score(cfg, grid):
     """One number a response token: a reward model's raw Z, or a policy's log-probability in nats."""
     directory = cfg.model or need("rm", cfg, grid)
     tokenizer, scalar = load_tokenizer(directory, cfg), is_reward_model(directory)
-    model, key = load(ScalarModel if scalar else LanguageModel, directory, cfg, grid), "scores" if scalar else "logprobs"
+    model, key = (
+        load(ScalarModel if scalar else LanguageModel, directory, cfg, grid),
+        "scores" if scalar else "logprobs",
+    )
     if cfg.data:
         rows = load_rows(cfg.data, ("prompt", "response"), cfg.limit)
     else:
-        rows = [row | {"raw": {"prompt": row["prompt"], "response": row["response"]}} for row in arith_rows("test", cfg.limit or 8, cfg.seed)]
-    kept, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data or "built-in task", lambda text: say(grid, text))
+        rows = [
+            row | {"raw": {"prompt": row["prompt"], "response": row["response"]}}
+            for row in arith_rows("test", cfg.limit or 8, cfg.seed)
+        ]
+    kept, rows = encode(
+        rows,
+        tokenizer,
+        cfg.max_seq_len,
+        ("response",),
+        cfg.data or "built-in task",
+        lambda text: say(grid, text),
+    )
     kept, rows, written = kept[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size], []
-    numbers = score_examples(token_reward(model) if scalar else lambda ids, mask: token_logprobs(model, ids, mask)[0], [e for (e,) in kept], cfg, grid)
+    numbers = score_examples(
+        token_reward(model) if scalar else lambda ids, mask: token_logprobs(model, ids, mask)[0],
+        [e for (e,) in kept],
+        cfg,
+        grid,
+    )
     for row, (example,), x in zip(rows, kept, numbers):
-        more = {"prompt_ids": example.prompt_ids, "ids": example.response_ids, "tokens": tokenizer.token_texts(example.response_ids)}
+        more = {
+            "prompt_ids": example.prompt_ids,
+            "ids": example.response_ids,
+            "tokens": tokenizer.token_texts(example.response_ids),
+        }
         written.append((row["line"], row["raw"] | more | {key: x.tolist()}))
     n = write_rows(out_path(cfg), written, grid)
     if cfg.show and grid.is_main:
@@ -396,18 +512,19 @@ def stage_grade(cfg, grid):
     rows = load_rows(cfg.data, ("response", "label"), cfg.limit)
     written = []
     for row in rows:
-        text = row["response"] if isinstance(row["response"], str) else row["response"][-1]["content"]  # the reply of a list of messages
+        text = (
+            row["response"] if isinstance(row["response"], str) else row["response"][-1]["content"]
+        )  # the reply of a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)
         written.append((row["line"], row["raw"] | {"answer": answer, "correct": correct}))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
-    say(grid, f"grade: {out_path(cfg)}: {sum(row['correct'] for _, row in written)} of {len(written)} correct")
+    say(
+        grid, f"grade: {out_path(cfg)}: {sum(row['correct'] for _, row in written)} of {len(written)} correct"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ demo
-
-
-
 
 
 def stage_demo(cfg, grid):
@@ -424,8 +541,17 @@ def stage_demo(cfg, grid):
     barrier(grid)
 
 
-STAGES = {"sft": stage_sft, "pairs": stage_pairs, "rm": stage_rm, "reinforce": stage_rl, "ppo": stage_rl, "eval": stage_eval, "score": stage_score,
-          "grade": stage_grade, "demo": stage_demo}  # fmt: skip
+STAGES = {
+    "sft": stage_sft,
+    "pairs": stage_pairs,
+    "rm": stage_rm,
+    "reinforce": stage_rl,
+    "ppo": stage_rl,
+    "eval": stage_eval,
+    "score": stage_score,
+    "grade": stage_grade,
+    "demo": stage_demo,
+}
 
 
 def main(argv=None):
@@ -436,16 +562,30 @@ def main(argv=None):
         check_paths(cfg)
         grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
         if not cfg.model and not cfg.data:
-            torch.set_num_threads(1)  # the built-in model is too small for more; and so every machine gives the same numbers
+            torch.set_num_threads(
+                1
+            )  # the built-in model is too small for more; and so every machine gives the same numbers
         if (cfg.flex or cfg.graphs) and grid.device.type != "cuda":
-            raise BadInput(f"--{'flex' if cfg.flex else 'graphs'}: works on CUDA only; expected --device cuda")
-        Packed.flex, KVCache.graphs, KVCache.spare = cfg.flex, cfg.graphs, 256 if cfg.graphs else 64  # each growth is recorded anew
+            raise BadInput(
+                f"--{'flex' if cfg.flex else 'graphs'}: works on CUDA only; expected --device cuda"
+            )
+        Packed.flex, KVCache.graphs, KVCache.spare = (
+            cfg.flex,
+            cfg.graphs,
+            256 if cfg.graphs else 64,
+        )  # each growth is recorded anew
         say(grid, "config: " + "  ".join(f"{k} {getattr(cfg, k)}" for k in flags() if getattr(cfg, k) != ""))
         STAGES[cfg.stage](cfg, grid)
     except (BadInput, OSError) as e:
         if int(os.environ.get("RANK", 0)):
-            time.sleep(2)  # rank 0 mostly says the same, and torchrun then ends this one; what only this one met must still be seen
-        reason = f"{e.filename or out_path(cfg)}: {e.strerror}" if isinstance(e, OSError) and e.strerror else str(e)
+            time.sleep(
+                2
+            )  # rank 0 mostly says the same, and torchrun then ends this one; what only this one met must still be seen
+        reason = (
+            f"{e.filename or out_path(cfg)}: {e.strerror}"
+            if isinstance(e, OSError) and e.strerror
+            else str(e)
+        )
         print(" ".join(reason.split()).encode("utf-8", "backslashreplace").decode()[:2000], file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
@@ -453,11 +593,18 @@ def main(argv=None):
         status = 130
     except RuntimeError as e:
         if re.search("timed out|timeout", str(e), re.I):
-            print(f"--stage {cfg.stage}: rank {os.environ.get('RANK')} waited longer than --timeout {cfg.timeout} s for another one", file=sys.stderr)
+            print(
+                f"--stage {cfg.stage}: rank {os.environ.get('RANK')} waited longer than --timeout {cfg.timeout} s for another one",
+                file=sys.stderr,
+            )
         raise
     if status == 2 and dist.is_initialized() and dist.get_backend() == "nccl":
-        os._exit(status)  # to take NCCL down is a collective, and the other ranks may not have met what this one did
-    if dist.is_initialized():  # not after an exception: what other ranks still wait for would be waited for here
+        os._exit(
+            status
+        )  # to take NCCL down is a collective, and the other ranks may not have met what this one did
+    if (
+        dist.is_initialized()
+    ):  # not after an exception: what other ranks still wait for would be waited for here
         dist.destroy_process_group()
     return status
 

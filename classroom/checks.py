@@ -25,12 +25,17 @@ PROMPT_LENGTHS, RESPONSE_LENGTHS = (3, 3, 1, 4), (2, 4, 5, 1)  # of the four row
 def expect(actual, expected, what, rtol=1e-5):
     """Every element, to rtol of the largest one; the message is one line."""
     actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
-    assert actual.shape == expected.shape, f"{what}: found shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    assert actual.shape == expected.shape, (
+        f"{what}: found shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
     actual, expected = actual.detach().double(), expected.detach().double()
     error = (actual - expected).abs().nan_to_num(math.inf) if actual.numel() else torch.zeros(1)
     if error.max() > rtol * max(expected.abs().max().item(), 1e-12):
         at = tuple(i.item() for i in (error == error.max()).nonzero()[0])
-        raise AssertionError(f"{what}: found {actual[at].item():.6g}, expected {expected[at].item():.6g}" + f" at {list(at)}" * bool(at))
+        raise AssertionError(
+            f"{what}: found {actual[at].item():.6g}, expected {expected[at].item():.6g}"
+            + f" at {list(at)}" * bool(at)
+        )
 
 
 def draw(*shape, seed=0):
@@ -50,8 +55,15 @@ def rows():
 
 def small_model(m, kind, grid=Grid(), seed=0):
     """A LanguageModel or ScalarModel of module m with random weights, norms and head included."""
-    cfg = model.ModelConfig(vocab_size=29, hidden_size=16, intermediate_size=20, num_hidden_layers=2,
-                            num_attention_heads=4, num_key_value_heads=2, head_dim=6)  # fmt: skip
+    cfg = model.ModelConfig(
+        vocab_size=29,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+    )
     net = m.init_weights(getattr(m, kind)(cfg, grid), seed)
     with torch.no_grad():
         for i, (name, param) in enumerate(net.named_parameters()):
@@ -70,7 +82,9 @@ def on_ranks(size, work, group="tp"):
             news.notify_all()
             n = len(calls[place.rank])
             news.wait_for(lambda: all(len(made) >= n or r in finished for r, made in enumerate(calls)))
-            assert all(len(made) >= n for made in calls), "one rank waits in an all-reduce that another one never makes"
+            assert all(len(made) >= n for made in calls), (
+                "one rank waits in an all-reduce that another one never makes"
+            )
             parts = torch.stack([made[n - 1] for made in calls])
         x.copy_(parts.amax(0) if op == dist.ReduceOp.MAX else parts.sum(0))
 
@@ -101,24 +115,48 @@ def check_1_1(m):
     x's dtype, and multiply with the weight last."""
     norm = m.RMSNorm(4, eps=0.0)
     norm.weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    expect(norm(torch.tensor([[3.0, 4.0, 0.0, 0.0]])), [[1.2, 3.2, 0.0, 0.0]], "x = 3, 4, 0, 0 has root mean square 2.5, weight 1, 2, 3, 4")
+    expect(
+        norm(torch.tensor([[3.0, 4.0, 0.0, 0.0]])),
+        [[1.2, 3.2, 0.0, 0.0]],
+        "x = 3, 4, 0, 0 has root mean square 2.5, weight 1, 2, 3, 4",
+    )
     x = draw(2, 3, 4)
-    expect(norm(x)[1, 2], norm.weight * x[1, 2] / (sum(v * v for v in x[1, 2]) / 4) ** 0.5, "each position by itself")
+    expect(
+        norm(x)[1, 2],
+        norm.weight * x[1, 2] / (sum(v * v for v in x[1, 2]) / 4) ** 0.5,
+        "each position by itself",
+    )
     norm.eps = 3.0
     expect(norm(torch.ones(1, 4)), [[0.5, 1.0, 1.5, 2.0]], "eps = 3 stands inside the root")
     big = norm.half()(torch.full((1, 4), 400.0).half())
     assert big.dtype == torch.float16, f"fp16 in, {big.dtype} out"
-    expect(big, [[1.0, 2.0, 3.0, 4.0]], "400 in fp16: its square is infinite unless the work is done in fp32", rtol=1e-3)
+    expect(
+        big,
+        [[1.0, 2.0, 3.0, 4.0]],
+        "400 in fp16: its square is infinite unless the work is done in fp32",
+        rtol=1e-3,
+    )
 
 
 def check_1_2(m):
     """i runs 0, 2, 4, ... E - 2, so the powers are torch.arange(0, E, 2) / E. For the scaling: C/w = C f / (2 pi) turns; the
     share to keep is (turns - low) / (high - low), clamped to 0..1."""
-    cfg = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    cfg = dict(
+        vocab_size=8,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
     plain = m.rope_frequencies(m.ModelConfig(**cfg, head_dim=6, rope_theta=1000.0))
     assert plain.dtype == torch.float32, f"found {plain.dtype}, expected torch.float32"
     expect(plain, [1.0, 0.1, 0.01], "theta = 1000, E = 6")
-    scaled = m.rope_frequencies(m.ModelConfig(**cfg, head_dim=128, rope_theta=500000.0, rope_scaling=m.RopeScaling(8.0, 1.0, 4.0, 8192)))
+    scaled = m.rope_frequencies(
+        m.ModelConfig(
+            **cfg, head_dim=128, rope_theta=500000.0, rope_scaling=m.RopeScaling(8.0, 1.0, 4.0, 8192)
+        )
+    )
     for i, found in enumerate(scaled.tolist()):  # Llama 3.1's rule, one frequency at a time
         f = 500000.0 ** (-2 * i / 128)
         wavelength = 2 * math.pi / f
@@ -133,14 +171,21 @@ def check_1_2(m):
 def check_1_3(m):
     """chunk(2, dim=-1) gives a and b, the two coordinates of each pair; a plane rotation by the angle is
     (a cos - b sin, b cos + a sin). torch.cat puts them back, .to(x.dtype) undoes what fp32 angles promote."""
-    x, angles = draw(1, 3, 2, 4), torch.tensor([[0.0, 0.0], [0.5, 1.0], [2.0, -0.7]])  # (B, T, H, E), (T, E/2)
+    x, angles = (
+        draw(1, 3, 2, 4),
+        torch.tensor([[0.0, 0.0], [0.5, 1.0], [2.0, -0.7]]),
+    )  # (B, T, H, E), (T, E/2)
     cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
     y = m.apply_rope(x, cos, sin)
     expect(y[:, 0], x[:, 0], "angle 0 changes nothing")
     for t in range(3):
         for i in range(2):
             turned = complex(x[0, t, 1, i], x[0, t, 1, i + 2]) * cmath.exp(1j * angles[t, i].item())
-            expect(y[0, t, 1, [i, i + 2]], [turned.real, turned.imag], f"the pair ({i}, {i} + E/2) at position {t}, as a complex number")
+            expect(
+                y[0, t, 1, [i, i + 2]],
+                [turned.real, turned.imag],
+                f"the pair ({i}, {i} + E/2) at position {t}, as a complex number",
+            )
     half = m.apply_rope(x.bfloat16(), cos, sin)
     assert half.dtype == torch.bfloat16, f"bf16 in, {half.dtype} out"
 
@@ -148,7 +193,9 @@ def check_1_3(m):
 def slow_attention(q, k, v):
     """Head by head and position by position."""
     out = torch.zeros(q.shape)
-    for b, t, h in ((b, t, h) for b in range(q.shape[0]) for t in range(q.shape[1]) for h in range(q.shape[2])):
+    for b, t, h in (
+        (b, t, h) for b in range(q.shape[0]) for t in range(q.shape[1]) for h in range(q.shape[2])
+    ):
         kv = h * k.shape[2] // q.shape[2]
         weights = (k[b, : t + 1, kv] @ q[b, t, h] / q.shape[3] ** 0.5).softmax(0)
         out[b, t, h] = weights @ v[b, : t + 1, kv]
@@ -160,7 +207,11 @@ def check_1_4(m):
     enable_gqa=True lets neighbouring query heads share a key/value head."""
     q, k, v = draw(2, 5, 4, 6), draw(2, 5, 2, 6, seed=1), draw(2, 5, 2, 6, seed=2)
     expect(m.causal_attention(0, q, k, v), slow_attention(q, k, v), "four query heads, two key/value heads")
-    expect(m.causal_attention(0, q, 2 * q, q + 1), slow_attention(q, 2 * q, q + 1), "as many key/value heads as query heads")
+    expect(
+        m.causal_attention(0, q, 2 * q, q + 1),
+        slow_attention(q, 2 * q, q + 1),
+        "as many key/value heads as query heads",
+    )
 
 
 def check_sublayer(m, name, expected):
@@ -205,7 +256,13 @@ def check_1_5(m):
 def check_1_6(m):
     """F.silu on the gate, times up, then down. One f before both column-parallel layers, one g after the row-parallel one."""
     silu = lambda z: z / (1 + (-z).exp())
-    check_sublayer(m, "mlp", lambda _, mlp, x: (silu(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T)
+    check_sublayer(
+        m,
+        "mlp",
+        lambda _, mlp, x: (
+            (silu(x @ mlp.gate_proj.weight.T) * (x @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+        ),
+    )
 
 
 def check_1_7(m):
@@ -214,14 +271,25 @@ def check_1_7(m):
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     sample = lambda p, u: m.sample_tokens(p.expand(len(u), -1), torch.tensor(u)).tolist()
     found, expected = sample(p, [0.0, 0.05, 0.15, 0.35, 0.65, 0.99]), [0, 0, 1, 2, 3, 3]
-    assert found == expected, f"probabilities .1 .2 .3 .4, uniforms 0 .05 .15 .35 .65 .99: found {found}, expected {expected}"
+    assert found == expected, (
+        f"probabilities .1 .2 .3 .4, uniforms 0 .05 .15 .35 .65 .99: found {found}, expected {expected}"
+    )
     last = 1 - 2**-24  # the largest fp32 below 1
     found = sample(torch.tensor([0.0, 0.5, 0.5, 0.0]), [0.0, 0.5, last])
-    assert found == [1, 2, 2], f"probabilities 0 .5 .5 0, uniforms 0, .5 and almost 1: found {found}, expected [1, 2, 2]"
+    assert found == [1, 2, 2], (
+        f"probabilities 0 .5 .5 0, uniforms 0, .5 and almost 1: found {found}, expected [1, 2, 2]"
+    )
     found = sample(torch.tensor([0.25, 0.25]), [0.3, 0.7])
-    assert found == [0, 1], f"probabilities that sum to .5, uniforms .3 and .7: found {found}, expected [0, 1]"
+    assert found == [0, 1], (
+        f"probabilities that sum to .5, uniforms .3 and .7: found {found}, expected [0, 1]"
+    )
     counts = torch.bincount(torch.tensor(sample(p, [(i + 0.5) / 1000 for i in range(1000)])), minlength=4)
-    expect(counts, [100.0, 200.0, 300.0, 400.0], "draws of each token from 1000 evenly spread uniforms", rtol=0.003)
+    expect(
+        counts,
+        [100.0, 200.0, 300.0, 400.0],
+        "draws of each token from 1000 evenly spread uniforms",
+        rtol=0.003,
+    )
 
 
 # ------------------------------------------------------------------------------------------------ 2: tensor parallelism
@@ -268,7 +336,9 @@ def check_2_3(m):
     parts = []
     for r, own in enumerate(slices(m, 10, 3)):  # 3, 3 and 4 features
         layer = m.ColumnLinear(6, 10, Grid(tp_rank=r, tp_size=3), bias=True)
-        expect(torch.tensor(layer.weight.shape), torch.tensor(A[own].shape), f"weight's shape on rank {r} of 3")
+        expect(
+            torch.tensor(layer.weight.shape), torch.tensor(A[own].shape), f"weight's shape on rank {r} of 3"
+        )
         assert layer.bias is not None, "bias=True, and the layer has none"
         layer.weight.data, layer.bias.data = A[own], b[own]
         parts.append(layer(x))
@@ -283,7 +353,11 @@ def check_2_4(m):
     total = 0
     for r, own in enumerate(slices(m, 10, 3)):
         layer = m.RowLinear(10, 6, Grid(tp_rank=r, tp_size=3))
-        expect(torch.tensor(layer.weight.shape), torch.tensor(A[:, own].shape), f"weight's shape on rank {r} of 3")
+        expect(
+            torch.tensor(layer.weight.shape),
+            torch.tensor(A[:, own].shape),
+            f"weight's shape on rank {r} of 3",
+        )
         assert layer.bias is None, "a bias would be added once a rank"
         layer.weight.data = A[:, own]
         total = total + layer(x[:, own])
@@ -308,8 +382,16 @@ def check_2_5(m):
     for size in (1, 3):
         found = [run(Grid())] if size == 1 else on_ranks(size, run)
         for rank, (y, _) in enumerate(found):
-            expect(y, torch.stack([torch.stack([table[i] for i in row]) for row in ids]), f"rows on rank {rank} of {size}")
-        expect(torch.cat([grad for _, grad in found]), expected, f"gradients of the ranks' parts, one below the other, {size} ranks")
+            expect(
+                y,
+                torch.stack([torch.stack([table[i] for i in row]) for row in ids]),
+                f"rows on rank {rank} of {size}",
+            )
+        expect(
+            torch.cat([grad for _, grad in found]),
+            expected,
+            f"gradients of the ranks' parts, one below the other, {size} ranks",
+        )
 
 
 def split_vocabulary(m, logits, weights, work):
@@ -334,7 +416,11 @@ def check_2_6(m):
     parts, grad = split_vocabulary(m, logits, weights, m.vocab_log_softmax)
     expect(torch.cat(parts, -1), expected, "the ranks' parts side by side, 3 ranks")
     whole = logits.clone().requires_grad_()
-    expect(grad, gradients((whole.log_softmax(-1) * weights).sum(), whole)[0], "gradient of the logits, 3 ranks (is f there?)")
+    expect(
+        grad,
+        gradients((whole.log_softmax(-1) * weights).sum(), whole)[0],
+        "gradient of the logits, 3 ranks (is f there?)",
+    )
     far = logits + torch.arange(10.0) * 200
     parts, _ = split_vocabulary(m, far, weights, m.vocab_log_softmax)
     expect(torch.cat(parts, -1), far.double().log_softmax(-1), "logits up to 1800 (exp overflows at 89)")
@@ -345,7 +431,9 @@ def check_2_6(m):
 def check_2_7(m):
     """As in the embedding: look up target - start where the target is mine, answer zero elsewhere, sum over the ranks (g)."""
     logprobs, targets, weights = draw(2, 2, 10), torch.tensor([[0, 2], [3, 9]]), draw(2, 2, seed=1)
-    parts, grad = split_vocabulary(m, logprobs, weights, lambda mine, grid: m.vocab_pick(mine, targets, 10, grid))
+    parts, grad = split_vocabulary(
+        m, logprobs, weights, lambda mine, grid: m.vocab_pick(mine, targets, 10, grid)
+    )
     expected, expected_grad = torch.zeros(2, 2), torch.zeros(2, 2, 10)
     for place in ((i, t) for i in range(2) for t in range(2)):
         expected[place] = logprobs[place][targets[place]]
@@ -362,21 +450,37 @@ def check_2_7(m):
 def check_3_1(m):
     """Make ids full of pad_id and a mask of zeros, one column shorter, and fill them row by row. Response token r0 stands in
     ids at len(prompt), so in targets = ids[:, 1:] it stands one place earlier."""
-    short, long, one = m.Example([10, 11, 12], [20, 21, 1]), m.Example([10], [20, 22, 23, 24, 25, 1]), m.Example([13, 14], [26])
+    short, long, one = (
+        m.Example([10, 11, 12], [20, 21, 1]),
+        m.Example([10], [20, 22, 23, 24, 25, 1]),
+        m.Example([13, 14], [26]),
+    )
     for pad in (0, 1, 20):  # a pad may be the stop token, or any other id
         ids, mask = m.collate([short, long, one], pad_id=pad)
-        assert ids.dtype == torch.int64 and mask.dtype == torch.bool, f"found {ids.dtype} and {mask.dtype}, expected int64 and bool"
-        expect(ids, [[10, 11, 12, 20, 21, 1, pad], [10, 20, 22, 23, 24, 25, 1], [13, 14, 26, pad, pad, pad, pad]], f"ids with pad {pad}")
+        assert ids.dtype == torch.int64 and mask.dtype == torch.bool, (
+            f"found {ids.dtype} and {mask.dtype}, expected int64 and bool"
+        )
+        expect(
+            ids,
+            [[10, 11, 12, 20, 21, 1, pad], [10, 20, 22, 23, 24, 25, 1], [13, 14, 26, pad, pad, pad, pad]],
+            f"ids with pad {pad}",
+        )
         expect(mask, [[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0]], f"mask with pad {pad}")
-        assert ids[:, 1:][mask].tolist() == [20, 21, 1, 20, 22, 23, 24, 25, 1, 26], "targets in the mask are not the responses"
+        assert ids[:, 1:][mask].tolist() == [20, 21, 1, 20, 22, 23, 24, 25, 1, 26], (
+            "targets in the mask are not the responses"
+        )
 
 
 def check_3_2(m):
     """Number all rows that are ever read: batch `step` takes the places step * batch_size and on. Place p is in epoch p // n,
     at position p % n of that epoch's permutation."""
-    places = lambda n, size, steps, seed: [i for step in range(steps) for i in m.batch_indices(n, size, step, seed)]
+    places = lambda n, size, steps, seed: [
+        i for step in range(steps) for i in m.batch_indices(n, size, step, seed)
+    ]
     found = places(7, 3, 7, 0)  # three epochs of 7 rows in 7 batches of 3
-    assert all(len(m.batch_indices(7, 3, step, 0)) == 3 for step in range(7)), "a batch of 3 has another number of rows"
+    assert all(len(m.batch_indices(7, 3, step, 0)) == 3 for step in range(7)), (
+        "a batch of 3 has another number of rows"
+    )
     epochs = [found[i : i + 7] for i in (0, 7, 14)]
     for i, epoch in enumerate(epochs):
         assert sorted(epoch) == list(range(7)), f"epoch {i} reads rows {epoch}, expected each of 0..6 once"
@@ -384,7 +488,9 @@ def check_3_2(m):
     assert epochs[0] != epochs[1] and epochs[1] != epochs[2], "two epochs have the same order"
     assert places(50, 10, 5, 0) != list(range(50)), "the rows are not shuffled"
     assert places(50, 10, 5, 0) != places(50, 10, 5, 1), "another seed gives the same order"
-    assert places(50, 10, 5, 0) == places(50, 25, 2, 0), "the order must not depend on how it is cut into batches"
+    assert places(50, 10, 5, 0) == places(50, 25, 2, 0), (
+        "the order must not depend on how it is cut into batches"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ 4: reward models
@@ -396,14 +502,21 @@ def check_4_1(m):
     net, (ids, _) = small_model(model, "ScalarModel"), rows()
     scores = m.token_scores(net, ids)
     for t in range(6):
-        alone = net.scalars(net.model(ids[:, : t + 2]))[:, -1]  # of nothing but the tokens up to targets[:, t]
-        expect(scores[:, t], alone, f"scores of targets[:, {t}], from the prefix that ends with it", rtol=1e-4)
+        alone = net.scalars(net.model(ids[:, : t + 2]))[
+            :, -1
+        ]  # of nothing but the tokens up to targets[:, t]
+        expect(
+            scores[:, t], alone, f"scores of targets[:, {t}], from the prefix that ends with it", rtol=1e-4
+        )
     assert scores.shape == (4, 6) and scores.requires_grad, "expected (B, T) scores with a gradient"
 
 
 def check_4_2(m):
     """masked_fill, not a product: NaN * 0 is NaN. Divide by the number of positions in the mask, but by at least 1."""
-    x, mask = torch.tensor([[1.0, 2.0, 6.0, 9.0], [5.0, 7.0, 8.0, 4.0], [3.0, 3.0, 3.0, 3.0]]), torch.zeros(3, 4, dtype=torch.bool)
+    x, mask = (
+        torch.tensor([[1.0, 2.0, 6.0, 9.0], [5.0, 7.0, 8.0, 4.0], [3.0, 3.0, 3.0, 3.0]]),
+        torch.zeros(3, 4, dtype=torch.bool),
+    )
     mask[0, 1:3] = mask[1, 2] = True
     expect(m.masked_mean(x, mask), [4.0, 8.0, 0.0], "means of (2, 6), of (8) and of an empty row")
     x[~mask] = torch.tensor(float("nan"))
@@ -416,16 +529,40 @@ def check_4_2(m):
 def check_4_3(m):
     """F.logsigmoid(z) stays finite where log(sigmoid(z)) does not. The margin is subtracted from the scaled gap: a pair costs
     something until beta * gap exceeds it."""
-    zeros, chosen, rejected = torch.zeros(3), torch.tensor([1.0, 5.0, -2.0, 3.0]), torch.tensor([0.0, 7.0, -4.0, 3.0])
-    expect(m.pairwise_loss(zeros, zeros, 0.2, 2.0)[0], math.log(1 + math.exp(2)), "equal scores, beta .2, margin 2: log(1 + e^2)")
+    zeros, chosen, rejected = (
+        torch.zeros(3),
+        torch.tensor([1.0, 5.0, -2.0, 3.0]),
+        torch.tensor([0.0, 7.0, -4.0, 3.0]),
+    )
+    expect(
+        m.pairwise_loss(zeros, zeros, 0.2, 2.0)[0],
+        math.log(1 + math.exp(2)),
+        "equal scores, beta .2, margin 2: log(1 + e^2)",
+    )
     loss, stats = m.pairwise_loss(chosen, rejected, 0.5, 0.7)
-    expect(loss, sum(math.log(1 + math.exp(-(0.5 * gap - 0.7))) for gap in (1, -2, 2, 0)) / 4, "gaps 1, -2, 2, 0, beta .5, margin .7")
+    expect(
+        loss,
+        sum(math.log(1 + math.exp(-(0.5 * gap - 0.7))) for gap in (1, -2, 2, 0)) / 4,
+        "gaps 1, -2, 2, 0, beta .5, margin .7",
+    )
     expect(stats["pair_accuracy"], 0.5, "pair_accuracy of gaps 1, -2, 2, 0 (a tie is not right)")
     expect(stats["score_gap"], 0.25, "score_gap of gaps 1, -2, 2, 0")
-    expect(m.pairwise_loss(chosen, rejected)[0], -(chosen - rejected).double().sigmoid().log().mean(), "defaults: beta 1, no margin")
+    expect(
+        m.pairwise_loss(chosen, rejected)[0],
+        -(chosen - rejected).double().sigmoid().log().mean(),
+        "defaults: beta 1, no margin",
+    )
     margins = torch.tensor([0.0, 1.0, 2.0, 3.0])
-    expect(m.pairwise_loss(chosen, rejected, 1.0, margins)[0], (1 + (margins - chosen + rejected).exp()).log().mean(), "a margin per pair")
-    expect(m.pairwise_loss(zeros - 900, zeros, 1.0, 0.0)[0], 900.0, "a gap of -900: the loss is 900, not infinite")
+    expect(
+        m.pairwise_loss(chosen, rejected, 1.0, margins)[0],
+        (1 + (margins - chosen + rejected).exp()).log().mean(),
+        "a margin per pair",
+    )
+    expect(
+        m.pairwise_loss(zeros - 900, zeros, 1.0, 0.0)[0],
+        900.0,
+        "a gap of -900: the loss is 900, not infinite",
+    )
 
 
 def check_4_4(m):
@@ -433,10 +570,17 @@ def check_4_4(m):
     scores, (_, mask) = draw(4, 6) * 5, rows()
     loss = 0
     for pair in (0, 1):
-        mean = [sum(z.item() for z, inside in zip(scores[i], mask[i]) if inside) / RESPONSE_LENGTHS[i] for i in (2 * pair, 2 * pair + 1)]
+        mean = [
+            sum(z.item() for z, inside in zip(scores[i], mask[i]) if inside) / RESPONSE_LENGTHS[i]
+            for i in (2 * pair, 2 * pair + 1)
+        ]
         loss += math.log(1 + math.exp(-(0.7 * (mean[0] - mean[1]) - 1.5))) / 2
     expect(m.qrm_loss(scores, mask, 0.7, 1.5)[0], loss, "two pairs of unequal lengths, beta .7, margin 1.5")
-    expect(m.qrm_loss(torch.ones(4, 6), mask)[0], math.log(1 + math.exp(2)), "equal scores at the default beta and margin: 2.1269")
+    expect(
+        m.qrm_loss(torch.ones(4, 6), mask)[0],
+        math.log(1 + math.exp(2)),
+        "equal scores at the default beta and margin: 2.1269",
+    )
     assert "pair_accuracy" in m.qrm_loss(scores, mask)[1], "the figures of pairwise_loss are missing"
 
 
@@ -444,7 +588,9 @@ def check_4_5(m):
     """The docstring of fused_qrm_loss derives every line. dm_p = -grad_loss sigmoid(-m_p) / P first, then dz_t = beta dm_p c_t,
     then dx_t = dz_t dZ_t/dx_t and s = sum_t dz_t r_t x_t."""
     (_, mask), beta, margin, eps = rows(), 0.7, 1.5, 0.1
-    x, g, w = (draw(*shape, seed=i).double() for i, shape in enumerate([(sum(RESPONSE_LENGTHS), 8), (8,), (1, 8)]))
+    x, g, w = (
+        draw(*shape, seed=i).double() for i, shape in enumerate([(sum(RESPONSE_LENGTHS), 8), (8,), (1, 8)])
+    )
     shares, pairs = m.token_shares(mask)
 
     def plain(x, g, w):
@@ -455,8 +601,11 @@ def check_4_5(m):
     for scale in (1.0, 3.0):
         found, expected = ([t.clone().requires_grad_() for t in (x, g, w)] for _ in range(2))
         loss = m.fused_qrm_loss(*found, shares.double(), pairs, 2, beta, margin, eps)[0]
-        for name, ours, theirs in zip(("dL/dx", "dL/dg (norm weight)", "dL/dw (head)"),
-                                      gradients(scale * loss, *found), gradients(scale * plain(*expected), *expected)):  # fmt: skip
+        for name, ours, theirs in zip(
+            ("dL/dx", "dL/dg (norm weight)", "dL/dw (head)"),
+            gradients(scale * loss, *found),
+            gradients(scale * plain(*expected), *expected),
+        ):
             expect(ours, theirs, f"{name} of {scale:g} * loss against autograd", rtol=1e-6)
 
 
@@ -474,9 +623,17 @@ def check_4_7(m):
     scores[3, 3] = 0.2  # the last of row 3: right, but not by much
     last = [scores[i, p + r - 2].item() for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS))]
     loss, stats = m.outcome_loss(scores, mask, correct)
-    expect(loss, sum(math.log(1 + math.exp(-z if y else z)) for z, y in zip(last, correct)) / 4, "cross-entropy at the last tokens")
+    expect(
+        loss,
+        sum(math.log(1 + math.exp(-z if y else z)) for z, y in zip(last, correct)) / 4,
+        "cross-entropy at the last tokens",
+    )
     expect(stats["accuracy"], sum((z > 0) == bool(y) for z, y in zip(last, correct)) / 4, "accuracy")
-    expect(m.outcome_loss(torch.full((4, 6), -200.0), mask, correct)[0], 100.0, "scores of -200, half of them right")
+    expect(
+        m.outcome_loss(torch.full((4, 6), -200.0), mask, correct)[0],
+        100.0,
+        "scores of -200, half of them right",
+    )
 
 
 def check_4_8(m):
@@ -495,10 +652,16 @@ def check_4_9(m):
     """rest_k = log sum_(j >= k) exp(s_j) is a logcumsumexp from the right: flip, sum, flip. At the last rank nothing is left to
     choose, so its term is always 0: leave it out of the mean."""
     ranked = 2 * draw(3, 4)
-    terms = [math.log(sum(math.exp(s) for s in row[k:])) - row[k] for row in ranked.tolist() for k in range(3)]
+    terms = [
+        math.log(sum(math.exp(s) for s in row[k:])) - row[k] for row in ranked.tolist() for k in range(3)
+    ]
     expect(m.plackett_luce_loss(ranked)[0], sum(terms) / len(terms), "three prompts with four answers each")
     pair = ranked[:, :2]
-    expect(m.plackett_luce_loss(pair)[0], -(pair[:, 0] - pair[:, 1]).sigmoid().log().mean(), "K = 2 is Bradley-Terry")
+    expect(
+        m.plackett_luce_loss(pair)[0],
+        -(pair[:, 0] - pair[:, 1]).sigmoid().log().mean(),
+        "K = 2 is Bradley-Terry",
+    )
     expect(m.plackett_luce_loss(torch.tensor([[0.0, 500.0]]))[0], 500.0, "scores of 500")
 
 
@@ -511,7 +674,12 @@ def check_4_10(m):
         last[i, p + r - 2] = net.scalars(net.model(ids[i : i + 1, : p + r]))[0, -1].detach()
         every[i, p - 1 : p + r - 1] = last[i, p + r - 2]
     expect(m.outcome_reward(net)(ids, mask), last, "the score at the last token, 0 elsewhere", rtol=1e-4)
-    expect(m.outcome_reward(net, every_token=True)(ids, mask), every, "the same score on every response token", rtol=1e-4)
+    expect(
+        m.outcome_reward(net, every_token=True)(ids, mask),
+        every,
+        "the same score on every response token",
+        rtol=1e-4,
+    )
 
 
 def check_4_11(m):
@@ -520,9 +688,17 @@ def check_4_11(m):
     expected = torch.zeros(4, 6)
     for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS)):
         for t in range(p, p + r):  # the token at ids[t], after reading ids[:t]
-            log_pi, log_ref = (net.logits(net.model(ids[i : i + 1, :t]))[0, -1].log_softmax(-1)[ids[i, t]] for net in (policy, reference))
+            log_pi, log_ref = (
+                net.logits(net.model(ids[i : i + 1, :t]))[0, -1].log_softmax(-1)[ids[i, t]]
+                for net in (policy, reference)
+            )
             expected[i, t - 1] = 0.3 * (log_pi - log_ref)
-    expect(m.dpo_reward(policy, reference, 0.3)(ids, mask), expected, "beta (log pi - log ref), token by token", rtol=1e-4)
+    expect(
+        m.dpo_reward(policy, reference, 0.3)(ids, mask),
+        expected,
+        "beta (log pi - log ref), token by token",
+        rtol=1e-4,
+    )
 
 
 def check_4_12(m):
@@ -531,13 +707,21 @@ def check_4_12(m):
     z, fixed = torch.tensor([3.0, 1.0, 1.0, 2.0, -4.0]), torch.tensor([3.0, 1.0, 1.0, 5.0])
     count = lambda *arguments: m.credit_counts(*arguments)
     a = count([z], [3], [fixed])  # Z = 2 at the error; 3, 1, 1 before it; the largest drop is at 4
-    assert a == {"wins": 1.0, "comparisons": 3, "hits": 0, "choices": 1.0, "n_errors": 1}, f"scores 3 1 1 2 -4, error at 3, repaired 5: found {a}"
+    assert a == {"wins": 1.0, "comparisons": 3, "hits": 0, "choices": 1.0, "n_errors": 1}, (
+        f"scores 3 1 1 2 -4, error at 3, repaired 5: found {a}"
+    )
     b = count([z], [4], [torch.tensor([3.0, 1.0, 1.0, 2.0, -5.0])])
-    assert b == {"wins": 4.0, "comparisons": 4, "hits": 1, "choices": 0.0, "n_errors": 1}, f"the same, error at 4, repaired -5: found {b}"
+    assert b == {"wins": 4.0, "comparisons": 4, "hits": 1, "choices": 0.0, "n_errors": 1}, (
+        f"the same, error at 4, repaired -5: found {b}"
+    )
     c = count([z], [2], [torch.tensor([3.0, 1.0, 1.0])])  # 3 > 1, and a tie
-    assert c == {"wins": 1.5, "comparisons": 2, "hits": 0, "choices": 0.5, "n_errors": 1}, f"the same, error at 2, repaired 1: found {c}"
+    assert c == {"wins": 1.5, "comparisons": 2, "hits": 0, "choices": 0.5, "n_errors": 1}, (
+        f"the same, error at 2, repaired 1: found {c}"
+    )
     both = count([z, z, z], [3, 0, 4])
-    assert both == {"wins": 5.0, "comparisons": 7, "hits": 1, "choices": 0.0, "n_errors": 2}, f"errors at 3, 0 (left out) and 4: found {both}"
+    assert both == {"wins": 5.0, "comparisons": 7, "hits": 1, "choices": 0.0, "n_errors": 2}, (
+        f"errors at 3, 0 (left out) and 4: found {both}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ 5: REINFORCE
@@ -552,22 +736,50 @@ def check_5_1(m):
     expect((log_pi.exp() * k1).sum(), kl, "the expectation of k1 under pi")
     expect((log_pi.exp() * k3).sum(), kl, "the expectation of k3 under pi")
     assert (k3 >= 0).all(), "k3 is never negative"
-    expect(m.kl_estimates(torch.tensor(1e-3), torch.tensor(0.0))[1], 5e-7, "k3 of k1 = 0.001 (about k1^2 / 2)", rtol=1e-2)
+    expect(
+        m.kl_estimates(torch.tensor(1e-3), torch.tensor(0.0))[1],
+        5e-7,
+        "k3 of k1 = 0.001 (about k1^2 / 2)",
+        rtol=1e-2,
+    )
 
 
 def check_5_2(m):
     """The moments over the rewards in the mask alone, and with all_sum over all ranks: count and sum first, then the squares of
     what is left after the mean. The variance is divided by the count, not by one less."""
-    rewards, mask = torch.tensor([[99.0, 1.0, 3.0], [6.0, 10.0, 99.0]]), torch.tensor([[0, 1, 1], [1, 1, 0]]).bool()
+    rewards, mask = (
+        torch.tensor([[99.0, 1.0, 3.0], [6.0, 10.0, 99.0]]),
+        torch.tensor([[0, 1, 1], [1, 1, 0]]).bool(),
+    )
     sigma = (((1 - 5) ** 2 + (3 - 5) ** 2 + (6 - 5) ** 2 + (10 - 5) ** 2) / 4) ** 0.5
     run = lambda how, grid=Grid(): m.standardize(rewards, mask, how, grid)
-    expect(run("mean_std"), torch.tensor([[0, -4, -2], [1, 5, 0]]) / sigma, "mean_std of 1, 3, 6, 10 (99 is outside)")
+    expect(
+        run("mean_std"),
+        torch.tensor([[0, -4, -2], [1, 5, 0]]) / sigma,
+        "mean_std of 1, 3, 6, 10 (99 is outside)",
+    )
     expect(run("std"), torch.tensor([[0, 1, 3], [6, 10, 0]]) / sigma, "std: divided, not shifted")
     expect(run("none"), [[0, 1, 3], [6, 10, 0]], "none: as they are, 0 outside")
-    expect(m.standardize(torch.full((2, 3), 5.0), mask, "mean_std", Grid()), torch.zeros(2, 3), "equal rewards: 0")
-    expect(m.standardize(torch.full((2, 3), 5.0), mask, "std", Grid()), 5.0 * mask, "equal rewards with std: as they are")
-    parts = on_ranks(2, lambda grid: m.standardize(rewards[grid.dp_rank][None], mask[grid.dp_rank][None], "mean_std", grid), "dp")
-    expect(torch.cat(parts), run("mean_std"), "one row on each of two data-parallel ranks: the moments are those of both")
+    expect(
+        m.standardize(torch.full((2, 3), 5.0), mask, "mean_std", Grid()),
+        torch.zeros(2, 3),
+        "equal rewards: 0",
+    )
+    expect(
+        m.standardize(torch.full((2, 3), 5.0), mask, "std", Grid()),
+        5.0 * mask,
+        "equal rewards with std: as they are",
+    )
+    parts = on_ranks(
+        2,
+        lambda grid: m.standardize(rewards[grid.dp_rank][None], mask[grid.dp_rank][None], "mean_std", grid),
+        "dp",
+    )
+    expect(
+        torch.cat(parts),
+        run("mean_std"),
+        "one row on each of two data-parallel ranks: the moments are those of both",
+    )
 
 
 def check_5_3(m):
@@ -588,7 +800,11 @@ def check_5_4(m):
     others = [1 - 5 / 2, 0 - 6 / 2, 5 - 1 / 2, 0, 0, 0]
     expect(m.group_advantages(rewards, 3, "rloo"), others, "rloo: R_i - mean of the others")
     std = ((1 - 2) ** 2 + (0 - 2) ** 2 + (5 - 2) ** 2) ** 0.5 / 2**0.5
-    expect(m.group_advantages(rewards, 3, "grpo"), [-1 / std, -2 / std, 3 / std, 0, 0, 0], "grpo: (R_i - mean) / std of three samples")
+    expect(
+        m.group_advantages(rewards, 3, "grpo"),
+        [-1 / std, -2 / std, 3 / std, 0, 0, 0],
+        "grpo: (R_i - mean) / std of three samples",
+    )
     try:
         m.group_advantages(rewards, 1, "rloo")
     except ValueError:
@@ -604,7 +820,11 @@ def check_5_5(m):
     with torch.no_grad():
         advantages[~mask] = 70.0
     loss = m.reinforce_loss(logprobs, advantages, mask)[0]
-    expect(loss, -sum((advantages * logprobs)[i, t] for i in range(4) for t in range(6) if mask[i, t]) / n, "loss")
+    expect(
+        loss,
+        -sum((advantages * logprobs)[i, t] for i in range(4) for t in range(6) if mask[i, t]) / n,
+        "loss",
+    )
     by_logprobs, by_advantages = gradients(loss, logprobs, advantages)
     expect(by_logprobs, torch.where(mask, -advantages / n, 0.0), "gradient of logprobs: -A / N in the mask")
     expect(by_advantages, torch.zeros(4, 6), "advantages carry no gradient")
@@ -620,7 +840,12 @@ def check_6_1(m):
     values = m.state_values(critic, ids, mask)
     for t in range(6):
         alone = critic.scalars(critic.model(ids[:, : t + 1]))[:, -1]  # of nothing but the tokens before a_t
-        expect(values[:, t], alone * mask[:, t], f"V(s_{t}), from inputs[:, :{t + 1}] alone, 0 outside the mask", rtol=1e-4)
+        expect(
+            values[:, t],
+            alone * mask[:, t],
+            f"V(s_{t}), from inputs[:, :{t + 1}] alone, 0 outside the mask",
+            rtol=1e-4,
+        )
     assert values.shape == (4, 6) and values.requires_grad, "expected (B, T) values with a gradient"
 
 
@@ -634,7 +859,10 @@ def check_6_2(m):
         out = torch.zeros(4, 6)
         for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS)):
             end = p + r - 1
-            delta = [rewards[i, t] + gamma * (values[i, t + 1] if t + 1 < end else 0.0) - values[i, t] for t in range(end)]
+            delta = [
+                rewards[i, t] + gamma * (values[i, t + 1] if t + 1 < end else 0.0) - values[i, t]
+                for t in range(end)
+            ]
             for t in range(p - 1, end):
                 out[i, t] = sum((gamma * lam) ** (k - t) * delta[k] for k in range(t, end))
         return out
@@ -642,7 +870,11 @@ def check_6_2(m):
     for gamma, lam in ((0.9, 0.8), (0.9, 0.0), (1.0, 1.0)):
         advantages, returns = m.gae(rewards, values, mask, gamma, lam)
         expect(advantages, slow(gamma, lam), f"advantages as a double sum, gamma {gamma}, lambda {lam}")
-        expect(returns, torch.where(mask, slow(gamma, lam) + values, 0.0), f"returns = advantages + values, gamma {gamma}, lambda {lam}")
+        expect(
+            returns,
+            torch.where(mask, slow(gamma, lam) + values, 0.0),
+            f"returns = advantages + values, gamma {gamma}, lambda {lam}",
+        )
 
 
 def check_6_3(m):
@@ -650,19 +882,42 @@ def check_6_3(m):
     penalty; "gae" hands both to gae; everything else asks reinforce.py, which is imported as policy_advantages."""
     (ids, mask), scores, k1, values = rows(), draw(4, 6), draw(4, 6, seed=1), draw(4, 6, seed=2)
     blank = torch.zeros(4, 6)
-    rollout = reinforce.Rollout(ids, mask, blank[:, 0].bool(), blank, blank, k1 * mask, k1.abs() * mask, blank, scores * mask, mask)
-    cfg = dict(standardize="mean_std", eos_to_mean=False, kl="k1", kl_coef=0.3, baseline_weight=0.5, gamma=0.9, lam=0.8, group_size=2)
+    rollout = reinforce.Rollout(
+        ids, mask, blank[:, 0].bool(), blank, blank, k1 * mask, k1.abs() * mask, blank, scores * mask, mask
+    )
+    cfg = dict(
+        standardize="mean_std",
+        eos_to_mean=False,
+        kl="k1",
+        kl_coef=0.3,
+        baseline_weight=0.5,
+        gamma=0.9,
+        lam=0.8,
+        group_size=2,
+    )
     run = lambda **changes: m.ppo_advantages(rollout, values, SimpleNamespace(**{**cfg, **changes}), Grid())
     z_std = torch.where(mask, (scores - scores[mask].mean()) / scores[mask].std(unbiased=False), 0.0)
     A, target = run(advantage="token")
-    expect(A, torch.where(mask, z_std - 0.3 * k1 - 0.5 * values, 0.0), "token: Z_std - .3 KL - .5 V, 0 outside the mask")
+    expect(
+        A,
+        torch.where(mask, z_std - 0.3 * k1 - 0.5 * values, 0.0),
+        "token: Z_std - .3 KL - .5 V, 0 outside the mask",
+    )
     expect(target, z_std, "token: the critic's target is Z_std, without KL")
     means = torch.stack([z_std[i][mask[i]].mean() for i in range(4)])
     spoken = z_std.clone()
     for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS)):
         spoken[i, p + r - 2] = means[i]
-    expect(run(advantage="token", eos_to_mean=True)[1], spoken, "eos_to_mean: the last token's reward is the sequence's mean")
-    for found, expected, what in zip(run(advantage="gae"), m.gae(z_std - 0.3 * k1 * mask, values, mask, 0.9, 0.8), ("advantages", "returns")):
+    expect(
+        run(advantage="token", eos_to_mean=True)[1],
+        spoken,
+        "eos_to_mean: the last token's reward is the sequence's mean",
+    )
+    for found, expected, what in zip(
+        run(advantage="gae"),
+        m.gae(z_std - 0.3 * k1 * mask, values, mask, 0.9, 0.8),
+        ("advantages", "returns"),
+    ):
         expect(found, expected, f"gae: {what} of Z_std - .3 KL")
     A, target = run(advantage="rloo")
     row = [scores[i][mask[i]].mean() for i in range(4)]
@@ -689,10 +944,18 @@ def check_6_4(m):
     expect(stats["clip_frac"], sum(outside) / len(outside), "clip_frac")
     expect(stats["ratio_max"], max(math.exp(change[i, t]) for i, t in mask.nonzero().tolist()), "ratio_max")
     same = old.clone().requires_grad_()
-    expect(gradients(m.ppo_loss(same, old, A, mask, 0.2)[0], same)[0], torch.where(mask, -A / mask.sum(), 0.0), "ratio 1: REINFORCE's gradient")
+    expect(
+        gradients(m.ppo_loss(same, old, A, mask, 0.2)[0], same)[0],
+        torch.where(mask, -A / mask.sum(), 0.0),
+        "ratio 1: REINFORCE's gradient",
+    )
     by_old, by_A = old.clone().requires_grad_(), A.clone().requires_grad_()
     grads = gradients(m.ppo_loss(new, by_old, by_A, mask, 0.2)[0], by_old, by_A)
     expect(torch.stack(grads), torch.zeros(2, 4, 6), "only logprobs carries a gradient")
 
 
-CHECKS = {f"{name[6]}.{name[8:]}": check for name, check in list(globals().items()) if name.startswith("check_") and name[6].isdigit()}
+CHECKS = {
+    f"{name[6]}.{name[8:]}": check
+    for name, check in list(globals().items())
+    if name.startswith("check_") and name[6].isdigit()
+}

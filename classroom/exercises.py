@@ -24,7 +24,16 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "classroom")]
-COPIED = ("*.py", "*.md", "LICENSE", "Makefile", "requirements*.txt", ".gitignore", "tests/**/*", "classroom/**/*")
+COPIED = (
+    "*.py",
+    "*.md",
+    "LICENSE",
+    "Makefile",
+    "requirements*.txt",
+    ".gitignore",
+    "tests/**/*",
+    "classroom/**/*",
+)
 MARKER = re.compile(r" *# exercise (\d+\.\d+) \((\d+) lines?\): (.+)")
 
 
@@ -45,8 +54,13 @@ def functions(source):
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             nodes[node.name] = node
-            nodes |= {f"{node.name}.{part.name}": part for part in node.body if isinstance(part, ast.FunctionDef)}
-    return {name: (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node) for name, node in nodes.items()}
+            nodes |= {
+                f"{node.name}.{part.name}": part for part in node.body if isinstance(part, ast.FunctionDef)
+            }
+    return {
+        name: (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node)
+        for name, node in nodes.items()
+    }
 
 
 def ladder(root=ROOT):
@@ -75,7 +89,9 @@ def blanked(source, exercises):
     """A file's text with the bodies of these exercises replaced by NotImplementedError."""
     lines, nodes = source.split("\n"), functions(source)
     cuts = [(*span, e) for e in exercises for span in bodies(nodes[e.function][1])]
-    for first, last, column, e in sorted(cuts, reverse=True):  # from the end, so that the line numbers above stay right
+    for first, last, column, e in sorted(
+        cuts, reverse=True
+    ):  # from the end, so that the line numbers above stay right
         lines[first - 1 : last] = [" " * column + f'raise NotImplementedError("exercise {e.id}: {e.title}")']
     return "\n".join(lines)
 
@@ -87,15 +103,24 @@ def blank(directory):
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"{directory}: exists and is not empty; expected a new directory")
     exercises = ladder()
-    files = [path for pattern in COPIED for path in sorted(ROOT.glob(pattern)) if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path
+        for pattern in COPIED
+        for path in sorted(ROOT.glob(pattern))
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     for path in files:
         if path.name != "test_exercises.py":  # it quotes the solutions
             copy = directory / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             mine = [e for e in exercises if path == ROOT / e.file]
-            copy.write_bytes(blanked(path.read_text(encoding="utf-8"), mine).encode() if mine else path.read_bytes())
-    print(f"{directory}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points; "
-          f"grade them with: {shlex.join(['python', str(Path(__file__).resolve()), 'grade', str(directory)])}")  # fmt: skip
+            copy.write_bytes(
+                blanked(path.read_text(encoding="utf-8"), mine).encode() if mine else path.read_bytes()
+            )
+    print(
+        f"{directory}: {len(exercises)} exercises, {sum(e.points for e in exercises)} points; "
+        f"grade them with: {shlex.join(['python', str(Path(__file__).resolve()), 'grade', str(directory)])}"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ one function of a student's
@@ -112,15 +137,23 @@ def cut_out(source, function, file):
     except SyntaxError:
         first = -1
         for name in function.split("."):
-            first = next((i for i in range(first + 1, len(lines)) if re.match(rf" *(def|class) {name}\b", lines[i])), None)
+            first = next(
+                (i for i in range(first + 1, len(lines)) if re.match(rf" *(def|class) {name}\b", lines[i])),
+                None,
+            )
             if first is None:
                 raise AssertionError(f"{file} has no {function}") from None
         column = len(lines[first]) - len(lines[first].lstrip())
-        last = next((i for i in range(first + 1, len(lines)) if re.match(rf" {{0,{column}}}[^\s)#]", lines[i])), len(lines))
+        last = next(
+            (i for i in range(first + 1, len(lines)) if re.match(rf" {{0,{column}}}[^\s)#]", lines[i])),
+            len(lines),
+        )
         while lines[first - 1].strip().startswith("@"):
             first -= 1
         text = "\n".join(lines[first:last])
-        ast.parse("\n" * (first - 1) + "class _:\n" * bool(column) + text, file)  # or this function holds the error
+        ast.parse(
+            "\n" * (first - 1) + "class _:\n" * bool(column) + text, file
+        )  # or this function holds the error
         return text
 
 
@@ -160,7 +193,11 @@ def worker(directory, exercise, result):
     try:
         theirs = (directory / exercise.file).read_text(encoding="utf-8")
         ours = (ROOT / exercise.file).read_text(encoding="utf-8")
-        check(exercise, with_function(ours, exercise.function, cut_out(theirs, exercise.function, exercise.file)), alone=True)
+        check(
+            exercise,
+            with_function(ours, exercise.function, cut_out(theirs, exercise.function, exercise.file)),
+            alone=True,
+        )
         reason = ""
     except AssertionError as error:
         reason = str(error).strip().split("\n")[-1] or "AssertionError"
@@ -196,24 +233,54 @@ def grade(directory, ids, json_file, timeout):
         raise ValueError(f"{directory}: no such directory; expected a student's copy")
     for path in {ROOT / e.file for e in exercises}:
         if 'raise NotImplementedError("exercise ' in path.read_text(encoding="utf-8"):
-            raise ValueError(f"{path} is a student's; grade with the exercises.py of the project that the copy was made from")
+            raise ValueError(
+                f"{path} is a student's; grade with the exercises.py of the project that the copy was made from"
+            )
     # A forked worker finds torch and the given files imported already; a spawned one (Windows) imports them again.
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    context = multiprocessing.get_context(
+        "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    )
     import checks  # noqa: F401
 
-    rows, (green, red, plain) = [], ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+    rows, (green, red, plain) = (
+        [],
+        ("\033[32m", "\033[31m", "\033[0m") if sys.stdout.isatty() else ("", "", ""),
+    )
     for e in exercises:
         if not ids or any(matches(e, id) for id in ids):
             reason, seconds = grade_one(directory, e, timeout, context)
             points, verdict = (0, f"{red}FAIL{plain}") if reason else (e.points, f"{green}PASS{plain}")
-            rows.append({**e._asdict(), "passed": not reason, "points": points, "max_points": e.points, "seconds": round(seconds, 3), "reason": reason})
-            print(f"{verdict}  {e.id:<5}{points:>2}/{e.points:<2} {seconds:6.2f} s  {e.file} {e.function}" + f": {reason}" * bool(reason), flush=True)
-    total = {"exercises": len(rows), **{key: round(sum(row[key] for row in rows), 3) for key in ("passed", "points", "max_points", "seconds")}}
-    print(f"{total['passed']} of {total['exercises']} exercises, {total['points']} of {total['max_points']} points, {total['seconds']:.1f} s")
+            rows.append(
+                {
+                    **e._asdict(),
+                    "passed": not reason,
+                    "points": points,
+                    "max_points": e.points,
+                    "seconds": round(seconds, 3),
+                    "reason": reason,
+                }
+            )
+            print(
+                f"{verdict}  {e.id:<5}{points:>2}/{e.points:<2} {seconds:6.2f} s  {e.file} {e.function}"
+                + f": {reason}" * bool(reason),
+                flush=True,
+            )
+    total = {
+        "exercises": len(rows),
+        **{
+            key: round(sum(row[key] for row in rows), 3)
+            for key in ("passed", "points", "max_points", "seconds")
+        },
+    }
+    print(
+        f"{total['passed']} of {total['exercises']} exercises, {total['points']} of {total['max_points']} points, {total['seconds']:.1f} s"
+    )
     if json_file:
         from support.files import write_atomically
 
-        write_atomically(json_file, json.dumps({"directory": str(directory), "total": total, "exercises": rows}, indent=1))
+        write_atomically(
+            json_file, json.dumps({"directory": str(directory), "total": total, "exercises": rows}, indent=1)
+        )
     return total["passed"] == total["exercises"]
 
 
@@ -223,7 +290,9 @@ def matches(exercise, id):
 
 def hint(id):
     """Of the check's docstring; read as text, for importing torch takes seconds."""
-    found = functions((ROOT / "classroom" / "checks.py").read_text(encoding="utf-8")).get("check_" + id.replace(".", "_"))
+    found = functions((ROOT / "classroom" / "checks.py").read_text(encoding="utf-8")).get(
+        "check_" + id.replace(".", "_")
+    )
     if found is None:
         raise ValueError(f"no exercise {id}; expected one of {', '.join(e.id for e in ladder())}")
     print(" ".join(ast.get_docstring(found[1]).split()))
@@ -242,9 +311,13 @@ def main(argv=None):
     commands.add_parser("blank").add_argument("directory", metavar="DIR", type=Path)
     grader = commands.add_parser("grade")
     grader.add_argument("directory", metavar="DIR", type=Path)
-    grader.add_argument("ids", metavar="ID", nargs="*", help="exercises or chapters; all of them if none is named")
+    grader.add_argument(
+        "ids", metavar="ID", nargs="*", help="exercises or chapters; all of them if none is named"
+    )
     grader.add_argument("--json", metavar="FILE", type=Path, help="the same results for a gradebook")
-    grader.add_argument("--timeout", metavar="SECONDS", type=float, default=20.0, help="for each exercise (default: 20)")
+    grader.add_argument(
+        "--timeout", metavar="SECONDS", type=float, default=20.0, help="for each exercise (default: 20)"
+    )
     commands.add_parser("hint").add_argument("id", metavar="ID")
     try:
         args = parser.parse_args(argv)

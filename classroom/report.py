@@ -22,23 +22,34 @@ from typing import NamedTuple
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from support import evaluate
-from support import files
-from support import graders
-from support import settings
-from support import tokenizers
 import data
+from data import encode_prompts
 from model import LanguageModel, ScalarModel, load_model, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import ppo_advantages, ppo_step, state_values
-from data import encode_prompts
 from reinforce import Rollout, advantages, collect_rollout, minibatches, reinforce_step, standardize
+from support import evaluate, files, graders, settings, tokenizers
 
-EXAMPLES, PAIRS, SAMPLED = 3, 400, 128  # prompts shown token by token; held-out pairs for the averages; answers sampled of each policy
+EXAMPLES, PAIRS, SAMPLED = (
+    3,
+    400,
+    128,
+)  # prompts shown token by token; held-out pairs for the averages; answers sampled of each policy
 FULL_COLOUR = 2.5  # standard deviations from which a token has its full colour
 POLICIES = ("sft", "reinforce", "ppo")
-JUDGES = {"rm": "Q-RM", "rm-dpo": "DPO", "rm-orm": "outcome", "rm-prm": "step"}  # the token rewards that are compared
-UNUSABLE = (OSError, ValueError, LookupError, TypeError, RuntimeError)  # not there yet, cut off, diverged, or not the built-in task's
+JUDGES = {
+    "rm": "Q-RM",
+    "rm-dpo": "DPO",
+    "rm-orm": "outcome",
+    "rm-prm": "step",
+}  # the token rewards that are compared
+UNUSABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+)  # not there yet, cut off, diverged, or not the built-in task's
 
 # ------------------------------------------------------------------------------------------------ what a run left
 
@@ -78,7 +89,9 @@ def is_model(directory):
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and abs(value) < 1e15  # also drops the NaN and infinity of a diverged run
+    return (
+        isinstance(value, (int, float)) and abs(value) < 1e15
+    )  # also drops the NaN and infinity of a diverged run
 
 
 def points(rows, x, y):
@@ -104,14 +117,21 @@ def share(value, n=None):
     """0.512, with one binomial standard error if it is a share of n independent prompts."""
     if not is_number(value):
         return "–"
-    error = f" <small>± {math.sqrt(max(value * (1 - value), 0) / n):.3f}</small>" if is_number(n) and n > 0 else ""
+    error = (
+        f" <small>± {math.sqrt(max(value * (1 - value), 0) / n):.3f}</small>"
+        if is_number(n) and n > 0
+        else ""
+    )
     return f"{value:.3f}{error}"
 
 
 def table(caption, head, rows):
     """caption, head: texts; rows: lists of HTML, the first cell of each names its row."""
     cells = "".join(f"<th scope='col'>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr><th scope='row'>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>" for row in rows)
+    body = "".join(
+        f"<tr><th scope='row'>{row[0]}</th>" + "".join(f"<td>{cell}</td>" for cell in row[1:]) + "</tr>"
+        for row in rows
+    )
     return f"<div class='wide' tabindex='0' role='region' aria-label='{escape(caption)}'><table><caption>{escape(caption)}</caption><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -143,19 +163,30 @@ def line_chart(y_label, x_label, series, y_range=None, level=None, mark=None, ba
     X = lambda x: 48 + 300 * (x - left) / (right - left)
     Y = lambda y: 190 - 146 * (y - low + pad) / (high - low + 2 * pad)
     path = lambda line: " ".join(f"{X(x):.1f},{Y(y):.1f}" for x, y in line)
-    markers = [f"M{{:.1f}} {{:.1f}}{shape}" for shape in ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "m-3.5 -3.5h7v7h-7z", "m0 -5l5 5l-5 5l-5 -5z")]
-    out = [f"<text class='title' x='4' y='15'>{escape(y_label)}</text><text x='198' y='226' text-anchor='middle'>{escape(x_label)}</text>"]
+    markers = [
+        f"M{{:.1f}} {{:.1f}}{shape}"
+        for shape in ("m-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0", "m-3.5 -3.5h7v7h-7z", "m0 -5l5 5l-5 5l-5 -5z")
+    ]
+    out = [
+        f"<text class='title' x='4' y='15'>{escape(y_label)}</text><text x='198' y='226' text-anchor='middle'>{escape(x_label)}</text>"
+    ]
     for y in ticks(low - pad, high + pad):
-        out.append(f"<path class='grid' d='M48 {Y(y):.1f}H348'/><text x='42' y='{Y(y) + 4:.1f}' text-anchor='end'>{y:.4g}</text>")
+        out.append(
+            f"<path class='grid' d='M48 {Y(y):.1f}H348'/><text x='42' y='{Y(y) + 4:.1f}' text-anchor='end'>{y:.4g}</text>"
+        )
     out += [f"<text x='{X(x):.1f}' y='208' text-anchor='middle'>{x:.6g}</text>" for x in ticks(left, right)]
     out += [f"<path class='level' d='M{X(mark):.1f} 44V190'/>"] if mark is not None else []
     keys = []  # of the legend: (class of its line, marker, name)
     for i, (name, line) in enumerate(series.items()):
-        out.append(f"<polyline class='line{i}{' faint' if len(line) > 100 else ' bar' * bars}' points='{path(line)}'/>")
+        out.append(
+            f"<polyline class='line{i}{' faint' if len(line) > 100 else ' bar' * bars}' points='{path(line)}'/>"
+        )
         if len(line) > 100:
             out.append(f"<polyline class='line{i}' points='{path(smooth(line))}'/>")
         elif len(line) <= 40:
-            dots = (markers[i].format(X(x), Y(y)) + f"'><title>{escape(name)}: {x:g}, {y:.4g}" for x, y in line)
+            dots = (
+                markers[i].format(X(x), Y(y)) + f"'><title>{escape(name)}: {x:g}, {y:.4g}" for x, y in line
+            )
             out += [f"<path class='dot{i}' d='{dot}</title></path>" for dot in dots]
         keys.append((f"line{i}", f"<path class='dot{i}' d='{markers[i].format(12, 0)}'/>", name))
     if level:
@@ -163,9 +194,14 @@ def line_chart(y_label, x_label, series, y_range=None, level=None, mark=None, ba
         keys.append(("level", "", level[0]))
     at = 48
     for line_class, dot, name in keys if len(keys) > 1 else ():
-        out.append(f"<g transform='translate({at:.0f} 30)'><path class='{line_class}' d='M0 0H24'/>{dot}<text x='29' y='4'>{escape(name)}</text></g>")
+        out.append(
+            f"<g transform='translate({at:.0f} 30)'><path class='{line_class}' d='M0 0H24'/>{dot}<text x='29' y='4'>{escape(name)}</text></g>"
+        )
         at += 42 + 6.8 * len(name)
-    spoken = "; ".join(f"{name}: {line[0][1]:.4g} at {line[0][0]:g}, {line[-1][1]:.4g} at {line[-1][0]:g}" for name, line in series.items())
+    spoken = "; ".join(
+        f"{name}: {line[0][1]:.4g} at {line[0][0]:g}, {line[-1][1]:.4g} at {line[-1][0]:g}"
+        for name, line in series.items()
+    )
     return f"<svg viewBox='0 0 360 234' role='img' aria-label='{escape(f'{y_label} against {x_label}. {spoken}')}'>{''.join(out)}</svg>"
 
 
@@ -176,25 +212,50 @@ def headline(stages, judges):
     policies = {name: stages[name].eval for name in POLICIES}
     judged = {name: stage.eval for name, stage in judges.items()}
     absent = [name for name, result in (policies | judged).items() if not result]
-    out = [missing(f"{', '.join(absent)}: no eval.json (python train.py --stage eval writes it).")] if absent else []
+    out = (
+        [missing(f"{', '.join(absent)}: no eval.json (python train.py --stage eval writes it).")]
+        if absent
+        else []
+    )
     policies, judged = ({name: r for name, r in results.items() if r} for results in (policies, judged))
     if policies:
         rows = [["pass@1, greedy", *(share(r.get("pass@1"), r.get("n_prompts")) for r in policies.values())]]
         for k in sorted({k for r in policies.values() for k in r.get("pass@k", {})}, key=int)[-1:]:
-            rows.append([f"pass@{escape(k)}", *(share(r.get("pass@k", {}).get(k)) for r in policies.values())])
-            rows.append([f"best of {escape(k)}", *(share(r.get("best_of_k"), r.get("n_prompts")) for r in policies.values())])
+            rows.append(
+                [f"pass@{escape(k)}", *(share(r.get("pass@k", {}).get(k)) for r in policies.values())]
+            )
+            rows.append(
+                [
+                    f"best of {escape(k)}",
+                    *(share(r.get("best_of_k"), r.get("n_prompts")) for r in policies.values()),
+                ]
+            )
         rows.append(["held-out prompts", *(escape(str(r.get("n_prompts", "–"))) for r in policies.values())])
-        out.append(table("Policies on held-out prompts", ["policy", *policies], rows) + "<p class='note'>sft is the policy before reinforcement learning. pass@k: at least one of k "
-                   "samples is right. Best of k: the sample with the highest mean Z is right. ± is one standard error over the prompts of this one "
-                   "run; another seed can move a figure by more.</p>")  # fmt: skip
+        out.append(
+            table("Policies on held-out prompts", ["policy", *policies], rows)
+            + "<p class='note'>sft is the policy before reinforcement learning. pass@k: at least one of k "
+            "samples is right. Best of k: the sample with the highest mean Z is right. ± is one standard error over the prompts of this one "
+            "run; another seed can move a figure by more.</p>"
+        )
     if judged:
-        measures = {"pair_accuracy": "held-out pairs whose right answer scores higher; chance 0.5",
-                    "length_baseline": "the same when the shorter answer is preferred",
-                    "error_auc": "chance that the first wrong token scores below a token before it; blind 0.5",
-                    "first_error_choice": "at the first wrong token, the right one scores higher; chance 0.5",
-                    "first_error_hit": "wrong answers whose largest drop is at the first wrong token"}  # fmt: skip
-        rows = [[f"{key}<br><small>{text}</small>", *(share(r.get(key)) for r in judged.values())] for key, text in measures.items()]
-        out.append(table("Reward models on held-out pairs", ["reward model", *judged], [*rows, ["held-out pairs", *(escape(str(r.get("n_pairs", "–"))) for r in judged.values())]]))
+        measures = {
+            "pair_accuracy": "held-out pairs whose right answer scores higher; chance 0.5",
+            "length_baseline": "the same when the shorter answer is preferred",
+            "error_auc": "chance that the first wrong token scores below a token before it; blind 0.5",
+            "first_error_choice": "at the first wrong token, the right one scores higher; chance 0.5",
+            "first_error_hit": "wrong answers whose largest drop is at the first wrong token",
+        }
+        rows = [
+            [f"{key}<br><small>{text}</small>", *(share(r.get(key)) for r in judged.values())]
+            for key, text in measures.items()
+        ]
+        out.append(
+            table(
+                "Reward models on held-out pairs",
+                ["reward model", *judged],
+                [*rows, ["held-out pairs", *(escape(str(r.get("n_pairs", "–"))) for r in judged.values())]],
+            )
+        )
     return "".join(out)
 
 
@@ -212,7 +273,10 @@ class Answer(NamedTuple):
 def score_pairs(run):
     """What each reward model says about the first PAIRS of pairs-heldout.jsonl
     -> tokenizer, {directory: label} of the models that are there, [(prompt, right Answer, wrong Answer)]"""
-    tokenizer, judges = tokenizers.Tokenizer.load(run / "rm"), {name: label for name, label in JUDGES.items() if is_model(run / name)}
+    tokenizer, judges = (
+        tokenizers.Tokenizer.load(run / "rm"),
+        {name: label for name, label in JUDGES.items() if is_model(run / name)},
+    )
     rows = data.load_rows(run / "pairs-heldout.jsonl", ("prompt", "chosen", "rejected"), PAIRS)
     pairs, rows = data.encode(rows, tokenizer, 1024, ("chosen", "rejected"), log=lambda text: None)
     ids, mask = data.collate([example for pair in pairs for example in pair])  # (2P, T+1), (2P, T)
@@ -221,19 +285,26 @@ def score_pairs(run):
         error = data.error_places(tokenizer, rows[j // 2]["prompt"], [example])[0]
         answers.append(Answer(example.response_ids, error, {}, {}))
     for name in judges:
-        reward_fn, mask_fn, _ = evaluate.load_reward(evaluate.reward_kind(run / name), run / name, tokenizer, settings.Config(), Grid())
+        reward_fn, mask_fn, _ = evaluate.load_reward(
+            evaluate.reward_kind(run / name), run / name, tokenizer, settings.Config(), Grid()
+        )
         scores = torch.cat([reward_fn(*part) for part in zip(ids.split(64), mask.split(64))])  # (2P, T)
         spoken = mask_fn(ids, mask) if mask_fn else mask
         scaled = standardize(scores, spoken, "mean_std", Grid())  # (2P, T), as REINFORCE does with a rollout
         for j, answer in enumerate(answers):
             for out, numbers in ((answer.z, scores), (answer.z_std, scaled)):
-                out[name] = [x if said else None for x, said in zip(numbers[j][mask[j]].tolist(), spoken[j][mask[j]].tolist())]
+                out[name] = [
+                    x if said else None
+                    for x, said in zip(numbers[j][mask[j]].tolist(), spoken[j][mask[j]].tolist())
+                ]
     return tokenizer, judges, [(row["prompt"], *answers[2 * i : 2 * i + 2]) for i, row in enumerate(rows)]
 
 
 HOW = "Point at a token, touch it, or use Tab and the arrow keys, for all its numbers."
-KEY = ("<p class='key'><small class='pos' style='--a:.8'>+2.0 blue</small> above the mean <small class='neg' style='--a:.8'>-2.0 orange</small> below it "
-       "<span class='wrong'><b>✗7</b></span> first wrong token <small>·</small> nothing said</p>")  # fmt: skip
+KEY = (
+    "<p class='key'><small class='pos' style='--a:.8'>+2.0 blue</small> above the mean <small class='neg' style='--a:.8'>-2.0 orange</small> below it "
+    "<span class='wrong'><b>✗7</b></span> first wrong token <small>·</small> nothing said</p>"
+)
 
 
 def cell(number):
@@ -254,8 +325,10 @@ def answer_html(title, tokens, rows, told, error):
     for i, text in enumerate(tokens):
         shown = "✗" * (i == error) + text.replace("\n", "↵")
         label = escape(f"{text!r}{', the first wrong token' * (i == error)}: {told[i]}")
-        lines[-1] += (f"<span class='token{' wrong' * (i == error)}' tabindex='0' role='img' aria-label='{label}'><b>{escape(shown)}</b>"
-                      f"{''.join(cell(numbers[i]) for numbers in rows.values())}</span>")  # fmt: skip
+        lines[-1] += (
+            f"<span class='token{' wrong' * (i == error)}' tabindex='0' role='img' aria-label='{label}'><b>{escape(shown)}</b>"
+            f"{''.join(cell(numbers[i]) for numbers in rows.values())}</span>"
+        )
         lines += [""] * ("\n" in text)
     body = "".join(f"<div class='line'>{names}{line}</div>" for line in lines if line)
     return f"<div class='answer' role='group' aria-label='{escape(title)}'><p>{escape(title)}</p>{body}</div>"
@@ -268,42 +341,83 @@ def texts(tokenizer, ids):
 def profile(scored, judges):
     """Mean standardised reward before, at and after the first error, and Q-RM's step by step around it."""
     right, wrong = [right for _, right, _ in scored], [a for _, _, a in scored if a.error < len(a.ids)]
-    twins = [(right, a) for _, right, a in scored if a.error < min(len(a.ids), right.error)]  # equal up to a.error, right beyond it
-    places = {"right answers": (right, lambda a: slice(None)), "wrong ones, before the first error": (wrong, lambda a: slice(a.error)),
-              "at the first wrong token": (wrong, lambda a: slice(a.error, a.error + 1)), "after it": (wrong, lambda a: slice(a.error + 1, None))}  # fmt: skip
+    twins = [
+        (right, a) for _, right, a in scored if a.error < min(len(a.ids), right.error)
+    ]  # equal up to a.error, right beyond it
+    places = {
+        "right answers": (right, lambda a: slice(None)),
+        "wrong ones, before the first error": (wrong, lambda a: slice(a.error)),
+        "at the first wrong token": (wrong, lambda a: slice(a.error, a.error + 1)),
+        "after it": (wrong, lambda a: slice(a.error + 1, None)),
+    }
     rows = []
     for place, (answers, where) in places.items():
         said = [[z for a in answers for z in a.z_std[name][where(a)] if z is not None] for name in judges]
-        rows.append([place, *(f"{statistics.fmean(z):+.2f}<br><small>n {len(z)}</small>" if z else "–" for z in said)])
-    votes = [[b.z_std[name][a.error] > a.z_std[name][a.error] for b, a in twins if None not in (b.z_std[name][a.error], a.z_std[name][a.error])] for name in judges]
-    rows.append(["same state: right token above the wrong one<br><small>blind: 50 %</small>",
-                 *(f"{100 * statistics.fmean(v):.0f} %<br><small>n {len(v)}</small>" if v else "–" for v in votes)])  # fmt: skip
+        rows.append(
+            [place, *(f"{statistics.fmean(z):+.2f}<br><small>n {len(z)}</small>" if z else "–" for z in said)]
+        )
+    votes = [
+        [
+            b.z_std[name][a.error] > a.z_std[name][a.error]
+            for b, a in twins
+            if None not in (b.z_std[name][a.error], a.z_std[name][a.error])
+        ]
+        for name in judges
+    ]
+    rows.append(
+        [
+            "same state: right token above the wrong one<br><small>blind: 50 %</small>",
+            *(f"{100 * statistics.fmean(v):.0f} %<br><small>n {len(v)}</small>" if v else "–" for v in votes),
+        ]
+    )
     around = {"right answer": {}, "wrong answer": {}}
     for pair in twins:
         for places, answer in zip(around.values(), pair):
             for t in range(max(0, pair[1].error - 8), min(len(answer.ids), pair[1].error + 9)):
                 places.setdefault(t - pair[1].error, []).append(answer.z_std["rm"][t])
-    series = {name: [(t, statistics.fmean(z)) for t, z in sorted(places.items()) if len(z) >= len(twins) / 5] for name, places in around.items()}
-    return (f"<div class='pair'>{table('Mean standardised reward', ['response tokens', *judges.values()], rows)}"
-            + line_chart("Q-RM: mean Z (standard deviations)", "tokens from the first wrong token", series, mark=0) + "</div>")  # fmt: skip
+    series = {
+        name: [(t, statistics.fmean(z)) for t, z in sorted(places.items()) if len(z) >= len(twins) / 5]
+        for name, places in around.items()
+    }
+    return (
+        f"<div class='pair'>{table('Mean standardised reward', ['response tokens', *judges.values()], rows)}"
+        + line_chart(
+            "Q-RM: mean Z (standard deviations)", "tokens from the first wrong token", series, mark=0
+        )
+        + "</div>"
+    )
 
 
 def credit(run):
-    absent = [missing(f"{label}. It is made by: python train.py --stage rm --run {shlex.quote(str(run))} --reward {name[3:]}{' --beta 0.1' * (label == 'DPO')}")
-              for name, label in JUDGES.items() if name != "rm" and not is_model(run / name)]  # fmt: skip
+    absent = [
+        missing(
+            f"{label}. It is made by: python train.py --stage rm --run {shlex.quote(str(run))} --reward {name[3:]}{' --beta 0.1' * (label == 'DPO')}"
+        )
+        for name, label in JUDGES.items()
+        if name != "rm" and not is_model(run / name)
+    ]
     tokenizer, judges, scored = score_pairs(run)
     shown = {}
     for prompt, *answers in scored:
         shown.setdefault(prompt, answers)
-    out = [*absent, "<p>Every response token of held-out answers, and below it what each reward model gives RL for it: Q-RM and DPO speak at every token, "
-           "the step model at the end of a line, the outcome model at the last token. Each is standardised over all that it said about "
-           f"{len(scored)} pairs. These are the first {min(EXAMPLES, len(shown))} prompts of the file, not a selection. {HOW}</p>{KEY}<p>Theory predicts for Q-RM "
-           "a step down at the first wrong token, not one low token: what follows it continues a wrong answer.</p>"]  # fmt: skip
+    out = [
+        *absent,
+        "<p>Every response token of held-out answers, and below it what each reward model gives RL for it: Q-RM and DPO speak at every token, "
+        "the step model at the end of a line, the outcome model at the last token. Each is standardised over all that it said about "
+        f"{len(scored)} pairs. These are the first {min(EXAMPLES, len(shown))} prompts of the file, not a selection. {HOW}</p>{KEY}<p>Theory predicts for Q-RM "
+        "a step down at the first wrong token, not one low token: what follows it continues a wrong answer.</p>",
+    ]
     for prompt, answers in list(shown.items())[:EXAMPLES]:
         out.append(f"<h3 class='prompt'>{escape(prompt)}</h3><div class='pair'>")
         for title, answer in zip(("right answer", "wrong answer"), answers):
             say = lambda z, z_std: "silent" if z is None else f"{z:.2f}, standardised {z_std:+.2f}"
-            told = [" · ".join(f"{label} {say(answer.z[name][i], answer.z_std[name][i])}" for name, label in judges.items()) for i in range(len(answer.ids))]
+            told = [
+                " · ".join(
+                    f"{label} {say(answer.z[name][i], answer.z_std[name][i])}"
+                    for name, label in judges.items()
+                )
+                for i in range(len(answer.ids))
+            ]
             rows = {label: answer.z_std[name] for name, label in judges.items()}
             out.append(answer_html(title, texts(tokenizer, answer.ids), rows, told, answer.error))
         out.append("</div>")
@@ -323,21 +437,47 @@ class Sampled(NamedTuple):
 
 def sample(run, stages):
     """One rollout of each policy on the same held-out prompts, scored by <run>/rm -> tokenizer, rows, {policy: Sampled}"""
-    tokenizer, reference = tokenizers.Tokenizer.load(run / "sft"), load_model(LanguageModel, run / "sft", Grid())
-    reward_fn, mask_fn, _ = evaluate.load_reward(evaluate.reward_kind(run / "rm"), run / "rm", tokenizer, settings.Config(), Grid())
+    tokenizer, reference = (
+        tokenizers.Tokenizer.load(run / "sft"),
+        load_model(LanguageModel, run / "sft", Grid()),
+    )
+    reward_fn, mask_fn, _ = evaluate.load_reward(
+        evaluate.reward_kind(run / "rm"), run / "rm", tokenizer, settings.Config(), Grid()
+    )
     rows, found = data.arith_rows("test", SAMPLED, 1), {}
     for name in (name for name in POLICIES if is_model(run / name)):
-        own = {k: v for k, v in stages[name].run.get("config", {}).items() if k in settings.flags() and name != "sft"}
+        own = {
+            k: v
+            for k, v in stages[name].run.get("config", {}).items()
+            if k in settings.flags() and name != "sft"
+        }
         cfg = settings.Config(**{**settings.ARITH["ppo"], **own, "stage": name, "group_size": 1, "data": ""})
         if name != "sft" and (cfg.reward != "qrm" or cfg.advantage not in ("", "token") or cfg.reward_model):
             raise ValueError(f"{name} was trained on another reward")
-        cfg = dataclasses.replace(cfg, batch_size=SAMPLED, minibatch=max(SAMPLED // len(minibatches([], cfg)), 1))
+        cfg = dataclasses.replace(
+            cfg, batch_size=SAMPLED, minibatch=max(SAMPLED // len(minibatches([], cfg)), 1)
+        )
         policy = load_model(LanguageModel, run / name, Grid())
         seed = evaluate.hash_seed("report", name)
-        rollout = collect_rollout(policy, reference, reward_fn, encode_prompts(rows, tokenizer, cfg), tokenizer.stop_ids, cfg, seed, mask_fn)
+        rollout = collect_rollout(
+            policy,
+            reference,
+            reward_fn,
+            encode_prompts(rows, tokenizer, cfg),
+            tokenizer.stop_ids,
+            cfg,
+            seed,
+            mask_fn,
+        )
         answers = [ids[1:][mask].tolist() for ids, mask in zip(rollout.ids, rollout.response_mask)]
         spoken = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in answers]
-        found[name] = Sampled(cfg, policy, rollout, answers, [graders.grade(text, row["label"], "arith")[1] for text, row in zip(spoken, rows)])
+        found[name] = Sampled(
+            cfg,
+            policy,
+            rollout,
+            answers,
+            [graders.grade(text, row["label"], "arith")[1] for text, row in zip(spoken, rows)],
+        )
     if len(found) < 2:
         raise ValueError("neither reinforce nor ppo is there")
     return tokenizer, rows, found
@@ -346,17 +486,31 @@ def sample(run, stages):
 def histogram(values, low, high, place, places, bins=12):
     """The outline of a histogram as [(x, share of the values)]: in every bin a bar, the `place`-th of `places` that stand side by side."""
     shares, width = (torch.histc(values, bins, low, high) / len(values)).tolist(), (high - low) / bins
-    bars = [(share, low + width * (i + (0.1 + 0.8 * place / places)), low + width * (i + (0.1 + 0.8 * (place + 1) / places))) for i, share in enumerate(shares)]
-    return [point for share, left, right in bars for point in ((left, 0), (left, share), (right, share), (right, 0))]
+    bars = [
+        (
+            share,
+            low + width * (i + (0.1 + 0.8 * place / places)),
+            low + width * (i + (0.1 + 0.8 * (place + 1) / places)),
+        )
+        for i, share in enumerate(shares)
+    ]
+    return [
+        point
+        for share, left, right in bars
+        for point in ((left, 0), (left, share), (right, share), (right, 0))
+    ]
 
 
 def distributions(tokenizer, rows, found):
     z = {name: s.rollout.scores[s.rollout.reward_mask] for name, s in found.items()}
     low, high = torch.cat([*z.values()]).aminmax()
     low, high = (low.item(), high.item()) if high > low else (low.item() - 1, low.item() + 1)
-    lines = {"answers that are right": [f"{statistics.fmean(s.correct):.2f}" for s in found.values()],
-             "response tokens": [str(len(x)) for x in z.values()],
-             "mean Z": [f"{x.mean():.2f}" for x in z.values()], "standard deviation": [f"{x.std():.2f}" for x in z.values()]}  # fmt: skip
+    lines = {
+        "answers that are right": [f"{statistics.fmean(s.correct):.2f}" for s in found.values()],
+        "response tokens": [str(len(x)) for x in z.values()],
+        "mean Z": [f"{x.mean():.2f}" for x in z.values()],
+        "standard deviation": [f"{x.std():.2f}" for x in z.values()],
+    }
     for kind, wanted in (("right", True), ("wrong", False)):
         means = []
         for s in found.values():
@@ -364,11 +518,20 @@ def distributions(tokenizer, rows, found):
             scores = s.rollout.scores[chosen][s.rollout.reward_mask[chosen]]
             means.append(f"{scores.mean():.2f}" if len(scores) else "–")
         lines[f"mean Z, {kind} answers"] = means
-    chart = line_chart("share of the response tokens", "raw Z of a token", {name: histogram(x, low, high, i, len(z)) for i, (name, x) in enumerate(z.items())}, bars=True)
-    return (f"<p>{SAMPLED} held-out prompts, one sampled answer of each policy, every response token scored by the same Q-RM: where does its reward lie before RL "
-            "(sft) and after it?</p><div class='pair'>" + table("Rewards of sampled tokens", ["policy", *found], [[k, *v] for k, v in lines.items()]) + chart
-            + "</div><p class='note'>Better answers move the mass to the right. Mass that moves while the share of right answers does not is a reward model "
-            "being exploited; a rising mean Z of wrong answers can be that, or errors that come later in the answer.</p>")  # fmt: skip
+    chart = line_chart(
+        "share of the response tokens",
+        "raw Z of a token",
+        {name: histogram(x, low, high, i, len(z)) for i, (name, x) in enumerate(z.items())},
+        bars=True,
+    )
+    return (
+        f"<p>{SAMPLED} held-out prompts, one sampled answer of each policy, every response token scored by the same Q-RM: where does its reward lie before RL "
+        "(sft) and after it?</p><div class='pair'>"
+        + table("Rewards of sampled tokens", ["policy", *found], [[k, *v] for k, v in lines.items()])
+        + chart
+        + "</div><p class='note'>Better answers move the mass to the right. Mass that moves while the share of right answers does not is a reward model "
+        "being exploited; a rising mean Z of wrong answers can be that, or errors that come later in the answer.</p>"
+    )
 
 
 def one_update(run, name, sampled):
@@ -380,33 +543,60 @@ def one_update(run, name, sampled):
         with torch.no_grad():
             values = state_values(critic, rollout.ids, rollout.response_mask)
         weights, _ = ppo_advantages(rollout, values, cfg, policy.grid)
-        ppo_step(policy, critic, optimizer, Optimizer(critic, policy.grid, cfg.critic_lr), rollout, cfg, cfg.lr, cfg.critic_lr)
+        ppo_step(
+            policy,
+            critic,
+            optimizer,
+            Optimizer(critic, policy.grid, cfg.critic_lr),
+            rollout,
+            cfg,
+            cfg.lr,
+            cfg.critic_lr,
+        )
     else:
         weights = advantages(rollout, cfg, policy.grid)
         reinforce_step(policy, optimizer, rollout, cfg, cfg.lr)
     with torch.no_grad():
         logprobs = token_logprobs(policy, rollout.ids, rollout.response_mask, cfg.temperature)[0]
-    return standardize(rollout.scores, rollout.reward_mask, cfg.standardize, policy.grid), values, weights, (logprobs - rollout.old_logprobs).exp()
+    return (
+        standardize(rollout.scores, rollout.reward_mask, cfg.standardize, policy.grid),
+        values,
+        weights,
+        (logprobs - rollout.old_logprobs).exp(),
+    )
 
 
 def inspector(run, tokenizer, rows, found):
     """The answers of the last policy, token by token: reward, KL, V, advantage, and what the update makes of them."""
     name = [*found][-1]
     s, (z_std, values, weights, ratio) = found[name], one_update(run, name, found[name])
-    out = [f"<p>What one more update of {name} does with {SAMPLED} answers that it sampled: the first {EXAMPLES} right and wrong ones. Below each token: its standardised reward and its advantage. {HOW} "
-           "The ratio is the token's new probability over the old one after all updates of this rollout, with a fresh optimizer; a ratio that ran out of "
-           f"1 ± {s.cfg.clip:g} in the direction of its advantage is clipped by PPO.</p>{KEY}<div class='pair'>"]  # fmt: skip
-    for i in sorted((i for kind in (True, False) for i in [i for i, c in enumerate(s.correct) if c == kind][:EXAMPLES])):
+    out = [
+        f"<p>What one more update of {name} does with {SAMPLED} answers that it sampled: the first {EXAMPLES} right and wrong ones. Below each token: its standardised reward and its advantage. {HOW} "
+        "The ratio is the token's new probability over the old one after all updates of this rollout, with a fresh optimizer; a ratio that ran out of "
+        f"1 ± {s.cfg.clip:g} in the direction of its advantage is clipped by PPO.</p>{KEY}<div class='pair'>"
+    ]
+    for i in sorted(
+        i for kind in (True, False) for i in [i for i, c in enumerate(s.correct) if c == kind][:EXAMPLES]
+    ):
         pick = lambda x: x[i][s.rollout.response_mask[i]].tolist()
         Z, Zs, A, R, KL = map(pick, (s.rollout.scores, z_std, weights, ratio, s.rollout.kl_k1))
         V = pick(values) if values is not None else [None] * len(Z)
-        told = [f"reward Z {Z[t]:.2f}, standardised {Zs[t]:+.2f} · KL to sft {KL[t]:+.3f} nats (k1)" + f" · baseline V {V[t] or 0:+.2f}" * (V[t] is not None)
-                + f" · advantage {A[t]:+.2f} · ratio {R[t]:.3f}" + ", clipped" * (name == "ppo" and (R[t] - 1) * A[t] > s.cfg.clip * abs(A[t]))
-                for t in range(len(Z))]  # fmt: skip
+        told = [
+            f"reward Z {Z[t]:.2f}, standardised {Zs[t]:+.2f} · KL to sft {KL[t]:+.3f} nats (k1)"
+            + f" · baseline V {V[t] or 0:+.2f}" * (V[t] is not None)
+            + f" · advantage {A[t]:+.2f} · ratio {R[t]:.3f}"
+            + ", clipped" * (name == "ppo" and (R[t] - 1) * A[t] > s.cfg.clip * abs(A[t]))
+            for t in range(len(Z))
+        ]
         error = data.error_places(tokenizer, rows[i]["prompt"], [data.Example([], s.answers[i])])[0]
         verdict = "right" if s.correct[i] else "wrong"
-        out.append(f"<div><h3 class='prompt'>{escape(rows[i]['prompt'])}</h3>"
-                   + answer_html(f"{verdict} answer", texts(tokenizer, s.answers[i]), {"reward": Zs, "adv.": A}, told, error) + "</div>")  # fmt: skip
+        out.append(
+            f"<div><h3 class='prompt'>{escape(rows[i]['prompt'])}</h3>"
+            + answer_html(
+                f"{verdict} answer", texts(tokenizer, s.answers[i]), {"reward": Zs, "adv.": A}, told, error
+            )
+            + "</div>"
+        )
     return "".join(out) + "</div>"
 
 
@@ -432,10 +622,20 @@ def curves(stages):
     for names, x, key, label, y_range in CHARTS:
         series = {name: points(stages[name].rows, x, key) for name in names if stages[name].rows}
         level = ("sft", start) if key == "pass@1" and is_number(start) else None
-        charts += [line_chart(label, {"step": "step (updates)"}.get(x, "trajectories sampled"), series, y_range, level)] if series else []
+        charts += (
+            [
+                line_chart(
+                    label, {"step": "step (updates)"}.get(x, "trajectories sampled"), series, y_range, level
+                )
+            ]
+            if series
+            else []
+        )
     if charts:
-        out.append(f"<div class='charts'>{''.join(charts)}</div><p class='note'>Faint: every step; bold over it: mean of the last 25 steps. The dotted "
-                   "sft line is the pass@1 of its eval.json. A reward that rises while pass@1 falls is a reward model being exploited.</p>")  # fmt: skip
+        out.append(
+            f"<div class='charts'>{''.join(charts)}</div><p class='note'>Faint: every step; bold over it: mean of the last 25 steps. The dotted "
+            "sft line is the pass@1 of its eval.json. A reward that rises while pass@1 falls is a reward model being exploited.</p>"
+        )
     return "".join(out)
 
 
@@ -444,7 +644,11 @@ def curves(stages):
 
 def command(config):
     """The command that a resolved config stands for: every field is a flag; "" and False are said by leaving it out."""
-    words = [f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}" for name, value in config.items() if value is not False and value != ""]
+    words = [
+        f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}"
+        for name, value in config.items()
+        if value is not False and value != ""
+    ]
     return " ".join(["python train.py", *words])
 
 
@@ -453,16 +657,29 @@ def making(run, stages):
     for name, stage in stages.items():
         config = {"stage": name} | (stage.run.get("config") or {})
         logged = f"{len(stage.rows)}{', unfinished' * stage.unfinished}"
-        rows.append([name, *(escape(str(config.get(key, "–"))) for key in ("seed", "steps", "lr", "batch_size")), logged])
-        details.append(f"<details><summary>{name}, torch {escape(str(stage.run.get('torch', '?')))}</summary><code>{escape(command(config))}</code></details>"
-                       if len(config) > 1 else missing(f"the config of {name}: no run.json."))  # fmt: skip
+        rows.append(
+            [
+                name,
+                *(escape(str(config.get(key, "–"))) for key in ("seed", "steps", "lr", "batch_size")),
+                logged,
+            ]
+        )
+        details.append(
+            f"<details><summary>{name}, torch {escape(str(stage.run.get('torch', '?')))}</summary><code>{escape(command(config))}</code></details>"
+            if len(config) > 1
+            else missing(f"the config of {name}: no run.json.")
+        )
     again = f"python train.py --stage eval --run {shlex.quote(str(run))}\npython classroom/report.py {shlex.quote(str(run))}"
-    return (table("Settings of each stage", ["stage", "seed", "steps", "lr", "batch", "logged"], rows) + "<p>Curves are the lines of each stage's metrics.jsonl, made by these "
-            f"commands, in which every setting is resolved:</p>{''.join(details)}<p>The tables of section 1 are the eval.json files; sections 2, 3 and 5 "
-            f"were computed for this page from the models and pairs-heldout.jsonl in {escape(run.name)}:</p><code>{escape(again)}</code>")  # fmt: skip
+    return (
+        table("Settings of each stage", ["stage", "seed", "steps", "lr", "batch", "logged"], rows)
+        + "<p>Curves are the lines of each stage's metrics.jsonl, made by these "
+        f"commands, in which every setting is resolved:</p>{''.join(details)}<p>The tables of section 1 are the eval.json files; sections 2, 3 and 5 "
+        f"were computed for this page from the models and pairs-heldout.jsonl in {escape(run.name)}:</p><code>{escape(again)}</code>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the page
+
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #5b6470; --rule: #d5dae0;
@@ -521,24 +738,39 @@ def write_report(run_dir):
     if not run.is_dir():
         raise files.BadInput(f"{run}: no such directory; expected what was --run of train.py")
     stages = {name: read_stage(run / name) for name in ("sft", "rm", "reinforce", "ppo")}
-    judges = {"rm": stages["rm"]} | {path.name: read_stage(path) for path in sorted(run.glob("rm-*")) if path.suffix == ""}
+    judges = {"rm": stages["rm"]} | {
+        path.name: read_stage(path) for path in sorted(run.glob("rm-*")) if path.suffix == ""
+    }
     samples = functools.cache(lambda: sample(run, stages))
     sections = {
         "Before and after": headline(stages, judges),
-        "Token credit": attempt("token credit, which needs the reward model and pairs-heldout.jsonl of the built-in task", lambda: credit(run)),
-        "Rewards before and after RL": attempt("the rewards of sampled tokens, which need sft, rm, and reinforce or ppo", lambda: distributions(*samples())),
+        "Token credit": attempt(
+            "token credit, which needs the reward model and pairs-heldout.jsonl of the built-in task",
+            lambda: credit(run),
+        ),
+        "Rewards before and after RL": attempt(
+            "the rewards of sampled tokens, which need sft, rm, and reinforce or ppo",
+            lambda: distributions(*samples()),
+        ),
         "Learning curves": curves(stages),
-        "One update, token by token": attempt("the update, which needs sft, rm, and reinforce or ppo", lambda: inspector(run, *samples())),
+        "One update, token by token": attempt(
+            "the update, which needs sft, rm, and reinforce or ppo", lambda: inspector(run, *samples())
+        ),
         "How each figure was made": making(run, stages),
     }
     links = "".join(f"<li><a href='#s{i}'>{i}. {title}</a></li>" for i, title in enumerate(sections, 1))
-    body = "".join(f"<section aria-labelledby='s{i}'><h2 id='s{i}'>{i}. {title}</h2>{html}</section>" for i, (title, html) in enumerate(sections.items(), 1))
-    page = ("<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-            "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-            f"<title>Q-RM report: {escape(run.name)}</title><style>{STYLE}</style></head><body><header><h1>Q-RM: token rewards learned from pairs of answers</h1>"
-            "<p>A small policy answers word problems, a reward model learns from pairs of its right and wrong answers what each token is worth (Z), "
-            f"and REINFORCE and PPO train the policy on that alone.</p><nav aria-label='Contents'><ul>{links}</ul></nav></header><main>{body}</main>"
-            f"<script>{SCRIPT}</script></body></html>\n")  # fmt: skip
+    body = "".join(
+        f"<section aria-labelledby='s{i}'><h2 id='s{i}'>{i}. {title}</h2>{html}</section>"
+        for i, (title, html) in enumerate(sections.items(), 1)
+    )
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f"<title>Q-RM report: {escape(run.name)}</title><style>{STYLE}</style></head><body><header><h1>Q-RM: token rewards learned from pairs of answers</h1>"
+        "<p>A small policy answers word problems, a reward model learns from pairs of its right and wrong answers what each token is worth (Z), "
+        f"and REINFORCE and PPO train the policy on that alone.</p><nav aria-label='Contents'><ul>{links}</ul></nav></header><main>{body}</main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
     path, temporary = run / "report.html", run / "report.html.partial"
     temporary.write_text(page, encoding="utf-8", errors="replace")
     temporary.replace(path)

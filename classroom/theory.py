@@ -48,7 +48,10 @@ def fit(returns, places, size, beta, margin, updates):
         optimizer.param_groups[0]["lr"] = 2.0 * (1 - step / updates)
         means = z[places].mean(1)  # (A^T,)
         chosen, rejected = means[i], means[j]
-        for x in (chosen, rejected):  # a pair counts as often as it is preferred: the expectation, without sampling
+        for x in (
+            chosen,
+            rejected,
+        ):  # a pair counts as often as it is preferred: the expectation, without sampling
             x.register_hook(lambda grad: grad * preferred)
         optimizer.zero_grad()
         pairwise_loss(chosen, rejected, beta, margin)[0].backward()
@@ -74,23 +77,42 @@ def theory(seed, margin=0.0, beta=0.2, T=4, A=3, updates=800):
     z = fit(returns, places, n * A, beta, margin, updates)
     sums, Z = beta * z[places].mean(1), z.view(n, A)
     (Q, advantage), (_, from_z) = backed_up(rewards.view(n, A)), backed_up(beta / T * Z)
-    return {"returns_error": (centred(sums) - centred(returns)).abs().max().item(),
-            "advantage_error": (from_z - advantage).abs().max().item(), "returns_corr": corr(sums, returns), "q_corr": corr(Z, Q),
-            "advantage_corr": corr(Z, advantage), "within_state_corr": corr(centred(Z), centred(advantage))}  # fmt: skip
+    return {
+        "returns_error": (centred(sums) - centred(returns)).abs().max().item(),
+        "advantage_error": (from_z - advantage).abs().max().item(),
+        "returns_corr": corr(sums, returns),
+        "q_corr": corr(Z, Q),
+        "advantage_corr": corr(Z, advantage),
+        "within_state_corr": corr(centred(Z), centred(advantage)),
+    }
 
 
 def theory_table(seeds=3):
     """{"title", "text", "rows"}: mean (lowest to highest) over random reward tables, without and with the paper's margin."""
-    rows = [["margin", "error of returns", "error of backed-up A", "corr(returns)", "corr(Z, Q*)", "corr(Z, A*)", "within a state"]]
+    rows = [
+        [
+            "margin",
+            "error of returns",
+            "error of backed-up A",
+            "corr(returns)",
+            "corr(Z, Q*)",
+            "corr(Z, A*)",
+            "within a state",
+        ]
+    ]
     for margin in (0.0, 2.0):
         found = [theory(seed, margin) for seed in range(seeds)]
         columns = ([f[k] for f in found] for k in found[0])
-        rows.append([f"{margin:g}", *(f"{statistics.fmean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns)])
-    text = (f"4 tokens, 3 actions, all 81 answers, exact preferences; Z a free table, beta 0.2, fitted from 0; {seeds} random reward tables. "
-            "Without margin the loss recovers every return up to one constant, and Z, taken as a token reward and backed up, gives the exact "
-            "advantage. Single scores are not identified: the reward itself, A*, and all that differs from them by potential-based shaping have "
-            "the same sums and fit equally well (Q* does not). Prop. 3.4 holds for A*; the fit finds another one, near it within a state. "
-            "The margin stretches the returns and leaves their order, and that of the actions in a state, nearly as it was.")  # fmt: skip
+        rows.append(
+            [f"{margin:g}", *(f"{statistics.fmean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns)]
+        )
+    text = (
+        f"4 tokens, 3 actions, all 81 answers, exact preferences; Z a free table, beta 0.2, fitted from 0; {seeds} random reward tables. "
+        "Without margin the loss recovers every return up to one constant, and Z, taken as a token reward and backed up, gives the exact "
+        "advantage. Single scores are not identified: the reward itself, A*, and all that differs from them by potential-based shaping have "
+        "the same sums and fit equally well (Q* does not). Prop. 3.4 holds for A*; the fit finds another one, near it within a state. "
+        "The margin stretches the returns and leaves their order, and that of the actions in a state, nearly as it was."
+    )
     return {"title": "4. The theory, checked", "text": text, "rows": rows}
 
 

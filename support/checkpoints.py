@@ -30,9 +30,27 @@ class Workdir:
         self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
         self.path, self.old = (self.out.with_name(self.out.name + end) for end in (".partial", ".old"))
         self.state, self.first_step, self.saved_step = self.path / "state" / "state.json", 0, 0
-        ignored = {"resume", "save_every", "tp", "device", "micro_tokens", "remat", "timeout", "max_skipped", "flex", "graphs"}
-        sizes = {f"the {owner}'s {k}": v for owner, (model, _) in optimizers.items() for k, v in asdict(model.cfg).items()}
-        self.identity = {"config": {k: v for k, v in asdict(cfg).items() if k not in ignored}, "inputs": {**(inputs or {}), **sizes}}
+        ignored = {
+            "resume",
+            "save_every",
+            "tp",
+            "device",
+            "micro_tokens",
+            "remat",
+            "timeout",
+            "max_skipped",
+            "flex",
+            "graphs",
+        }
+        sizes = {
+            f"the {owner}'s {k}": v
+            for owner, (model, _) in optimizers.items()
+            for k, v in asdict(model.cfg).items()
+        }
+        self.identity = {
+            "config": {k: v for k, v in asdict(cfg).items() if k not in ignored},
+            "inputs": {**(inputs or {}), **sizes},
+        }
         if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
             self.path.rename(self.out)  # a kill between the two renames of publish(): the new result is whole
         barrier(self.grid)
@@ -41,7 +59,15 @@ class Workdir:
         elif cfg.resume:
             try:
                 self._restore()
-            except (AttributeError, KeyError, OSError, SafetensorError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            except (
+                AttributeError,
+                KeyError,
+                OSError,
+                SafetensorError,
+                TypeError,
+                UnicodeDecodeError,
+                json.JSONDecodeError,
+            ) as e:
                 raise BadInput(f"--resume: {self.state}: not a whole checkpoint: {e!r}") from None
         barrier(self.grid)  # every rank has looked before the main one touches anything
         if grid.is_main:
@@ -57,14 +83,22 @@ class Workdir:
     def log(self, row):
         """One line on the terminal, the same row in metrics.jsonl; a number that is not finite is null there."""
         if self.grid.is_main:
-            tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+            tqdm.write(
+                "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+            )
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(row) + "\n")
 
     def save(self, step):
         """A checkpoint from which `--resume` goes on at update `step`: safetensors and JSON, no pickle."""
-        tensors, counts = {}, {owner: [optimizer.updates, optimizer.in_a_row] for owner, (_, optimizer) in self.optimizers.items()}
+        tensors, counts = (
+            {},
+            {
+                owner: [optimizer.updates, optimizer.in_a_row]
+                for owner, (_, optimizer) in self.optimizers.items()
+            },
+        )
         for owner, (model, optimizer) in self.optimizers.items():
             for name, x in optimizer.state_tensors().items():
                 param = name.split(".", 1)[1]
@@ -73,7 +107,10 @@ class Workdir:
             file = self.state.with_name(f"{step}.safetensors")
             write_atomically(file, tensors)
             flush(self.path / "metrics.jsonl")
-            write_atomically(self.state, json.dumps({"step": step, "tensors": file.name, "counts": counts, **self.identity}))
+            write_atomically(
+                self.state,
+                json.dumps({"step": step, "tensors": file.name, "counts": counts, **self.identity}),
+            )
             for other in self.state.parent.glob("*.safetensors*"):  # state.json no longer names them
                 if other != file:
                     other.unlink()
@@ -82,7 +119,9 @@ class Workdir:
 
     def _restore(self):
         saved = json.loads(self.state.read_text(encoding="utf-8"))
-        then, now = ({**{f"--{k}": v for k, v in x["config"].items()}, **x["inputs"]} for x in (saved, self.identity))
+        then, now = (
+            {**{f"--{k}": v for k, v in x["config"].items()}, **x["inputs"]} for x in (saved, self.identity)
+        )
         if changed := [k for k, v in now.items() if then.get(k) != v]:
             k = changed[0]
             raise BadInput(f"--resume: {self.state.parent} was made with {k} {then.get(k)}, not {now[k]}")
@@ -90,7 +129,10 @@ class Workdir:
             updates, optimizer.in_a_row = saved["counts"][owner]
             with safe_open(self.state.with_name(saved["tensors"]), "pt") as file:
                 names = [n.split("/", 1)[1] for n in file.keys() if n.startswith(owner + "/")]
-                optimizer.load_state_tensors({n: model.my_slice(n.split(".", 1)[1], file.get_slice(f"{owner}/{n}")) for n in names}, updates)
+                optimizer.load_state_tensors(
+                    {n: model.my_slice(n.split(".", 1)[1], file.get_slice(f"{owner}/{n}")) for n in names},
+                    updates,
+                )
         self.first_step = self.saved_step = saved["step"]
 
     def publish(self):
@@ -98,7 +140,9 @@ class Workdir:
         if self.grid.is_main:
             for path in (*self.path.rglob("*"), self.path):
                 flush(path)
-            shutil.rmtree(self.old, ignore_errors=True)  # a leftover: `<out>` is there, or there never was one
+            shutil.rmtree(
+                self.old, ignore_errors=True
+            )  # a leftover: `<out>` is there, or there never was one
             if self.out.exists():
                 self.out.rename(self.old)
             self.path.rename(self.out)
@@ -124,7 +168,8 @@ def deferred_interrupt(grid):
             signal.alarm(4)
 
     def agreed():
-        stop = all_sum(all_sum(pressed, grid), grid, "tp")[0] > 0
+        anywhere = all_sum(all_sum({"pressed": pressed[0]}, grid), grid, "tp")
+        stop = anywhere["pressed"] > 0
         if stop:
             signal.alarm(0)  # all ranks live: saving may take its time
         return stop
@@ -140,11 +185,21 @@ def deferred_interrupt(grid):
 def save_bad_inputs(work, step):
     """What the first update that was skipped had read goes to <out>.partial/skipped.<dp rank>.json; the weights are in no way changed."""
     path = work.path / f"skipped.{work.grid.dp_rank}.json"
-    inputs = {name: optimizer.bad_inputs for name, (_, optimizer) in work.optimizers.items() if optimizer.bad_inputs}
+    inputs = {
+        name: optimizer.bad_inputs for name, (_, optimizer) in work.optimizers.items() if optimizer.bad_inputs
+    }
     if work.grid.tp_rank == 0 and not path.exists():
-        write_atomically(path, json.dumps({"step": step, **inputs}, default=lambda x: x.tolist() if torch.is_tensor(x) else vars(x)))
+        write_atomically(
+            path,
+            json.dumps(
+                {"step": step, **inputs}, default=lambda x: x.tolist() if torch.is_tensor(x) else vars(x)
+            ),
+        )
 
 
 def fingerprints(tokenizer, path=""):
     """What decides which ids a run reads: {description: sha256}."""
-    return {"data of sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "", "tokenizer and chat of sha256": tokenizer.fingerprint}
+    return {
+        "data of sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "",
+        "tokenizer and chat of sha256": tokenizer.fingerprint,
+    }

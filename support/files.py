@@ -47,7 +47,9 @@ def read_jsonl(path):
                         reason = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
                         raise BadInput(f"{path}, line {number}: not valid JSON in UTF-8 ({reason})") from None
                     if not isinstance(row, dict):
-                        raise BadInput(f"{path}, line {number}: found {type(row).__name__}, expected a JSON object")
+                        raise BadInput(
+                            f"{path}, line {number}: found {type(row).__name__}, expected a JSON object"
+                        )
                     yield number, row
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror}); --data names a JSON lines file") from None

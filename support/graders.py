@@ -11,8 +11,16 @@ MAX_CHARS = 500  # no answer is longer; bounds every integer and every pattern t
 
 # A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No branch can fail late, so a search is linear.
 NUMBER = r"(?:(?<![\w)\]}%.])-)?\\?\$?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![.\d])\.\d+)(?:/\d+)?"
-CLAIMS = ("####", r"\\boxed", r"\banswer(?: is|:)", "^A:")  # the most explicit first; "A:" as in OpenAI's example solutions
-WORDS = {w: str(n) for n, w in enumerate("one two three four five six seven eight nine ten eleven twelve".split(), 1)}
+CLAIMS = (
+    "####",
+    r"\\boxed",
+    r"\banswer(?: is|:)",
+    "^A:",
+)  # the most explicit first; "A:" as in OpenAI's example solutions
+WORDS = {
+    w: str(n)
+    for n, w in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 1)
+}
 PI = Fraction(2**127 - 1)  # a prime that nobody writes: under *, / and == its root behaves like pi
 
 
@@ -38,7 +46,9 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
     Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2 million" (2).
     """
     if task not in TASKS or grader not in GRADERS:
-        raise BadInput(f"task {task!r} is not one of {', '.join(TASKS)}, or grader {grader!r} of {', '.join(GRADERS)}")
+        raise BadInput(
+            f"task {task!r} is not one of {', '.join(TASKS)}, or grader {grader!r} of {', '.join(GRADERS)}"
+        )
     if task == "math":
         return boxed(text)
     if grader == "strict":
@@ -65,7 +75,9 @@ def same_answer(answer: str, label: str, task: str, grader: str = "ours") -> boo
             from math_verify import parse, verify
         except ImportError:
             raise BadInput("the grader math_verify needs its package: pip install math-verify") from None
-        return verify(parse(rf"\boxed{{{label}}}"), parse(rf"\boxed{{{answer}}}"))  # not symmetric: the label is first
+        return verify(
+            parse(rf"\boxed{{{label}}}"), parse(rf"\boxed{{{answer}}}")
+        )  # not symmetric: the label is first
     if grader == "ours":
         return meaning(answer) == meaning(label)
     if grader == "strict":
@@ -112,12 +124,18 @@ def meaning(answer: str) -> tuple:
     """
     s = answer.replace("\N{MINUS SIGN}", "-").replace("\\\\", ";").replace("{,}", ",")
     s = re.sub(r"\\[!,:; ]\s*|°|(?<!\\)[$%]", "", s.replace("cfrac", "frac"))
-    s = re.sub(r"\s*\b([ap]\.\s?m|hundred|thousand|million|billion)", r"*\1", s)  # no units: 2 million is not 2
-    s = re.sub(r"(?<=[\w)}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}*]*\}(?:\^\{?\d\}?)?\.?\s*$", "", s)  # 10\text{ cm}^2
+    s = re.sub(
+        r"\s*\b([ap]\.\s?m|hundred|thousand|million|billion)", r"*\1", s
+    )  # no units: 2 million is not 2
+    s = re.sub(
+        r"(?<=[\w)}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}*]*\}(?:\^\{?\d\}?)?\.?\s*$", "", s
+    )  # 10\text{ cm}^2
     s = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 ", s)
     s = re.sub(r"\s+(?:and|or)\s+", ",", s)
     s = re.sub(r"(?<=[\d)}])(?:\s+(?:[A-Za-z]{3,}|[ckm]m))+(?:\^\{?\d\}?)?\.?\s*$", "", s)  # 10 square cm
-    s = re.sub(r"^\s*\(([A-Za-z])\)\s*$|^\s*\w\s*\\in\b", r"\1", s)  # the choice (C) is C; x \in [0,1] is [0,1]
+    s = re.sub(
+        r"^\s*\(([A-Za-z])\)\s*$|^\s*\w\s*\\in\b", r"\1", s
+    )  # the choice (C) is C; x \in [0,1] is [0,1]
     s = re.sub(r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", s)
     s = re.sub(r"(?<=\d)\s+(?=\d)", "~", s)  # "1 2" is not 12
     s = hendrycks(re.sub(r"\s|;(?=\s*\\end)", "", s)).rstrip(".")
@@ -127,7 +145,9 @@ def meaning(answer: str) -> tuple:
     pieces = re.split(r"([()\[\],;&]|\\[{}]|\\cup|\\(?:begin|end)\{\w+\})", s)
     values = [square if (square := signed_square(piece)) is not None else piece for piece in pieces if piece]
     ordered = re.search(r"[()\[\];&]|\\cup|\\begin", s)
-    return tuple(values if ordered else sorted(values, key=lambda v: (isinstance(v, str), v)))  # numbers, then strings
+    return tuple(
+        values if ordered else sorted(values, key=lambda v: (isinstance(v, str), v))
+    )  # numbers, then strings
 
 
 def signed_square(s: str) -> Fraction | None:
@@ -156,6 +176,7 @@ def authors_number(text: str) -> str | None:
 
     Their errors, kept: "so" inside a word counts, 1,234,567 is read as 567 and 5-3 as -3, a closing remark's number wins.
     """
+
     def numbers(s):
         s = re.sub(rf"\b({'|'.join(WORDS)})\b", lambda word: WORDS[word[0].lower()], s, flags=re.IGNORECASE)
         return [re.sub(r",|\.0+$", "", "".join(parts)) for parts in re.findall(r"(-?\d+)(,?\d+)?(\.\d+)?", s)]

@@ -50,12 +50,21 @@ class KVCache:
         template) is read once, and so are equal neighbours."""
         groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
         shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        packed = Packed([(prompts[0][:shared], [prompt[shared:] for prompt, _ in groups])], self.lengths.device)
+        packed = Packed(
+            [(prompts[0][:shared], [prompt[shared:] for prompt, _ in groups])], self.lengths.device
+        )
         ends = list(accumulate((len(prompt) - shared for prompt, _ in groups), initial=shared))
-        spans = [[*range(shared), *range(a, b)] for (_, n), (a, b) in zip(groups, pairwise(ends)) for _ in range(n)]  # where each slot's tokens are
-        token, column, slot = (torch.tensor(x, dtype=torch.int64, device=self.lengths.device) for x in (
-            [t for span in spans for t in span], [c for span in spans for c in range(len(span))],
-            [s for span, s in zip(spans, slots.tolist()) for _ in span]))  # fmt: skip
+        spans = [
+            [*range(shared), *range(a, b)] for (_, n), (a, b) in zip(groups, pairwise(ends)) for _ in range(n)
+        ]  # where each slot's tokens are
+        token, column, slot = (
+            torch.tensor(x, dtype=torch.int64, device=self.lengths.device)
+            for x in (
+                [t for span in spans for t in span],
+                [c for span in spans for c in range(len(span))],
+                [s for span, s in zip(spans, slots.tolist()) for _ in span],
+            )
+        )
         self.make_room(max(map(len, prompts)))
 
         def attend(layer, q, k, v):
@@ -68,9 +77,17 @@ class KVCache:
     def attend(self, layer, q, k, v):
         """One new token a slot: stores its k, v and attends to the slot's own past. q (1, B, H/tp, E), k, v (1, B, K/tp, E)"""
         keys, values = self.keys[layer], self.values[layer]  # (B, K/tp, S, E)
-        keys.view(-1, keys.shape[-1])[self.places], values.view(-1, keys.shape[-1])[self.places] = k[0].flatten(0, 1), v[0].flatten(0, 1)
-        grouped, n = q[0].unflatten(1, (k.shape[2], -1)), self.seen.shape[-1]  # (B, K/tp, H/K, E): a kv head's queries side by side
-        return F.scaled_dot_product_attention(grouped, keys[:, :, :n], values[:, :, :n], attn_mask=self.seen).reshape(q.shape)
+        keys.view(-1, keys.shape[-1])[self.places], values.view(-1, keys.shape[-1])[self.places] = (
+            k[0].flatten(0, 1),
+            v[0].flatten(0, 1),
+        )
+        grouped, n = (
+            q[0].unflatten(1, (k.shape[2], -1)),
+            self.seen.shape[-1],
+        )  # (B, K/tp, H/K, E): a kv head's queries side by side
+        return F.scaled_dot_product_attention(
+            grouped, keys[:, :, :n], values[:, :, :n], attn_mask=self.seen
+        ).reshape(q.shape)
 
     def step(self, model, tokens):
         """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream, which the next step may overwrite"""
@@ -85,9 +102,14 @@ class KVCache:
 
     def _step(self, model, width, tokens):
         _, heads, columns, _ = self.keys[0].shape
-        self.places = ((torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads) * columns) + self.lengths[:, None]).flatten()
+        self.places = (
+            (torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads) * columns)
+            + self.lengths[:, None]
+        ).flatten()
         unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, width)
-        self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys[0].dtype).masked_fill_(unseen, -torch.inf)[:, None, None]
+        self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys[0].dtype).masked_fill_(
+            unseen, -torch.inf
+        )[:, None, None]
         return model(tokens[None], self.lengths[None], self.attend)[0]
 
 
@@ -120,26 +142,48 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
         raise BadInput("a prompt has no tokens; expected at least one")
     device, n = policy.grid.device, len(prompts)
     uniforms = torch.rand(n + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
-    waiting, slots = sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i])), min(batch_size, n)  # taken from the end
+    waiting, slots = (
+        sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i])),
+        min(batch_size, n),
+    )  # taken from the end
     cache = KVCache(policy, slots)
-    stops, tokens = torch.tensor(stop_ids, device=device), torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device)
-    x = torch.zeros(slots, policy.cfg.hidden_size, device=device, dtype=policy.head_weight.dtype)  # what each slot has read last
-    row = torch.full((slots,), n, device=device)  # the prompt that a slot answers; n is none (tokens and uniforms have such a row)
-    step, lengths, going = torch.zeros_like(row), torch.zeros(n + 1, dtype=torch.int64, device=device), torch.zeros_like(row, dtype=torch.bool)
+    stops, tokens = (
+        torch.tensor(stop_ids, device=device),
+        torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device),
+    )
+    x = torch.zeros(
+        slots, policy.cfg.hidden_size, device=device, dtype=policy.head_weight.dtype
+    )  # what each slot has read last
+    row = torch.full(
+        (slots,), n, device=device
+    )  # the prompt that a slot answers; n is none (tokens and uniforms have such a row)
+    step, lengths, going = (
+        torch.zeros_like(row),
+        torch.zeros(n + 1, dtype=torch.int64, device=device),
+        torch.zeros_like(row, dtype=torch.bool),
+    )
     busy = False
-    with reordered_weights([policy.head_weight, *(layer.weight for layer in policy.modules() if isinstance(layer, LoRALinear))]):
+    with reordered_weights(
+        [policy.head_weight, *(layer.weight for layer in policy.modules() if isinstance(layer, LoRALinear))]
+    ):
         while waiting or busy:
             free = (~going).nonzero()[:, 0]
             if waiting and len(free) * 8 >= slots:  # many at a time: reading prompts pays in bulk
                 free, taken = free[: len(waiting)], [waiting.pop() for _ in free[: len(waiting)]]
                 x[free] = cache.prefill(policy.model, [prompts[i] for i in taken], free)
                 row[free], step[free], going[free] = torch.tensor(taken, device=device), 0, True
-            elif len(free) * (2 if cache.graphs else 4) >= len(row):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
+            elif len(free) * (2 if cache.graphs else 4) >= len(
+                row
+            ):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
                 rows = going.nonzero()[:, 0]
                 cache.keep(rows)
                 x, row, step, going = x[rows], row[rows], step[rows], going[rows]
             logits = gather_shards(policy.logits(x).float(), 1, policy.cfg.vocab_size, policy.grid)  # (B, V)
-            new = sample_tokens(logits.div_(temperature).softmax(-1), uniforms[row, step]) if temperature else logits.argmax(-1)  # (B,)
+            new = (
+                sample_tokens(logits.div_(temperature).softmax(-1), uniforms[row, step])
+                if temperature
+                else logits.argmax(-1)
+            )  # (B,)
             tokens[row, step] = new
             step, lengths[row] = step + 1, step + 1
             going = going & ~torch.isin(new, stops) & (step < max_new_tokens)
@@ -151,7 +195,11 @@ def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0,
     return responses, [response[-1] not in stop_ids for response in responses]
 
 
-REORDERS = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX") and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+REORDERS = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+)
 
 
 @contextlib.contextmanager

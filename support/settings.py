@@ -41,8 +41,12 @@ class RL:
     standardize: str = "mean_std"  # [reinforce ppo] mean_std (the paper) | std (the authors' code) | none
     kl: str = "k1"  # [reinforce ppo] penalty to the reference: k1 | k3 | exact (the paper; see kl_penalty) | abs (the authors' code)
     kl_coef: float = 0.0  # [reinforce ppo] weight of that penalty (the paper: ppo 0.01, reinforce none)
-    eos_to_mean: bool = False  # [reinforce ppo] the last token's reward becomes its sequence's mean (the authors' code)
-    group_size: int = 1  # [reinforce ppo] samples a prompt; batch_size counts trajectories, so prompts = batch / group
+    eos_to_mean: bool = (
+        False  # [reinforce ppo] the last token's reward becomes its sequence's mean (the authors' code)
+    )
+    group_size: int = (
+        1  # [reinforce ppo] samples a prompt; batch_size counts trajectories, so prompts = batch / group
+    )
     minibatch: int = 0  # [reinforce ppo] trajectories per update; 0 is the whole rollout (strictly on-policy)
     gamma: float = 1.0  # [reinforce ppo] discount of advantage return and gae (the paper: gae 0.9)
     eval_every: int = 4  # [reinforce ppo] rollouts between two evaluations of greedy pass@1
@@ -54,7 +58,9 @@ class PPO:
 
     clip: float = 0.2  # [ppo] the ratio's gain is cut outside 1 +- clip (the paper)
     ppo_epochs: int = 1  # [ppo] passes over a rollout (the paper)
-    baseline_weight: float = 1.0  # [ppo] weight of V in A = Z_std - KL - V (1 the paper, 0.01 the authors' code)
+    baseline_weight: float = (
+        1.0  # [ppo] weight of V in A = Z_std - KL - V (1 the paper, 0.01 the authors' code)
+    )
     critic_lr: float = 1e-5  # [ppo] the critic's learning rate (the authors' code)
     critic_lora_rank: int = 0  # [ppo] lora_rank of the critic (the authors' code: 128); 0 trains all of it
     lam: float = 0.8  # [ppo] lambda of advantage gae (the paper, with gamma 0.9)
@@ -67,7 +73,9 @@ class Run:
     stage: str = "demo"  # sft | pairs | rm | reinforce | ppo | eval | score | grade | demo
     preset: str = ""  # paper-rm | paper-ppo | paper-reinforce: the settings of the paper's runs, the stage included; a flag wins over them
     run: str = "runs/arith"  # directory where the stages of the built-in task keep and find everything
-    out: str = ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
+    out: str = (
+        ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
+    )
     model: str = ""  # a Hugging Face directory to start from; "" is the built-in task's
     reward_model: str = ""  # [reinforce ppo eval] a reward model's directory (eval: it judges best-of-k)
     data: str = ""  # a JSON lines file; "" is the built-in task
@@ -88,17 +96,25 @@ class Train:
     """How a model is updated, in every stage that trains one."""
 
     steps: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts); 0 is one pass over the data
-    lr: float = 1e-5  # [sft rm reinforce ppo] learning rate after warm-up (the paper's value for the reward model)
+    lr: float = (
+        1e-5  # [sft rm reinforce ppo] learning rate after warm-up (the paper's value for the reward model)
+    )
     batch_size: int = 2  # [sft rm reinforce ppo] rows, pairs or trajectories a step, over all processes (the paper: 2 pairs)
-    micro_tokens: int = 8192  # [sft rm reinforce ppo eval score] tokens per forward; changes memory and speed, not results
-    remat: bool = False  # [sft rm reinforce ppo] keep only each block's input, and compute the block again in backward
+    micro_tokens: int = (
+        8192  # [sft rm reinforce ppo eval score] tokens per forward; changes memory and speed, not results
+    )
+    remat: bool = (
+        False  # [sft rm reinforce ppo] keep only each block's input, and compute the block again in backward
+    )
     warmup: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts) of linear warm-up
     final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr that is left after the last update (linear decay); 1 is constant, as in the paper
     max_grad_norm: float = 1.0  # [sft rm reinforce ppo] gradients are scaled down to this norm; 0 is off
     weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
     lora_rank: int = 0  # [sft rm reinforce ppo] train adapters of this rank beside frozen weights (the paper's reward model: 128); 0 trains all
     lora_alpha: int = 0  # [sft rm reinforce ppo] adapters count alpha / rank; 0 is the rank (the paper)
-    max_skipped: int = 10  # [sft rm reinforce ppo] updates in a row without a finite loss and gradient before the run stops
+    max_skipped: int = (
+        10  # [sft rm reinforce ppo] updates in a row without a finite loss and gradient before the run stops
+    )
     save_every: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts) between resumable checkpoints; 0 is only on Ctrl-C and SIGTERM
     resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
 
@@ -127,39 +143,90 @@ ARITH = {
     "sft": dict(steps=400, lr=4e-3, batch_size=64, warmup=50, final_lr=0.05),
     "pairs": dict(limit=3000, k=8, max_new_tokens=64, task="arith"),
     "rm": dict(steps=800, lr=2e-3, batch_size=32, warmup=20, final_lr=0.05, task="arith"),
-    "reinforce": dict(steps=12, lr=1e-4, batch_size=256, minibatch=64, kl_coef=0.2, limit=300, max_new_tokens=64,
-                      task="arith"),
-    "ppo": dict(steps=12, lr=1e-4, critic_lr=5e-4, ppo_epochs=2, batch_size=256, minibatch=64, kl_coef=0.2, limit=300,
-                max_new_tokens=64, task="arith"),
+    "reinforce": dict(
+        steps=12,
+        lr=1e-4,
+        batch_size=256,
+        minibatch=64,
+        kl_coef=0.2,
+        limit=300,
+        max_new_tokens=64,
+        task="arith",
+    ),
+    "ppo": dict(
+        steps=12,
+        lr=1e-4,
+        critic_lr=5e-4,
+        ppo_epochs=2,
+        batch_size=256,
+        minibatch=64,
+        kl_coef=0.2,
+        limit=300,
+        max_new_tokens=64,
+        task="arith",
+    ),
     "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith"),
 }
 
 # The paper's runs. Sources: "paper" is Chen et al. 2025 with its appendix, "scripts" and "code" are the authors', "ours" is what they leave open.
 PAPER = dict(
-    chat="llama3", date="26 Jul 2024",  # code: written into it, for every model
+    chat="llama3",
+    date="26 Jul 2024",  # code: written into it, for every model
     max_seq_len=1024,  # paper: GSM8K and MATH, prompt and response (2048 for QA-Feedback and UltraFeedback)
     dtype="bfloat16",  # paper (ours: with fp32 masters, or fp32 adapters)
-    warmup=0, final_lr=1.0, weight_decay=0.0, max_grad_norm=0.0,  # paper: Adam; code: its defaults, constant rates, no clipping
-    seed=1)  # code  # fmt: skip
+    warmup=0,
+    final_lr=1.0,
+    weight_decay=0.0,
+    max_grad_norm=0.0,  # paper: Adam; code: its defaults, constant rates, no clipping
+    seed=1,
+)  # code
 PAPER_RL = PAPER | dict(
-    steps=12, batch_size=3072, group_size=1,  # paper: prompts a rollout, one sample each; scripts: 12 rollouts, five passes over GSM8K
-    temperature=1.0, max_new_tokens=768,  # scripts: no top-p; ours: 256 of the 1024 tokens are kept for the prompt
-    standardize="mean_std", eval_every=1)  # paper; scripts: an evaluation after every rollout  # fmt: skip
+    steps=12,
+    batch_size=3072,
+    group_size=1,  # paper: prompts a rollout, one sample each; scripts: 12 rollouts, five passes over GSM8K
+    temperature=1.0,
+    max_new_tokens=768,  # scripts: no top-p; ours: 256 of the 1024 tokens are kept for the prompt
+    standardize="mean_std",
+    eval_every=1,
+)  # paper; scripts: an evaluation after every rollout
 PRESETS = {
-    "paper-rm": PAPER | dict(
-        stage="rm", reward="qrm", beta=0.2, margin=2.0,  # scripts
-        lora_rank=128, lora_alpha=128,  # paper: the seven linear layers, and the head trained; code: no alpha, scale 1
-        lr=1e-5, steps=0, batch_size=2),  # paper; scripts: one pass, 2 pairs a step
-    "paper-ppo": PAPER_RL | dict(
-        stage="ppo", lr=5e-6, clip=0.2, kl="exact", kl_coef=0.01,  # paper, section 4 and Algorithm 1 (code: lr x 0.075 in the first two rollouts)
-        lora_rank=0, critic_lora_rank=128, critic_lr=1e-5,  # paper: all of the policy; code: the critic
-        ppo_epochs=1, minibatch=10,  # scripts: 308 updates a rollout
+    "paper-rm": PAPER
+    | dict(
+        stage="rm",
+        reward="qrm",
+        beta=0.2,
+        margin=2.0,  # scripts
+        lora_rank=128,
+        lora_alpha=128,  # paper: the seven linear layers, and the head trained; code: no alpha, scale 1
+        lr=1e-5,
+        steps=0,
+        batch_size=2,
+    ),  # paper; scripts: one pass, 2 pairs a step
+    "paper-ppo": PAPER_RL
+    | dict(
+        stage="ppo",
+        lr=5e-6,
+        clip=0.2,
+        kl="exact",
+        kl_coef=0.01,  # paper, section 4 and Algorithm 1 (code: lr x 0.075 in the first two rollouts)
+        lora_rank=0,
+        critic_lora_rank=128,
+        critic_lr=1e-5,  # paper: all of the policy; code: the critic
+        ppo_epochs=1,
+        minibatch=10,  # scripts: 308 updates a rollout
         baseline_weight=1.0,  # paper (code: 0.01)
-        gamma=0.9, lam=0.8),  # paper: for reward models without token scores
-    "paper-reinforce": PAPER_RL | dict(
-        stage="reinforce", lr=1e-6, kl_coef=0.0,  # paper
-        lora_rank=0, minibatch=8),  # paper: all of the policy; scripts: 384 updates a rollout
-}  # fmt: skip
+        gamma=0.9,
+        lam=0.8,
+    ),  # paper: for reward models without token scores
+    "paper-reinforce": PAPER_RL
+    | dict(
+        stage="reinforce",
+        lr=1e-6,
+        kl_coef=0.0,  # paper
+        lora_rank=0,
+        minibatch=8,
+    ),  # paper: all of the policy; scripts: 384 updates a rollout
+}
 
 
 def stages_of(comment):
@@ -173,7 +240,11 @@ def flags():
     out = {}
     for cls in Config.__mro__[1:-1]:
         comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
-        out |= {f.name: (f.default, type(f.default), comments[f.name]) for f in dataclasses.fields(cls) if f.name in comments}
+        out |= {
+            f.name: (f.default, type(f.default), comments[f.name])
+            for f in dataclasses.fields(cls)
+            if f.name in comments
+        }
     return out
 
 
@@ -184,7 +255,13 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv):
     """argv -> Config. Raises BadInput for an unknown flag, a wrong type or a value out of range."""
-    parser = _Parser(usage="train.py --stage STAGE [--flag value ...]", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, add_help=False)
+    parser = _Parser(
+        usage="train.py --stage STAGE [--flag value ...]",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
     first = _Parser(add_help=False, allow_abbrev=False)
     for name in ("--stage", "--model", "--data", "--preset"):
         first.add_argument(name)
@@ -207,19 +284,61 @@ def parse(argv):
     for name, value in vars(cfg).items():
         if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
             raise BadInput(f"--{name} {value!r}: expected text in UTF-8 without NUL")
-    choices = {"stage": STAGES, "preset": ("", *PRESETS), "device": ("auto", "cpu", "cuda"), "dtype": ("float32", "bfloat16"),
-               "chat": tuple(CHATS), "task": TASKS, "grader": GRADERS,
-               "reward": (*REWARD_MODELS, "outcome", "oracle"), "standardize": ("mean_std", "std", "none"),
-               "advantage": ("", "token", "return", "gae", "rloo", "grpo"), "kl": ("exact", "k1", "k3", "abs")}  # fmt: skip
+    choices = {
+        "stage": STAGES,
+        "preset": ("", *PRESETS),
+        "device": ("auto", "cpu", "cuda"),
+        "dtype": ("float32", "bfloat16"),
+        "chat": tuple(CHATS),
+        "task": TASKS,
+        "grader": GRADERS,
+        "reward": (*REWARD_MODELS, "outcome", "oracle"),
+        "standardize": ("mean_std", "std", "none"),
+        "advantage": ("", "token", "return", "gae", "rloo", "grpo"),
+        "kl": ("exact", "k1", "k3", "abs"),
+    }
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
-    for name in ("steps", "tp", "limit", "warmup", "save_every", "max_grad_norm", "weight_decay", "temperature", "seed", "minibatch", "final_lr",
-                 "lora_rank", "lora_alpha", "critic_lora_rank", "kl_coef", "clip", "baseline_weight", "gamma", "lam"):  # fmt: skip
+    for name in (
+        "steps",
+        "tp",
+        "limit",
+        "warmup",
+        "save_every",
+        "max_grad_norm",
+        "weight_decay",
+        "temperature",
+        "seed",
+        "minibatch",
+        "final_lr",
+        "lora_rank",
+        "lora_alpha",
+        "critic_lora_rank",
+        "kl_coef",
+        "clip",
+        "baseline_weight",
+        "gamma",
+        "lam",
+    ):
         if not 0 <= getattr(cfg, name) < 2**63:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more, below 2^63")
-    for name in ("batch_size", "micro_tokens", "k", "max_new_tokens", "lr", "max_seq_len", "beta", "pairs_per_prompt", "group_size", "eval_every",
-                 "ppo_epochs", "critic_lr", "timeout", "max_skipped"):  # fmt: skip
+    for name in (
+        "batch_size",
+        "micro_tokens",
+        "k",
+        "max_new_tokens",
+        "lr",
+        "max_seq_len",
+        "beta",
+        "pairs_per_prompt",
+        "group_size",
+        "eval_every",
+        "ppo_epochs",
+        "critic_lr",
+        "timeout",
+        "max_skipped",
+    ):
         if not 0 < getattr(cfg, name) < 2**63:
             raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0, below 2^63")
     check_combinations(cfg)
@@ -230,19 +349,29 @@ def check_combinations(cfg):
     """Flags that are right each by itself, but not together."""
     rl = cfg.stage in ("reinforce", "ppo")
     if cfg.preset and not (cfg.model and cfg.data):
-        raise BadInput(f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data")
+        raise BadInput(
+            f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data"
+        )
     if cfg.stage == "rm" and cfg.reward in ("outcome", "oracle"):
-        raise BadInput(f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}")
+        raise BadInput(
+            f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}"
+        )
     if rl and cfg.reward == "oracle" and cfg.task != "arith":
         raise BadInput("--reward oracle knows the first wrong token of the built-in task only (--task arith)")
     if rl and cfg.batch_size % cfg.group_size:
-        raise BadInput(f"--batch_size {cfg.batch_size} counts trajectories: expected a multiple of --group_size {cfg.group_size}")
+        raise BadInput(
+            f"--batch_size {cfg.batch_size} counts trajectories: expected a multiple of --group_size {cfg.group_size}"
+        )
     if rl and cfg.advantage in ("rloo", "grpo") and cfg.group_size < 2:
-        raise BadInput(f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more")
+        raise BadInput(
+            f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more"
+        )
     if cfg.stage == "reinforce" and cfg.advantage == "gae":
         raise BadInput("--advantage gae needs a critic: use --stage ppo, or --advantage return")
     if cfg.stage == "sft" and cfg.lora_rank and not cfg.model:
-        raise BadInput(f"--lora_rank {cfg.lora_rank} adapts a model that has learned something: expected --model")
+        raise BadInput(
+            f"--lora_rank {cfg.lora_rank} adapts a model that has learned something: expected --model"
+        )
     if rl and not cfg.temperature:
         raise BadInput(f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0")
 
@@ -251,12 +380,18 @@ def check_paths(cfg):
     """What can be known before any work: the inputs are there, and --out replaces nothing but a result of the same kind."""
     for name in ("model", "reward_model"):
         if (directory := getattr(cfg, name)) and not Path(directory).is_dir():
-            raise BadInput(f"--{name} {directory}: no such directory; expected a Hugging Face model directory")
+            raise BadInput(
+                f"--{name} {directory}: no such directory; expected a Hugging Face model directory"
+            )
     if cfg.data:
         next(read_jsonl(cfg.data), None)
     out = out_path(cfg)
-    if cfg.stage in ("sft", "rm", "reinforce", "ppo") and (out.exists() and not (out / "run.json").exists() or not out.name):
-        raise BadInput(f"--out {out}: is there and not a result of train.py (no run.json in it); it would be replaced")
+    if cfg.stage in ("sft", "rm", "reinforce", "ppo") and (
+        out.exists() and not (out / "run.json").exists() or not out.name
+    ):
+        raise BadInput(
+            f"--out {out}: is there and not a result of train.py (no run.json in it); it would be replaced"
+        )
     if cfg.stage == "eval" and out.is_file():
         raise BadInput(f"--out {out}: is a file; expected a directory, for eval.json")
     if cfg.stage in ("pairs", "score", "grade") and out.is_dir():
@@ -269,10 +404,17 @@ def check_paths(cfg):
 def stage_config(cfg, stage):
     """The Config with which a stage of the built-in task runs when another stage needs its result."""
     reward = cfg.reward if stage == "rm" and cfg.reward not in ("outcome", "oracle") else "qrm"
-    return Config(stage=stage, run=cfg.run, seed=cfg.seed, device=cfg.device, reward=reward, **ARITH.get(stage, {}))
+    return Config(
+        stage=stage, run=cfg.run, seed=cfg.seed, device=cfg.device, reward=reward, **ARITH.get(stage, {})
+    )
 
 
 def out_path(cfg):
     """--out, or the place where the other stages look for this one's result."""
-    names = {"pairs": "pairs.jsonl", "rm": "rm" if cfg.reward == "qrm" else f"rm-{cfg.reward}", "score": "score.jsonl", "grade": "grade.jsonl"}
+    names = {
+        "pairs": "pairs.jsonl",
+        "rm": "rm" if cfg.reward == "qrm" else f"rm-{cfg.reward}",
+        "score": "score.jsonl",
+        "grade": "grade.jsonl",
+    }
     return Path(cfg.out or Path(cfg.run) / names.get(cfg.stage, cfg.stage))

@@ -15,15 +15,31 @@ from support.files import BadInput, read_json
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 cuts out every digit first, then uses GPT2 on what lies between: before a digit a run of blanks stays whole.
 GPT2_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-          r"|\s+(?!\S)|\s+")
-BUILT_IN = r" ?\p{L}+| ?\p{N}|\s| ?[^\s\p{L}\p{N}]+"  # a word or one digit with the blank before it; "\n" alone
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+BUILT_IN = (
+    r" ?\p{L}+| ?\p{N}|\s| ?[^\s\p{L}\p{N}]+"  # a word or one digit with the blank before it; "\n" alone
+)
 
-FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-         "generation_config.json", "config.json")
-CHATS = {"none": (), "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-         "chatml": ("<|im_start|>", "<|im_end|>")}  # template: the special tokens it needs, its stop token last
-LONGEST_RUN = 25_000  # characters without a change between blank and not blank, as in Meta's llama3/tokenizer.py
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "config.json",
+)
+CHATS = {
+    "none": (),
+    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+}  # template: the special tokens it needs, its stop token last
+LONGEST_RUN = (
+    25_000  # characters without a change between blank and not blank, as in Meta's llama3/tokenizer.py
+)
 
 # GPT-2's alphabet (encoder.py, bytes_to_unicode): printable bytes stand for themselves, the others for U+0100 onwards.
 HIDDEN = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
@@ -33,13 +49,13 @@ CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 def last_merge(token, ranks):
     """The two parts that byte-pair encoding by lowest rank joins last to form token; None if it never gets there."""
-    parts = [token[i:i + 1] for i in range(len(token))]
+    parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(a + b, float("inf")) for a, b in zip(parts, parts[1:])]
         i = joined.index(min(joined))  # the leftmost of equals, as tiktoken and tokenizers do
         if joined[i] == float("inf"):
             return None
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return tuple(parts) if len(parts) == 2 else None
 
 
@@ -53,7 +69,12 @@ def split_pattern(pre_tokenizer, path):
             return GPT2
         if kinds == ["Digits", "ByteLevel"] and gpt2 and first["individual_digits"]:
             return GPT2_DIGITS
-        if kinds == ["Split", "ByteLevel"] and not gpt2 and first["behavior"] == "Isolated" and not first["invert"]:
+        if (
+            kinds == ["Split", "ByteLevel"]
+            and not gpt2
+            and first["behavior"] == "Isolated"
+            and not first["invert"]
+        ):
             return first["pattern"]["Regex"]
     raise BadInput(f"{path}: pre_tokenizer is not supported: {json.dumps(pre_tokenizer)[:200]}")
 
@@ -70,8 +91,13 @@ def read_tokenizer_json(path, raw):
     """
     spec = read_json(path, raw)
     model, normalizer = spec["model"], spec.get("normalizer")
-    for key, usual in {"type": "BPE", "byte_fallback": False, "dropout": 0, "continuing_subword_prefix": "",
-                       "end_of_word_suffix": ""}.items():
+    for key, usual in {
+        "type": "BPE",
+        "byte_fallback": False,
+        "dropout": 0,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+    }.items():
         if model.get(key) not in (None, usual):
             raise BadInput(f"{path}: model.{key} is {model[key]!r}, but only byte-level BPE is supported")
     if normalizer not in (None, {"type": "NFC"}):
@@ -85,18 +111,24 @@ def read_tokenizer_json(path, raw):
         ranks = {to_bytes(word): id for word, id in model["vocab"].items() if word not in specials}
         merges = {(to_bytes(left), to_bytes(right)): i for i, (left, right) in enumerate(pairs)}
     except KeyError as error:
-        raise BadInput(f"{path}: {error} is no letter of the byte-level alphabet (a SentencePiece model?)") from None
+        raise BadInput(
+            f"{path}: {error} is no letter of the byte-level alphabet (a SentencePiece model?)"
+        ) from None
 
     for left, right in merges:
         if not {left, right, left + right} <= ranks.keys():
-            raise BadInput(f"{path}: merge of {left} and {right}: these and their sum must be in the vocabulary")
+            raise BadInput(
+                f"{path}: merge of {left} and {right}: these and their sum must be in the vocabulary"
+            )
     previous = -1
     for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
         pair = last_merge(token, ranks)
         if pair is None and model.get("ignore_merges"):
             continue
         if merges.get(pair, -1) <= previous:
-            raise BadInput(f"{path}: token {token}: its merge {pair} is missing or out of the order of the ids")
+            raise BadInput(
+                f"{path}: token {token}: its merge {pair} is missing or out of the order of the ids"
+            )
         previous = merges[pair]
 
     processor = spec.get("post_processor") or {}
@@ -113,13 +145,23 @@ def read_tokenizer_model(path, raw):
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
-            raise BadInput(f"{path}, line {number}: expected 'base64 rank', found {line[:40]} "
-                           "(SentencePiece models are not supported)") from None
+            raise BadInput(
+                f"{path}, line {number}: expected 'base64 rank', found {line[:40]} "
+                "(SentencePiece models are not supported)"
+            ) from None
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise BadInput(f"{path}: expected tokens with the ranks 0, 1, 2 and so on, each once")
     spare = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-    names = ["<|begin_of_text|>", "<|end_of_text|>", *spare[:4], "<|start_header_id|>", "<|end_header_id|>",
-             spare[4], "<|eot_id|>", *spare[5:]]
+    names = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        *spare[:4],
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        spare[4],
+        "<|eot_id|>",
+        *spare[5:],
+    ]
     return ranks, {name: len(ranks) + i for i, name in enumerate(names)}, LLAMA3, False, names[0]
 
 
@@ -138,7 +180,9 @@ class Tokenizer:
     def __init__(self, files, path, chat="none", date=None):
         """files: {name: bytes} of a model directory; path: that directory, for messages."""
         if chat not in CHATS or date and chat != "llama3":
-            raise BadInput(f"expected chat {', '.join(CHATS)}, and a date only with llama3; found {chat!r}, {date!r}")
+            raise BadInput(
+                f"expected chat {', '.join(CHATS)}, and a date only with llama3; found {chat!r}, {date!r}"
+            )
         self.files, self.path, self.chat, self.date = files, Path(path), chat, date
         name = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
         if name not in files:
@@ -149,7 +193,8 @@ class Tokenizer:
             named = [(special.encode(), id) for special, id in self.specials.items()]
             self.token_bytes = {id: token for token, id in [*ranks.items(), *named]}
             if len(self.token_bytes) < len(ranks) + len(named) or not all(
-                    type(id) is int and 0 <= id < 2**31 and token for id, token in self.token_bytes.items()):
+                type(id) is int and 0 <= id < 2**31 and token for id, token in self.token_bytes.items()
+            ):
                 raise ValueError("expected tokens that are not empty, each with an id of its own from 0")
             self.vocab_size = max(self.token_bytes) + 1
             # A vocabulary may lack bytes (SmolLM2's does): these get ids without text, which encode() notices.
@@ -160,10 +205,14 @@ class Tokenizer:
                 raise
             raise BadInput(f"{self.path / name}: not laid out as expected: {error!r}") from error
 
-        config, generation, model = (read_json(self.path / name, files.get(name, "{}")) for name in
-                                     ("tokenizer_config.json", "generation_config.json", "config.json"))
-        bos, eos = (token.get("content") if isinstance(token, dict) else token
-                    for token in (config.get("bos_token"), config.get("eos_token")))
+        config, generation, model = (
+            read_json(self.path / name, files.get(name, "{}"))
+            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        )
+        bos, eos = (
+            token.get("content") if isinstance(token, dict) else token
+            for token in (config.get("bos_token"), config.get("eos_token"))
+        )
         if chat == "llama3":
             first = "<|begin_of_text|>"  # its template says so itself
         elif first is None and config.get("add_bos_token"):
@@ -186,8 +235,11 @@ class Tokenizer:
     @classmethod
     def load(cls, directory, chat="none", date=None):
         try:
-            files = {path.name: path.read_bytes() for path in (Path(directory, name) for name in FILES)
-                     if path.exists()}
+            files = {
+                path.name: path.read_bytes()
+                for path in (Path(directory, name) for name in FILES)
+                if path.exists()
+            }
         except OSError as error:
             raise BadInput(f"{error.filename}: {error.strerror}") from None
         return cls(files, directory, chat, date)
@@ -217,8 +269,12 @@ class Tokenizer:
             for run in re.finditer(r"\s+|\S+", text):
                 cuts[-1:-1] = range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
         try:
-            ids = [id for start, end in zip(cuts, cuts[1:]) for id in self.bpe.encode_ordinary(text[start:end])]
-        except BaseException as error:  # what Rust calls a panic is no Exception, and its class cannot be imported
+            ids = [
+                id for start, end in zip(cuts, cuts[1:]) for id in self.bpe.encode_ordinary(text[start:end])
+            ]
+        except (
+            BaseException
+        ) as error:  # what Rust calls a panic is no Exception, and its class cannot be imported
             if type(error).__name__ != "PanicException":
                 raise
             raise BadInput(f"{self.path}: the tokenizer's pattern takes forever on {text[:60]!r}") from None
@@ -240,10 +296,17 @@ class Tokenizer:
         """[(role, content)] of a text, a message or a list of messages; Llama 3's template trims every content."""
         value = {"role": role, "content": value} if isinstance(value, str) else value
         value = [value] if isinstance(value, dict) else value
-        if not value or not isinstance(value, list) or not all(
+        if (
+            not value
+            or not isinstance(value, list)
+            or not all(
                 isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in value):
-            raise BadInput(f"expected text or a list of {{role, content}} messages, found {str(value)[:60]!r}")
+                for m in value
+            )
+        ):
+            raise BadInput(
+                f"expected text or a list of {{role, content}} messages, found {str(value)[:60]!r}"
+            )
         return [(m["role"], m["content"].strip() if self.chat == "llama3" else m["content"]) for m in value]
 
     def turn(self, role, content):
@@ -291,24 +354,43 @@ def build_tokenizer(words):
     spell = lambda token: "".join(BYTE_TO_CHAR[byte] for byte in token)
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
-    first, text, other = ({"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
-                          {"Sequence": {"id": "B", "type_id": 1}})
+    first, text, other = (
+        {"SpecialToken": {"id": bos, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"Sequence": {"id": "B", "type_id": 1}},
+    )
     split = {"type": "Split", "pattern": {"Regex": BUILT_IN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     spec = {
         "version": "1.0",
-        "added_tokens": [{"id": len(ranks) + i, "content": name, **flags} for i, name in enumerate((bos, eos))],
+        "added_tokens": [
+            {"id": len(ranks) + i, "content": name, **flags} for i, name in enumerate((bos, eos))
+        ],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": {"type": "TemplateProcessing", "single": [first, text], "pair": [first, text, other],
-                           "special_tokens": {bos: {"id": bos, "ids": [len(ranks)], "tokens": [bos]}}},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [first, text],
+            "pair": [first, text, other],
+            "special_tokens": {bos: {"id": bos, "ids": [len(ranks)], "tokens": [bos]}},
+        },
         "decoder": byte_level,
-        "model": {"type": "BPE", "ignore_merges": True, "vocab": {spell(token): id for token, id in ranks.items()},
-                  "merges": [list(map(spell, pair)) for token in ranks if (pair := last_merge(token, ranks))]},
+        "model": {
+            "type": "BPE",
+            "ignore_merges": True,
+            "vocab": {spell(token): id for token, id in ranks.items()},
+            "merges": [list(map(spell, pair)) for token in ranks if (pair := last_merge(token, ranks))],
+        },
     }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos,
-              "clean_up_tokenization_spaces": False}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+    }
     files = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    tokenizer = Tokenizer({name: json.dumps(value, indent=1).encode() for name, value in files.items()}, "built-in")
+    tokenizer = Tokenizer(
+        {name: json.dumps(value, indent=1).encode() for name, value in files.items()}, "built-in"
+    )
     for word in words:
         if len(tokenizer.encode(word)) != 1:
             raise BadInput(f"word {word!r} is cut into several pieces and would never be a token")

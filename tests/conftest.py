@@ -1,4 +1,5 @@
 """What every test file needs: the project on the path, one thread, small random models, one way to say "near"."""
+
 import sys
 from pathlib import Path
 
@@ -8,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 torch.set_num_threads(1)
 
 from model import ModelConfig, build_model, init_weights  # noqa: E402
-from parallel import Grid  # noqa: E402
+from parallel import Grid, Update  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -28,8 +29,15 @@ def pytest_collection_modifyitems(config, items):
 
 def small_config(**changes):
     """Grouped heads, and a head width that is not D / H: a size that is mixed up shows."""
-    sizes = {"vocab_size": 29, "hidden_size": 20, "intermediate_size": 28, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+    sizes = {
+        "vocab_size": 29,
+        "hidden_size": 20,
+        "intermediate_size": 28,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
     return ModelConfig(**{**sizes, **changes})
 
 
@@ -52,3 +60,11 @@ def near(actual, expected, rtol=1e-5):
     """Every element, to rtol of the largest one."""
     atol = rtol * expected.abs().max().item()
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+def one_update(optimizer, parts, loss_fn, lr):
+    """One optimizer step over micro-batches [(weight, batch)] with loss_fn(batch) -> (loss, stats)."""
+    update = Update(optimizer, parts)
+    for batch in update:
+        update.backward(*loss_fn(batch))
+    return update.step(lr)

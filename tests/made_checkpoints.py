@@ -1,5 +1,6 @@
 """Small random checkpoints made by transformers, and what transformers computes with them: `python tests/made_checkpoints.py` writes
 tests/fixtures anew, and where transformers is installed the tests make others of another seed."""
+
 import json
 import shutil
 import sys
@@ -11,18 +12,61 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import tokenizers  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256)
-LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+SIZES = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 KINDS = {  # name: (class, dtype on disk, bytes a shard, settings); 271 and 269 rows: no number of processes divides them
-    "llama": ("LlamaForCausalLM", "float32", "60KB", dict(vocab_size=271, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=LLAMA3)),
-    "llama-old": ("LlamaForCausalLM", "bfloat16", "5GB", dict(vocab_size=271, num_key_value_heads=4, head_dim=12, tie_word_embeddings=True)),
-    "qwen2": ("Qwen2ForCausalLM", "bfloat16", "5GB", dict(vocab_size=269, num_key_value_heads=1, tie_word_embeddings=False, rms_norm_eps=1e-6)),
-    "reward": ("Qwen2ForTokenClassification", "float32", "5GB", dict(vocab_size=269, num_key_value_heads=2, num_labels=1, classifier_dropout=0.0)),
-}  # fmt: skip
+    "llama": (
+        "LlamaForCausalLM",
+        "float32",
+        "60KB",
+        dict(vocab_size=271, num_key_value_heads=2, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    ),
+    "llama-old": (
+        "LlamaForCausalLM",
+        "bfloat16",
+        "5GB",
+        dict(vocab_size=271, num_key_value_heads=4, head_dim=12, tie_word_embeddings=True),
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        "bfloat16",
+        "5GB",
+        dict(vocab_size=269, num_key_value_heads=1, tie_word_embeddings=False, rms_norm_eps=1e-6),
+    ),
+    "reward": (
+        "Qwen2ForTokenClassification",
+        "float32",
+        "5GB",
+        dict(vocab_size=269, num_key_value_heads=2, num_labels=1, classifier_dropout=0.0),
+    ),
+}
 SPECIALS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>")
-ROWS = [{"prompt": prompt, "response": response} for prompt, response in (
-    ("2 + 3?", "5"), ("Natalia sold clips to 48 of her friends in April, and then half as many in May. How many?", "48/2 = 24\n48+24 = 72\n#### 72"),
-    ("\u00e9\n\n", "  na\u00efve \U0001f642"), ("Weng earns $12 an hour. 50 minutes?", "12/60 = 0.2 a minute, 0.2 x 50 = 10.\n#### 10"), ("x", "no"))]  # fmt: skip
+ROWS = [
+    {"prompt": prompt, "response": response}
+    for prompt, response in (
+        ("2 + 3?", "5"),
+        (
+            "Natalia sold clips to 48 of her friends in April, and then half as many in May. How many?",
+            "48/2 = 24\n48+24 = 72\n#### 72",
+        ),
+        ("\u00e9\n\n", "  na\u00efve \U0001f642"),
+        ("Weng earns $12 an hour. 50 minutes?", "12/60 = 0.2 a minute, 0.2 x 50 = 10.\n#### 10"),
+        ("x", "no"),
+    )
+]
 
 
 def tokenizer_files():
@@ -45,7 +89,13 @@ def make(directory, seed):
             (out / file).write_text(text, encoding="utf-8")
         tokenizer = tokenizers.Tokenizer.load(out)
         model_class = getattr(transformers, kind)
-        config = model_class.config_class(**SIZES, **settings, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.stop_id, pad_token_id=None)
+        config = model_class.config_class(
+            **SIZES,
+            **settings,
+            bos_token_id=tokenizer.bos_id,
+            eos_token_id=tokenizer.stop_id,
+            pad_token_id=None,
+        )
         torch.manual_seed(seed)
         model = model_class(config).float().eval()
         with torch.no_grad():
@@ -53,21 +103,33 @@ def make(directory, seed):
                 if parameter == "score.bias":
                     x.zero_()
                 else:
-                    x.copy_(torch.randn(x.shape) * (0.2 if x.dim() == 2 else 0.1) + (1 if "norm" in parameter else 0))
+                    x.copy_(
+                        torch.randn(x.shape) * (0.2 if x.dim() == 2 else 0.1)
+                        + (1 if "norm" in parameter else 0)
+                    )
         model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=shard)
         if name == "llama-old":  # as transformers 4 wrote it
             raw = json.loads((out / "config.json").read_text())
             raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
-            (out / "config.json").write_text(json.dumps(raw | {"torch_dtype": raw.pop("dtype"), "rope_scaling": None}, indent=1))
+            (out / "config.json").write_text(
+                json.dumps(raw | {"torch_dtype": raw.pop("dtype"), "rope_scaling": None}, indent=1)
+            )
         model, expected = model_class.from_pretrained(out, dtype=torch.float32).eval(), []
         for row in ROWS:
-            prompt, response = tokenizer.encode_prompt(row["prompt"]), tokenizer.encode_response(row["response"])
+            prompt, response = (
+                tokenizer.encode_prompt(row["prompt"]),
+                tokenizer.encode_response(row["response"]),
+            )
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + response])).logits[0]
             if name == "reward":
                 expected.append(logits[len(prompt) :, 0].tolist())
             else:
-                expected.append(logits.log_softmax(-1)[len(prompt) - 1 : -1].gather(1, torch.tensor(response)[:, None])[:, 0].tolist())
+                expected.append(
+                    logits.log_softmax(-1)[len(prompt) - 1 : -1]
+                    .gather(1, torch.tensor(response)[:, None])[:, 0]
+                    .tolist()
+                )
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
         (out / "expected.json").write_text(json.dumps([[round(x, 6) for x in row] for row in expected]))
 
@@ -76,7 +138,11 @@ def furthest_from_expected(scored, directory):
     """The largest distance of any number in the rows of `--stage score` from transformers' (nats)."""
     found = [json.loads(line) for line in Path(scored).read_text(encoding="utf-8").split("\n")[:-1]]
     expected = json.loads(Path(directory, "expected.json").read_text())
-    pairs = [(a, b) for row, numbers in zip(found, expected, strict=True) for a, b in zip(row.get("logprobs") or row["scores"], numbers, strict=True)]
+    pairs = [
+        (a, b)
+        for row, numbers in zip(found, expected, strict=True)
+        for a, b in zip(row.get("logprobs") or row["scores"], numbers, strict=True)
+    ]
     return max(abs(a - b) for a, b in pairs)
 
 

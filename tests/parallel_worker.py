@@ -25,22 +25,50 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import made_checkpoints
-from support import checkpoints
-from support import evaluate
-from support import sampling
-from support import settings
-from support import tokenizers
+from conftest import one_update
+
 import data
 import train
 from data import Example, batch_indices, collate
-from model import LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, load_model, save_adapter, save_model, token_logprobs
-from support.sampling import generate
-from parallel import (ColumnLinear, Grid, Optimizer, RowLinear, VocabEmbedding, all_reduce, all_sum, copy_to_tp,  # fmt: skip
-                      gather_shards, make_grid, reduce_from_tp, shard_range, update, vocab_log_softmax, vocab_pick, vocab_sum)
+from model import (
+    LanguageModel,
+    ModelConfig,
+    ScalarModel,
+    add_lora,
+    build_model,
+    init_weights,
+    load_model,
+    save_adapter,
+    save_model,
+    token_logprobs,
+)
+from parallel import (
+    ColumnLinear,
+    Grid,
+    Optimizer,
+    RowLinear,
+    VocabEmbedding,
+    all_reduce,
+    all_sum,
+    copy_to_tp,
+    gather_shards,
+    make_grid,
+    reduce_from_tp,
+    shard_range,
+    vocab_log_softmax,
+    vocab_pick,
+    vocab_sum,
+)
 from qrm import reward_model_loss
+from support import checkpoints, evaluate, sampling, settings, tokenizers
+from support.sampling import generate
 from support.settings import Reward
 
-SHAPES = {2: [(2, 1), (1, 2)], 4: [(4, 1), (2, 2), (1, 4)], 8: [(8, 1), (4, 2), (2, 4)]}  # processes: (tp, dp)
+SHAPES = {
+    2: [(2, 1), (1, 2)],
+    4: [(4, 1), (2, 2), (1, 4)],
+    8: [(8, 1), (4, 2), (2, 4)],
+}  # processes: (tp, dp)
 ROUNDING = 1e-5  # fp32, other order of operations; relative to the largest entry
 CHECKS = {}  # name: (function of a grid, is about tp alone)
 
@@ -51,8 +79,12 @@ def check(tp_alone):
 
 def names(world):
     """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage only."""
-    return {f"tp {tp} x dp {dp}: {name}": (tp, dp, function) for tp, dp in SHAPES[world]
-            for name, (function, tp_alone) in CHECKS.items() if (not tp_alone or dp == 1) and (world < 8 or "twenty" in name)}  # fmt: skip
+    return {
+        f"tp {tp} x dp {dp}: {name}": (tp, dp, function)
+        for tp, dp in SHAPES[world]
+        for name, (function, tp_alone) in CHECKS.items()
+        if (not tp_alone or dp == 1) and (world < 8 or "twenty" in name)
+    }
 
 
 # ------------------------------------------------------------------------------------------------ measures
@@ -91,7 +123,10 @@ def collectives():
         sizes.append(x.numel())
         return real(x, *args, **kwargs)
 
-    with mock.patch.object(dist, "all_reduce", spy), mock.patch.object(dist, "all_gather", side_effect=AssertionError):
+    with (
+        mock.patch.object(dist, "all_reduce", spy),
+        mock.patch.object(dist, "all_gather", side_effect=AssertionError),
+    ):
         yield sizes
 
 
@@ -100,15 +135,25 @@ def collectives():
 
 def config(**changes):
     """37 tokens: no number of ranks divides it. 2 key/value heads: fewer than ranks at tp 4."""
-    sizes = dict(vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=6)  # fmt: skip
+    sizes = dict(
+        vocab_size=37,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+    )
     return ModelConfig(**sizes | changes)
 
 
-MODELS = {"llama tied": config(), "llama untied": config(tie_word_embeddings=False),
-          "qwen2": config(model_type="qwen2", tie_word_embeddings=False),
-          "qwen2, 4 kv heads": config(model_type="qwen2", num_key_value_heads=4),
-          "qwen2, 1 kv head": config(model_type="qwen2", num_key_value_heads=1)}  # fmt: skip
+MODELS = {
+    "llama tied": config(),
+    "llama untied": config(tie_word_embeddings=False),
+    "qwen2": config(model_type="qwen2", tie_word_embeddings=False),
+    "qwen2, 4 kv heads": config(model_type="qwen2", num_key_value_heads=4),
+    "qwen2, 1 kv head": config(model_type="qwen2", num_key_value_heads=1),
+}
 
 
 def numbers(*shape, seed=0):
@@ -120,7 +165,9 @@ def filled(kind, cfg, grid, dtype=torch.float32):
     model = init_weights(build_model(kind, cfg, grid, dtype), seed=0)
     for name, p in model.named_parameters():
         if p.dim() == 1 or name == "score.weight":
-            x = model.my_slice(name, numbers(*model.full_shape(name, p.shape), seed=zlib.crc32(name.encode())))
+            x = model.my_slice(
+                name, numbers(*model.full_shape(name, p.shape), seed=zlib.crc32(name.encode()))
+            )
             p.data.copy_(1 + 0.2 * x if "norm" in name else 0.3 * x)
     return model
 
@@ -130,14 +177,21 @@ def with_adapters(kind, cfg, grid, dtype=torch.float32):
     model = add_lora(filled(kind, cfg, grid, dtype), rank=3, seed=1, alpha=6)
     for name, p in model.named_parameters():
         if "lora_B" in name:
-            p.data.copy_(model.my_slice(name, 0.1 * numbers(*model.full_shape(name, p.shape), seed=zlib.crc32(name.encode()))))
+            p.data.copy_(
+                model.my_slice(
+                    name, 0.1 * numbers(*model.full_shape(name, p.shape), seed=zlib.crc32(name.encode()))
+                )
+            )
     return model
 
 
 def whole(model, tensors=None):
     """{name: whole tensor} of a model's parameters, or of slices that belong to them."""
     tensors = tensors or dict(model.named_parameters())
-    return {n: gather_shards(x.detach(), model.shard_dim(n), model.full_size(n), model.grid) for n, x in tensors.items()}
+    return {
+        n: gather_shards(x.detach(), model.shard_dim(n), model.full_size(n), model.grid)
+        for n, x in tensors.items()
+    }
 
 
 def gradients(model):
@@ -154,7 +208,9 @@ def made_up_pairs(n, seed=0):
     """n (chosen, rejected), no two lengths alike in a batch, so that padding differs with the cut."""
     rng = random.Random(seed)
     ids = lambda low, high: [rng.randrange(37) for _ in range(rng.randint(low, high))]
-    return [(Example(prompt, ids(1, 7)), Example(prompt, ids(1, 7))) for prompt in (ids(1, 4) for _ in range(n))]
+    return [
+        (Example(prompt, ids(1, 7)), Example(prompt, ids(1, 7))) for prompt in (ids(1, 4) for _ in range(n))
+    ]
 
 
 def pair_loss_fn(model):
@@ -188,10 +244,18 @@ def neighbouring_ranks_share_a_model(grid):
     with contextlib.suppress(ValueError):
         make_grid(3, "cpu")
         raise AssertionError("3 divides neither 2 nor 4")
-    return {"place": unequal((grid.tp_rank, grid.dp_rank), (rank % tp, rank // tp)),
-            "tp group": unequal(all_sum([rank], grid, "tp"), [float(sum(range(rank // tp * tp, rank // tp * tp + tp)))]),
-            "dp group": unequal(all_sum([rank, 2**40], grid), [float(sum(range(rank % tp, tp * dp, tp))), float(dp * 2**40)]),
-            "main": unequal(grid.is_main, rank == 0)}  # fmt: skip
+    return {
+        "place": unequal((grid.tp_rank, grid.dp_rank), (rank % tp, rank // tp)),
+        "tp group": unequal(
+            list(all_sum({"rank": rank}, grid, "tp").values()),
+            [float(sum(range(rank // tp * tp, rank // tp * tp + tp)))],
+        ),
+        "dp group": unequal(
+            list(all_sum({"rank": rank, "big": 2**40}, grid).values()),
+            [float(sum(range(rank % tp, tp * dp, tp))), float(dp * 2**40)],
+        ),
+        "main": unequal(grid.is_main, rank == 0),
+    }
 
 
 @check(tp_alone=True)
@@ -200,8 +264,13 @@ def all_reduce_leaves_its_argument_alone(grid):
     all_ranks = torch.stack([numbers(3, 4, seed=r) for r in range(grid.tp_size)])  # (tp, 3, 4)
     y, turned = all_reduce(mine, grid.tp_group), all_reduce(mine.T, grid.tp_group)
     top = all_reduce(mine, grid.tp_group, dist.ReduceOp.MAX)
-    return {"argument": unequal(mine, all_ranks[grid.tp_rank]), "sum": far(y, all_ranks.sum(0)), "not contiguous": far(turned, y.T),
-            "max": unequal(top, all_ranks.amax(0)), "gradients": unequal(y.requires_grad, False)}  # fmt: skip
+    return {
+        "argument": unequal(mine, all_ranks[grid.tp_rank]),
+        "sum": far(y, all_ranks.sum(0)),
+        "not contiguous": far(turned, y.T),
+        "max": unequal(top, all_ranks.amax(0)),
+        "gradients": unequal(y.requires_grad, False),
+    }
 
 
 @check(tp_alone=True)
@@ -209,8 +278,11 @@ def f_is_identity_forward_and_sum_backward(grid):
     x, upstream = numbers(3, 4).requires_grad_(), numbers(3, 4, seed=grid.tp_rank)
     y = copy_to_tp(x, grid)
     y.backward(upstream)
-    return {"forward": unequal(y, x), "backward": far(x.grad, sum(numbers(3, 4, seed=r) for r in range(grid.tp_size))),
-            "upstream": unequal(upstream, numbers(3, 4, seed=grid.tp_rank))}  # fmt: skip
+    return {
+        "forward": unequal(y, x),
+        "backward": far(x.grad, sum(numbers(3, 4, seed=r) for r in range(grid.tp_size))),
+        "upstream": unequal(upstream, numbers(3, 4, seed=grid.tp_rank)),
+    }
 
 
 @check(tp_alone=True)
@@ -218,8 +290,11 @@ def g_is_sum_forward_and_identity_backward(grid):
     x, upstream = numbers(3, 4, seed=grid.tp_rank).requires_grad_(), numbers(3, 4, seed=9)
     y = reduce_from_tp(x, grid)
     y.backward(upstream)
-    return {"forward": far(y, sum(numbers(3, 4, seed=r) for r in range(grid.tp_size))), "backward": unequal(x.grad, upstream),
-            "argument": unequal(x, numbers(3, 4, seed=grid.tp_rank))}  # fmt: skip
+    return {
+        "forward": far(y, sum(numbers(3, 4, seed=r) for r in range(grid.tp_size))),
+        "backward": unequal(x.grad, upstream),
+        "argument": unequal(x, numbers(3, 4, seed=grid.tp_rank)),
+    }
 
 
 @check(tp_alone=True)
@@ -227,7 +302,9 @@ def gather_shards_puts_slices_together(grid):
     full, out = numbers(5, 9, 7), {}
     for dim in range(3):  # sizes that tp does not divide
         start, stop = shard_range(full.shape[dim], grid.tp_rank, grid.tp_size)
-        out[f"dim {dim}"] = unequal(gather_shards(full.narrow(dim, start, stop - start), dim, full.shape[dim], grid), full)
+        out[f"dim {dim}"] = unequal(
+            gather_shards(full.narrow(dim, start, stop - start), dim, full.shape[dim], grid), full
+        )
     return out | {"not cut": unequal(gather_shards(full, None, 0, grid), full)}
 
 
@@ -248,14 +325,21 @@ def column_then_row_linear_is_the_nn_linear_pair(grid):
     x, x1 = numbers(4, 6, seed=5).requires_grad_(), numbers(4, 6, seed=5).requires_grad_()
     y, y1 = reduce_from_tp(row(column(copy_to_tp(x, grid)).tanh()), grid), second(first(x1).tanh())
     y.backward(numbers(4, 5, seed=6)), y1.backward(numbers(4, 5, seed=6))
-    return {"values": far(y, y1), "dx": far(x.grad, x1.grad), "column dw": far(column.weight.grad, first.weight.grad[start:stop]),
-            "column db": far(column.bias.grad, first.bias.grad[start:stop]),
-            "row dw": far(row.weight.grad, second.weight.grad[:, start:stop])}  # fmt: skip
+    return {
+        "values": far(y, y1),
+        "dx": far(x.grad, x1.grad),
+        "column dw": far(column.weight.grad, first.weight.grad[start:stop]),
+        "column db": far(column.bias.grad, first.bias.grad[start:stop]),
+        "row dw": far(row.weight.grad, second.weight.grad[:, start:stop]),
+    }
 
 
 @check(tp_alone=True)
 def vocab_embedding_is_an_embedding(grid):
-    table, ids = numbers(37, 6).requires_grad_(), torch.arange(37).repeat(2).view(2, 37)  # each token twice, shard edges too
+    table, ids = (
+        numbers(37, 6).requires_grad_(),
+        torch.arange(37).repeat(2).view(2, 37),
+    )  # each token twice, shard edges too
     layer, (start, stop) = VocabEmbedding(37, 6, grid), shard_range(37, grid.tp_rank, grid.tp_size)
     layer.weight.data.copy_(table[start:stop])
     y, y1 = layer(ids), F.embedding(ids, table)
@@ -273,14 +357,22 @@ def vocab_parallel_log_softmax_pick_and_sum(grid):
 
     with collectives() as sizes:
         logprobs = vocab_log_softmax(mine, grid)  # (5, 37/tp)
-        picked, entropy = vocab_pick(logprobs, targets, 37, grid), -vocab_sum(logprobs.exp() * logprobs, grid)  # (5,)
+        picked, entropy = (
+            vocab_pick(logprobs, targets, 37, grid),
+            -vocab_sum(logprobs.exp() * logprobs, grid),
+        )  # (5,)
         (picked * a + entropy * b).sum().backward()
     logprobs1 = full.log_softmax(-1)  # (5, 37)
     picked1, entropy1 = logprobs1[range(5), targets], torch.distributions.Categorical(logits=full).entropy()
     (picked1 * a + entropy1 * b).sum().backward()
-    return {"log softmax": far(logprobs, logprobs1[:, start:stop]), "pick": far(picked, picked1), "entropy": far(entropy, entropy1),
-            "gradient": far(mine.grad, full.grad[:, start:stop]), "numbers a row in one message": (max(sizes) / 5, 1),
-            "bf16 in, fp32 out": unequal(vocab_log_softmax(mine.bfloat16(), grid).dtype, torch.float32)}  # fmt: skip
+    return {
+        "log softmax": far(logprobs, logprobs1[:, start:stop]),
+        "pick": far(picked, picked1),
+        "entropy": far(entropy, entropy1),
+        "gradient": far(mine.grad, full.grad[:, start:stop]),
+        "numbers a row in one message": (max(sizes) / 5, 1),
+        "bf16 in, fp32 out": unequal(vocab_log_softmax(mine.bfloat16(), grid).dtype, torch.float32),
+    }
 
 
 # ------------------------------------------------------------------------------------------------ whole models
@@ -296,7 +388,9 @@ def same_as_one_process(grid, kind, cfg, make=filled):
         if kind is LanguageModel:
             logits = gather_shards(model.logits(model.model(ids)), 2, 37, g)  # (8, T+1, V)
             x, entropy = token_logprobs(model, ids, mask, temperature=0.7)  # (8, T)
-            with mock.patch("model.LOGITS", 36):  # 1 row at a time, though 36 logits of a slice of 18 words would be 2
+            with mock.patch(
+                "model.LOGITS", 36
+            ):  # 1 row at a time, though 36 logits of a slice of 18 words would be 2
                 few = token_logprobs(model, ids, mask, temperature=0.7)[0]
             outputs.append({"logits": logits, "logprobs": x, "entropy": entropy, "a row at a time": few})
         else:
@@ -304,14 +398,20 @@ def same_as_one_process(grid, kind, cfg, make=filled):
             outputs.append({"scores": x})
         (x * numbers(*x.shape)).sum().backward()
         grads.append(gradients(model))
-    return {"weights": max(unequal(raw[0][n], raw[1][n]) for n in raw[1]), "gradients": furthest(*grads),
-            **{k: far(outputs[0][k], outputs[1][k]) for k in outputs[1]}}  # fmt: skip
+    return {
+        "weights": max(unequal(raw[0][n], raw[1][n]) for n in raw[1]),
+        "gradients": furthest(*grads),
+        **{k: far(outputs[0][k], outputs[1][k]) for k in outputs[1]},
+    }
 
 
 for label, cfg in MODELS.items():
     for kind in (LanguageModel, ScalarModel):
         for make in (filled, with_adapters):
-            CHECKS[f"{kind.__name__}, {label}, {make.__name__}"] = (functools.partial(same_as_one_process, kind=kind, cfg=cfg, make=make), True)
+            CHECKS[f"{kind.__name__}, {label}, {make.__name__}"] = (
+                functools.partial(same_as_one_process, kind=kind, cfg=cfg, make=make),
+                True,
+            )
 
 
 @check(tp_alone=True)
@@ -327,8 +427,12 @@ def two_all_reduces_forward_and_two_backward_per_block(grid):
                 forward.append(len(sizes))
                 scores.sum().backward()
                 backward.append(len(sizes) - forward[-1])
-        out |= {f"forward, {kv_heads} kv heads": unequal((forward[1] - forward[0]) / 2, 2.0),
-                f"backward, {kv_heads} kv heads": unequal((backward[1] - backward[0]) / 2, 2.0 if kv_heads == 4 else 4.0)}  # fmt: skip
+        out |= {
+            f"forward, {kv_heads} kv heads": unequal((forward[1] - forward[0]) / 2, 2.0),
+            f"backward, {kv_heads} kv heads": unequal(
+                (backward[1] - backward[0]) / 2, 2.0 if kv_heads == 4 else 4.0
+            ),
+        }
     return out
 
 
@@ -338,7 +442,9 @@ def saved_models_do_not_depend_on_tp(grid):
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
         dist.broadcast_object_list(paths)  # all ranks use the main one's
-        for i, (kind, label) in enumerate([(LanguageModel, "llama tied"), (LanguageModel, "qwen2, 1 kv head"), (ScalarModel, "qwen2")]):
+        for i, (kind, label) in enumerate(
+            [(LanguageModel, "llama tied"), (LanguageModel, "qwen2, 1 kv head"), (ScalarModel, "qwen2")]
+        ):
             for max_shard_bytes in (10**9, 4000):  # one file, or several with an index
                 by_one, by_all = (Path(paths[0], f"{by} {i} {max_shard_bytes}") for by in ("one", "all"))
                 one, mine = (filled(kind, MODELS[label], g) for g in (Grid(), grid))
@@ -348,12 +454,21 @@ def saved_models_do_not_depend_on_tp(grid):
                 dist.barrier()
                 save_model(mine, by_all, max_shard_bytes)
                 dist.barrier()
-                files = [{path.name: path.read_bytes() for path in here.iterdir()} for here in (by_one, by_all)]
-                split, joined = load_model(kind, by_one, grid).state_dict(), load_model(kind, by_all, Grid()).state_dict()
+                files = [
+                    {path.name: path.read_bytes() for path in here.iterdir()} for here in (by_one, by_all)
+                ]
+                split, joined = (
+                    load_model(kind, by_one, grid).state_dict(),
+                    load_model(kind, by_all, Grid()).state_dict(),
+                )
                 what = f"{kind.__name__}, {label}, {max_shard_bytes} bytes"
-                out |= {f"{what}, files": max(unequal(*files), unequal(len(files[0]) > 3, max_shard_bytes == 4000)),
-                        f"{what}, read by all": max(unequal(split[n], x) for n, x in mine.state_dict().items()),
-                        f"{what}, read by one": max(unequal(joined[n], x) for n, x in one.state_dict().items())}  # fmt: skip
+                out |= {
+                    f"{what}, files": max(
+                        unequal(*files), unequal(len(files[0]) > 3, max_shard_bytes == 4000)
+                    ),
+                    f"{what}, read by all": max(unequal(split[n], x) for n, x in mine.state_dict().items()),
+                    f"{what}, read by one": max(unequal(joined[n], x) for n, x in one.state_dict().items()),
+                }
         dist.barrier()
     return out
 
@@ -368,9 +483,17 @@ def stage_score_gives_transformers_numbers(grid):
         for parent in (made_checkpoints.FIXTURES, Path(sys.argv[1], "made")):
             for model in sorted(path.parent for path in parent.glob("*/rows.jsonl")):
                 scored = Path(paths[0], f"{model.name}.jsonl")
-                train.stage_score(settings.Config(stage="score", model=str(model), data=str(model / "rows.jsonl"), out=str(scored)), grid)
+                train.stage_score(
+                    settings.Config(
+                        stage="score", model=str(model), data=str(model / "rows.jsonl"), out=str(scored)
+                    ),
+                    grid,
+                )
                 dist.barrier()
-                out[f"{parent.name}/{model.name}"] = (made_checkpoints.furthest_from_expected(scored, model), 2e-4)
+                out[f"{parent.name}/{model.name}"] = (
+                    made_checkpoints.furthest_from_expected(scored, model),
+                    2e-4,
+                )
         dist.barrier()
     return out
 
@@ -380,18 +503,28 @@ def generate_gives_all_ranks_the_tokens_of_one_process(grid):
     """Each dp rank has prompts of its own, and so another number of steps."""
     rng, out = random.Random(grid.dp_rank), {}
     prompts = [[rng.randrange(37) for _ in range(rng.randint(1, 6))] for _ in range(5 + grid.dp_rank)]
-    for label, temperature, cfg in (("greedy", 0, MODELS["llama tied"]), ("sampled", 1.0, MODELS["qwen2"]),
-                                    ("sampled, 1 kv head", 0.5, MODELS["qwen2, 1 kv head"])):  # fmt: skip
+    for label, temperature, cfg in (
+        ("greedy", 0, MODELS["llama tied"]),
+        ("sampled", 1.0, MODELS["qwen2"]),
+        ("sampled, 1 kv head", 0.5, MODELS["qwen2, 1 kv head"]),
+    ):
         policies = [filled(LanguageModel, cfg, g) for g in (grid, Grid())]
         answers = [generate(p, prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3) for p in policies]
-        with mock.patch("support.sampling.reordered_weights", functools.partial(sampling.reordered_weights, at_least=1)):
+        with mock.patch(
+            "support.sampling.reordered_weights", functools.partial(sampling.reordered_weights, at_least=1)
+        ):
             reordered = generate(policies[0], prompts, 8, (3, 4, 5), temperature, seed=7, batch_size=3)
         flat = torch.tensor([len(row) for row in answers[0][0]] + sum(answers[0][0], []))
-        out |= {label: unequal(answers[0], answers[1]), f"{label}, tp ranks": spread(flat, grid.tp_group), f"{label}, reordered": unequal(reordered, answers[1])}
+        out |= {
+            label: unequal(answers[0], answers[1]),
+            f"{label}, tp ranks": spread(flat, grid.tp_group),
+            f"{label}, reordered": unequal(reordered, answers[1]),
+        }
     return out
 
 
 # ------------------------------------------------------------------------------------------------ optimizer, update, training
+
 
 UNEVEN = {1: [0, 8], 2: [0, 3, 8], 4: [0, 1, 3, 7, 8]}  # dp_size: where the rows of the ranks begin
 
@@ -404,22 +537,29 @@ def my_rows(rows, grid):
 def update_does_not_depend_on_who_has_which_rows(grid):
     """Ranks with 1 to 5 rows in micro-batches of 2 make the update that one process makes from all 8 in one piece."""
     out, pairs = {}, made_up_pairs(8)
-    for kind, loss_fn_of, rows, weigh in ((ScalarModel, pair_loss_fn, pairs, lambda pair: 1),
-                                          (LanguageModel, token_loss_fn, [p[0] for p in pairs], lambda e: len(e.response_ids))):  # fmt: skip
+    for kind, loss_fn_of, rows, weigh in (
+        (ScalarModel, pair_loss_fn, pairs, lambda pair: 1),
+        (LanguageModel, token_loss_fn, [p[0] for p in pairs], lambda e: len(e.response_ids)),
+    ):
         stats, first, weights = [], [], []
         for g, parts in ((grid, cut(my_rows(rows, grid), 2)), (Grid(), [rows])):
             model = filled(kind, MODELS["llama tied"], g)
             optimizer = Optimizer(model, g, 1e-2, max_grad_norm=0)
             parts = [(sum(map(weigh, part)), part) for part in parts]
-            stats.append(update(optimizer, parts, loss_fn_of(model), 1e-2))
+            stats.append(one_update(optimizer, parts, loss_fn_of(model), 1e-2))
             first.append(moments(optimizer, model))
-            update(optimizer, parts, loss_fn_of(model), 1e-2)
+            one_update(optimizer, parts, loss_fn_of(model), 1e-2)
             weights.append(whole(model))
         values = torch.tensor(list(stats[0].values()), dtype=torch.float64)
-        out |= {f"{kind.__name__} names": unequal(list(stats[0]), list(stats[1])),
-                f"{kind.__name__} statistics": max(far(stats[0][k], stats[1][k]) for k in stats[1]),
-                f"{kind.__name__} gradients": furthest(*first), f"{kind.__name__} weights after 2 updates": furthest(*weights),
-                f"{kind.__name__} statistics, ranks": max(spread(values, grid.tp_group), spread(values, grid.dp_group))}  # fmt: skip
+        out |= {
+            f"{kind.__name__} names": unequal(list(stats[0]), list(stats[1])),
+            f"{kind.__name__} statistics": max(far(stats[0][k], stats[1][k]) for k in stats[1]),
+            f"{kind.__name__} gradients": furthest(*first),
+            f"{kind.__name__} weights after 2 updates": furthest(*weights),
+            f"{kind.__name__} statistics, ranks": max(
+                spread(values, grid.tp_group), spread(values, grid.dp_group)
+            ),
+        }
     return out
 
 
@@ -436,10 +576,15 @@ def gradient_norm_and_clipping(grid):
             model = filled(LanguageModel, cfg, grid)
             optimizer = Optimizer(model, grid, 1e-2, max_grad_norm=right * share)
             mine = my_rows(rows, grid)
-            norm = update(optimizer, [(weigh(mine), mine)], token_loss_fn(model), 1e-2)["grad_norm"]
+            norm = one_update(optimizer, [(weigh(mine), mine)], token_loss_fn(model), 1e-2)["grad_norm"]
             expected = {n: 0.1 * min(share, 1.0) * p.grad for n, p in one.named_parameters()}
-            out |= {f"{label}, norm": far(norm, right), f"{label}, clipped at {share}": furthest(moments(optimizer, model), expected),
-                    f"{label}, norm, ranks": max(spread(torch.tensor(norm, dtype=torch.float64), g) for g in (grid.tp_group, grid.dp_group))}  # fmt: skip
+            out |= {
+                f"{label}, norm": far(norm, right),
+                f"{label}, clipped at {share}": furthest(moments(optimizer, model), expected),
+                f"{label}, norm, ranks": max(
+                    spread(torch.tensor(norm, dtype=torch.float64), g) for g in (grid.tp_group, grid.dp_group)
+                ),
+            }
     return out
 
 
@@ -455,15 +600,26 @@ def a_gradient_that_is_not_finite_stops_every_rank(grid):
                 for i, (model, optimizer) in enumerate(zip(models, optimizers)):
                     if step == 1 and i == 1:  # only the first of the two meets the bad gradient
                         continue
-                    for n, p in model.named_parameters():  # a slice is that of the tp rank, a whole one the same on all
-                        p.grad = model.my_slice(n, numbers(*model.full_shape(n, p.shape), seed=step + 10 * grid.dp_rank)).clone()
+                    for (
+                        n,
+                        p,
+                    ) in (
+                        model.named_parameters()
+                    ):  # a slice is that of the tp rank, a whole one the same on all
+                        p.grad = model.my_slice(
+                            n, numbers(*model.full_shape(n, p.shape), seed=step + 10 * grid.dp_rank)
+                        ).clone()
                         if step == 1 and n == name and dist.get_rank() == dist.get_world_size() - 1:
                             p.grad.flatten()[0] = bad
                     before = [p.detach().clone() for p in model.parameters()]
                     norm = optimizer.step(1e-2)
                     moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
-                    out[f"{name} {bad} step {step} run {i}"] = unequal((norm < float("inf"), moved), (step != 1,) * 2)
-            out[f"{name} {bad} after it"] = max(unequal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters()))
+                    out[f"{name} {bad} step {step} run {i}"] = unequal(
+                        (norm < float("inf"), moved), (step != 1,) * 2
+                    )
+            out[f"{name} {bad} after it"] = max(
+                unequal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters())
+            )
     return out
 
 
@@ -476,10 +632,18 @@ def a_loss_that_is_not_finite_stops_every_rank(grid):
     for step, bad in enumerate((False, True, True, False)):
         before = [p.detach().clone() for p in model.parameters()]
         add = float("nan") if bad and grid.dp_rank == grid.dp_size - 1 else 0.0
-        stats = update(optimizer, [(len(mine), mine)], lambda part: (loss_fn(part)[0] + add, {}), 1e-2)
+        stats = one_update(optimizer, [(len(mine), mine)], lambda part: (loss_fn(part)[0] + add, {}), 1e-2)
         moved = any(not torch.equal(p, b) for p, b in zip(model.parameters(), before))
-        out[f"step {step}"] = unequal((moved, stats["loss"] == stats["loss"], optimizer.skipped, optimizer.in_a_row, optimizer.bad_inputs),
-                                      (not bad, not bad, (0, 1, 2, 2)[step], (0, 1, 2, 0)[step], [mine] if step else []))  # fmt: skip
+        out[f"step {step}"] = unequal(
+            (
+                moved,
+                stats["loss"] == stats["loss"],
+                optimizer.skipped,
+                optimizer.in_a_row,
+                optimizer.bad_inputs,
+            ),
+            (not bad, not bad, (0, 1, 2, 2)[step], (0, 1, 2, 0)[step], [mine] if step else []),
+        )
     return out
 
 
@@ -491,9 +655,12 @@ def ranks_without_rows_take_part_in_an_update(grid):
         model = filled(ScalarModel, MODELS["qwen2"], g)
         parts = [(len(part), part) for part in cut(pairs, 4)] if g.dp_rank == 0 else []
         optimizer = Optimizer(model, g, 1e-2)
-        found.append((update(optimizer, parts, pair_loss_fn(model), 1e-2), moments(optimizer, model)))
-    return {"names": unequal(list(found[0][0]), list(found[1][0])), "figures": max(far(found[0][0][k], x) for k, x in found[1][0].items()),
-            "gradients": furthest(found[0][1], found[1][1])}  # fmt: skip
+        found.append((one_update(optimizer, parts, pair_loss_fn(model), 1e-2), moments(optimizer, model)))
+    return {
+        "names": unequal(list(found[0][0]), list(found[1][0])),
+        "figures": max(far(found[0][0][k], x) for k, x in found[1][0].items()),
+        "gradients": furthest(found[0][1], found[1][1]),
+    }
 
 
 @check(tp_alone=False)
@@ -504,27 +671,50 @@ def twenty_steps_of_stage_rm(grid):
         paths = [directory]
         dist.broadcast_object_list(paths)  # all ranks use the main one's
         base = Path(paths[0])
-        rows = [{"prompt": r["prompt"], "chosen": r["solution"], "rejected": r["response"]} for r in data.arith_rows("train", 60, 0)]
+        rows = [
+            {"prompt": r["prompt"], "chosen": r["solution"], "rejected": r["response"]}
+            for r in data.arith_rows("train", 60, 0)
+        ]
         rows = [row for row in rows if row["chosen"] != row["rejected"]][:18]
         if dist.get_rank() == 0:
             tokenizer = data.arith_tokenizer()
             cfg = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 8, 4, 8)
-            tokenizer.save(base / "lm"), save_model(init_weights(build_model(LanguageModel, cfg, Grid()), 0), base / "lm")
+            (
+                tokenizer.save(base / "lm"),
+                save_model(init_weights(build_model(LanguageModel, cfg, Grid()), 0), base / "lm"),
+            )
             for name, part in (("train", rows[:15]), ("val", rows[15:])):
                 (base / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
         dist.barrier()
 
         def run(out, g, **changes):
-            cfg = dict(stage="rm", model=str(base / "lm"), data=str(base / "train.jsonl"), out=str(base / out), steps=20, lr=5e-3, batch_size=8, save_every=8)
+            cfg = dict(
+                stage="rm",
+                model=str(base / "lm"),
+                data=str(base / "train.jsonl"),
+                out=str(base / out),
+                steps=20,
+                lr=5e-3,
+                batch_size=8,
+                save_every=8,
+            )
             train.stage_rm(settings.Config(**cfg | changes), g)
 
         def validation(out, g):
             model, tokenizer = load_model(ScalarModel, base / out, g), tokenizers.Tokenizer.load(base / out)
             val = settings.Config(stage="eval", data=str(base / "val.jsonl"), task="arith")
-            pairs, _ = data.encode(data.load_rows(val.data, ("prompt", "chosen", "rejected")), tokenizer, 1024, ("chosen", "rejected"), log=str)
+            pairs, _ = data.encode(
+                data.load_rows(val.data, ("prompt", "chosen", "rejected")),
+                tokenizer,
+                1024,
+                ("chosen", "rejected"),
+                log=str,
+            )
             ids, mask = collate([example for pair in pairs for example in pair])
             with torch.no_grad():
-                return reward_model_loss(model, ids, mask, val)[0].item(), evaluate.eval_reward_model(base / out, val, g)
+                return reward_model_loss(model, ids, mask, val)[0].item(), evaluate.eval_reward_model(
+                    base / out, val, g
+                )
 
         class Killed(Exception):
             pass
@@ -542,12 +732,23 @@ def twenty_steps_of_stage_rm(grid):
         run("all", grid)
         run("cut", grid, resume=True)
         one = validation("one", Grid())
-        losses = [[json.loads(line)["loss"] for line in (base / out / "metrics.jsonl").read_text().split("\n")[:-1]] for out in ("one", "all", "cut")]
-        found = {f"{out}, {what}": same(a, b) for out in ("all", "cut")
-                 for what, same, a, b in zip(("validation loss", "eval.json"), (far, unequal), validation(out, grid), one)}  # fmt: skip
+        losses = [
+            [json.loads(line)["loss"] for line in (base / out / "metrics.jsonl").read_text().split("\n")[:-1]]
+            for out in ("one", "all", "cut")
+        ]
+        found = {
+            f"{out}, {what}": same(a, b)
+            for out in ("all", "cut")
+            for what, same, a, b in zip(
+                ("validation loss", "eval.json"), (far, unequal), validation(out, grid), one
+            )
+        }
         dist.barrier()
-    return found | {"losses": max(far(x, losses[0]) for x in losses[1:]), "steps": unequal(list(map(len, losses)), [20, 20, 20]),
-                    "it learns": (losses[0][-1] / losses[0][0], 0.9)}  # fmt: skip
+    return found | {
+        "losses": max(far(x, losses[0]) for x in losses[1:]),
+        "steps": unequal(list(map(len, losses)), [20, 20, 20]),
+        "it learns": (losses[0][-1] / losses[0][0], 0.9),
+    }
 
 
 @check(tp_alone=False)
@@ -561,11 +762,15 @@ def five_steps_of_training(grid):
         for step in range(5):
             mine = [pairs[i] for i in batch_indices(12, 6, step, seed=0)][g.dp_rank :: g.dp_size]
             parts = [(len(part), part) for part in cut(mine, 2)]
-            losses[-1].append(update(optimizer, parts, pair_loss_fn(model), 1e-2)["loss"])
+            losses[-1].append(one_update(optimizer, parts, pair_loss_fn(model), 1e-2)["loss"])
         gathered.append(whole(model))
     params = gathered[0].values()
-    return {"losses": max(far(a, b) for a, b in zip(*losses)), "it learns": (losses[0][-1] / losses[0][0], 0.9),
-            "tp ranks": max(spread(x, grid.tp_group) for x in params), "dp ranks": max(spread(x, grid.dp_group) for x in params)}  # fmt: skip
+    return {
+        "losses": max(far(a, b) for a, b in zip(*losses)),
+        "it learns": (losses[0][-1] / losses[0][0], 0.9),
+        "tp ranks": max(spread(x, grid.tp_group) for x in params),
+        "dp ranks": max(spread(x, grid.dp_group) for x in params),
+    }
 
 
 @check(tp_alone=False)
@@ -576,22 +781,41 @@ def adapters_train_and_are_saved_as_by_one_process(grid):
         stats, models, files = [], [], []
         for g in (Grid(), grid):
             model = add_lora(filled(ScalarModel, MODELS[label], g), rank=3, seed=1)
-            optimizer, frozen = Optimizer(model, g, 1e-2, max_grad_norm=0.1), {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+            optimizer, frozen = (
+                Optimizer(model, g, 1e-2, max_grad_norm=0.1),
+                {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad},
+            )
             mine = pairs[g.dp_rank :: g.dp_size]
-            stats.append([update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 3e-3) for _ in range(3)])
+            stats.append(
+                [one_update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 3e-3) for _ in range(3)]
+            )
             models.append(whole(model))
-            out[f"{label}, frozen, {len(models)}"] = max(unequal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
-            out[f"{label}, what learns, {len(models)}"] = unequal(({n.split(".")[-1] for n in optimizer.names}, len(optimizer.names)),
-                                                                  ({"lora_A", "lora_B", "weight"}, 2 * 7 * 2 + 1))  # fmt: skip
+            out[f"{label}, frozen, {len(models)}"] = max(
+                unequal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen
+            )
+            out[f"{label}, what learns, {len(models)}"] = unequal(
+                ({n.split(".")[-1] for n in optimizer.names}, len(optimizer.names)),
+                ({"lora_A", "lora_B", "weight"}, 2 * 7 * 2 + 1),
+            )
             with tempfile.TemporaryDirectory() as directory:
                 save_adapter(model, Path(directory, "adapter"), "base")
                 save_model(model, directory)
-                paths = [Path(directory, name) for name in ("model.safetensors", "adapter/adapter_model.safetensors")]
+                paths = [
+                    Path(directory, name)
+                    for name in ("model.safetensors", "adapter/adapter_model.safetensors")
+                ]
                 files.append([load_file(path) for path in paths] if g.is_main else files[0])
-        out |= {f"{label}, losses": max(far(a[k], b[k]) for a, b in zip(*stats) for k in ("loss", "grad_norm", "score_gap")),
-                f"{label}, weights": (furthest(models[1], models[0])[0], 1e-4),  # Adam's quotient blows rounding up
-                f"{label}, files": (max(furthest(a, b)[0] for a, b in zip(files[1], files[0])), 1e-4),
-                f"{label}, tp ranks": max(spread(x, grid.tp_group) for x in models[1].values())}  # fmt: skip
+        out |= {
+            f"{label}, losses": max(
+                far(a[k], b[k]) for a, b in zip(*stats) for k in ("loss", "grad_norm", "score_gap")
+            ),
+            f"{label}, weights": (
+                furthest(models[1], models[0])[0],
+                1e-4,
+            ),  # Adam's quotient blows rounding up
+            f"{label}, files": (max(furthest(a, b)[0] for a, b in zip(files[1], files[0])), 1e-4),
+            f"{label}, tp ranks": max(spread(x, grid.tp_group) for x in models[1].values()),
+        }
     return out
 
 
@@ -603,15 +827,15 @@ def optimizer_state_moves_between_grids(grid):
     optimizer, optimizer1 = Optimizer(model, grid, 1e-2), Optimizer(one, Grid(), 1e-2)
     mine = my_rows(pairs, grid)
     for _ in range(2):
-        update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 1e-2)
+        one_update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 1e-2)
     state = {}
     for key in ("master", "exp_avg", "exp_avg_sq"):
         slices = {n: optimizer.state_tensors()[f"{key}.{n}"] for n in optimizer.names}
         state |= {f"{key}.{n}": x.clone() for n, x in whole(model, slices).items()}
     optimizer1.load_state_tensors(state, 2)
     same = max(unequal(a, b) for a, b in zip(whole(model).values(), whole(one).values()))
-    update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 1e-2)
-    update(optimizer1, [(8, pairs)], pair_loss_fn(one), 1e-2)
+    one_update(optimizer, [(len(mine), mine)], pair_loss_fn(model), 1e-2)
+    one_update(optimizer1, [(8, pairs)], pair_loss_fn(one), 1e-2)
     return {"loaded": same, "next update": furthest(whole(model), whole(one))}
 
 
@@ -624,12 +848,16 @@ def main():
     results, shape, directory = {}, None, Path(sys.argv[1])
     for name, (tp, dp, function) in names(dist.get_world_size()).items():
         if shape != (tp, dp):
-            with mock.patch.object(dist, "init_process_group"):  # all but this may run again for the next shape
+            with mock.patch.object(
+                dist, "init_process_group"
+            ):  # all but this may run again for the next shape
                 shape, grid = (tp, dp), make_grid(tp, "cpu")
         measured = function(grid)
         ranks = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, measured)
-        worst = lambda what: max((r[what] for r in ranks), key=lambda x: (not x[0] <= x[1], x[0]))  # a nan is the worst
+        worst = lambda what: max(
+            (r[what] for r in ranks), key=lambda x: (not x[0] <= x[1], x[0])
+        )  # a nan is the worst
         results[name] = {what: worst(what) for what in measured}
         if dist.get_rank() == 0:  # after each check, so that a crash shows where it happened
             (directory / "results.json").write_text(json.dumps(results))

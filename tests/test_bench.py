@@ -1,4 +1,5 @@
 """bench.py at tiny sizes: it runs, and its figures are what they say."""
+
 import dataclasses
 import json
 import subprocess
@@ -10,22 +11,39 @@ import torch
 from conftest import near
 
 from classroom import bench
-from parallel import update
+from parallel import Update
 
 MIB = 2**20
-TINY = dataclasses.replace(bench.CONFIG, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+TINY = dataclasses.replace(
+    bench.CONFIG,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+)
 
 
 def test_bench_prints_the_machine_a_table_and_one_json_line_a_figure(capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    for name, value in {"CONFIG": TINY, "HF": False, "TRL": False, "peak_memory": lambda way, path, like: 7}.items():
+    for name, value in {
+        "CONFIG": TINY,
+        "HF": False,
+        "TRL": False,
+        "peak_memory": lambda way, path, like: 7,
+    }.items():
         monkeypatch.setattr(bench, name, value)
     bench.main(["--rounds", "2", "--device", "cpu", "--sizes", "2x8x16", "--only", "head,rm,rl"])
     lines = capsys.readouterr().out.split("\n")
     assert f"torch {torch.__version__}" in lines[0] and "thread" in lines[0]
     found = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [list(row["rates"]) for row in found] == [["ours", "plain autograd"]] * 2 + [["ours", "plain, padded to longest", bench.GEMM]] * 2 + [["ours", "as the authors' code"], ["ours"]]
-    assert all(0.7 < row["processed_over_real"] < 0.9 and row["peak_rss_mib"]["ours"] == 7 for row in found[2:4])
+    assert [list(row["rates"]) for row in found] == [["ours", "plain autograd"]] * 2 + [
+        ["ours", "plain, padded to longest", bench.GEMM]
+    ] * 2 + [["ours", "as the authors' code"], ["ours"]]
+    assert all(
+        0.7 < row["processed_over_real"] < 0.9 and row["peak_rss_mib"]["ours"] == 7 for row in found[2:4]
+    )
     for value in (v for row in found for rates in (row["rates"], row["faster"]) for v in rates.values()):
         assert 0 < value["low"] <= value["median"] <= value["high"]
     table = [line for line in lines if "tokens/s" in line and not line.startswith("{")]
@@ -42,7 +60,9 @@ def test_answers_are_as_long_as_asked_for(ends, monkeypatch):
     assert [len(row) for row in answers] == lengths
     assert not ends or all(row.index(bench.STOP) == n - 1 for row, n in zip(answers, lengths))
     if bench.HF:
-        assert bench.transformers_generate(policy, prompts, lengths, ends, torch.device("cpu"))() == sum(lengths)
+        assert bench.transformers_generate(policy, prompts, lengths, ends, torch.device("cpu"))() == sum(
+            lengths
+        )
 
 
 def test_decoding_and_log_probabilities_at_tiny_sizes(monkeypatch):
@@ -51,8 +71,13 @@ def test_decoding_and_log_probabilities_at_tiny_sizes(monkeypatch):
     cpu, pairs = torch.device("cpu"), bench.made_pairs("GSM8K", 64)
     rows = bench.bench_decode(None, 1, cpu, new_tokens=3) + bench.bench_logprobs(1, cpu, n=30, vocab=300)
     lengths = [len(pair[0].response_ids) for pair in pairs]
-    assert rows[2]["figure"] == f"decoding, batch 64, answers of {min(lengths)} to {max(lengths)}, mean {sum(lengths) / 64:.0f}"
-    assert [list(row["rates"]) for row in rows] == 3 * [["ours"]] + 2 * [["ours", "plain log_softmax", "cross_entropy"]]
+    assert (
+        rows[2]["figure"]
+        == f"decoding, batch 64, answers of {min(lengths)} to {max(lengths)}, mean {sum(lengths) / 64:.0f}"
+    )
+    assert [list(row["rates"]) for row in rows] == 3 * [["ours"]] + 2 * [
+        ["ours", "plain log_softmax", "cross_entropy"]
+    ]
     assert all(row["extra_mib"]["ours"] >= 0 for row in rows[3:])
 
 
@@ -62,17 +87,22 @@ def test_made_pairs_are_like_the_real_ones(like, waste):
     pairs = bench.made_pairs(like, 2048)
     assert 0.75 < bench.share_of_tokens(pairs) <= 0.83
     for n, expected in zip((2, 8, 32), waste):
-        lengths = [[len(e.prompt_ids) + len(e.response_ids) for pair in pairs[i : i + n] for e in pair] for i in range(0, len(pairs), n)]
-        assert sum(max(row) * len(row) for row in lengths) / sum(map(sum, lengths)) == pytest.approx(expected, rel=0.08)
+        lengths = [
+            [len(e.prompt_ids) + len(e.response_ids) for pair in pairs[i : i + n] for e in pair]
+            for i in range(0, len(pairs), n)
+        ]
+        assert sum(max(row) * len(row) for row in lengths) / sum(map(sum, lengths)) == pytest.approx(
+            expected, rel=0.08
+        )
 
 
 @pytest.mark.parametrize("way", ["plain, padded to longest", "as the authors' code"])
 def test_all_ways_make_the_same_update(way, monkeypatch):
     monkeypatch.setattr(bench, "CONFIG", TINY)
-    pairs, found = bench.load_pairs(None)[1][:2], []
+    pairs, found, step = bench.load_pairs(None)[1][:2], [], Update.step
     for name in ("ours", way):
         seen = []
-        monkeypatch.setattr(bench, "update", lambda *args: seen.append(update(*args)))
+        monkeypatch.setattr(Update, "step", lambda self, lr: seen.append(step(self, lr)))
         bench.rm_step(name, [pairs], torch.device("cpu"))()
         found.append(seen[0])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
@@ -99,11 +129,19 @@ def test_extra_memory_is_counted():
         return y * 2
 
     assert bench.extra_memory(two_at_once_of_three, cpu) / MIB == pytest.approx(8, abs=0.01)
-    fused, plain = (bench.extra_memory(bench.head_and_loss(way, (8, 512, 256), "fp32", cpu), cpu) / MIB for way in ("fused", "plain"))
-    assert fused == pytest.approx(4, abs=0.2) and plain > 3 * fused  # the gradient of x is 4 MiB, and little else is kept
+    fused, plain = (
+        bench.extra_memory(bench.head_and_loss(way, (8, 512, 256), "fp32", cpu), cpu) / MIB
+        for way in ("fused", "plain")
+    )
+    assert (
+        fused == pytest.approx(4, abs=0.2) and plain > 3 * fused
+    )  # the gradient of x is 4 MiB, and little else is kept
 
 
-@pytest.mark.parametrize("words", [["--rounds", "0"], ["--sizes", "3x4x5"], ["--sizes", "2x4"], ["--device", "tpu"], ["--only", "speed"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--rounds", "0"], ["--sizes", "3x4x5"], ["--sizes", "2x4"], ["--device", "tpu"], ["--only", "speed"]],
+)
 def test_wrong_words(words, capsys):
     with pytest.raises(SystemExit) as end:
         bench.main(words)

@@ -1,4 +1,5 @@
 """Rows to tensors, the built-in task, and the rules of the repository that can be read off its source."""
+
 import ast
 import collections
 import doctest
@@ -13,7 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import Arith, Example, OPERATOR, arith_rows, arith_solve, arith_tokenizer, batch_indices, collate, encode, first_error, load_rows, stable_hash
+from data import (
+    OPERATOR,
+    Arith,
+    Example,
+    arith_rows,
+    arith_solve,
+    arith_tokenizer,
+    batch_indices,
+    collate,
+    encode,
+    first_error,
+    load_rows,
+    stable_hash,
+)
 from support.files import BadInput, read_jsonl
 from support.graders import grade, gsm8k_label
 
@@ -34,7 +48,12 @@ def file(tmp_path):
 
     def write(*rows):
         path = tmp_path / "rows.jsonl"
-        lines = [row if isinstance(row, bytes) else (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)).encode() for row in rows]
+        lines = [
+            row
+            if isinstance(row, bytes)
+            else (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)).encode()
+            for row in rows
+        ]
         path.write_bytes(b"\n".join(lines))
         return path
 
@@ -45,30 +64,59 @@ def file(tmp_path):
 
 
 def test_lines_end_at_newlines_only(file):
-    rows = [{"prompt": "a\u2028b\u2029c\x0bd\x0ce\x1cf\x85g", "response": "x"}, {"prompt": "h", "response": "y\r"}]
+    rows = [
+        {"prompt": "a\u2028b\u2029c\x0bd\x0ce\x1cf\x85g", "response": "x"},
+        {"prompt": "h", "response": "y\r"},
+    ]
     found = load_rows(file(rows[0], "", "   ", rows[1], ""), ("prompt", "response"))
     assert [row["raw"] for row in found] == rows and [row["line"] for row in found] == [1, 4]
     assert found[0]["prompt"] == rows[0]["prompt"]
-    assert [row for _, row in read_jsonl(file(b'{"a": 1}\r', b'{"a": 2}'))] == [{"a": 1}, {"a": 2}]  # a file from Windows
+    assert [row for _, row in read_jsonl(file(b'{"a": 1}\r', b'{"a": 2}'))] == [
+        {"a": 1},
+        {"a": 2},
+    ]  # a file from Windows
 
 
-@pytest.mark.parametrize("bad, says", [
-    ('{"a": 1', "not valid JSON"), ("nonsense", "not valid JSON"), ('{"a": 1} {"a": 2}', "not valid JSON"), (b'{"a": "\xe9"}', "UTF-8"),
-    ('"text"', "found str"), ("[]", "found list"), ("null", "found NoneType"), ("[" * 100_000, "not valid JSON"),
-    (b"\xef\xbb\xbf{}", "not valid JSON"), ('{"a": "\t"}', "not valid JSON"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad, says",
+    [
+        ('{"a": 1', "not valid JSON"),
+        ("nonsense", "not valid JSON"),
+        ('{"a": 1} {"a": 2}', "not valid JSON"),
+        (b'{"a": "\xe9"}', "UTF-8"),
+        ('"text"', "found str"),
+        ("[]", "found list"),
+        ("null", "found NoneType"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        ('{"a": "\t"}', "not valid JSON"),
+    ],
+)
 def test_lines_that_cannot_be_read(file, bad, says):
     path = file({"a": 1}, "", bad)
     with pytest.raises(BadInput) as error:
         list(read_jsonl(path))
-    assert str(error.value).startswith(f"{path}, line 3: ") and says in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith(f"{path}, line 3: ")
+        and says in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
-@pytest.mark.parametrize("key, names", [("prompt", ("prompt", "instruction", "question")), ("response", ("response", "completion", "output", "answer"))])
+@pytest.mark.parametrize(
+    "key, names",
+    [
+        ("prompt", ("prompt", "instruction", "question")),
+        ("response", ("response", "completion", "output", "answer")),
+    ],
+)
 def test_accepted_keys(file, key, names):
     others = {"prompt": {"response": "r"}, "response": {"prompt": "p"}}[key]
     for value in ("text", [{"role": "user", "content": "text"}], "  \u2028 text "):
-        found = [load_rows(file({name: value, **others, "extra": {}}), ("prompt", "response"))[0][key] for name in names]
+        found = [
+            load_rows(file({name: value, **others, "extra": {}}), ("prompt", "response"))[0][key]
+            for name in names
+        ]
         assert found == [value] * len(names)
     for first, second in itertools.combinations(names, 2):  # the first that is listed counts
         assert load_rows(file({second: "b", first: "a", **others}), ("prompt", "response"))[0][key] == "a"
@@ -77,24 +125,51 @@ def test_accepted_keys(file, key, names):
 
 
 def test_messages_and_implicit_prompts(file):
-    user, good, bad = ({"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b")))
+    user, good, bad = (
+        {"role": role, "content": text}
+        for role, text in (("user", "q"), ("assistant", "a"), ("assistant", "b"))
+    )
     needs = ("prompt", "chosen", "rejected")
     expected = {"prompt": [user], "chosen": [good], "rejected": [bad]}
-    for row in (expected, {"chosen": [user, good], "rejected": [user, bad]}, {"prompt": [user], "chosen": [user, good], "rejected": [user, bad]}):
+    for row in (
+        expected,
+        {"chosen": [user, good], "rejected": [user, bad]},
+        {"prompt": [user], "chosen": [user, good], "rejected": [user, bad]},
+    ):
         (found,) = load_rows(file(row), needs)
         assert {k: found[k] for k in needs} == expected and found["raw"] == row
-    for row in ({"chosen": [good], "rejected": [bad]}, {"chosen": "a", "rejected": "b"}, {"prompt": [], "chosen": "a", "rejected": "b"},
-                {"prompt": [{"role": "user", "content": 5}], "chosen": "a", "rejected": "b"}):  # fmt: skip
+    for row in (
+        {"chosen": [good], "rejected": [bad]},
+        {"chosen": "a", "rejected": "b"},
+        {"prompt": [], "chosen": "a", "rejected": "b"},
+        {"prompt": [{"role": "user", "content": 5}], "chosen": "a", "rejected": "b"},
+    ):
         with pytest.raises(BadInput, match="line 1: "):
             load_rows(file(row), needs)
 
 
 def test_labels(file):
     solution = "He has 5+3=<<5+3=8>>8\n#### 1,234"
-    rows = [{"label": "8"}, {"label": 8}, {"label": 8.5}, {"answer": solution}, {"answer": "18"}, {"label": "7", "answer": solution}]
-    assert [row["label"] for row in load_rows(file(*rows), ("label",))] == ["8", "8", "8.5", "1234", "18", "7"]
+    rows = [
+        {"label": "8"},
+        {"label": 8},
+        {"label": 8.5},
+        {"answer": solution},
+        {"answer": "18"},
+        {"label": "7", "answer": solution},
+    ]
+    assert [row["label"] for row in load_rows(file(*rows), ("label",))] == [
+        "8",
+        "8",
+        "8.5",
+        "1234",
+        "18",
+        "7",
+    ]
     assert gsm8k_label("#### -3") == "-3"
-    (row,) = load_rows(file({"question": "q", "answer": solution}), ("prompt", "response", "label"))  # OpenAI's rows are good for both
+    (row,) = load_rows(
+        file({"question": "q", "answer": solution}), ("prompt", "response", "label")
+    )  # OpenAI's rows are good for both
     assert (row["response"], row["label"]) == (solution, "1234")
     for bad in ({"label": None}, {"label": ""}, {"label": ["8"]}, {"answer": "#### none"}, {}):
         with pytest.raises(BadInput, match="line 2: "):
@@ -133,9 +208,17 @@ def test_alignment_of_the_docstring():
 @pytest.mark.parametrize("pad_id", [0, 2, 20])
 def test_the_mask_is_made_from_lengths_and_not_from_ids(pad_id):
     """Pad equal to eos, eos inside the prompt, pad inside the response: the mask is the same."""
-    examples = [Example([2, pad_id, 12], [pad_id, 21, 2]), Example([1], [2]), Example([5, 6, 7, 8], [pad_id] * 4)]
+    examples = [
+        Example([2, pad_id, 12], [pad_id, 21, 2]),
+        Example([1], [2]),
+        Example([5, 6, 7, 8], [pad_id] * 4),
+    ]
     ids, mask = collate(examples, pad_id=pad_id)
-    assert ids.shape == (3, 8) and mask.int().tolist() == [[0, 0, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1]]
+    assert ids.shape == (3, 8) and mask.int().tolist() == [
+        [0, 0, 1, 1, 1, 0, 0],
+        [1, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 1, 1, 1, 1],
+    ]
     for row, m, e in zip(ids, mask, examples):
         n = len(e.prompt_ids) + len(e.response_ids)
         assert row[:n].tolist() == e.prompt_ids + e.response_ids and (row[n:] == pad_id).all()
@@ -143,15 +226,37 @@ def test_the_mask_is_made_from_lengths_and_not_from_ids(pad_id):
 
 
 def test_encode_keeps_drops_and_counts(tokenizer):
-    row = lambda prompt, chosen, rejected: {"prompt": prompt, "chosen": chosen, "rejected": rejected, "line": 1}
-    rows = [row("Tom has 3", " 3", " 4"), row("Tom", " 3", " 3"), row("Tom has 3 4 5 6", " 3", " 4"), row("Tom", " 3", " 4 5 6 7 8"), row("Ann", "", " 1")]
+    row = lambda prompt, chosen, rejected: {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "line": 1,
+    }
+    rows = [
+        row("Tom has 3", " 3", " 4"),
+        row("Tom", " 3", " 3"),
+        row("Tom has 3 4 5 6", " 3", " 4"),
+        row("Tom", " 3", " 4 5 6 7 8"),
+        row("Ann", "", " 1"),
+    ]
     lines = []
     kept, kept_rows = encode(rows, tokenizer, 6, ("chosen", "rejected"), "here.jsonl", lines.append)
-    assert kept_rows == [rows[0], rows[4]] and [[e.prompt_ids for e in pair] for pair in kept][0] == [tokenizer.encode_prompt("Tom has 3")] * 2
-    assert kept[0][1].response_ids == tokenizer.encode_response(" 4") and kept[0][1].response_ids[-1] == tokenizer.stop_id
-    assert lines == ["here.jsonl: 5 rows; dropped 2 longer than --max_seq_len 6 tokens and 1 identical pairs; 2 left"]
+    assert (
+        kept_rows == [rows[0], rows[4]]
+        and [[e.prompt_ids for e in pair] for pair in kept][0] == [tokenizer.encode_prompt("Tom has 3")] * 2
+    )
+    assert (
+        kept[0][1].response_ids == tokenizer.encode_response(" 4")
+        and kept[0][1].response_ids[-1] == tokenizer.stop_id
+    )
+    assert lines == [
+        "here.jsonl: 5 rows; dropped 2 longer than --max_seq_len 6 tokens and 1 identical pairs; 2 left"
+    ]
     longest = max(len(e.prompt_ids) + len(e.response_ids) for pair in kept for e in pair)
-    assert len(encode(rows[:1], tokenizer, longest, ("chosen", "rejected"), log=lines.append)[0]) == 1 and len(lines) == 1  # nothing dropped, no line
+    assert (
+        len(encode(rows[:1], tokenizer, longest, ("chosen", "rejected"), log=lines.append)[0]) == 1
+        and len(lines) == 1
+    )  # nothing dropped, no line
     with pytest.raises(BadInput, match="no row is left"):
         encode(rows[:1], tokenizer, longest - 1, ("chosen", "rejected"), log=lines.append)
     with pytest.raises(BadInput, match="here.jsonl, line 7: .*surrogate"):
@@ -163,9 +268,11 @@ def test_batches_leave_no_row_out(n, batch_size):
     steps = n * 3
     drawn = [i for step in range(steps) for i in batch_indices(n, batch_size, step, seed=5)]
     assert len(drawn) == steps * batch_size and all(type(i) is int for i in drawn)
-    epochs = [drawn[start:start + n] for start in range(0, len(drawn), n)]
+    epochs = [drawn[start : start + n] for start in range(0, len(drawn), n)]
     assert all(sorted(epoch) == list(range(n)) for epoch in epochs)  # batches may span two epochs
-    assert [batch_indices(n, batch_size, step, 5) for step in (2, 1)] == [drawn[k * batch_size:(k + 1) * batch_size] for k in (2, 1)]  # no state
+    assert [batch_indices(n, batch_size, step, 5) for step in (2, 1)] == [
+        drawn[k * batch_size : (k + 1) * batch_size] for k in (2, 1)
+    ]  # no state
     if n >= 7:
         assert len(set(map(tuple, epochs))) == len(epochs)  # shuffled anew
         assert batch_indices(n, n, 0, 5) != batch_indices(n, n, 0, 6)
@@ -194,12 +301,20 @@ def replay(row):
 
 def test_every_answer_is_sound_and_the_label_is_the_solutions(arith):
     for row in arith[:1000]:
-        solution, written = replay(row["solution"]), replay(row["response"])  # one digit each: all values are in 0..9
+        solution, written = (
+            replay(row["solution"]),
+            replay(row["response"]),
+        )  # one digit each: all values are in 0..9
         verbs, operands = zip(*re.findall(r"\w+ (\w+) (\d)\.", row["prompt"]))
-        assert [s[1] for s in solution] == [OPERATOR[verb] for verb in verbs] and [s[2] for s in solution] == list(operands)
+        assert [s[1] for s in solution] == [OPERATOR[verb] for verb in verbs] and [
+            s[2] for s in solution
+        ] == list(operands)
         assert [s[2] for s in written] == list(operands) and 4 <= len(solution) <= 6
         assert written[0][0] == solution[0][0] == re.search(r"has (\d)", row["prompt"])[1]
-        assert row["label"] == row["solution"][-1] and grade(row["solution"], row["label"], "arith") == (row["label"], True)
+        assert row["label"] == row["solution"][-1] and grade(row["solution"], row["label"], "arith") == (
+            row["label"],
+            True,
+        )
         assert arith_solve(row["prompt"]) == row["solution"]
 
 
@@ -208,23 +323,40 @@ def test_only_some_verbs_are_misread_and_a_right_number_means_a_right_path(arith
     assert len(task.misreads) == 6 and len([v for v in task.misreads if OPERATOR[v] == "+"]) == 3
     for row in arith:
         verbs = re.findall(r"\w+ (\w+) \d\.", row["prompt"])
-        for verb, (_, op, _, _), (_, right, _, _) in zip(verbs, replay(row["response"]), replay(row["solution"])):
+        for verb, (_, op, _, _), (_, right, _, _) in zip(
+            verbs, replay(row["response"]), replay(row["solution"])
+        ):
             read[verb] += 1
             wrong[verb] += op != right
         assert grade(row["response"], row["label"], "arith")[1] == (row["response"] == row["solution"])
-    assert set(read) == {verb for verb, _ in task.words} and {verb for verb in wrong if wrong[verb]} == task.misreads
+    assert (
+        set(read) == {verb for verb, _ in task.words}
+        and {verb for verb in wrong if wrong[verb]} == task.misreads
+    )
     share = sum(wrong.values()) / sum(read[verb] for verb in task.misreads)
-    assert share == pytest.approx(task.q, abs=4 * (task.q * (1 - task.q) / sum(read[v] for v in task.misreads)) ** 0.5)
+    assert share == pytest.approx(
+        task.q, abs=4 * (task.q * (1 - task.q) / sum(read[v] for v in task.misreads)) ** 0.5
+    )
 
 
 def test_share_of_wrong_answers_is_what_q_implies(arith):
     """An answer with n misread verbs is right with probability (1 - q)^n."""
-    chances = [(1 - Arith().q) ** sum(verb in Arith().misreads for verb in re.findall(r"\w+ (\w+) \d\.", row["prompt"])) for row in arith]
+    chances = [
+        (1 - Arith().q)
+        ** sum(verb in Arith().misreads for verb in re.findall(r"\w+ (\w+) \d\.", row["prompt"]))
+        for row in arith
+    ]
     right = statistics.mean(row["response"] == row["solution"] for row in arith)
-    assert right == pytest.approx(statistics.mean(chances), abs=4 * (sum(p * (1 - p) for p in chances)) ** 0.5 / len(arith))
+    assert right == pytest.approx(
+        statistics.mean(chances), abs=4 * (sum(p * (1 - p) for p in chances)) ** 0.5 / len(arith)
+    )
     assert 0.02 < 1 - right < 0.98
     moves = [(verb, 1) for verb in sorted(Arith().misreads)]
-    assert Arith(q=0.0).answer(5, moves, random.Random(0)) == Arith().answer(5, moves) != Arith(q=1.0).answer(5, moves, random.Random(0))
+    assert (
+        Arith(q=0.0).answer(5, moves, random.Random(0))
+        == Arith().answer(5, moves)
+        != Arith(q=1.0).answer(5, moves, random.Random(0))
+    )
 
 
 def test_train_and_test_share_no_prompt(arith):
@@ -232,13 +364,18 @@ def test_train_and_test_share_no_prompt(arith):
     prompts = [{row["prompt"] for row in rows} for rows in (arith, test, arith_rows("train", 500, seed=7))]
     assert not prompts[1] & (prompts[0] | prompts[2])
     assert prompts[0] != prompts[2] and len(prompts[1]) > 590  # hardly any twice
-    assert arith_rows("test", 20, seed=0) == test[:20] and [row["line"] for row in test] == list(range(1, 601))
+    assert arith_rows("test", 20, seed=0) == test[:20] and [row["line"] for row in test] == list(
+        range(1, 601)
+    )
     other = arith_rows("test", 20, seed=0, task=Arith(steps=(2, 2), author=3))
     assert all(row["solution"].count("\n") == 2 for row in other)
 
 
 def test_first_error_is_where_the_answer_departs(arith, tokenizer):
-    assert [first_error(*x) for x in (([1, 2], [1, 2]), ([3], [1]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2]), ([], [1]))] == [2, 0, 2, 2, 0]
+    assert [
+        first_error(*x)
+        for x in (([1, 2], [1, 2]), ([3], [1]), ([1, 2], [1, 2, 3]), ([1, 2, 3], [1, 2]), ([], [1]))
+    ] == [2, 0, 2, 2, 0]
     for row in arith[:300]:
         written, right = (tokenizer.encode_response(row[k]) for k in ("response", "solution"))
         place = first_error(written, right)
@@ -251,12 +388,23 @@ def test_the_built_in_tokenizer_has_a_token_for_every_word(arith, tokenizer):
     for row in arith[:200]:
         for text in (row["prompt"], row["response"]):
             ids = tokenizer.encode(text)
-            assert tokenizer.decode(ids) == text and len(ids) <= len(re.findall(r"\w+|[^\w ]", text)) + text.count("####")
+            assert tokenizer.decode(ids) == text and len(ids) <= len(
+                re.findall(r"\w+|[^\w ]", text)
+            ) + text.count("####")
     assert all(len(tokenizer.encode(f" {n}")) == 1 for n in range(10))
     assert tokenizer.stop_id in tokenizer.stop_ids and tokenizer.encode_prompt("Tom")[0] == tokenizer.bos_id
 
 
-@pytest.mark.parametrize("prompt", ["Why?", "", "Tom flies 3 pens. Tom jumps 3.", [{"role": "user", "content": "x"}], "Tom has 3 pens. Tom owns 3."])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Why?",
+        "",
+        "Tom flies 3 pens. Tom jumps 3.",
+        [{"role": "user", "content": "x"}],
+        "Tom has 3 pens. Tom owns 3.",
+    ],
+)
 def test_prompts_of_other_tasks_have_no_solution(prompt):
     with pytest.raises(BadInput, match="built-in task"):
         arith_solve(prompt)
@@ -279,7 +427,11 @@ def test_real_pairs_lose_nothing(tokenizer):
 @real
 def test_real_labels():
     rows = load_rows(GSM8K / "test.jsonl", ("prompt", "response", "label"))
-    assert len(rows) == 1319 and rows[0]["label"] == "18" and all(re.fullmatch(r"-?\d+(\.\d+)?", row["label"]) for row in rows)
+    assert (
+        len(rows) == 1319
+        and rows[0]["label"] == "18"
+        and all(re.fullmatch(r"-?\d+(\.\d+)?", row["label"]) for row in rows)
+    )
     assert all(grade(row["response"], row["label"], "gsm8k")[1] for row in rows)
 
 
@@ -290,18 +442,33 @@ def imports(path):
     """Names of the modules that a file imports, wherever the import stands: {(name, at the top level)}"""
     tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
     for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
         found |= {(name.split(".")[0], node in tree.body) for name in names}
     return found
 
 
 def test_who_imports_whom():
-    arrows = {"data": set(), "parallel": set(), "model": {"parallel"}, "qrm": {"model", "data"}, "reinforce": {"model", "parallel", "data"},
-              "ppo": {"model", "parallel", "reinforce"}, "train": {"ppo", "reinforce", "qrm", "model", "parallel", "data"}}  # fmt: skip
+    arrows = {
+        "data": set(),
+        "parallel": set(),
+        "model": {"parallel"},
+        "qrm": {"model", "data"},
+        "reinforce": {"model", "parallel", "data"},
+        "ppo": {"model", "parallel", "reinforce"},
+        "train": {"ppo", "reinforce", "qrm", "model", "parallel", "data"},
+    }
     for name, allowed in arrows.items():
         found = {module for module, _ in imports(REPOSITORY / f"{name}.py")} & {*FILES, "classroom", "tests"}
         assert found <= allowed | ({"classroom"} if name == "train" else set()), name
-    assert ("classroom", True) not in imports(REPOSITORY / "train.py")  # one late import, at the end of the demo
+    assert ("classroom", True) not in imports(
+        REPOSITORY / "train.py"
+    )  # one late import, at the end of the demo
     assert "ppo" in {module for module, _ in imports(REPOSITORY / "train.py")}
 
 

@@ -1,4 +1,5 @@
 """The decoder, its heads, sampling and files, against torch's own ops, slow loops and numbers made by hand."""
+
 import copy
 import json
 import math
@@ -14,14 +15,49 @@ from conftest import near, random_ids, random_model, small_config
 from safetensors.torch import load_file, save_file
 
 from data import Example, collate
-from model import LanguageModel, ModelConfig, RMSNorm, RopeScaling, ScalarModel, add_lora, apply_rope, build_model, init_weights, load_model, response_log_softmax, rope_frequencies, rope_table, sample_tokens, save_adapter, save_model, token_logprobs
-from support.sampling import KVCache, generate
+from model import (
+    LanguageModel,
+    ModelConfig,
+    RMSNorm,
+    RopeScaling,
+    ScalarModel,
+    add_lora,
+    apply_rope,
+    build_model,
+    init_weights,
+    load_model,
+    response_log_softmax,
+    rope_frequencies,
+    rope_table,
+    sample_tokens,
+    save_adapter,
+    save_model,
+    token_logprobs,
+)
 from parallel import Grid
+from support.sampling import KVCache, generate
 
-SCALING = RopeScaling(8.0, 1.0, 2.0, 16)  # with E = 8 and theta = 10000: one frequency blended, the others divided
-RAW = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
-       "num_attention_heads": 8, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu"}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+SCALING = RopeScaling(
+    8.0, 1.0, 2.0, 16
+)  # with E = 8 and theta = 10000: one frequency blended, the others divided
+RAW = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 def chi_square(counts, probs):
@@ -51,7 +87,9 @@ def test_rmsnorm_of_bf16_is_rounded_once():
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
     y = RMSNorm(256, 1e-5).bfloat16()(x)
     exact = F.rms_norm(x.double(), (256,), eps=1e-5).bfloat16()
-    assert y.dtype == torch.bfloat16 and (y == exact).float().mean() > 0.999  # with bf16 inside a quarter of them differ
+    assert (
+        y.dtype == torch.bfloat16 and (y == exact).float().mean() > 0.999
+    )  # with bf16 inside a quarter of them differ
 
 
 @pytest.mark.parametrize("cfg", [small_config(), small_config(rope_scaling=SCALING)])
@@ -63,8 +101,14 @@ def test_rope_is_a_complex_rotation(cfg):
     for b in range(2):
         for t in range(5):
             for i in range(4):  # pair (i, i + E/2) is one complex number
-                turned = torch.complex(x[b, t, :, i], x[b, t, :, i + 4]) * torch.exp(1j * positions[b, t] * freqs[i])
-                near(torch.complex(y[b, t, :, i], y[b, t, :, i + 4]), turned, 1e-4 if positions[b, t] == 1000 else 1e-5)
+                turned = torch.complex(x[b, t, :, i], x[b, t, :, i + 4]) * torch.exp(
+                    1j * positions[b, t] * freqs[i]
+                )
+                near(
+                    torch.complex(y[b, t, :, i], y[b, t, :, i + 4]),
+                    turned,
+                    1e-4 if positions[b, t] == 1000 else 1e-5,
+                )
 
 
 def test_rope_frequencies_by_hand():
@@ -118,7 +162,9 @@ def decode_slowly(model, ids):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_the_decoder_is_its_definition(kv_heads, kind):
-    model = random_model(LanguageModel, small_config(num_key_value_heads=kv_heads, model_type=kind, rms_norm_eps=0.1))
+    model = random_model(
+        LanguageModel, small_config(num_key_value_heads=kv_heads, model_type=kind, rms_norm_eps=0.1)
+    )
     assert any("k_proj.bias" in name for name, _ in model.named_parameters()) == (kind == "qwen2")
     ids = random_ids(2, 7)
     x = model.model(ids)
@@ -129,7 +175,10 @@ def test_the_decoder_is_its_definition(kv_heads, kind):
 def test_the_two_heads_are_norm_and_a_product():
     cfg = small_config(tie_word_embeddings=False, rms_norm_eps=0.1)
     x = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(0))
-    untied, tied = random_model(LanguageModel, cfg), random_model(LanguageModel, small_config(rms_norm_eps=0.1))
+    untied, tied = (
+        random_model(LanguageModel, cfg),
+        random_model(LanguageModel, small_config(rms_norm_eps=0.1)),
+    )
     scalar = random_model(ScalarModel, cfg)
     normed = [F.rms_norm(x, (20,), m.model.norm.weight, cfg.rms_norm_eps) for m in (untied, tied, scalar)]
     near(untied.logits(x), normed[0] @ untied.lm_head.weight.T)
@@ -165,7 +214,10 @@ def test_grouped_queries_are_repeated_heads():
 
 def test_a_sequence_alone_and_in_a_batch_is_the_same():
     model, policy = random_model(ScalarModel, small_config()), random_model(LanguageModel, small_config())
-    examples = [Example(random_ids(3 + i, seed=i).tolist(), random_ids(9 - 2 * i, seed=9 + i).tolist()) for i in range(4)]
+    examples = [
+        Example(random_ids(3 + i, seed=i).tolist(), random_ids(9 - 2 * i, seed=9 + i).tolist())
+        for i in range(4)
+    ]
     ids, mask = collate(examples)
     scores = model.scalars(model.model(ids))
     logprobs, entropy = token_logprobs(policy, ids, mask)
@@ -202,9 +254,13 @@ def test_what_stands_in_the_pad_slots_changes_nothing():
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logprobs_are_log_softmax_and_gather(temperature):
     policy = random_model(LanguageModel, small_config(tie_word_embeddings=False))
-    ids, mask = collate([Example([1, 2, 3], [4, 5, 28]), Example([6], [7, 0, 9, 10, 11]), Example([8, 8], [8])])
+    ids, mask = collate(
+        [Example([1, 2, 3], [4, 5, 28]), Example([6], [7, 0, 9, 10, 11]), Example([8, 8], [8])]
+    )
     logprobs, entropy = token_logprobs(policy, ids, mask, temperature)
-    assert logprobs.shape == entropy.shape == mask.shape and logprobs.requires_grad and not entropy.requires_grad
+    assert (
+        logprobs.shape == entropy.shape == mask.shape and logprobs.requires_grad and not entropy.requires_grad
+    )
     for b in range(3):
         for t in range(mask.shape[1]):
             if not mask[b, t]:
@@ -245,7 +301,9 @@ def test_sample_tokens_draws_from_the_distribution():
     uniforms = torch.rand(n, generator=torch.Generator().manual_seed(0))
     counts = sample_tokens(probs.expand(n, -1), uniforms).bincount(minlength=10)
     assert (counts[probs == 0] == 0).all()
-    assert chi_square(counts[probs > 0], probs[probs > 0]) < 20.5  # 5 degrees of freedom: one seed in 1000 is above
+    assert (
+        chi_square(counts[probs > 0], probs[probs > 0]) < 20.5
+    )  # 5 degrees of freedom: one seed in 1000 is above
 
 
 def test_sample_tokens_at_the_ends_of_the_unit_interval():
@@ -291,7 +349,10 @@ def test_generate_with_its_cache_is_the_full_forward(temperature, kv_heads, monk
     assert truncated == [r[-1] not in stop_ids for r in responses]
     if temperature:
         assert len(drops) >= 2 and len({len(r) for r in responses}) >= 4  # rows really left the cache
-    assert generate(policy, prompts, 12, stop_ids, temperature, seed=5, batch_size=3) == (responses, truncated)
+    assert generate(policy, prompts, 12, stop_ids, temperature, seed=5, batch_size=3) == (
+        responses,
+        truncated,
+    )
     if temperature:
         assert generate(policy, prompts, 12, stop_ids, temperature, seed=6)[0] != responses
 
@@ -314,7 +375,15 @@ def counting_policy():
 def test_each_stop_id_ends_an_answer_and_belongs_to_it(temperature):
     prompts = [[5], [3, 9, 10], [13, 0], [4], [9, 8], [1, 2, 3], [13]]  # a stop id in a prompt ends nothing
     responses, truncated = generate(counting_policy(), prompts, 5, [9, 13], temperature)
-    assert responses == [[6, 7, 8, 9], [11, 12, 13], [1, 2, 3, 4, 5], [5, 6, 7, 8, 9], [9], [4, 5, 6, 7, 8], [14, 15, 0, 1, 2]]
+    assert responses == [
+        [6, 7, 8, 9],
+        [11, 12, 13],
+        [1, 2, 3, 4, 5],
+        [5, 6, 7, 8, 9],
+        [9],
+        [4, 5, 6, 7, 8],
+        [14, 15, 0, 1, 2],
+    ]
     assert truncated == [False, False, True, False, False, True, True]
 
 
@@ -353,8 +422,14 @@ def test_initial_weights_are_a_function_of_seed_and_name():
     model = init_weights(build_model(LanguageModel, cfg, Grid()), 7)
     torch.manual_seed(123)  # the global generator plays no part
     assert same_parameters(model, init_weights(build_model(LanguageModel, cfg, Grid()), 7))
-    deeper = init_weights(build_model(ScalarModel, small_config(model_type="qwen2", hidden_size=64, intermediate_size=160,
-                                                                num_hidden_layers=3), Grid()), 7)  # fmt: skip
+    deeper = init_weights(
+        build_model(
+            ScalarModel,
+            small_config(model_type="qwen2", hidden_size=64, intermediate_size=160, num_hidden_layers=3),
+            Grid(),
+        ),
+        7,
+    )
     other = dict(init_weights(build_model(LanguageModel, cfg, Grid()), 8).named_parameters())
     deeper = dict(deeper.named_parameters())
     seen = []
@@ -380,12 +455,16 @@ def test_initial_weights_are_a_function_of_seed_and_name():
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("Model", [LanguageModel, ScalarModel])
 def test_save_and_load_is_bit_equal(tmp_path, Model, tied, kind, max_shard_bytes):
-    cfg = small_config(tie_word_embeddings=tied, model_type=kind, rope_scaling=SCALING if tied else None, rope_theta=5e5)
+    cfg = small_config(
+        tie_word_embeddings=tied, model_type=kind, rope_scaling=SCALING if tied else None, rope_theta=5e5
+    )
     model = random_model(Model, cfg)
     save_model(model, tmp_path, max_shard_bytes)
     loaded = load_model(Model, tmp_path, Grid())
     assert same_parameters(model, loaded)
-    assert loaded.cfg == (cfg if Model is LanguageModel else small_config(**{**vars(cfg), "tie_word_embeddings": False}))
+    assert loaded.cfg == (
+        cfg if Model is LanguageModel else small_config(**{**vars(cfg), "tie_word_embeddings": False})
+    )
     ids = random_ids(2, 30)
     assert torch.equal(model.model(ids), loaded.model(ids))
     shards = sorted(tmp_path.glob("*.safetensors"))
@@ -422,7 +501,10 @@ def test_a_tied_language_model_may_bring_a_copy_of_its_head(tmp_path):
     policy = random_model(LanguageModel, small_config())
     save_model(policy, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors")
+    save_file(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        tmp_path / "model.safetensors",
+    )
     assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), policy)
 
 
@@ -440,7 +522,11 @@ DAMAGES = {
     "missing lm_head": (LanguageModel, lambda tensors: tensors.pop("lm_head.weight"), "lm_head.weight"),
     "extra": (LanguageModel, put("model.norm.bias", lambda _: torch.zeros(20)), "model.norm.bias"),
     "extra lm_head": (ScalarModel, put("lm_head.weight", lambda _: torch.zeros(29, 20)), "lm_head.weight"),
-    "a layer too many": (LanguageModel, put("model.layers.2.mlp.up_proj.weight", lambda _: torch.zeros(28, 20)), "layers.2"),
+    "a layer too many": (
+        LanguageModel,
+        put("model.layers.2.mlp.up_proj.weight", lambda _: torch.zeros(28, 20)),
+        "layers.2",
+    ),
     "transposed": (LanguageModel, put(GATE, lambda t: t.T.contiguous()), GATE),
     "flat": (LanguageModel, put(GATE, lambda t: t.flatten()), GATE),
     "one row": (LanguageModel, put(GATE, lambda t: t[:1].clone()), GATE),  # copy_ would broadcast it
@@ -506,15 +592,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         index.write_text(broken)
         assert str(index) in refusal()
     config = tmp_path / "config.json"
-    for broken in ("", "[1]", '{"model_type": "llama"}', "[" * 100_000, '{"model_type": "llama", "rope_scaling": "linear"}',
-                   '{"model_type": "llama", "rope_parameters": [1]}'):  # fmt: skip
+    for broken in (
+        "",
+        "[1]",
+        '{"model_type": "llama"}',
+        "[" * 100_000,
+        '{"model_type": "llama", "rope_scaling": "linear"}',
+        '{"model_type": "llama", "rope_parameters": [1]}',
+    ):
         config.write_text(broken)
         assert str(config) in refusal()
 
 
 def test_a_model_of_the_other_kind_is_refused(tmp_path):
     save_model(random_model(ScalarModel, small_config()), tmp_path)
-    with pytest.raises(ValueError, match="config.json says .*LlamaForTokenClassification.*; expected a language model"):
+    with pytest.raises(
+        ValueError, match="config.json says .*LlamaForTokenClassification.*; expected a language model"
+    ):
         load_model(LanguageModel, tmp_path, Grid())
     raw = json.loads((tmp_path / "config.json").read_text())
     for classes in (None, [], ["LlamaForSequenceClassification"], ["LlamaModel"], "LlamaModel", 5, [None]):
@@ -543,7 +637,11 @@ def memory_of_loading(directory, cfg, dtype, ranks):
     save_model(model, directory)
     size = 4 * sum(p.numel() for p in model.parameters())
     del model, param
-    start = lambda rank: subprocess.Popen([sys.executable, "-c", LOADER, Path(__file__).parents[1], directory, str(rank)], stdout=subprocess.PIPE, text=True)
+    start = lambda rank: subprocess.Popen(
+        [sys.executable, "-c", LOADER, Path(__file__).parents[1], directory, str(rank)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     return [tuple(map(int, process.communicate()[0].split())) for process in list(map(start, ranks))], size
 
 
@@ -552,11 +650,15 @@ linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memor
 
 @linux
 def test_loading_takes_a_share_of_the_model_and_one_tensor(tmp_path):
-    cfg = small_config(hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, head_dim=64)
+    cfg = small_config(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8, head_dim=64
+    )
     found, size = memory_of_loading(tmp_path, cfg, torch.float32, [1])
     assert size > 90e6
     ((before, peak),) = found
-    assert 0.45 * size < peak - before < 0.6 * size  # a file that stays open while it is read would make it the whole size
+    assert (
+        0.45 * size < peak - before < 0.6 * size
+    )  # a file that stays open while it is read would make it the whole size
 
 
 @linux
@@ -570,6 +672,7 @@ def test_loading_a_1b_model(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ adapters
+
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -592,16 +695,25 @@ def test_adapters_start_as_the_base_and_leave_it_alone(Model):
     assert torch.equal(model.model(ids), expected)
     model.model(ids).square().sum().backward()
     learns = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert set(learns) - {"score.weight"} == {f"model.layers.{i}.{'mlp' if j > 3 else 'self_attn'}.{name}.lora_{x}"
-                                              for i in range(2) for j, name in enumerate(SEVEN) for x in "AB"}  # fmt: skip
+    assert set(learns) - {"score.weight"} == {
+        f"model.layers.{i}.{'mlp' if j > 3 else 'self_attn'}.{name}.lora_{x}"
+        for i in range(2)
+        for j, name in enumerate(SEVEN)
+        for x in "AB"
+    }
     assert ("score.weight" in learns) == (Model is ScalarModel)
     for name, param in learns.items():
         if "lora" in name:
             assert param.dtype == param.grad.dtype == torch.float32
-            assert ("lora_B" in name) == (param == 0).all().item() == (param.grad != 0).any().item()  # A learns once B is not 0
+            assert (
+                ("lora_B" in name) == (param == 0).all().item() == (param.grad != 0).any().item()
+            )  # A learns once B is not 0
             param.data.normal_()
     assert not torch.equal(model.model(ids), expected) and torch.equal(base.model(ids), expected)
-    assert all(p.data_ptr() == dict(model.named_parameters())[n].data_ptr() and torch.equal(p, before[n]) for n, p in base.named_parameters())
+    assert all(
+        p.data_ptr() == dict(model.named_parameters())[n].data_ptr() and torch.equal(p, before[n])
+        for n, p in base.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
@@ -632,11 +744,19 @@ def test_peft_reads_our_adapters(tmp_path, Model, kind):
     save_model(policy, tmp_path / "base")
     model = with_adapters(load_model(Model, tmp_path / "base", Grid()), alpha=6)
     save_adapter(model, tmp_path / "adapter", tmp_path / "base")
-    Auto = peft.AutoPeftModelForCausalLM if Model is LanguageModel else peft.AutoPeftModelForTokenClassification
+    Auto = (
+        peft.AutoPeftModelForCausalLM if Model is LanguageModel else peft.AutoPeftModelForTokenClassification
+    )
     more = {} if Model is LanguageModel else {"num_labels": 1}
     theirs, ids = Auto.from_pretrained(tmp_path / "adapter", **more).eval(), random_ids(2, 30)
-    assert isinstance(theirs.base_model.model, transformers.PreTrainedModel) and theirs.active_peft_config.r == 3
-    ours = model.logits(model.model(ids)) if Model is LanguageModel else model.scalars(model.model(ids)).unsqueeze(-1)
+    assert (
+        isinstance(theirs.base_model.model, transformers.PreTrainedModel) and theirs.active_peft_config.r == 3
+    )
+    ours = (
+        model.logits(model.model(ids))
+        if Model is LanguageModel
+        else model.scalars(model.model(ids)).unsqueeze(-1)
+    )
     near(theirs(ids).logits.detach(), ours.detach(), 2e-4)
 
 
@@ -644,14 +764,25 @@ def test_peft_reads_our_adapters(tmp_path, Model, kind):
 
 
 def test_config_in_the_old_form_and_with_rope_parameters():
-    expected = ModelConfig(100, 64, 96, 3, 8, 2, 8, 1e-5, 5e5, RopeScaling(8.0, 1.0, 4.0, 8192), False, 2048, "llama")
+    expected = ModelConfig(
+        100, 64, 96, 3, 8, 2, 8, 1e-5, 5e5, RopeScaling(8.0, 1.0, 4.0, 8192), False, 2048, "llama"
+    )
     assert ModelConfig.from_dict({**RAW, "rope_theta": 5e5, "rope_scaling": LLAMA3}) == expected
     assert ModelConfig.from_dict({**RAW, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}) == expected
     assert ModelConfig.from_dict({**RAW, "rope_theta": 5e5, "rope_parameters": LLAMA3}) == expected
     plain = ModelConfig(100, 64, 96, 3, 8, 2, 16, 1e-5, 5e5, None, True, 4096, "qwen2")
-    shared = {**RAW, "model_type": "qwen2", "head_dim": 16, "tie_word_embeddings": True, "max_position_embeddings": 4096}
+    shared = {
+        **RAW,
+        "model_type": "qwen2",
+        "head_dim": 16,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 4096,
+    }
     assert ModelConfig.from_dict({**shared, "rope_theta": 5e5, "rope_scaling": None}) == plain
-    assert ModelConfig.from_dict({**shared, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}) == plain
+    assert (
+        ModelConfig.from_dict({**shared, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
+        == plain
+    )
 
 
 def test_config_defaults_are_transformers_own():
@@ -660,7 +791,9 @@ def test_config_defaults_are_transformers_own():
     assert cfg == ModelConfig(100, 64, 96, 3, 8, 8, 8, 1e-6, 10000.0, None, False, 2048, "llama")
 
 
-@pytest.mark.parametrize("cfg", [small_config(), small_config(rope_scaling=SCALING, tie_word_embeddings=False, model_type="qwen2")])
+@pytest.mark.parametrize(
+    "cfg", [small_config(), small_config(rope_scaling=SCALING, tie_word_embeddings=False, model_type="qwen2")]
+)
 def test_config_round_trip(cfg):
     raw = json.loads(json.dumps(cfg.to_dict("lm")))
     assert ModelConfig.from_dict(raw) == cfg
@@ -671,17 +804,29 @@ def test_config_round_trip(cfg):
     assert score["num_labels"] == 1 and not score["tie_word_embeddings"]
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"model_type": "mistral"}, "mistral"), ({"model_type": None}, "model_type"),
-    ({"quantization_config": {"bits": 4}}, "quantised"), ({"hidden_act": "gelu"}, "gelu"), ({"mlp_bias": True}, "mlp_bias"),
-    ({"attention_bias": True}, "attention_bias"), ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"), ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
-    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
-    ({"rope_scaling": {k: LLAMA3[k] for k in LLAMA3 if k != "factor"}}, "factor"),
-    ({"vocab_size": None}, "number"), ({"hidden_size": "wide"}, "wide"), ({"num_hidden_layers": 0}, "positive"),
-    ({"num_attention_heads": 0}, "zero"), ({"num_key_value_heads": 3}, "groups"), ({"head_dim": 7}, "even"),
-    ({"intermediate_size": -96}, "positive"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"model_type": "mistral"}, "mistral"),
+        ({"model_type": None}, "model_type"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "sliding"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
+        ({"rope_scaling": {k: LLAMA3[k] for k in LLAMA3 if k != "factor"}}, "factor"),
+        ({"vocab_size": None}, "number"),
+        ({"hidden_size": "wide"}, "wide"),
+        ({"num_hidden_layers": 0}, "positive"),
+        ({"num_attention_heads": 0}, "zero"),
+        ({"num_key_value_heads": 3}, "groups"),
+        ({"head_dim": 7}, "even"),
+        ({"intermediate_size": -96}, "positive"),
+    ],
+)
 def test_configs_that_would_go_wrong_are_refused(change, reason):
     ModelConfig.from_dict(RAW)
     with pytest.raises(ValueError, match=reason):
@@ -696,10 +841,17 @@ def test_a_missing_size_is_named():
 # ------------------------------------------------------------------------------------------------ transformers
 
 
-@pytest.mark.parametrize("cfg", [
-    small_config(), small_config(tie_word_embeddings=False, rope_theta=5e5), small_config(rope_scaling=SCALING),
-    small_config(model_type="qwen2"), small_config(model_type="qwen2", tie_word_embeddings=False, rms_norm_eps=1e-3),
-], ids=["tied", "untied", "llama3", "qwen2", "qwen2-untied"])  # fmt: skip
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        small_config(),
+        small_config(tie_word_embeddings=False, rope_theta=5e5),
+        small_config(rope_scaling=SCALING),
+        small_config(model_type="qwen2"),
+        small_config(model_type="qwen2", tie_word_embeddings=False, rms_norm_eps=1e-3),
+    ],
+    ids=["tied", "untied", "llama3", "qwen2", "qwen2-untied"],
+)
 def test_transformers_gives_the_same_numbers(tmp_path, cfg):
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(**cfg.to_dict("lm"))
@@ -729,7 +881,9 @@ def test_transformers_reads_our_reward_model_and_we_read_its(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
     ours = random_model(ScalarModel, small_config(model_type=kind))
     save_model(ours, tmp_path)
-    theirs, info = transformers.AutoModelForTokenClassification.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = transformers.AutoModelForTokenClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ids = random_ids(2, 30)
     with torch.no_grad():

@@ -1,4 +1,5 @@
 """The fast paths against the plain ones: packed rows, chunked log-probabilities, recomputed blocks, refilled slots."""
+
 import itertools
 import json
 from functools import partial
@@ -8,14 +9,25 @@ import pytest
 import torch
 from conftest import near, random_ids, random_model, small_config
 
-from support import tokenizers
 from classroom import bench
 from data import Example, collate, spans
-from model import LanguageModel, Packed, ScalarModel, add_lora, at_actions, at_states, causal_attention, response_log_softmax, rope_frequencies, sample_tokens, token_logprobs
-from support.sampling import KVCache, generate
+from model import (
+    LanguageModel,
+    Packed,
+    ScalarModel,
+    add_lora,
+    at_actions,
+    at_states,
+    causal_attention,
+    response_log_softmax,
+    rope_frequencies,
+    sample_tokens,
+    token_logprobs,
+)
 from parallel import Grid, linear
-from support.sampling import REORDERS, reordered_weights
 from qrm import masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
+from support import tokenizers
+from support.sampling import REORDERS, KVCache, generate, reordered_weights
 from support.settings import Reward
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
@@ -36,7 +48,15 @@ def test_the_layout_by_hand():
     packed = Packed.of(*collate(EXAMPLES[:3]))
     assert packed.ids.tolist() == [[5, 6, 7, 1, 2, 3, 4, 9, 8, 1, 2]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 3, 0, 1, 2]]
-    assert packed.states.tolist() == [2, 3, 4, 5, 2, 8, 9]  # the first token of both answers is said after the 7
+    assert packed.states.tolist() == [
+        2,
+        3,
+        4,
+        5,
+        2,
+        8,
+        9,
+    ]  # the first token of both answers is said after the 7
     assert packed.actions.tolist() == [3, 4, 5, 6, 7, 9, 10]
 
 
@@ -64,13 +84,17 @@ def test_spans_by_hand():
 def test_packed_is_each_row_alone(kind):
     model = random_model(ScalarModel, small_config(model_type=kind))
     ids, mask = collate(EXAMPLES)
-    weights = torch.randn(ids.shape[0], ids.shape[1] - 1, model.cfg.hidden_size, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(
+        ids.shape[0], ids.shape[1] - 1, model.cfg.hidden_size, generator=torch.Generator().manual_seed(0)
+    )
     for fast, shift in ((at_states, 0), (at_actions, 1)):
         x = fast(model, ids, mask)
         found = gradients((x * weights[mask]).sum(), model)
         alone, loss = [], 0.0
         for i, (prompt, response) in enumerate(EXAMPLES):
-            rows = model.model(torch.tensor([prompt + response]))[0, len(prompt) - 1 + shift : len(prompt) - 1 + shift + len(response)]
+            rows = model.model(torch.tensor([prompt + response]))[
+                0, len(prompt) - 1 + shift : len(prompt) - 1 + shift + len(response)
+            ]
             alone.append(rows)
             loss = loss + (rows * weights[i][mask[i]]).sum()
         near(x, torch.cat(alone))
@@ -91,7 +115,10 @@ def test_the_loss_of_packed_pairs_is_the_plain_one():
 def test_a_neighbour_changes_nothing():
     model, policy = random_model(ScalarModel, small_config()), random_model(LanguageModel, small_config())
     other = [*EXAMPLES[:2], Example([28], [27, 26]), Example([28], [25]), *EXAMPLES[4:]]
-    found = [(response_scores(model, *collate(rows)), token_logprobs(policy, *collate(rows))[0]) for rows in (EXAMPLES, other)]
+    found = [
+        (response_scores(model, *collate(rows)), token_logprobs(policy, *collate(rows))[0])
+        for rows in (EXAMPLES, other)
+    ]
     for before, after in zip(*found):
         for i in (0, 1, 5):
             assert torch.equal(before[i], after[i])
@@ -130,7 +157,10 @@ def test_log_probabilities_in_chunks(rows, tied):
 
 
 def test_logits_out_of_range_are_finite():
-    policy, (ids, mask) = random_model(LanguageModel, small_config(tie_word_embeddings=False)), collate(EXAMPLES)
+    policy, (ids, mask) = (
+        random_model(LanguageModel, small_config(tie_word_embeddings=False)),
+        collate(EXAMPLES),
+    )
     policy.lm_head.weight.data *= 1e4
     logprobs, entropy = token_logprobs(policy, ids, mask)
     assert torch.isfinite(logprobs).all() and (logprobs <= 0).all() and (entropy.abs() < 1e-3).all()
@@ -138,7 +168,10 @@ def test_logits_out_of_range_are_finite():
 
 
 def test_a_frozen_head_gets_no_gradient():
-    policy, (ids, mask) = random_model(LanguageModel, small_config(tie_word_embeddings=False)), collate(EXAMPLES)
+    policy, (ids, mask) = (
+        random_model(LanguageModel, small_config(tie_word_embeddings=False)),
+        collate(EXAMPLES),
+    )
     policy.lm_head.weight.requires_grad_(False)
     token_logprobs(policy, ids, mask)[0].sum().backward()
     assert policy.lm_head.weight.grad is None and policy.model.norm.weight.grad.abs().max() > 0
@@ -150,7 +183,10 @@ def test_a_frozen_head_gets_no_gradient():
 def kept_bytes(work, model):
     """What autograd keeps from the forward for the backward, weights apart."""
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage().nbytes(), x))[1], lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage().nbytes(), x))[1],
+        lambda x: x,
+    ):
         loss = work()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     return loss, sum(n for place, (n, _) in kept.items() if place not in weights)
@@ -172,7 +208,10 @@ def test_remat_trades_memory_for_time():
 def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary():
     sizes = []
     for vocab in (29, 2900):
-        policy, (ids, mask) = random_model(LanguageModel, small_config(vocab_size=vocab, tie_word_embeddings=False)), collate(EXAMPLES)
+        policy, (ids, mask) = (
+            random_model(LanguageModel, small_config(vocab_size=vocab, tie_word_embeddings=False)),
+            collate(EXAMPLES),
+        )
         sizes.append(kept_bytes(lambda: token_logprobs(policy, ids, mask)[0].sum(), policy)[1])
     assert sizes[0] == sizes[1]
 
@@ -182,16 +221,35 @@ def test_a_pair_reads_its_prompt_once():
     assert bench.share_of_tokens([(Example(prompt, [1] * 15), Example(prompt, [2] * 5))]) == 40 / 60
 
 
-GSM8K = next((p / "data" / "gsm8k" for p in (Path(__file__).parents[1], Path(__file__).parents[2] / "shared") if (p / "data" / "gsm8k").exists()), None)
+GSM8K = next(
+    (
+        p / "data" / "gsm8k"
+        for p in (Path(__file__).parents[1], Path(__file__).parents[2] / "shared")
+        if (p / "data" / "gsm8k").exists()
+    ),
+    None,
+)
 
 
 @pytest.mark.skipif(GSM8K is None, reason="needs data/gsm8k/pairs_test.jsonl")
 def test_a_pair_of_gsm8k_costs_at_most_083_of_its_tokens():
     """With the recipe's chat template, whose 35 tokens belong to the prompt, and a token for each of the frequent words."""
-    rows = [json.loads(line) for line in (GSM8K / "pairs_test.jsonl").read_text(encoding="utf-8").split("\n") if line]
-    tokenizer = tokenizers.build_tokenizer(common_words(" ".join(row[k] for row in rows for k in ("instruction", "chosen", "rejected"))))
+    rows = [
+        json.loads(line)
+        for line in (GSM8K / "pairs_test.jsonl").read_text(encoding="utf-8").split("\n")
+        if line
+    ]
+    tokenizer = tokenizers.build_tokenizer(
+        common_words(" ".join(row[k] for row in rows for k in ("instruction", "chosen", "rejected")))
+    )
     chat = [0] * 35
-    pairs = [tuple(Example(chat + tokenizer.encode_prompt(row["instruction"]), tokenizer.encode_response(row[k])) for k in ("chosen", "rejected")) for row in rows]
+    pairs = [
+        tuple(
+            Example(chat + tokenizer.encode_prompt(row["instruction"]), tokenizer.encode_response(row[k]))
+            for k in ("chosen", "rejected")
+        )
+        for row in rows
+    ]
     assert 0.75 < bench.share_of_tokens(pairs) <= 0.83
 
 
@@ -199,7 +257,11 @@ def common_words(text):
     import collections
     import re
 
-    return [word for word, _ in collections.Counter(re.findall(r" ?[^\W\d_]+|[^\s\w]+", text)).most_common(3800) if len(word.encode()) > 1]
+    return [
+        word
+        for word, _ in collections.Counter(re.findall(r" ?[^\W\d_]+|[^\s\w]+", text)).most_common(3800)
+        if len(word.encode()) > 1
+    ]
 
 
 # ------------------------------------------------------------------------------------------------ sampling
@@ -208,8 +270,17 @@ def common_words(text):
 def watch(policy, monkeypatch):
     """-> (tokens read as prompts in each prefill, slots of each step)"""
     prefills, steps, prefill, step = [], [], KVCache.prefill, KVCache.step
-    monkeypatch.setattr(KVCache, "prefill", lambda self, model, prompts, slots: (prefills.append(len(prompts)), prefill(self, model, prompts, slots))[1])
-    monkeypatch.setattr(KVCache, "step", lambda self, model, tokens: (steps.append(len(tokens)), step(self, model, tokens))[1])
+    monkeypatch.setattr(
+        KVCache,
+        "prefill",
+        lambda self, model, prompts, slots: (
+            prefills.append(len(prompts)),
+            prefill(self, model, prompts, slots),
+        )[1],
+    )
+    monkeypatch.setattr(
+        KVCache, "step", lambda self, model, tokens: (steps.append(len(tokens)), step(self, model, tokens))[1]
+    )
     return prefills, steps
 
 
@@ -231,12 +302,22 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
 
     policy = random_model(LanguageModel, small_config())
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)]
-    expected = [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
+    expected = [
+        generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8)
+        for temperature in (1.0, 0.0)
+    ]
     monkeypatch.setattr("support.sampling.record", record)
     monkeypatch.setattr(KVCache, "graphs", True)
     monkeypatch.setattr(KVCache, "spare", 8)
-    assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
-    assert len(made) < len(played) / 2 and {width for _, width in made} == {8, 16, 24, 32} and len({slots for slots, _ in made}) > 1
+    assert expected == [
+        generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8)
+        for temperature in (1.0, 0.0)
+    ]
+    assert (
+        len(made) < len(played) / 2
+        and {width for _, width in made} == {8, 16, 24, 32}
+        and len({slots for slots, _ in made}) > 1
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -251,9 +332,16 @@ def test_cuda_graphs_sample_the_same_tokens(monkeypatch):
 
 def test_attention_may_answer_in_any_memory_layout(monkeypatch):
     """On CUDA, scaled_dot_product_attention returns (B, H, T, E) that lies in memory as (B, T, H, E)."""
-    policy, prompts = random_model(LanguageModel, small_config()), [random_ids(5, seed=1).tolist(), random_ids(3, seed=2).tolist()]
+    policy, prompts = (
+        random_model(LanguageModel, small_config()),
+        [random_ids(5, seed=1).tolist(), random_ids(3, seed=2).tolist()],
+    )
     expected, plain = generate(policy, prompts, 6, [], 0.0), torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **more: plain(*args, **more).transpose(1, 2).contiguous().transpose(1, 2))
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *args, **more: plain(*args, **more).transpose(1, 2).contiguous().transpose(1, 2),
+    )
     assert generate(policy, prompts, 6, [], 0.0) == expected
 
 
@@ -276,7 +364,10 @@ def test_what_sampling_leaves_behind_can_be_trained_with():
     rope_frequencies.cache_clear()
     policy = random_model(LanguageModel, small_config())
     generate(policy, [[3, 1]], 2, [], 0.0)
-    assert not rope_frequencies(policy.cfg, torch.device("cpu")).is_inference() and rope_frequencies.cache_info().currsize == 1
+    assert (
+        not rope_frequencies(policy.cfg, torch.device("cpu")).is_inference()
+        and rope_frequencies.cache_info().currsize == 1
+    )
     token_logprobs(policy, torch.tensor([[3, 1, 4]]), torch.ones(1, 2, dtype=torch.bool))[0].sum().backward()
 
 
@@ -302,8 +393,13 @@ def test_what_all_prompts_begin_with_is_read_once():
     template = random_ids(7, seed=1).tolist()
     prompts = [template + rest for rest in ([3, 1], [4], [4], [], [4, 1, 5, 9], [2, 6])]
     responses = generate(policy, prompts, 5, [], 0.0)[0]
-    assert read == [6 + 1 + 2 + 3 + 3 + 5] + 4 * [6]  # the template but its last token, then what is left of five different prompts
-    assert responses == [generate(policy, [prompt], 5, [], 0.0)[0][0] for prompt in prompts] and len(set(map(tuple, responses))) > 2
+    assert read == [6 + 1 + 2 + 3 + 3 + 5] + 4 * [
+        6
+    ]  # the template but its last token, then what is left of five different prompts
+    assert (
+        responses == [generate(policy, [prompt], 5, [], 0.0)[0][0] for prompt in prompts]
+        and len(set(map(tuple, responses))) > 2
+    )
 
 
 def test_the_cache_grows_with_its_longest_answer(monkeypatch):
@@ -319,7 +415,9 @@ def test_the_cache_grows_with_its_longest_answer(monkeypatch):
     monkeypatch.setattr(KVCache, "spare", 8)
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(6)]
     responses, _ = generate(policy, prompts, 2_000, [0], 1.0, seed=3, batch_size=3)
-    assert 40 < max(map(len, responses)) < 1_000 and all(used <= keys == values < used + 8 for used, keys, values in seen[:5])
+    assert 40 < max(map(len, responses)) < 1_000 and all(
+        used <= keys == values < used + 8 for used, keys, values in seen[:5]
+    )
     assert max(keys for _, keys, _ in seen) <= max(map(len, responses)) + 6 + 8
 
 
@@ -333,7 +431,10 @@ def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
             if "lora_B" in name:
                 torch.nn.init.constant_(param, 0.3)
     prompts, used, read = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)], [], set()
-    expected = [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
+    expected = [
+        generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8)
+        for temperature in (1.0, 0.0)
+    ]
 
     def spy(x, weight, bias=None):
         used.append(hasattr(weight, "reordered"))
@@ -343,17 +444,31 @@ def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
     monkeypatch.setattr("parallel.linear", spy)
     monkeypatch.setattr("model.linear", spy)
     monkeypatch.setattr("support.sampling.reordered_weights", partial(reordered_weights, at_least=1))
-    assert expected == [generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8) for temperature in (1.0, 0.0)]
-    assert all(used) and len(read) == 7 * policy.cfg.num_hidden_layers + 1 and not any(hasattr(p, "reordered") for p in policy.parameters())
+    assert expected == [
+        generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8)
+        for temperature in (1.0, 0.0)
+    ]
+    assert (
+        all(used)
+        and len(read) == 7 * policy.cfg.num_hidden_layers + 1
+        and not any(hasattr(p, "reordered") for p in policy.parameters())
+    )
 
 
 @pytest.mark.skipif(not REORDERS, reason="oneDNN lays out no weights here")
 def test_reordered_weights_are_left_behind_and_never_differentiated():
-    weight, small, half = (torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape, dtype in (((300, 256), None), ((8, 8), None), ((300, 256), torch.bfloat16)))
+    weight, small, half = (
+        torch.nn.Parameter(torch.randn(shape, dtype=dtype))
+        for shape, dtype in (((300, 256), None), ((8, 8), None), ((300, 256), torch.bfloat16))
+    )
     x, bias = torch.randn(3, 5, 256, requires_grad=True), torch.randn(300)
     expected = torch.nn.functional.linear(x, weight, bias)
     with pytest.raises(KeyError), reordered_weights([weight, weight, small, half]):
-        assert weight.reordered is not None and not hasattr(small, "reordered") and not hasattr(half, "reordered")
+        assert (
+            weight.reordered is not None
+            and not hasattr(small, "reordered")
+            and not hasattr(half, "reordered")
+        )
         with torch.no_grad():
             near(linear(x, weight, bias), expected)
             near(linear(x, weight), expected - bias)
@@ -373,7 +488,9 @@ def test_a_finished_slot_is_refilled(monkeypatch):
     assert generate(policy, prompts, 30, [0, 4, 9], 1.0, seed=3, batch_size=8) == everything
     assert sum(prefills) == 40 and len(prefills) > 5
     by_length = sorted(range(40), key=lambda i: (len(prompts[i]), prompts[i]))
-    waiting = sum(max(lengths[i] for i in by_length[a : a + 8]) for a in range(0, 40, 8))  # a batch waits for its longest answer
+    waiting = sum(
+        max(lengths[i] for i in by_length[a : a + 8]) for a in range(0, 40, 8)
+    )  # a batch waits for its longest answer
     assert len(steps) < 0.8 * waiting and max(steps) == 8
 
 
@@ -397,14 +514,22 @@ def test_sampled_and_scored_log_probabilities_agree():
     ids, mask = collate([Example(p, r) for p, r in zip(prompts, responses)])
     scored = token_logprobs(policy, ids, mask, 1.3)[0]
     uniforms = torch.rand(13, n, generator=torch.Generator().manual_seed(5))
-    sampled = torch.tensor(list(itertools.chain.from_iterable([drawn[u] for u in row[: len(r)].tolist()] for row, r in zip(uniforms, responses))))
+    sampled = torch.tensor(
+        list(
+            itertools.chain.from_iterable(
+                [drawn[u] for u in row[: len(r)].tolist()] for row, r in zip(uniforms, responses)
+            )
+        )
+    )
     ratio = (sampled - scored[mask]).abs().exp()
     assert ratio.mean() < 1 + 1e-5 and ratio.max() < 1 + 1e-4
 
 
 def test_a_plain_row_attends_as_before():
     """causal_attention is torch's, and what it says of one row does not depend on how many there are."""
-    q, k, v = (torch.randn(3, 5, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2))
+    q, k, v = (
+        torch.randn(3, 5, heads, 8, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2, 2)
+    )
     whole = causal_attention(0, q, k, v)
     for i in range(3):
         near(causal_attention(0, q[i : i + 1], k[i : i + 1], v[i : i + 1])[0], whole[i])

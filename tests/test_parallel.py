@@ -7,16 +7,28 @@ import os
 import subprocess
 import sys
 
+import made_checkpoints
+import parallel_worker as worker
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import one_update
 
-import made_checkpoints
-import parallel_worker as worker
 from data import collate
 from model import LanguageModel, ScalarModel
-from parallel import (ColumnLinear, Grid, Optimizer, RowLinear, all_reduce, all_sum, check_divisible, copy_to_tp,  # fmt: skip
-                      make_grid, reduce_from_tp, shard_range, update)
+from parallel import (
+    ColumnLinear,
+    Grid,
+    Optimizer,
+    RowLinear,
+    all_reduce,
+    all_sum,
+    check_divisible,
+    copy_to_tp,
+    make_grid,
+    reduce_from_tp,
+    shard_range,
+)
 from qrm import qrm_loss, token_scores
 
 # ------------------------------------------------------------------------------------------------ the grid
@@ -37,7 +49,7 @@ def test_one_process_needs_no_process_group(launcher):
         grid = make_grid(tp_size, "cpu")
         assert grid == Grid() and grid.is_main and not dist.is_initialized()
         assert all_reduce(x, grid.tp_group) is x and copy_to_tp(x, grid) is x and reduce_from_tp(x, grid) is x
-        assert all_sum([3, 2**53 - 1], grid) == [3, 2**53 - 1]
+        assert all_sum({"a": 3, "b": 2**53 - 1}, grid) == {"a": 3, "b": 2**53 - 1}
 
 
 @pytest.mark.parametrize("world, tp_size", [(1, 2), (6, 4), (2, 3)])
@@ -67,13 +79,16 @@ def test_shard_ranges_cover_in_order_and_differ_by_at_most_one():
             assert min(sizes) >= 0 and max(sizes) - min(sizes) <= 1
 
 
-@pytest.mark.parametrize("heads, kv_heads, ffn, works", [
-    (9, 3, 1536, [1, 3]),  # SmolLM2-135M: 9 does not divide 1536
-    (32, 8, 14336, [1, 2, 4, 8, 16, 32]),  # Llama-3.1-8B
-    (14, 2, 4864, [1, 2]),  # Qwen2.5-0.5B: 7 and 14 do not divide 4864
-    (12, 3, 24, [1, 3, 6, 12]),  # 2 and 4 would cut through a key/value head
-    (4, 1, 30, [1, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "heads, kv_heads, ffn, works",
+    [
+        (9, 3, 1536, [1, 3]),  # SmolLM2-135M: 9 does not divide 1536
+        (32, 8, 14336, [1, 2, 4, 8, 16, 32]),  # Llama-3.1-8B
+        (14, 2, 4864, [1, 2]),  # Qwen2.5-0.5B: 7 and 14 do not divide 4864
+        (12, 3, 24, [1, 3, 6, 12]),  # 2 and 4 would cut through a key/value head
+        (4, 1, 30, [1, 2]),
+    ],
+)
 def test_sizes_that_a_model_can_be_shared_by(heads, kv_heads, ffn, works):
     for tp_size in range(1, 40):
         if tp_size in works:
@@ -101,7 +116,9 @@ def test_slices_put_together_are_the_model(label, tp_size):
     for name, p in one.named_parameters():
         slices, dim = [dict(m.named_parameters())[name] for m in ranks], ranks[0].shard_dim(name)
         assert one.shard_dim(name) is None and ranks[0].full_shape(name, slices[0].shape) == tuple(p.shape)
-        assert all(torch.equal(x, p) for x in slices) if dim is None else torch.equal(torch.cat(slices, dim), p)
+        assert (
+            all(torch.equal(x, p) for x in slices) if dim is None else torch.equal(torch.cat(slices, dim), p)
+        )
         cut |= {name.split(".")[-2]} if dim is not None else set()
     few = {"k_proj", "v_proj"} if cfg.num_key_value_heads < tp_size else set()
     matrices = {name.split(".")[-2] for name, p in one.named_parameters() if p.dim() == 2}
@@ -136,7 +153,9 @@ def set_gradients(model, seed, scale=1.0):
 def test_optimizer_is_adamw_with_clipping(max_grad_norm):
     ours, theirs = tiny(), tiny()
     optimizer = Optimizer(ours, Grid(), 1.0, betas=(0.9, 0.95), weight_decay=0.1, max_grad_norm=max_grad_norm)
-    adamw = torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.95), weight_decay=0.1, foreach=False, fused=False)
+    adamw = torch.optim.AdamW(
+        theirs.parameters(), betas=(0.9, 0.95), weight_decay=0.1, foreach=False, fused=False
+    )
     for step, lr in enumerate((1e-2, 3e-3, 5e-2)):
         set_gradients(ours, step, scale=10.0**step), set_gradients(theirs, step, scale=10.0**step)
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_grad_norm or float("inf"))
@@ -154,10 +173,14 @@ def test_clipping_by_hand():
         model = tiny()
         optimizer = Optimizer(model, Grid(), 1e-2, max_grad_norm=limit)
         model.score.weight.grad = torch.zeros(1, 16)
-        model.score.weight.grad[0, :2] = torch.tensor([3.0, 4.0])  # the other parameters have no gradient: it counts as zero
+        model.score.weight.grad[0, :2] = torch.tensor(
+            [3.0, 4.0]
+        )  # the other parameters have no gradient: it counts as zero
         before = model.model.norm.weight.detach().clone()
         assert optimizer.step(1e-2) == 5.0
-        assert torch.allclose(optimizer.state_tensors()["exp_avg.score.weight"][0, :2], torch.tensor(expected), rtol=1e-5)
+        assert torch.allclose(
+            optimizer.state_tensors()["exp_avg.score.weight"][0, :2], torch.tensor(expected), rtol=1e-5
+        )
         assert torch.equal(model.model.norm.weight, before)
 
 
@@ -169,14 +192,19 @@ def test_fp32_masters_keep_steps_that_bf16_loses():
     adamw = torch.optim.AdamW(plain.parameters(), lr=1e-6, weight_decay=0.0)
     set_gradients(ours, 0), set_gradients(plain, 0)
     optimizer.step(1e-6), adamw.step()
-    moved = lambda new, old: sum((a != b).sum().item() for a, b in zip(new, old)) / sum(b.numel() for b in old)
+    moved = lambda new, old: (
+        sum((a != b).sum().item() for a, b in zip(new, old)) / sum(b.numel() for b in old)
+    )
     assert moved(optimizer.masters, masters) > 0.99
     assert moved(plain.parameters(), before) < 0.01
     for step in range(1, 300):  # small steps add up to one that bf16 can hold
         set_gradients(ours, 0), set_gradients(plain, 0)
         optimizer.step(1e-6), adamw.step()
     assert moved(ours.parameters(), before) > 10 * moved(plain.parameters(), before)
-    assert all(p.dtype == torch.bfloat16 and torch.equal(p, m.bfloat16()) for p, m in zip(ours.parameters(), optimizer.masters))
+    assert all(
+        p.dtype == torch.bfloat16 and torch.equal(p, m.bfloat16())
+        for p, m in zip(ours.parameters(), optimizer.masters)
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -224,7 +252,9 @@ def test_loaded_state_may_lie_in_memory_in_any_order():
     optimizers = [Optimizer(m, Grid(), 1e-2) for m in (ours, theirs)]
     set_gradients(ours, 0), optimizers[0].step(1e-2)
     state = {n: x.clone() for n, x in optimizers[0].state_tensors().items()}
-    optimizers[1].load_state_tensors({n: x.t().contiguous().t() if x.dim() == 2 else x for n, x in state.items()}, 1)
+    optimizers[1].load_state_tensors(
+        {n: x.t().contiguous().t() if x.dim() == 2 else x for n, x in state.items()}, 1
+    )
     set_gradients(ours, 1), set_gradients(theirs, 1)
     optimizers[0].step(1e-2), optimizers[1].step(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
@@ -240,7 +270,7 @@ def test_micro_batches_do_not_change_the_gradient(size):
     for parts in (worker.cut(pairs, size), [pairs]):
         model = tiny()
         optimizer = Optimizer(model, Grid(), 1e-2, max_grad_norm=0)
-        stats = update(optimizer, [(len(part), part) for part in parts], worker.pair_loss_fn(model), 1e-2)
+        stats = one_update(optimizer, [(len(part), part) for part in parts], worker.pair_loss_fn(model), 1e-2)
         found.append((stats, worker.moments(optimizer, model)))
     (stats, gradients), (stats1, gradients1) = found
     assert list(stats) == ["loss", "score_gap", "grad_norm"]
@@ -251,13 +281,20 @@ def test_micro_batches_do_not_change_the_gradient(size):
 def test_update_is_one_step_on_the_mean_loss():
     """The plain loss on all pairs, torch's norm and torch's AdamW; micro-batches of 3, 3 and 2."""
     pairs, ours, theirs = worker.made_up_pairs(8), tiny(), tiny()
-    stats = update(Optimizer(ours, Grid(), 1e-2), [(len(part), part) for part in worker.cut(pairs, 3)], worker.pair_loss_fn(ours), 1e-2)
+    stats = one_update(
+        Optimizer(ours, Grid(), 1e-2),
+        [(len(part), part) for part in worker.cut(pairs, 3)],
+        worker.pair_loss_fn(ours),
+        1e-2,
+    )
     ids, mask = collate([example for pair in pairs for example in pair])
     loss, more = qrm_loss(token_scores(theirs, ids), mask)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
     torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0).step()
-    assert stats == pytest.approx({"loss": loss.item(), "score_gap": more["score_gap"], "grad_norm": norm.item()}, rel=1e-5)
+    assert stats == pytest.approx(
+        {"loss": loss.item(), "score_gap": more["score_gap"], "grad_norm": norm.item()}, rel=1e-5
+    )
     assert max(far(a, b) for a, b in zip(ours.parameters(), theirs.parameters())) < 1e-5
 
 
@@ -273,9 +310,23 @@ def start(tmp_path_factory):
         directory = tmp_path_factory.mktemp(f"world{world}")
         if importlib.util.find_spec("transformers"):
             made_checkpoints.make(directory / "made", seed=world)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", worker.__file__, str(directory)]
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={world}",
+            worker.__file__,
+            str(directory),
+        ]
+        env = {
+            k: v
+            for k, v in os.environ.items()
+            if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        }
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         try:
             log, _ = process.communicate(timeout=600 if world == 8 else 180)
         except subprocess.TimeoutExpired:
@@ -287,7 +338,14 @@ def start(tmp_path_factory):
     return launch
 
 
-@pytest.mark.parametrize("world, name", [pytest.param(world, name, marks=[pytest.mark.slow] * (world == 8)) for world in worker.SHAPES for name in worker.names(world)])
+@pytest.mark.parametrize(
+    "world, name",
+    [
+        pytest.param(world, name, marks=[pytest.mark.slow] * (world == 8))
+        for world in worker.SHAPES
+        for name in worker.names(world)
+    ],
+)
 def test_on_several_processes(start, world, name):
     results, log = start(world)
     assert name in results, f"the processes did not get as far as this check:\n{log[-3000:]}"

@@ -1,4 +1,5 @@
 """PPO: the clip case by case, GAE against its definition, the critic's place, and the update against plain autograd."""
+
 import dataclasses
 import math
 
@@ -6,13 +7,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import near, random_ids, random_model, small_config
-from test_reinforce import MASK, NAN, STOP, Recorder, a_policy, a_rollout, config, gradient, grow, hand_made, poisoned, ragged, tensor
+from test_reinforce import (
+    MASK,
+    NAN,
+    STOP,
+    Recorder,
+    a_policy,
+    a_rollout,
+    config,
+    gradient,
+    grow,
+    hand_made,
+    poisoned,
+    ragged,
+    tensor,
+)
 
 from model import ScalarModel, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import explained_variance, gae, ppo_advantages, ppo_loss, ppo_step, state_values, value_loss
-from reinforce import collect_rollout, eos_to_mean, minibatches, reinforce_loss, standardize
 from reinforce import advantages as policy_advantages
+from reinforce import collect_rollout, eos_to_mean, minibatches, reinforce_loss, standardize
 
 
 def a_critic(seed=60, vocab=7):
@@ -47,7 +62,9 @@ def test_a_value_is_what_the_critic_says_of_the_state():
 # ------------------------------------------------------------------------------------------------ GAE
 
 
-@pytest.mark.parametrize("gamma, lam", [(0.9, 0.8), (1.0, 1.0), (0.5, 1.0), (1.0, 0.95), (0.9, 0.0), (0.0, 0.7)])
+@pytest.mark.parametrize(
+    "gamma, lam", [(0.9, 0.8), (1.0, 1.0), (0.5, 1.0), (1.0, 0.95), (0.9, 0.0), (0.0, 0.7)]
+)
 def test_gae_is_its_definition(gamma, lam):
     """A_t = sum_l (gamma lam)^l delta_(t+l), in O(T^2)"""
     rewards, values = grow(3, 6, seed=1), grow(3, 6, seed=2)
@@ -72,7 +89,9 @@ def test_gae_is_its_definition(gamma, lam):
 
 
 def test_gae_by_hand():
-    advantages, returns = gae(tensor([9, 1, 0, 2, 9]), tensor([9, 4, 2, 6, 9]), ragged((1, 4), width=5), 0.5, 0.5)
+    advantages, returns = gae(
+        tensor([9, 1, 0, 2, 9]), tensor([9, 4, 2, 6, 9]), ragged((1, 4), width=5), 0.5, 0.5
+    )
     # deltas 1 + 1 - 4 = -2, 0 + 3 - 2 = 1, 2 - 6 = -4; advantages -4, 1 - 1 = 0, -2 + 0 = -2
     assert advantages.tolist() == [[0, -2, 0, -4, 0]] and returns.tolist() == [[0, 2, 2, 2, 0]]
 
@@ -86,7 +105,9 @@ def test_ppo_advantages_of_token_rewards():
     z = (scores.double() - picked.mean()) / picked.std(correction=0) * MASK
     rollout = hand_made(poisoned(scores, MASK), kl=0.5)
     for weight in (1.0, 0.01):
-        found, targets = ppo_advantages(rollout, poisoned(values, MASK), config(kl_coef=0.3, baseline_weight=weight), Grid())
+        found, targets = ppo_advantages(
+            rollout, poisoned(values, MASK), config(kl_coef=0.3, baseline_weight=weight), Grid()
+        )
         near(found, (z - 0.15 - weight * values) * MASK, 1e-5)
         near(targets, z, 1e-5)  # the target knows nothing of the KL
     found, targets = ppo_advantages(rollout, values, config(standardize="none", eos_to_mean=True), Grid())
@@ -98,12 +119,18 @@ def test_ppo_advantages_of_rewards_at_the_ends():
     last, values = ragged((3, 4), (5, 6), (2, 3), width=6), grow(3, 6, seed=2)
     scores = tensor([0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 3], [0, 0, 5, 0, 0, 0])
     rollout = hand_made(scores, last, kl=0.5)
-    found, returns = ppo_advantages(rollout, values, config(advantage="gae", kl_coef=0.2, gamma=0.9, lam=0.5), Grid())
-    rewards = 1.5**0.5 * tensor([0, 0, 0, -1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]) - 0.1  # the ends are -1, 0, 1; the penalty is on all
+    found, returns = ppo_advantages(
+        rollout, values, config(advantage="gae", kl_coef=0.2, gamma=0.9, lam=0.5), Grid()
+    )
+    rewards = (
+        1.5**0.5 * tensor([0, 0, 0, -1, 0, 0], [0] * 6, [0, 0, 1, 0, 0, 0]) - 0.1
+    )  # the ends are -1, 0, 1; the penalty is on all
     expected = gae(rewards, values, MASK, 0.9, 0.5)
     near(found, expected[0], 1e-6)
     near(returns, expected[1], 1e-6)
-    assert found[0, 1] != 0 and not torch.allclose(found, policy_advantages(rollout, config(advantage="return", kl_coef=0.2), Grid()))
+    assert found[0, 1] != 0 and not torch.allclose(
+        found, policy_advantages(rollout, config(advantage="return", kl_coef=0.2), Grid())
+    )
     for changes in (dict(advantage="return"), dict(advantage="rloo", group_size=3)):
         cfg = config(kl_coef=0.2, **changes)
         found, targets = ppo_advantages(rollout, values, cfg, Grid())
@@ -116,20 +143,35 @@ def test_what_stands_outside_the_mask_changes_nothing(how):
     scores, values, cfg = grow(3, 6), grow(3, 6, seed=2), config(advantage=how, kl_coef=0.3, group_size=3)
     clean, dirty = hand_made(scores * MASK, kl=0.5), hand_made(poisoned(scores, MASK), kl=0.5)
     dirty.kl_k1 = poisoned(dirty.kl_k1, MASK)
-    for x, y in zip(ppo_advantages(clean, values * MASK, cfg, Grid()), ppo_advantages(dirty, poisoned(values, MASK), cfg, Grid())):
+    for x, y in zip(
+        ppo_advantages(clean, values * MASK, cfg, Grid()),
+        ppo_advantages(dirty, poisoned(values, MASK), cfg, Grid()),
+    ):
         assert torch.equal(x, y) and x[MASK].all() and not x[~MASK].any()
 
 
 # ------------------------------------------------------------------------------------------------ the losses
 
 
-@pytest.mark.parametrize("ratio, A, objective, slope, clipped", [
-    (1.5, 2.0, 2.4, 0.0, 1),  # good and already likelier than before by more than 20 %: nothing left to gain
-    (0.5, 2.0, 1.0, 1.0, 0),  # good but made less likely: pulled back
-    (1.5, -2.0, -3.0, -3.0, 0),  # bad but made likelier: pushed down
-    (0.5, -2.0, -1.6, 0.0, 1),  # bad and already pushed down
-    (1.1, 2.0, 2.2, 2.2, 0), (0.9, -2.0, -1.8, -1.8, 0), (1.5, 0.0, 0.0, 0.0, 0), (0.5, 0.0, 0.0, 0.0, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ratio, A, objective, slope, clipped",
+    [
+        (
+            1.5,
+            2.0,
+            2.4,
+            0.0,
+            1,
+        ),  # good and already likelier than before by more than 20 %: nothing left to gain
+        (0.5, 2.0, 1.0, 1.0, 0),  # good but made less likely: pulled back
+        (1.5, -2.0, -3.0, -3.0, 0),  # bad but made likelier: pushed down
+        (0.5, -2.0, -1.6, 0.0, 1),  # bad and already pushed down
+        (1.1, 2.0, 2.2, 2.2, 0),
+        (0.9, -2.0, -1.8, -1.8, 0),
+        (1.5, 0.0, 0.0, 0.0, 0),
+        (0.5, 0.0, 0.0, 0.0, 0),
+    ],
+)
 def test_the_cases_of_the_clip(ratio, A, objective, slope, clipped):
     old = tensor([-1.3])
     logprobs = (old + math.log(ratio)).requires_grad_()
@@ -176,14 +218,23 @@ def test_at_ratio_1_the_gradient_is_reinforces():
 
 def test_far_ratios_stay_finite():
     logprobs = tensor([-200, -0.1]).requires_grad_()
-    loss, stats = ppo_loss(logprobs, tensor([-0.1, -200]), tensor([1, -1]), torch.ones(1, 2, dtype=torch.bool), 0.2)
+    loss, stats = ppo_loss(
+        logprobs, tensor([-0.1, -200]), tensor([1, -1]), torch.ones(1, 2, dtype=torch.bool), 0.2
+    )
     loss.backward()
-    assert math.isfinite(loss.item()) and math.isfinite(stats["ratio_max"]) and torch.isfinite(logprobs.grad).all()
+    assert (
+        math.isfinite(loss.item())
+        and math.isfinite(stats["ratio_max"])
+        and torch.isfinite(logprobs.grad).all()
+    )
 
 
 def test_value_loss_by_hand():
     values = tensor([NAN, 1, 2, NAN], [3, NAN, NAN, NAN]).requires_grad_()
-    targets, mask = tensor([NAN, 3, 2, NAN], [0, NAN, NAN, NAN]).requires_grad_(), ragged((1, 3), (0, 1), width=4)
+    targets, mask = (
+        tensor([NAN, 3, 2, NAN], [0, NAN, NAN, NAN]).requires_grad_(),
+        ragged((1, 3), (0, 1), width=4),
+    )
     loss, stats = value_loss(values, targets, mask)
     assert loss.item() == pytest.approx((4 + 0 + 9) / 3) and stats == {}
     loss.backward()
@@ -209,13 +260,17 @@ def test_explained_variance_is_numpys():
 @pytest.mark.parametrize("kl", ["k1", "exact"])
 def test_the_first_ratio_is_exactly_1(kl):
     policy, critic = a_policy(), a_critic()
-    cfg = config(temperature=0.7, kl=kl, kl_coef=0.1, batch_size=11, micro_tokens=25, max_new_tokens=12)  # a few rows of different lengths each
+    cfg = config(
+        temperature=0.7, kl=kl, kl_coef=0.1, batch_size=11, micro_tokens=25, max_new_tokens=12
+    )  # a few rows of different lengths each
     rollout = a_rollout(policy, cfg, n=11)
     assert len({rollout.rows(a, b).ids.shape for a, b in minibatches(rollout.lengths(), cfg)[0]}) > 2
     optimizers = [Optimizer(m, Grid(), lr=0.01) for m in (policy, critic)]
     stats = ppo_step(policy, critic, *optimizers, rollout, cfg, lr=0.01, critic_lr=0.01)
     assert stats["ratio_max"] == 1.0 and stats["clip_frac"] == 0.0
-    stats = ppo_step(policy, critic, *optimizers, rollout, cfg, lr=0.01, critic_lr=0.01)  # now the policy has moved
+    stats = ppo_step(
+        policy, critic, *optimizers, rollout, cfg, lr=0.01, critic_lr=0.01
+    )  # now the policy has moved
     assert stats["ratio_max"] > 1.01
 
 
@@ -225,7 +280,9 @@ def test_both_gradients_do_not_depend_on_micro_batches(minibatch, advantage):
     cfg = config(temperature=0.7, kl_coef=0.1, minibatch=minibatch, advantage=advantage, gamma=0.9)
     rollout, grid = a_rollout(policy, cfg), Grid()
     mask = rollout.response_mask
-    rollout.old_logprobs += 0.2 * grow(*mask.shape, seed=5) * mask  # some ratios are outside the clip, some inside
+    rollout.old_logprobs += (
+        0.2 * grow(*mask.shape, seed=5) * mask
+    )  # some ratios are outside the clip, some inside
     values = critic.scalars(critic.model(rollout.ids[:, :-1]))  # no cut, no trimming
     weights, returns = ppo_advantages(rollout, values.detach(), cfg, grid)
     expected, value_expected, clipped, losses, value_losses = [], [], 0, [], []
@@ -234,7 +291,9 @@ def test_both_gradients_do_not_depend_on_micro_batches(minibatch, advantage):
         log_pi = (policy.logits(policy.model(rollout.ids[rows, :-1])) / 0.7).log_softmax(-1)
         ratio = (log_pi.gather(-1, rollout.ids[rows, 1:, None])[..., 0] - rollout.old_logprobs[rows]).exp()
         A, on = weights[rows], mask[rows]
-        objective = torch.where(A > 0, A * ratio.clamp(max=1.2), A * ratio.clamp(min=0.8))  # the clip, said differently
+        objective = torch.where(
+            A > 0, A * ratio.clamp(max=1.2), A * ratio.clamp(min=0.8)
+        )  # the clip, said differently
         losses.append(-objective[on].mean())
         expected.append(gradient(losses[-1], policy))
         value_losses.append(torch.nn.functional.mse_loss(values[rows][on], returns[rows][on]))
@@ -243,14 +302,26 @@ def test_both_gradients_do_not_depend_on_micro_batches(minibatch, advantage):
     assert 0.1 < clipped < 0.5
     for micro_tokens in (1, 12, 30, 1000):
         optimizers = Recorder(policy), Recorder(critic)
-        stats = ppo_step(policy, critic, *optimizers, rollout, dataclasses.replace(cfg, micro_tokens=micro_tokens), lr=0.0, critic_lr=0.0)
+        stats = ppo_step(
+            policy,
+            critic,
+            *optimizers,
+            rollout,
+            dataclasses.replace(cfg, micro_tokens=micro_tokens),
+            lr=0.0,
+            critic_lr=0.0,
+        )
         for optimizer, wanted in zip(optimizers, (expected, value_expected)):
             assert len(optimizer.seen) == len(wanted)
             for found, g in zip(optimizer.seen, wanted):
                 assert (found - g).norm() <= 1e-6 * g.norm()
         mean = lambda xs: sum(x.item() for x in xs) / len(xs)
-        known = {"loss": mean(losses), "value_loss": mean(value_losses), "clip_frac": clipped,
-                 "explained_variance": explained_variance(values.detach(), returns, mask, grid)}  # fmt: skip
+        known = {
+            "loss": mean(losses),
+            "value_loss": mean(value_losses),
+            "clip_frac": clipped,
+            "explained_variance": explained_variance(values.detach(), returns, mask, grid),
+        }
         assert {k: stats[k] for k in known} == pytest.approx(known, rel=1e-5, abs=1e-7)
         if not minibatch:
             assert stats["ratio_max"] == pytest.approx(ratio[mask].max().item(), rel=1e-5)
@@ -283,7 +354,9 @@ def test_ppo_learns_to_say_a_token():
     cfg, chances = config(batch_size=64, group_size=64, max_new_tokens=1, ppo_epochs=2), []
     optimizers = [Optimizer(m, Grid(), lr=0.01) for m in (policy, critic)]
     for step in range(12):
-        rollout = collect_rollout(policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step)
+        rollout = collect_rollout(
+            policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step
+        )
         chances.append(rollout.scores.sum().item() / 64)
         ppo_step(policy, critic, *optimizers, rollout, cfg, lr=0.01, critic_lr=0.02)
     assert 0 < chances[0] < 0.5 and chances[-1] > 0.95, chances

@@ -1,4 +1,5 @@
 """The Q-RM objective: where a score stands, what the loss says on numbers made by hand, and the fused head against autograd."""
+
 import math
 
 import pytest
@@ -9,13 +10,34 @@ from conftest import near, random_ids, random_model, small_config
 from data import Example, collate
 from model import LanguageModel, ScalarModel, at_actions, build_model, init_weights
 from parallel import Grid, Optimizer
-from qrm import (credit_counts, dpo_loss, dpo_reward, fused_qrm_loss, last_token_mask, masked_mean, orm_loss,  # fmt: skip
-                 outcome_loss, outcome_reward, pairwise_loss, plackett_luce_loss, qrm_loss, step_end_mask, step_loss,
-                 step_reward, token_reward, token_scores, token_shares)
+from qrm import (
+    credit_counts,
+    dpo_loss,
+    dpo_reward,
+    fused_qrm_loss,
+    last_token_mask,
+    masked_mean,
+    orm_loss,
+    outcome_loss,
+    outcome_reward,
+    pairwise_loss,
+    plackett_luce_loss,
+    qrm_loss,
+    step_end_mask,
+    step_loss,
+    step_reward,
+    token_reward,
+    token_scores,
+    token_shares,
+)
 
 FIRST_LOSS = math.log(1 + math.exp(2))  # 2.1269: beta * 0 - margin = -2
-EXAMPLES = [Example([1, 2, 3], [4, 5, 6, 7]), Example([1, 2, 3], [8, 9]), Example([10], [11, 12, 13]),
-            Example([10], [14, 15, 16, 17, 18, 19])]  # two pairs  # fmt: skip
+EXAMPLES = [
+    Example([1, 2, 3], [4, 5, 6, 7]),
+    Example([1, 2, 3], [8, 9]),
+    Example([10], [11, 12, 13]),
+    Example([10], [14, 15, 16, 17, 18, 19]),
+]  # two pairs
 
 
 class Echo:
@@ -43,7 +65,9 @@ def test_a_score_stands_in_the_place_of_its_target():
     ids, mask = collate([Example([7, 8, 9], [1, 2, 6]), Example([5], [4, 10])])
     scores = token_scores(Echo(), ids)
     assert scores.tolist() == [[8, 9, 1, 2, 6], [4, 10, 0, 0, 0]]  # targets: id t + 1 in column t
-    loss, stats = qrm_loss(scores, mask)  # the means 3 and 7 are those of the response ids, the last one included
+    loss, stats = qrm_loss(
+        scores, mask
+    )  # the means 3 and 7 are those of the response ids, the last one included
     assert stats == {"pair_accuracy": 0.0, "score_gap": -4.0}
     assert loss.item() == pytest.approx(math.log(1 + math.exp(0.2 * 4 + 2)), rel=1e-6)
 
@@ -90,11 +114,18 @@ def test_the_first_loss_and_its_gradient():
     assert rejected.grad.item() == pytest.approx(0.2 * 0.8807971, rel=1e-6)
 
 
-@pytest.mark.parametrize("gap, beta, margin, by_hand", [
-    (10.0, 0.2, 2.0, math.log(2)),  # margin / beta: the gap at which the pair is as likely as not
-    (0.0, 1.0, 0.0, math.log(2)), (1.0, 1.0, 0.0, 0.3132617), (-1.0, 1.0, 0.0, 1.3132617), (3.0, 1.0, 2.0, 0.3132617),
-    (5.0, 0.2, 2.0, 1.3132617), (20.0, 0.2, 2.0, 0.1269280),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "gap, beta, margin, by_hand",
+    [
+        (10.0, 0.2, 2.0, math.log(2)),  # margin / beta: the gap at which the pair is as likely as not
+        (0.0, 1.0, 0.0, math.log(2)),
+        (1.0, 1.0, 0.0, 0.3132617),
+        (-1.0, 1.0, 0.0, 1.3132617),
+        (3.0, 1.0, 2.0, 0.3132617),
+        (5.0, 0.2, 2.0, 1.3132617),
+        (20.0, 0.2, 2.0, 0.1269280),
+    ],
+)
 def test_pairwise_loss_by_hand(gap, beta, margin, by_hand):
     loss, stats = pairwise_loss(torch.tensor([gap + 4.0]), torch.tensor([4.0]), beta, margin)
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
@@ -130,7 +161,10 @@ def test_the_loss_does_not_depend_on_length():
     assert stats2["score_gap"] == pytest.approx(stats["score_gap"], rel=1e-5)
     by_hand = 0.0
     for chosen, rejected in ((0, 1), (2, 3)):
-        w, l = ([scores[row, t].item() for t in range(mask.shape[1]) if mask[row, t]] for row in (chosen, rejected))
+        w, l = (
+            [scores[row, t].item() for t in range(mask.shape[1]) if mask[row, t]]
+            for row in (chosen, rejected)
+        )
         by_hand += math.log1p(math.exp(2 - 0.2 * (sum(w) / len(w) - sum(l) / len(l)))) / 2
     assert len(w) == 3 and len(l) == 6 and loss.item() == pytest.approx(by_hand, rel=1e-6)
 
@@ -140,16 +174,23 @@ def test_the_loss_does_not_depend_on_length():
 
 def plain_qrm_loss(x, norm_weight, head_weight, mask, beta=0.2, margin=2.0, eps=1e-5):
     scores = F.linear(F.rms_norm(x, x.shape[-1:], norm_weight, eps), head_weight.view(1, -1)).squeeze(-1)
-    gaps = [scores[i][mask[i]].sum() / max(1, mask[i].sum()) - scores[i + 1][mask[i + 1]].sum() / max(1, mask[i + 1].sum())
-            for i in range(0, len(x), 2)]  # fmt: skip
+    gaps = [
+        scores[i][mask[i]].sum() / max(1, mask[i].sum())
+        - scores[i + 1][mask[i + 1]].sum() / max(1, mask[i + 1].sum())
+        for i in range(0, len(x), 2)
+    ]
     return sum(F.softplus(margin - beta * gap) for gap in gaps) / len(gaps), scores
 
 
 def fused(x, norm_weight, head_weight, mask, beta=0.2, margin=2.0, eps=1e-5):
     """fused_qrm_loss of a padded batch (2P, T, D): every position is a row, with share 0 outside the mask."""
-    shares = torch.tensor([1.0, -1.0]).repeat(len(x) // 2)[:, None] * mask / mask.sum(1, keepdim=True).clamp(min=1)
+    shares = (
+        torch.tensor([1.0, -1.0]).repeat(len(x) // 2)[:, None] * mask / mask.sum(1, keepdim=True).clamp(min=1)
+    )
     pairs = torch.arange(len(x) // 2).repeat_interleave(2 * x.shape[1])
-    return fused_qrm_loss(x.flatten(0, 1), norm_weight, head_weight, shares.flatten(), pairs, len(x) // 2, beta, margin, eps)
+    return fused_qrm_loss(
+        x.flatten(0, 1), norm_weight, head_weight, shares.flatten(), pairs, len(x) // 2, beta, margin, eps
+    )
 
 
 def mean_gaps(scores, mask):
@@ -158,7 +199,11 @@ def mean_gaps(scores, mask):
 
 
 def fused_inputs(shape, seed=0, dtype=torch.float64, scale=1.0):
-    x, norm_weight, head_weight = grow(shape, seed), 1 + 0.3 * grow(shape[-1:], seed + 1), scale * grow((1, shape[-1]), seed + 2)
+    x, norm_weight, head_weight = (
+        grow(shape, seed),
+        1 + 0.3 * grow(shape[-1:], seed + 1),
+        scale * grow((1, shape[-1]), seed + 2),
+    )
     mask = torch.zeros(shape[:2], dtype=torch.bool)
     for i, row in enumerate(mask):
         row[i % 2 : 2 + (3 * i + 1) % (shape[1] - 2)] = True
@@ -174,7 +219,9 @@ def test_fused_is_the_plain_loss(shape, beta, margin, eps):
     near(loss, expected, 1e-7)  # shares are fp32
     near(gaps, mean_gaps(scores, mask), 1e-6)
     near(loss, qrm_loss(scores, mask, beta, margin)[0], 1e-5)
-    for ours, plain in zip(torch.autograd.grad(-3.7 * loss, inputs), torch.autograd.grad(-3.7 * expected, inputs)):
+    for ours, plain in zip(
+        torch.autograd.grad(-3.7 * loss, inputs), torch.autograd.grad(-3.7 * expected, inputs)
+    ):
         assert ours.shape == plain.shape and plain.abs().max() > 0
         near(ours, plain, 1e-6)
 
@@ -191,7 +238,10 @@ def test_fused_takes_a_flat_head_and_a_view_of_x():
     loss, _ = fused(longer[:, 1:], norm_weight, flat, mask)
     expected, _ = plain_qrm_loss(x, norm_weight, head_weight, mask)
     near(loss, expected, 1e-7)
-    grads, (gx, gw) = torch.autograd.grad(loss, (longer, flat)), torch.autograd.grad(expected, (x, head_weight))
+    grads, (gx, gw) = (
+        torch.autograd.grad(loss, (longer, flat)),
+        torch.autograd.grad(expected, (x, head_weight)),
+    )
     assert (grads[0][:, 0] == 0).all() and grads[1].shape == (5,)
     near(grads[0][:, 1:], gx, 1e-6)
     near(grads[1], gw[0], 1e-6)
@@ -206,7 +256,9 @@ def test_fused_in_lower_precision(dtype, rtol):
     assert loss.dtype == gaps.dtype == torch.float32 and not gaps.requires_grad
     near(loss, expected, 1e-5)  # fp32 inside, whatever comes in
     near(gaps, mean_gaps(scores, mask), 1e-5)
-    for a, ours, plain in zip(inputs, torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, exact)):
+    for a, ours, plain in zip(
+        inputs, torch.autograd.grad(loss, inputs), torch.autograd.grad(expected, exact)
+    ):
         assert ours.dtype == a.dtype
         near(ours, plain, rtol)
 
@@ -225,7 +277,9 @@ def test_fused_on_a_model_is_token_scores_and_qrm_loss():
     plain = gradients(expected)
     shares, pairs = token_shares(mask)
     for x in (model.model(ids)[:, 1:][mask], at_actions(model, ids, mask)):  # padded, packed
-        loss, gaps = fused_qrm_loss(x, norm.weight, model.score.weight, shares, pairs, len(ids) // 2, eps=norm.eps)
+        loss, gaps = fused_qrm_loss(
+            x, norm.weight, model.score.weight, shares, pairs, len(ids) // 2, eps=norm.eps
+        )
         near(loss, expected)
         assert gaps.mean().item() == pytest.approx(stats["score_gap"], rel=1e-4)
         for ours, theirs in zip(gradients(loss), plain):
@@ -241,8 +295,10 @@ def test_pads_change_neither_loss_nor_gradients():
     for seed in (0, 1):
         filled = torch.where(pads, random_ids(*ids.shape, seed=seed), ids)
         scores = token_scores(model, filled)
-        for loss in (qrm_loss(scores, mask)[0],
-                     fused(model.model(filled)[:, 1:], norm.weight, model.score.weight, mask, eps=norm.eps)[0]):  # fmt: skip
+        for loss in (
+            qrm_loss(scores, mask)[0],
+            fused(model.model(filled)[:, 1:], norm.weight, model.score.weight, mask, eps=norm.eps)[0],
+        ):
             model.zero_grad()
             loss.backward()
             runs.append([scores[~pads[:, 1:]].detach(), loss, *(p.grad.clone() for p in model.parameters())])
@@ -261,7 +317,9 @@ def test_extreme_gaps_are_finite(size):
     assert loss.item() == (0.0 if size > 0 else 10002.0) and mean.grad.item() == (0.0 if size > 0 else -1.0)
     (x, norm_weight, head), mask = fused_inputs((2, 5, 4), dtype=torch.float32)
     mask[1] = False  # an empty rejected response: the gap is the chosen one's mean
-    head = (head.detach() * size / plain_qrm_loss(x, norm_weight, head, mask)[1][0][mask[0]].mean().detach()).requires_grad_()
+    head = (
+        head.detach() * size / plain_qrm_loss(x, norm_weight, head, mask)[1][0][mask[0]].mean().detach()
+    ).requires_grad_()
     loss, _ = fused(x, norm_weight, head, mask, beta=1.0)
     assert loss.item() == pytest.approx(0.0 if size > 0 else 10002.0, rel=1e-5)
     assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, (x, norm_weight, head)))
@@ -270,7 +328,10 @@ def test_extreme_gaps_are_finite(size):
 def test_extreme_margins_are_finite():
     inputs, mask = fused_inputs((2, 5, 4), dtype=torch.float32)
     for margin, expected in ((1e4, 1e4), (-1e4, 0.0)):
-        for loss in (fused(*inputs, mask, margin=margin)[0], qrm_loss(plain_qrm_loss(*inputs, mask)[1], mask, margin=margin)[0]):
+        for loss in (
+            fused(*inputs, mask, margin=margin)[0],
+            qrm_loss(plain_qrm_loss(*inputs, mask)[1], mask, margin=margin)[0],
+        ):
             assert loss.item() == pytest.approx(expected, rel=1e-3)
             assert all(torch.isfinite(g).all() for g in torch.autograd.grad(loss, inputs, retain_graph=True))
 
@@ -281,7 +342,9 @@ def test_responses_of_one_token_and_of_none():
     loss, found = fused(*inputs, mask)
     scores = plain_qrm_loss(*inputs, mask)[1]
     gaps = [(scores[0, 1] - scores[1, 0]).item(), -scores[3, 2].item()]
-    assert found.tolist() == pytest.approx(gaps) and loss.item() == pytest.approx(sum(math.log1p(math.exp(2 - 0.2 * g)) for g in gaps) / 2, rel=1e-6)
+    assert found.tolist() == pytest.approx(gaps) and loss.item() == pytest.approx(
+        sum(math.log1p(math.exp(2 - 0.2 * g)) for g in gaps) / 2, rel=1e-6
+    )
     near(qrm_loss(scores, mask)[0], loss, 1e-6)
     grads = torch.autograd.grad(loss, inputs)
     assert all(torch.isfinite(g).all() for g in grads)
@@ -296,7 +359,10 @@ def test_a_new_reward_model_is_neutral():
     ids, mask = collate(EXAMPLES)
     scores = token_scores(model, ids)
     assert (scores == 0).all()
-    for loss in (qrm_loss(scores, mask)[0], fused(model.model(ids)[:, 1:], model.model.norm.weight, model.score.weight, mask)[0]):
+    for loss in (
+        qrm_loss(scores, mask)[0],
+        fused(model.model(ids)[:, 1:], model.model.norm.weight, model.score.weight, mask)[0],
+    ):
         assert loss.item() == pytest.approx(FIRST_LOSS, rel=2e-7)  # one unit in the last place of fp32
 
 
@@ -304,12 +370,17 @@ def test_a_new_reward_model_is_neutral():
 
 
 def test_a_small_model_learns_twenty_random_pairs_by_heart():
-    pairs = [Example(random_ids(3, seed=i // 2).tolist(), random_ids(3 + i % 4, seed=100 + i).tolist()) for i in range(40)]
+    pairs = [
+        Example(random_ids(3, seed=i // 2).tolist(), random_ids(3 + i % 4, seed=100 + i).tolist())
+        for i in range(40)
+    ]
     ids, mask = collate(pairs)
     model = init_weights(build_model(ScalarModel, small_config(), Grid()), seed=0)
     optimizer, norm, losses = Optimizer(model, Grid(), lr=0.01), model.model.norm, []
     for _ in range(60):
-        loss, _ = fused(model.model(ids)[:, 1:], norm.weight, model.score.weight, mask, beta=1.0, eps=norm.eps)
+        loss, _ = fused(
+            model.model(ids)[:, 1:], norm.weight, model.score.weight, mask, beta=1.0, eps=norm.eps
+        )
         loss.backward()
         optimizer.step(0.01)
         losses.append(loss.item())
@@ -334,7 +405,10 @@ def test_outcome_losses_read_the_last_token_only():
     mask = tensor([1, 1, 1, 0], [0, 1, 0, 0], dtype=torch.bool)
     scores = tensor([7, -7, 2, 9], [9, 3, 7, 7]).requires_grad_()  # 2 and 3
     loss, stats = orm_loss(scores, mask)
-    assert loss.item() == pytest.approx(1.3132617, rel=1e-6) and stats == {"pair_accuracy": 0.0, "score_gap": -1.0}
+    assert loss.item() == pytest.approx(1.3132617, rel=1e-6) and stats == {
+        "pair_accuracy": 0.0,
+        "score_gap": -1.0,
+    }
     loss.backward()
     assert torch.equal(scores.grad != 0, tensor([0, 0, 1, 0], [0, 1, 0, 0], dtype=torch.bool))
     loss, stats = outcome_loss(scores, mask, torch.tensor([True, False]))
@@ -345,7 +419,10 @@ def test_outcome_losses_read_the_last_token_only():
 def test_an_empty_response_does_not_shift_the_pairs_behind_it():
     mask = tensor([1, 0], [0, 0], [1, 1], [1, 0], dtype=torch.bool)
     loss, stats = orm_loss(tensor([1, 9], [9, 9], [9, 6], [4, 9]), mask)  # 1 against 0, 6 against 4
-    assert loss.item() == pytest.approx((0.3132617 + math.log1p(math.exp(-2))) / 2, rel=1e-6) and stats["score_gap"] == 1.5
+    assert (
+        loss.item() == pytest.approx((0.3132617 + math.log1p(math.exp(-2))) / 2, rel=1e-6)
+        and stats["score_gap"] == 1.5
+    )
 
 
 def test_step_loss_by_hand():
@@ -383,12 +460,18 @@ def test_rewards_stand_where_they_are_earned():
 
 
 def test_dpo_reward_is_the_log_ratio_at_its_token():
-    policy, reference = random_model(LanguageModel, small_config(), 0), random_model(LanguageModel, small_config(), 1)
+    policy, reference = (
+        random_model(LanguageModel, small_config(), 0),
+        random_model(LanguageModel, small_config(), 1),
+    )
     ids, mask = collate(EXAMPLES)
     rewards = dpo_reward(policy, reference, beta=0.3)(ids, mask)
     for b in range(4):
         for t in range(mask.shape[1]):
-            log_pi = [m.logits(m.model(ids[b : b + 1, : t + 1]))[0, -1].log_softmax(-1)[ids[b, t + 1]] for m in (policy, reference)]
+            log_pi = [
+                m.logits(m.model(ids[b : b + 1, : t + 1]))[0, -1].log_softmax(-1)[ids[b, t + 1]]
+                for m in (policy, reference)
+            ]
             expected = 0.3 * (log_pi[0] - log_pi[1]).item() if mask[b, t] else 0.0
             assert rewards[b, t].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
@@ -406,7 +489,14 @@ def test_credit_counts_by_hand():
     assert count([0.0, 1.0, 2.0, 1.5], 3) == [1, 3, 1, 0, 1]  # a drop, not a low
     assert count([2.0, 1.0], 1) == [1, 1, 1, 0, 1]
     assert count([2.0, 1.0], 0) == count([1.0], 0) == [0, 0, 0, 0, 0]
-    for right, choices in ((1.5, 1), (1.0, 0.5), (0.5, 0)):  # the right token at the state where 1.0 was scored
+    for right, choices in (
+        (1.5, 1),
+        (1.0, 0.5),
+        (0.5, 0),
+    ):  # the right token at the state where 1.0 was scored
         assert count([2.0, 1.0, 9.0], 1, [2.0, right]) == [1, 1, 1, choices, 1]
-    both = credit_counts([torch.tensor([3.0, 2.0, -1.0, 0.0]), torch.tensor([1.0, 5.0, 0.0]), torch.tensor([9.0, 1.0])], [2, 1, 0])
+    both = credit_counts(
+        [torch.tensor([3.0, 2.0, -1.0, 0.0]), torch.tensor([1.0, 5.0, 0.0]), torch.tensor([9.0, 1.0])],
+        [2, 1, 0],
+    )
     assert both == {"wins": 2, "comparisons": 3, "hits": 1, "choices": 0, "n_errors": 2}

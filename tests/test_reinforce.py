@@ -1,4 +1,5 @@
 """REINFORCE: the gradient against enumeration of every answer, the rollout token by token, advantages by hand."""
+
 import dataclasses
 import math
 
@@ -12,8 +13,21 @@ from data import Example, collate
 from model import LanguageModel, ScalarModel, token_logprobs
 from parallel import Grid, Optimizer
 from qrm import token_reward
-from reinforce import (Rollout, advantages, collect_rollout, eos_to_mean, group_advantages, kl_estimates, kl_penalty,  # fmt: skip
-                       minibatches, reinforce_loss, reinforce_step, returns_to_go, rollout_stats, standardize)
+from reinforce import (
+    Rollout,
+    advantages,
+    collect_rollout,
+    eos_to_mean,
+    group_advantages,
+    kl_estimates,
+    kl_penalty,
+    minibatches,
+    reinforce_loss,
+    reinforce_step,
+    returns_to_go,
+    rollout_stats,
+    standardize,
+)
 from support.settings import Config
 
 NAN = math.nan
@@ -21,7 +35,9 @@ STOP = 0
 
 
 def config(**changes):
-    return dataclasses.replace(Config(), **{"advantage": "token", "batch_size": 8, "max_new_tokens": 6, **changes})
+    return dataclasses.replace(
+        Config(), **{"advantage": "token", "batch_size": 8, "max_new_tokens": 6, **changes}
+    )
 
 
 def tensor(*rows):
@@ -42,7 +58,9 @@ def poisoned(x, mask):
 
 
 def gradient(loss, model):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)]
+    )
 
 
 def a_rollout(policy, cfg, n=8, reward_fn=None, seed=0, **kwargs):
@@ -71,6 +89,7 @@ class Recorder(Optimizer):
 
 # ------------------------------------------------------------------------------------------------ the policy gradient, exactly
 
+
 PROMPT, VOCAB, LONGEST = [2, 1], 4, 3
 
 
@@ -91,21 +110,35 @@ class Enumerated:
         cfg, self.answers = small_config(vocab_size=VOCAB, num_hidden_layers=1), every_answer()
         self.policy, self.reference = random_model(LanguageModel, cfg, 3), random_model(LanguageModel, cfg, 4)
         self.scorer = random_model(ScalarModel, cfg, 5)
-        monkeypatch.setattr(reinforce, "generate", lambda policy, prompts, *_: (self.answers, [a[-1] != STOP for a in self.answers]))
+        monkeypatch.setattr(
+            reinforce,
+            "generate",
+            lambda policy, prompts, *_: (self.answers, [a[-1] != STOP for a in self.answers]),
+        )
         prompts = [PROMPT] * len(self.answers)
-        self.rollout = collect_rollout(self.policy, self.reference, token_reward(self.scorer), prompts, [STOP], config(kl=kl), 0)
+        self.rollout = collect_rollout(
+            self.policy, self.reference, token_reward(self.scorer), prompts, [STOP], config(kl=kl), 0
+        )
         self.mask = self.rollout.response_mask
         # the reference: no token_logprobs, no rollout, only a softmax at every state
         self.pi, self.ref = {}, {}
         for prefix in [[]] + [a for a in self.answers if a[-1] != STOP] + [a[:-1] for a in self.answers]:
             if len(prefix) < LONGEST and tuple(prefix) not in self.pi:
                 for dist, model in ((self.pi, self.policy), (self.ref, self.reference)):
-                    dist[tuple(prefix)] = model.logits(model.model(torch.tensor([PROMPT + prefix])))[0, -1].log_softmax(-1)
+                    dist[tuple(prefix)] = model.logits(model.model(torch.tensor([PROMPT + prefix])))[
+                        0, -1
+                    ].log_softmax(-1)
         self.probability = [self.chance(a) for a in self.answers]
-        assert len(self.answers) == 40 and len(self.pi) == 13 and sum(self.probability).item() == pytest.approx(1, rel=1e-5)
+        assert (
+            len(self.answers) == 40
+            and len(self.pi) == 13
+            and sum(self.probability).item() == pytest.approx(1, rel=1e-5)
+        )
 
     def chance(self, answer):
-        return math.prod((self.pi[tuple(answer[:t])][a].exp() for t, a in enumerate(answer)), start=torch.ones(()))
+        return math.prod(
+            (self.pi[tuple(answer[:t])][a].exp() for t, a in enumerate(answer)), start=torch.ones(())
+        )
 
     def score(self, prefix):
         """r of the last token of a prefix"""
@@ -151,10 +184,14 @@ def test_a_baseline_leaves_the_gradient_unchanged(monkeypatch):
     weights = advantages(world.rollout, config(standardize="none"), Grid())
     plain = world.expected_gradient(weights)
     near(world.expected_gradient(weights + 3.0), plain, 3e-5)
-    values = world.scorer.scalars(world.scorer.model(world.rollout.ids[:, :-1])).detach()  # any function of the state
+    values = world.scorer.scalars(
+        world.scorer.model(world.rollout.ids[:, :-1])
+    ).detach()  # any function of the state
     assert values[world.mask].std() > 0.3
     near(world.expected_gradient(weights - values), plain, 3e-5)
-    acting = world.scorer.scalars(world.scorer.model(world.rollout.ids))[:, 1:].detach()  # a function of the action is none
+    acting = world.scorer.scalars(world.scorer.model(world.rollout.ids))[
+        :, 1:
+    ].detach()  # a function of the action is none
     assert (world.expected_gradient(weights - acting) - plain).norm() > 0.3 * plain.norm()
     # so, without accumulation, the penalty by the exact KL of the state is not felt, whatever its weight
     penalised = advantages(world.rollout, config(standardize="none", kl="exact", kl_coef=5.0), Grid())
@@ -166,11 +203,19 @@ def test_k1_has_the_gradient_of_the_kl(monkeypatch):
     world = Enumerated(monkeypatch)
     zeros = {"standardize": "none", "kl_coef": 1.0}
     world.rollout.scores.zero_()
-    near(world.expected_gradient(advantages(world.rollout, config(**zeros), Grid())), -gradient(world.per_state(world.kl), world.policy))
+    near(
+        world.expected_gradient(advantages(world.rollout, config(**zeros), Grid())),
+        -gradient(world.per_state(world.kl), world.policy),
+    )
     # accumulated, it is that of the KL between the distributions over whole answers
-    log_ref = [sum(world.ref[tuple(a[:t])][token].detach() for t, token in enumerate(a)) for a in world.answers]
+    log_ref = [
+        sum(world.ref[tuple(a[:t])][token].detach() for t, token in enumerate(a)) for a in world.answers
+    ]
     whole = sum(p * (p.log() - q) for p, q in zip(world.probability, log_ref))
-    near(world.expected_gradient(advantages(world.rollout, config(advantage="return", **zeros), Grid())), -gradient(whole, world.policy))
+    near(
+        world.expected_gradient(advantages(world.rollout, config(advantage="return", **zeros), Grid())),
+        -gradient(whole, world.policy),
+    )
     # k3 has the KL as its mean, but not its gradient
     k3 = world.expected_gradient(advantages(world.rollout, config(kl="k3", **zeros), Grid()))
     kl = gradient(world.per_state(world.kl), world.policy)
@@ -195,23 +240,36 @@ def test_a_rollout_token_by_token(temperature, kl):
     reference = random_model(LanguageModel, policy.cfg, seed=50)
     lengths = rollout.response_mask.sum(1).tolist()
     assert len(set(lengths)) > 2 and rollout.truncated.any() and not rollout.truncated.all()
-    assert [len(ids) for ids, _ in given] == [b - a for a, b in minibatches(rollout.lengths(), cfg)[0]] and len(given) > 2
+    assert [len(ids) for ids, _ in given] == [
+        b - a for a, b in minibatches(rollout.lengths(), cfg)[0]
+    ] and len(given) > 2
     assert torch.equal(rollout.reward_mask, rollout.response_mask)
     for i in range(12):
-        prompt = random_ids(1 + i // 2 % 3, vocab=7, seed=i // 2).tolist()  # neighbours answer the same prompt
+        prompt = random_ids(
+            1 + i // 2 % 3, vocab=7, seed=i // 2
+        ).tolist()  # neighbours answer the same prompt
         row, n = rollout.ids[i].tolist(), lengths[i]
         answer = row[len(prompt) : len(prompt) + n]
         assert row[: len(prompt)] == prompt
-        assert rollout.response_mask[i].tolist() == [len(prompt) - 1 <= t < len(prompt) - 1 + n for t in range(len(row) - 1)]
+        assert rollout.response_mask[i].tolist() == [
+            len(prompt) - 1 <= t < len(prompt) - 1 + n for t in range(len(row) - 1)
+        ]
         assert STOP not in answer[:-1] and rollout.truncated[i].item() == (answer[-1] != STOP)
         assert n == 6 if rollout.truncated[i] else n <= 6
         for t in range(len(row) - 1):
-            found = {k: v[i, t].item() for k, v in vars(rollout).items() if k in ("old_logprobs", "entropy", "kl_k1", "kl_k3", "kl_exact", "scores")}
+            found = {
+                k: v[i, t].item()
+                for k, v in vars(rollout).items()
+                if k in ("old_logprobs", "entropy", "kl_k1", "kl_k3", "kl_exact", "scores")
+            }
             if not rollout.response_mask[i, t]:
                 assert set(found.values()) == {0.0}
                 continue
             state, action = torch.tensor([row[: t + 1]]), row[t + 1]
-            log_pi, log_ref = [(m.logits(m.model(state))[0, -1].double() / temperature).log_softmax(-1) for m in (policy, reference)]
+            log_pi, log_ref = [
+                (m.logits(m.model(state))[0, -1].double() / temperature).log_softmax(-1)
+                for m in (policy, reference)
+            ]
             k1 = (log_pi - log_ref)[action].item()
             expected = {
                 "old_logprobs": log_pi[action].item(),
@@ -219,7 +277,9 @@ def test_a_rollout_token_by_token(temperature, kl):
                 "kl_k1": k1,
                 "kl_k3": math.exp(-k1) - 1 + k1,
                 "kl_exact": (log_pi.exp() * (log_pi - log_ref)).sum().item() if kl == "exact" else 0.0,
-                "scores": scorer.scalars(scorer.model(torch.tensor([row[: t + 2]])))[0, -1].item(),  # the stop token has one too
+                "scores": scorer.scalars(scorer.model(torch.tensor([row[: t + 2]])))[
+                    0, -1
+                ].item(),  # the stop token has one too
             }
             assert found == pytest.approx(expected, rel=1e-4, abs=2e-5)
 
@@ -230,7 +290,11 @@ def test_training_starts_from_the_very_bits_of_the_rollout(kl):
     cfg = config(temperature=0.7, kl=kl, batch_size=11, micro_tokens=12, minibatch=4)
     rollout = a_rollout(policy, cfg, n=11)
     cuts = minibatches(rollout.lengths(), cfg)
-    assert len(cuts) == 3 and any(len(spans) > 1 for spans in cuts) and any(b - a > 1 for spans in cuts for a, b in spans)
+    assert (
+        len(cuts) == 3
+        and any(len(spans) > 1 for spans in cuts)
+        and any(b - a > 1 for spans in cuts for a, b in spans)
+    )
     for a, b in (span for spans in cuts for span in spans):
         chunk = rollout.rows(a, b)
         logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
@@ -250,16 +314,30 @@ def test_rows_keep_their_content():
                 assert torch.equal(x, whole)
             else:
                 width = used + 1 if name == "ids" else used
-                assert x.shape == (b - a, width) and torch.equal(x, whole[:, :width]) and not whole[:, width:].any()
+                assert (
+                    x.shape == (b - a, width)
+                    and torch.equal(x, whole[:, :width])
+                    and not whole[:, width:].any()
+                )
     assert len(widths) > 2
 
 
-@pytest.mark.parametrize("rows, batch_size, minibatch, micro_rows, sizes", [
-    (8, 8, 0, 8, [[8]]), (8, 8, 0, 3, [[3, 3, 2]]), (8, 8, 4, 4, [[4], [4]]), (8, 8, 4, 3, [[3, 1], [3, 1]]),
-    (7, 8, 4, 2, [[2, 1], [2, 2]]), (4, 8, 4, 4, [[2], [2]]), (2, 2, 64, 16, [[2]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows, batch_size, minibatch, micro_rows, sizes",
+    [
+        (8, 8, 0, 8, [[8]]),
+        (8, 8, 0, 3, [[3, 3, 2]]),
+        (8, 8, 4, 4, [[4], [4]]),
+        (8, 8, 4, 3, [[3, 1], [3, 1]]),
+        (7, 8, 4, 2, [[2, 1], [2, 2]]),
+        (4, 8, 4, 4, [[2], [2]]),
+        (2, 2, 64, 16, [[2]]),
+    ],
+)
 def test_minibatches_by_hand(rows, batch_size, minibatch, micro_rows, sizes):
-    cuts = minibatches([7] * rows, config(batch_size=batch_size, minibatch=minibatch, micro_tokens=7 * micro_rows + 6))
+    cuts = minibatches(
+        [7] * rows, config(batch_size=batch_size, minibatch=minibatch, micro_tokens=7 * micro_rows + 6)
+    )
     assert [[b - a for a, b in spans] for spans in cuts] == sizes
     assert [i for spans in cuts for a, b in spans for i in range(a, b)] == list(range(rows))
 
@@ -271,7 +349,9 @@ def test_answers_are_as_frequent_as_their_old_logprobs_say(temperature):
     cfg = config(temperature=temperature, group_size=n, batch_size=n, max_new_tokens=LONGEST)
     rollout = collect_rollout(policy, policy, lambda ids, mask: mask.float(), [PROMPT], [STOP], cfg, seed=1)
     counts, claimed = dict.fromkeys(map(tuple, answers), 0), {}
-    for ids, length, logprob in zip(rollout.ids.tolist(), rollout.response_mask.sum(1).tolist(), rollout.old_logprobs.sum(1).tolist()):
+    for ids, length, logprob in zip(
+        rollout.ids.tolist(), rollout.response_mask.sum(1).tolist(), rollout.old_logprobs.sum(1).tolist()
+    ):
         answer = tuple(ids[len(PROMPT) : len(PROMPT) + length])
         counts[answer] += 1
         claimed[answer] = math.exp(logprob)
@@ -279,7 +359,10 @@ def test_answers_are_as_frequent_as_their_old_logprobs_say(temperature):
     def chi_square(at):
         """Over answers expected five times or more, the rest in one bin. -> statistic, degrees of freedom"""
         ids, mask = collate([Example(PROMPT, a) for a in answers])
-        expected = {tuple(a): n * p for a, p in zip(answers, token_logprobs(policy, ids, mask, at)[0].sum(1).exp().tolist())}
+        expected = {
+            tuple(a): n * p
+            for a, p in zip(answers, token_logprobs(policy, ids, mask, at)[0].sum(1).exp().tolist())
+        }
         if at == temperature:
             assert all(claimed[a] == pytest.approx(expected[a] / n, rel=1e-4) for a in claimed)
         bins = [(counts[a], e) for a, e in expected.items() if e >= 5]
@@ -295,11 +378,35 @@ def test_answers_are_as_frequent_as_their_old_logprobs_say(temperature):
 def test_rollout_stats_by_hand():
     mask = ragged((1, 3), (0, 1), width=3)
     spoken = ragged((2, 3), (0, 1), width=3)
-    x = {k: tensor([0, a, b], [c, 0, 0]) for k, (a, b, c) in
-         {"entropy": (1, 2, 6), "kl_k1": (-1, 2, 2), "kl_k3": (0, 1, 5), "scores": (100, 4, 2)}.items()}  # fmt: skip
-    rollout = Rollout(torch.zeros(2, 4), mask, torch.tensor([True, False]), mask * 1.0, x["entropy"], x["kl_k1"], x["kl_k3"], mask * 9.0,
-                      x["scores"], spoken)  # fmt: skip
-    assert rollout_stats(rollout, Grid()) == {"reward": 3, "kl_k1": 1, "kl_k3": 2, "entropy": 3, "response_length": 1.5, "truncated": 0.5}
+    x = {
+        k: tensor([0, a, b], [c, 0, 0])
+        for k, (a, b, c) in {
+            "entropy": (1, 2, 6),
+            "kl_k1": (-1, 2, 2),
+            "kl_k3": (0, 1, 5),
+            "scores": (100, 4, 2),
+        }.items()
+    }
+    rollout = Rollout(
+        torch.zeros(2, 4),
+        mask,
+        torch.tensor([True, False]),
+        mask * 1.0,
+        x["entropy"],
+        x["kl_k1"],
+        x["kl_k3"],
+        mask * 9.0,
+        x["scores"],
+        spoken,
+    )
+    assert rollout_stats(rollout, Grid()) == {
+        "reward": 3,
+        "kl_k1": 1,
+        "kl_k3": 2,
+        "entropy": 3,
+        "response_length": 1.5,
+        "truncated": 0.5,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ KL
@@ -308,29 +415,47 @@ def test_rollout_stats_by_hand():
 def test_k1_and_k3_have_the_kl_as_their_mean():
     log_pi, log_ref = ((2 * grow(20, 5, seed=seed).double()).log_softmax(-1) for seed in (0, 1))
     k1, k3 = kl_estimates(log_pi, log_ref)
-    exact = torch.nn.functional.kl_div(log_ref, log_pi, log_target=True, reduction="none").sum(-1)  # torch's KL(pi || ref)
+    exact = torch.nn.functional.kl_div(log_ref, log_pi, log_target=True, reduction="none").sum(
+        -1
+    )  # torch's KL(pi || ref)
     near((log_pi.exp() * k1).sum(-1), exact, 1e-12)
     near((log_pi.exp() * k3).sum(-1), exact, 1e-12)
     assert (k1 < 0).any() and (k3 >= 0).all() and k3.max() > 1
-    assert kl_estimates(tensor([-1.0]), tensor([-1.0 + 2**-12]))[1].item() == pytest.approx(2**-25, rel=1e-2)  # x^2 / 2: no cancellation
+    assert kl_estimates(tensor([-1.0]), tensor([-1.0 + 2**-12]))[1].item() == pytest.approx(
+        2**-25, rel=1e-2
+    )  # x^2 / 2: no cancellation
 
 
 @pytest.mark.parametrize("kl", ["k1", "exact"])
 def test_a_policy_is_at_distance_0_from_itself(kl):
     policy = a_policy()
-    rollout = collect_rollout(policy, policy, lambda ids, mask: mask.float(), [[1, 2], [3]], [STOP], config(kl=kl, batch_size=2), seed=0)
+    rollout = collect_rollout(
+        policy,
+        policy,
+        lambda ids, mask: mask.float(),
+        [[1, 2], [3]],
+        [STOP],
+        config(kl=kl, batch_size=2),
+        seed=0,
+    )
     for x in (rollout.kl_k1, rollout.kl_k3, rollout.kl_exact):
         assert (x == 0).all()
 
 
 def test_kl_penalty_is_the_one_that_is_named():
     rollout = a_rollout(a_policy(), config(kl="exact"))
-    for name, x in {"k1": rollout.kl_k1, "k3": rollout.kl_k3, "exact": rollout.kl_exact, "abs": rollout.kl_k1.abs()}.items():
+    for name, x in {
+        "k1": rollout.kl_k1,
+        "k3": rollout.kl_k3,
+        "exact": rollout.kl_exact,
+        "abs": rollout.kl_k1.abs(),
+    }.items():
         assert torch.equal(kl_penalty(rollout, name), x)
     assert (rollout.kl_k1 < 0).any() and (rollout.kl_k3 >= 0).all() and (rollout.kl_exact >= 0).all()
 
 
 # ------------------------------------------------------------------------------------------------ rewards to advantages
+
 
 MASK = ragged((1, 4), (0, 6), (2, 3), width=6)
 
@@ -341,12 +466,18 @@ def test_standardize_is_numpys_mean_and_std(how):
     rewards[0, 0] = 1e6  # a prompt's score
     picked = rewards[MASK].double().numpy()
     assert len(picked) == 10
-    mean, std = {"mean_std": (picked.mean(), picked.std()), "std": (0, picked.std()), "none": (0, 1)}[how]  # np.std: the population's
+    mean, std = {"mean_std": (picked.mean(), picked.std()), "std": (0, picked.std()), "none": (0, 1)}[
+        how
+    ]  # np.std: the population's
     out = standardize(rewards, MASK, how, Grid())
     near(out[MASK], torch.tensor((picked - mean) / std), 1e-6)
-    assert (out[~MASK] == 0).all() and torch.equal(out, standardize(poisoned(rewards, MASK), MASK, how, Grid()))
+    assert (out[~MASK] == 0).all() and torch.equal(
+        out, standardize(poisoned(rewards, MASK), MASK, how, Grid())
+    )
     if how == "mean_std":
-        assert abs(out[MASK].mean()) < 1e-6 and out[MASK].std(correction=0).item() == pytest.approx(1, rel=1e-6)
+        assert abs(out[MASK].mean()) < 1e-6 and out[MASK].std(correction=0).item() == pytest.approx(
+            1, rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 7.0, -1e4])
@@ -385,7 +516,9 @@ def test_returns_to_go_are_a_double_loop(gamma):
 
 def test_group_advantages_by_hand():
     rewards = tensor(1, 0, 0, 3, 2, 2, 2, 2)
-    near(group_advantages(rewards, 4, "rloo"), tensor(0, -4 / 3, -4 / 3, 8 / 3, 0, 0, 0, 0), 1e-6)  # 3 - mean(1, 0, 0) = 8/3
+    near(
+        group_advantages(rewards, 4, "rloo"), tensor(0, -4 / 3, -4 / 3, 8 / 3, 0, 0, 0, 0), 1e-6
+    )  # 3 - mean(1, 0, 0) = 8/3
     std = 2**0.5  # squares 0, 1, 1, 4 over 3
     near(group_advantages(rewards, 4, "grpo"), tensor(0, -1 / std, -1 / std, 2 / std, 0, 0, 0, 0), 1e-5)
     assert group_advantages(tensor(1, 0, 5, 5), 2, "rloo").tolist() == [1, -1, 0, 0]
@@ -396,7 +529,18 @@ def test_group_advantages_by_hand():
 
 def hand_made(scores, reward_mask=MASK, kl=0.0):
     zeros = torch.zeros(3, 6)
-    return Rollout(torch.zeros(3, 7, dtype=torch.int64), MASK, torch.zeros(3, dtype=torch.bool), zeros, zeros, zeros + kl, zeros, zeros, scores, reward_mask)
+    return Rollout(
+        torch.zeros(3, 7, dtype=torch.int64),
+        MASK,
+        torch.zeros(3, dtype=torch.bool),
+        zeros,
+        zeros,
+        zeros + kl,
+        zeros,
+        zeros,
+        scores,
+        reward_mask,
+    )
 
 
 def test_advantages_by_hand():
@@ -404,11 +548,25 @@ def test_advantages_by_hand():
     scores = tensor([0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 3], [0, 0, 5, 0, 0, 0])
     outcome, z = hand_made(scores, last, kl=0.5), 1.5**0.5
     returns = advantages(outcome, config(advantage="return", kl_coef=0.2), Grid())
-    near(returns, tensor([0, -z - 0.3, -z - 0.2, -z - 0.1, 0, 0], [-0.6, -0.5, -0.4, -0.3, -0.2, -0.1], [0, 0, z - 0.1, 0, 0, 0]), 1e-6)
+    near(
+        returns,
+        tensor(
+            [0, -z - 0.3, -z - 0.2, -z - 0.1, 0, 0],
+            [-0.6, -0.5, -0.4, -0.3, -0.2, -0.1],
+            [0, 0, z - 0.1, 0, 0, 0],
+        ),
+        1e-6,
+    )
     halved = advantages(outcome, config(advantage="return", standardize="none", gamma=0.5), Grid())
-    near(halved, tensor([0, 0.25, 0.5, 1, 0, 0], [3 / 32, 3 / 16, 3 / 8, 0.75, 1.5, 3], [0, 0, 5, 0, 0, 0]), 1e-6)
+    near(
+        halved,
+        tensor([0, 0.25, 0.5, 1, 0, 0], [3 / 32, 3 / 16, 3 / 8, 0.75, 1.5, 3], [0, 0, 5, 0, 0, 0]),
+        1e-6,
+    )
     token = hand_made(tensor([9, 1, 2, 6, 9, 9], [1, 2, 3, 4, 5, 9], [9, 9, 7, 9, 9, 9]), kl=0.5)
-    eos = advantages(token, config(standardize="none", eos_to_mean=True, kl_coef=2.0), Grid())  # the penalty comes after the mean
+    eos = advantages(
+        token, config(standardize="none", eos_to_mean=True, kl_coef=2.0), Grid()
+    )  # the penalty comes after the mean
     assert eos.tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 3], [0, 0, 6, 0, 0, 0]]
     with pytest.raises(ValueError, match="gae"):
         advantages(token, config(advantage="gae"), Grid())
@@ -420,25 +578,50 @@ def test_group_advantages_stand_on_every_token(how):
     zeros, scores = torch.zeros(4, 6), 2 * grow(4, 6)
     last = ragged((3, 4), (5, 6), (2, 3), (1, 2), width=6)
     for reward_mask in (mask, last):
-        rollout = Rollout(torch.zeros(4, 7), mask, zeros[:, 0] > 0, zeros, zeros, zeros + 3, zeros, zeros, scores, reward_mask)
+        rollout = Rollout(
+            torch.zeros(4, 7),
+            mask,
+            zeros[:, 0] > 0,
+            zeros,
+            zeros,
+            zeros + 3,
+            zeros,
+            zeros,
+            scores,
+            reward_mask,
+        )
         out = advantages(rollout, config(advantage=how, group_size=2, kl_coef=0.1), Grid())
         means = [np.mean([scores[i, t].item() for t in range(6) if reward_mask[i, t]]) for i in range(4)]
         for i in range(4):
             other = means[i ^ 1]
-            a = means[i] - other if how == "rloo" else math.copysign(0.5**0.5, means[i] - other)  # two numbers are 1/sqrt(2) deviations off
+            a = (
+                means[i] - other if how == "rloo" else math.copysign(0.5**0.5, means[i] - other)
+            )  # two numbers are 1/sqrt(2) deviations off
             near(out[i], (a - 0.3) * mask[i].double(), 1e-5)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(), dict(standardize="std"), dict(standardize="none", eos_to_mean=True), dict(advantage="return", gamma=0.9),
-    dict(advantage="rloo", group_size=3), dict(advantage="grpo", group_size=3),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(standardize="std"),
+        dict(standardize="none", eos_to_mean=True),
+        dict(advantage="return", gamma=0.9),
+        dict(advantage="rloo", group_size=3),
+        dict(advantage="grpo", group_size=3),
+    ],
+    ids=str,
+)
 def test_what_stands_outside_the_mask_changes_no_advantage(changes):
     cfg, clean = config(kl_coef=0.3, **changes), hand_made(grow(3, 6) * MASK, kl=0.5)
     dirty = hand_made(poisoned(clean.scores, MASK))
     dirty.kl_k1 = poisoned(clean.kl_k1, MASK)
     expected = advantages(clean, cfg, Grid())
-    assert torch.equal(advantages(dirty, cfg, Grid()), expected) and expected[MASK].all() and not expected[~MASK].any()
+    assert (
+        torch.equal(advantages(dirty, cfg, Grid()), expected)
+        and expected[MASK].all()
+        and not expected[~MASK].any()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ the update
@@ -446,7 +629,9 @@ def test_what_stands_outside_the_mask_changes_no_advantage(changes):
 
 def test_reinforce_loss_and_its_gradient_by_hand():
     logprobs, weights = grow(3, 6, seed=1), grow(3, 6, seed=2).requires_grad_()
-    total = sum(-weights[i, t].item() * logprobs[i, t].item() for i in range(3) for t in range(6) if MASK[i, t])
+    total = sum(
+        -weights[i, t].item() * logprobs[i, t].item() for i in range(3) for t in range(6) if MASK[i, t]
+    )
     given = poisoned(logprobs, MASK).requires_grad_()
     loss, stats = reinforce_loss(given, poisoned(weights, MASK), MASK)
     assert loss.item() == pytest.approx(total / 10, rel=1e-6) and stats == {}
@@ -462,19 +647,25 @@ def test_the_gradient_does_not_depend_on_micro_batches(minibatch):
     rollout = a_rollout(policy, cfg)
     weights = advantages(rollout, cfg, Grid())
     expected, losses = [], []
-    for rows in (slice(0, 8),) if not minibatch else (slice(0, 4), slice(4, 8)):  # no cut, no trimming, a dense softmax
+    for rows in (
+        (slice(0, 8),) if not minibatch else (slice(0, 4), slice(4, 8))
+    ):  # no cut, no trimming, a dense softmax
         log_pi = (policy.logits(policy.model(rollout.ids[rows, :-1])) / 0.7).log_softmax(-1)
         picked = log_pi.gather(-1, rollout.ids[rows, 1:, None])[..., 0]
         losses.append(-(picked * weights[rows]).sum() / rollout.response_mask[rows].sum())
         expected.append(gradient(losses[-1], policy))
     for micro_tokens in (1, 12, 30, 1000):
         optimizer = Recorder(policy)
-        stats = reinforce_step(policy, optimizer, rollout, dataclasses.replace(cfg, micro_tokens=micro_tokens), lr=0.0)
+        stats = reinforce_step(
+            policy, optimizer, rollout, dataclasses.replace(cfg, micro_tokens=micro_tokens), lr=0.0
+        )
         assert len(optimizer.seen) == len(expected)
         for found, wanted in zip(optimizer.seen, expected):
             assert (found - wanted).norm() <= 1e-6 * wanted.norm()
         assert stats["loss"] == pytest.approx(sum(x.item() for x in losses) / len(losses), rel=1e-5, abs=1e-7)
-        assert stats["grad_norm"] == pytest.approx(sum(x.norm().item() for x in expected) / len(expected), rel=1e-5)
+        assert stats["grad_norm"] == pytest.approx(
+            sum(x.norm().item() for x in expected) / len(expected), rel=1e-5
+        )
 
 
 def test_reinforce_learns_to_say_a_token():
@@ -482,7 +673,9 @@ def test_reinforce_learns_to_say_a_token():
     policy, cfg = a_policy(), config(batch_size=64, group_size=64, max_new_tokens=1)
     optimizer, chances = Optimizer(policy, Grid(), lr=0.01), []
     for step in range(8):
-        rollout = collect_rollout(policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step)
+        rollout = collect_rollout(
+            policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step
+        )
         chances.append(rollout.scores.sum().item() / 64)
         reinforce_step(policy, optimizer, rollout, cfg, lr=0.01)
     assert 0 < chances[0] < 0.5 and chances[-1] > 0.95, chances

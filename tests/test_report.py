@@ -1,4 +1,5 @@
 """The page of a tiny run: self-contained, escaped, the first wrong token marked, and drawn from whatever is there."""
+
 import json
 import math
 import re
@@ -12,16 +13,43 @@ import torch
 
 from classroom import report
 from data import Example, arith_rows, arith_solve, arith_tokenizer, collate, first_error
-from support.files import BadInput
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights, save_model, token_logprobs
+from model import (
+    LanguageModel,
+    ModelConfig,
+    ScalarModel,
+    build_model,
+    init_weights,
+    save_model,
+    token_logprobs,
+)
 from parallel import Grid
 from qrm import token_scores
+from support.files import BadInput
 
 HOSTILE = "<script>alert('&')</script>"
-SECTIONS = ("Before and after", "Token credit", "Rewards before and after RL", "Learning curves", "One update, token by token", "How each figure was made")
+SECTIONS = (
+    "Before and after",
+    "Token credit",
+    "Rewards before and after RL",
+    "Learning curves",
+    "One update, token by token",
+    "How each figure was made",
+)
 PAIRS = [  # prompt, right, wrong, the text of the first wrong token and its index, counted by hand
-    (f"Tom has 2 pens. Tom buys 3. {HOSTILE} How many?\n", "2+3=5\n#### 5", f"2+3=6{HOSTILE}\n#### 6", "6", 4),
-    ("Ann has 9 pens. Ann eats 4. Ann gets 1. How many?\n", "9-4=5\n5+1=6\n#### 6", "9-4=5\n5-1=4\n#### 4", "-", 7),
+    (
+        f"Tom has 2 pens. Tom buys 3. {HOSTILE} How many?\n",
+        "2+3=5\n#### 5",
+        f"2+3=6{HOSTILE}\n#### 6",
+        "6",
+        4,
+    ),
+    (
+        "Ann has 9 pens. Ann eats 4. Ann gets 1. How many?\n",
+        "9-4=5\n5+1=6\n#### 6",
+        "9-4=5\n5-1=4\n#### 4",
+        "-",
+        7,
+    ),
     ("Ben has 1 pens. Ben finds 1. How many?\n", "1+1=2\n#### 2", "1", "stop", 1),
 ]
 
@@ -43,9 +71,21 @@ def run(tmp_path_factory):
     """A whole run: real tokenizer and models, made-up metrics."""
     root = tmp_path_factory.mktemp("runs") / "tiny"
     write_lines(root / "sft" / "metrics.jsonl", [{"step": i, "loss": 5 / (i + 1)} for i in range(150)])
-    write_lines(root / "rm" / "metrics.jsonl", [{"step": i, "loss": 2.0 - i, "pair_accuracy": 0.5} for i in range(3)])
+    write_lines(
+        root / "rm" / "metrics.jsonl", [{"step": i, "loss": 2.0 - i, "pair_accuracy": 0.5} for i in range(3)]
+    )
     for name in ("reinforce", "ppo"):
-        rows = [{"step": i, "trajectories": 64 * (i + 1), "reward": float(i), "kl_k1": 0.1, "entropy": 0.2, "response_length": 30.0} for i in range(4)]
+        rows = [
+            {
+                "step": i,
+                "trajectories": 64 * (i + 1),
+                "reward": float(i),
+                "kl_k1": 0.1,
+                "entropy": 0.2,
+                "response_length": 30.0,
+            }
+            for i in range(4)
+        ]
         rows[2]["reward"], rows[3]["pass@1"] = float("nan"), 0.625
         write_lines(root / name / "metrics.jsonl", rows)
     for name, passed in (("sft", 0.25), ("reinforce", 0.5), ("ppo", 0.375)):
@@ -53,18 +93,46 @@ def run(tmp_path_factory):
         (root / name / "eval.json").write_text(json.dumps(result))
     for name, auc in (("rm", 0.8125), ("rm-orm", 0.5625), ("rm-dpo", 0.5), ("rm-prm", 0.5)):
         (root / name).mkdir(exist_ok=True)
-        (root / name / "eval.json").write_text(json.dumps({"pair_accuracy": 0.9375, "n_pairs": 7, "error_auc": auc, "first_error_hit": 0.4375, "length_baseline": 0.5}))
+        (root / name / "eval.json").write_text(
+            json.dumps(
+                {
+                    "pair_accuracy": 0.9375,
+                    "n_pairs": 7,
+                    "error_auc": auc,
+                    "first_error_hit": 0.4375,
+                    "length_baseline": 0.5,
+                }
+            )
+        )
     for name in ("sft", "rm", "reinforce", "ppo"):
-        config = {"stage": name, "seed": 3, "steps": 150, "lr": 0.004, "batch_size": 16, "resume": False, "out": "", "data": HOSTILE,
-                  "kl_coef": 0.5, "advantage": "token", "max_new_tokens": 10, "minibatch": 8}  # fmt: skip
+        config = {
+            "stage": name,
+            "seed": 3,
+            "steps": 150,
+            "lr": 0.004,
+            "batch_size": 16,
+            "resume": False,
+            "out": "",
+            "data": HOSTILE,
+            "kl_coef": 0.5,
+            "advantage": "token",
+            "max_new_tokens": 10,
+            "minibatch": 8,
+        }
         (root / name / "run.json").write_text(json.dumps({"config": config, "torch": HOSTILE}))
-    write_lines(root / "pairs-heldout.jsonl", [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS])
+    write_lines(
+        root / "pairs-heldout.jsonl", [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS]
+    )
     for i, name in enumerate(("rm", "rm-orm", "rm-prm", "rm-dpo", "sft", "reinforce", "ppo", "ppo/critic")):
         (root / name).mkdir(exist_ok=True)
         arith_tokenizer().save(root / name)
-        save_model(policy(i) if name in ("rm-dpo", "sft", "reinforce", "ppo") else reward_model(i), root / name)
+        save_model(
+            policy(i) if name in ("rm-dpo", "sft", "reinforce", "ppo") else reward_model(i), root / name
+        )
     for kind in ("orm", "prm", "dpo"):
-        (root / f"rm-{kind}" / "run.json").write_text(json.dumps({"reward": kind, "reference": str(root / "sft")}))
+        (root / f"rm-{kind}" / "run.json").write_text(
+            json.dumps({"reward": kind, "reference": str(root / "sft")})
+        )
     return root
 
 
@@ -88,7 +156,11 @@ class Tokens(HTMLParser):
         super().__init__()
         self.answers, self.open, self.ids, self.links, self.tags = [], [], [], [], []
         self.feed(page)
-        assert self.open == [] and len(self.ids) == len(set(self.ids)) and {f"#{id}" for id in self.ids} >= set(self.links)
+        assert (
+            self.open == []
+            and len(self.ids) == len(set(self.ids))
+            and {f"#{id}" for id in self.ids} >= set(self.links)
+        )
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -124,13 +196,32 @@ def test_whole_run_shows_every_section_and_figure(run):
     assert all(f"<h2 id='s{i}'>{i}. {title}</h2>" in page for i, title in enumerate(SECTIONS, 1))
     assert "Left out" not in page
     tags = Tokens(page).tags
-    assert tags.count("table") == tags.count("caption") == 5 and {"header", "nav", "main", "h1", "h3"} <= {*tags} and tags.count("section") == len(SECTIONS)
-    for shown in ("0.250 <small>± 0.043", "0.500 <small>± 0.050", "0.875", "0.812", "0.562", "0.938", "0.438", "<th scope='col'>rm-orm"):
+    assert (
+        tags.count("table") == tags.count("caption") == 5
+        and {"header", "nav", "main", "h1", "h3"} <= {*tags}
+        and tags.count("section") == len(SECTIONS)
+    )
+    for shown in (
+        "0.250 <small>± 0.043",
+        "0.500 <small>± 0.050",
+        "0.875",
+        "0.812",
+        "0.562",
+        "0.938",
+        "0.438",
+        "<th scope='col'>rm-orm",
+    ):
         assert shown in page, shown
     for _, _, _, label, _ in report.CHARTS:
         assert page.count(f">{label}</text>") == 1, label
-    assert "trajectories sampled. reinforce: 0 at 64, 3 at 256; ppo" in page  # the NaN in between is not drawn
-    assert "--seed 3 --steps 150 --lr 0.004 --batch_size 16 --data " in page and "--resume" not in page and "--out" not in page
+    assert (
+        "trajectories sampled. reinforce: 0 at 64, 3 at 256; ppo" in page
+    )  # the NaN in between is not drawn
+    assert (
+        "--seed 3 --steps 150 --lr 0.004 --batch_size 16 --data " in page
+        and "--resume" not in page
+        and "--out" not in page
+    )
 
 
 def test_page_needs_no_network_and_text_is_escaped(run):
@@ -143,7 +234,10 @@ def test_page_needs_no_network_and_text_is_escaped(run):
 
 
 def test_first_wrong_token_is_marked_and_nothing_else(run):
-    answers, tokenizer = Tokens(page_of(run)).answers[: 2 * len(PAIRS)], arith_tokenizer()  # behind them: those of the update
+    answers, tokenizer = (
+        Tokens(page_of(run)).answers[: 2 * len(PAIRS)],
+        arith_tokenizer(),
+    )  # behind them: those of the update
     for (prompt, chosen, rejected, text, index), right, wrong in zip(PAIRS, answers[0::2], answers[1::2]):
         solution = tokenizer.encode_response(arith_solve(prompt))
         assert first_error(tokenizer.encode_response(rejected), solution) == index
@@ -160,15 +254,31 @@ def test_scores_are_those_of_the_models_and_standardised_together(run):
     for (prompt, *texts, _, _), (_, *answers) in zip(PAIRS, scored):
         for text, answer in zip(texts, answers):
             response = tokenizer.encode_response(text)
-            ids, mask = collate([Example(tokenizer.encode_prompt(prompt), response)])  # alone, without padding
-            z = {name: token_scores(reward_model(i), ids)[mask].tolist() for i, name in enumerate(("rm", "rm-orm", "rm-prm"))}
+            ids, mask = collate(
+                [Example(tokenizer.encode_prompt(prompt), response)]
+            )  # alone, without padding
+            z = {
+                name: token_scores(reward_model(i), ids)[mask].tolist()
+                for i, name in enumerate(("rm", "rm-orm", "rm-prm"))
+            }
             ends = [token == "\n" for token in tokenizer.token_texts(response)][:-1] + [True]
-            expected = {"rm": z["rm"], "rm-dpo": (0.1 * (token_logprobs(trained, ids, mask)[0] - token_logprobs(start, ids, mask)[0]))[mask].tolist(),
-                        "rm-orm": [None] * (len(response) - 1) + z["rm-orm"][-1:],
-                        "rm-prm": [math.tanh(x) if end else None for x, end in zip(z["rm-prm"], ends)]}  # fmt: skip
+            expected = {
+                "rm": z["rm"],
+                "rm-dpo": (
+                    0.1 * (token_logprobs(trained, ids, mask)[0] - token_logprobs(start, ids, mask)[0])
+                )[mask].tolist(),
+                "rm-orm": [None] * (len(response) - 1) + z["rm-orm"][-1:],
+                "rm-prm": [math.tanh(x) if end else None for x, end in zip(z["rm-prm"], ends)],
+            }
             for name, numbers in expected.items():
-                assert [x is None for x in answer.z[name]] == [x is None for x in answer.z_std[name]] == [x is None for x in numbers], name
-                assert [x for x in answer.z[name] if x is not None] == pytest.approx([x for x in numbers if x is not None], rel=1e-4, abs=1e-6), name
+                assert (
+                    [x is None for x in answer.z[name]]
+                    == [x is None for x in answer.z_std[name]]
+                    == [x is None for x in numbers]
+                ), name
+                assert [x for x in answer.z[name] if x is not None] == pytest.approx(
+                    [x for x in numbers if x is not None], rel=1e-4, abs=1e-6
+                ), name
                 every[name] += [x for x in answer.z_std[name] if x is not None]
     for numbers in every.values():
         assert abs(sum(numbers)) < 1e-3 and abs(sum(z * z for z in numbers) / len(numbers) - 1) < 1e-3
@@ -177,7 +287,9 @@ def test_scores_are_those_of_the_models_and_standardised_together(run):
 def test_profile_by_hand():
     answer = lambda ids, error, z: report.Answer(ids, error, {}, {"rm": z, "rm-orm": [None, None, z[-1]]})
     right, wrong = answer([1, 2, 3], 3, [0.5, 1.0, 3.0]), answer([1, 9, 4], 1, [0.5, -2.0, -1.0])
-    page = report.profile([("p", right, wrong), ("p", wrong, wrong)], {"rm": "Q-RM", "rm-orm": "outcome"})  # the second's "right" answer has an error itself: no twin
+    page = report.profile(
+        [("p", right, wrong), ("p", wrong, wrong)], {"rm": "Q-RM", "rm-orm": "outcome"}
+    )  # the second's "right" answer has an error itself: no twin
     cells = [[cell.split("<")[0] for cell in row.split("<td>")[1:]] for row in page.split("<tr>")[2:]]
     assert cells == [["+0.33", "+1.00"], ["+0.50", "–"], ["-2.00", "–"], ["-1.00", "-1.00"], ["100 %", "–"]]
     assert "<small>n 1</small>" in page
@@ -187,13 +299,19 @@ def test_profile_by_hand():
 def test_histogram_by_hand():
     values = torch.tensor([0.0, 0.9, 1.0, 2.0])  # bins [0, 1) and [1, 2]
     bars = report.histogram(values, 0.0, 2.0, 1, 2, bins=2)
-    assert [y for _, y in bars] == [0, 0.5, 0.5, 0] * 2 and [x for x, _ in bars] == pytest.approx([0.5, 0.5, 0.9, 0.9, 1.5, 1.5, 1.9, 1.9])
+    assert [y for _, y in bars] == [0, 0.5, 0.5, 0] * 2 and [x for x, _ in bars] == pytest.approx(
+        [0.5, 0.5, 0.9, 0.9, 1.5, 1.5, 1.9, 1.9]
+    )
 
 
 def test_update_shows_what_the_algorithms_saw(run):
     """Z, KL, V and A of every shown token by other means; the ratio is of a policy that was updated."""
-    tokenizer, rows, found = report.sample(run, {name: report.read_stage(run / name) for name in report.POLICIES})
-    assert [*found] == ["sft", "reinforce", "ppo"] and [row["prompt"] for row in rows] == [row["prompt"] for row in arith_rows("test", 6, 1)]
+    tokenizer, rows, found = report.sample(
+        run, {name: report.read_stage(run / name) for name in report.POLICIES}
+    )
+    assert [*found] == ["sft", "reinforce", "ppo"] and [row["prompt"] for row in rows] == [
+        row["prompt"] for row in arith_rows("test", 6, 1)
+    ]
     for number, name in ((5, "reinforce"), (6, "ppo")):
         sampled = found[name]
         prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
@@ -205,36 +323,70 @@ def test_update_shows_what_the_algorithms_saw(run):
             values = critic.scalars(critic.model(ids[:, :-1])) if name == "ppo" else torch.zeros(z.shape)
         page = report.inspector(run, tokenizer, rows, {name: sampled})
         told = [label for answer in Tokens(page).answers for label, _ in answer]
-        shown = [i for kind in (True, False) for i in [i for i, c in enumerate(sampled.correct) if c == kind][: report.EXAMPLES]]
+        shown = [
+            i
+            for kind in (True, False)
+            for i in [i for i, c in enumerate(sampled.correct) if c == kind][: report.EXAMPLES]
+        ]
         with torch.no_grad():
-            ratio = (token_logprobs(sampled.policy, ids, mask)[0] - token_logprobs(policy(number), ids, mask)[0]).exp()
-        expected = torch.cat([torch.stack([z, z_std, kl, *[values] * (name == "ppo"), z_std - 0.5 * kl - values, ratio])[:, i, mask[i]] for i in sorted(shown)], 1).T
-        numbers = [[float(x) for x in re.findall(r"(?:Z|standardised|sft|V|advantage|ratio) ([-+0-9.]+)", label.split(": ", 1)[1])] for label in told]
-        assert len(numbers) == len(expected) and numbers == [pytest.approx(row, abs=0.0051) for row in expected.tolist()]
+            ratio = (
+                token_logprobs(sampled.policy, ids, mask)[0] - token_logprobs(policy(number), ids, mask)[0]
+            ).exp()
+        expected = torch.cat(
+            [
+                torch.stack([z, z_std, kl, *[values] * (name == "ppo"), z_std - 0.5 * kl - values, ratio])[
+                    :, i, mask[i]
+                ]
+                for i in sorted(shown)
+            ],
+            1,
+        ).T
+        numbers = [
+            [
+                float(x)
+                for x in re.findall(
+                    r"(?:Z|standardised|sft|V|advantage|ratio) ([-+0-9.]+)", label.split(": ", 1)[1]
+                )
+            ]
+            for label in told
+        ]
+        assert len(numbers) == len(expected) and numbers == [
+            pytest.approx(row, abs=0.0051) for row in expected.tolist()
+        ]
         assert (ratio[mask] - 1).abs().max() > 0.01
 
 
 def test_line_chart_places_points():
     chart = report.line_chart("a <b>", "steps", {"x": [(0, 0.0), (10, 1.0)]}, (0, 1), mark=5)
-    assert "points='48.0,190.0 348.0,44.0'" in chart and "d='M198.0 44V190'" in chart and "a &lt;b&gt;" in chart
+    assert (
+        "points='48.0,190.0 348.0,44.0'" in chart and "d='M198.0 44V190'" in chart and "a &lt;b&gt;" in chart
+    )
     for low, high in ((0, 1), (-3.7, 12.1), (1e-5, 1.1e-5), (999, 16001)):
         found = report.ticks(low, high)
         slack = 1e-6 * (high - low)
         assert 2 <= len(found) <= 6 and low - slack <= found[0] and found[-1] <= high + slack
-    assert "0.2" in report.line_chart("flat", "steps", {"x": [(0, 0.2)]}) and "nothing was logged" in report.line_chart("none", "steps", {"x": []})
+    assert "0.2" in report.line_chart(
+        "flat", "steps", {"x": [(0, 0.2)]}
+    ) and "nothing was logged" in report.line_chart("none", "steps", {"x": []})
 
 
 def test_half_finished_run_still_gives_a_page(tmp_path):
     assert page_of(tmp_path).count("Left out") >= 6  # nothing there at all
     write_lines(tmp_path / "sft" / "metrics.jsonl", [{"step": 0, "loss": 6.0}, {"step": 1, "loss": 5.0}])
     (tmp_path / "sft" / "run.json").write_text('{"config": {"stage": "sft", "seed": 11}}')
-    write_lines(tmp_path / "rm.partial" / "metrics.jsonl", [{"step": 0, "loss": 2.1269, "pair_accuracy": 0.0}])
+    write_lines(
+        tmp_path / "rm.partial" / "metrics.jsonl", [{"step": 0, "loss": 2.1269, "pair_accuracy": 0.0}]
+    )
     with open(tmp_path / "rm.partial" / "metrics.jsonl", "a") as file:
         file.write('{"step": 1, "lo')  # cut off by a crash
     write_lines(tmp_path / "pairs-heldout.jsonl", [dict(zip(("prompt", "chosen", "rejected"), PAIRS[0]))])
     page = page_of(tmp_path)
     assert all(f". {title}</h2>" in page for title in SECTIONS)
-    assert "Left out: token credit" in page and "Left out: the curves of reinforce, ppo" in page and "no eval.json" in page
+    assert (
+        "Left out: token credit" in page
+        and "Left out: the curves of reinforce, ppo" in page
+        and "no eval.json" in page
+    )
     assert ">rm: loss (nats per pair)</text>" in page and "1, unfinished" in page and "--seed 11" in page
 
 
@@ -243,7 +395,11 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
     for name in ("ppo", "rm-dpo", "rm-prm"):
         shutil.rmtree(part / name)
     page = page_of(part)
-    assert f"python train.py --stage rm --run {part} --reward dpo --beta 0.1" in page and f"--run {part} --reward prm" in page and "--reward orm" not in page
+    assert (
+        f"python train.py --stage rm --run {part} --reward dpo --beta 0.1" in page
+        and f"--run {part} --reward prm" in page
+        and "--reward orm" not in page
+    )
     assert "What one more update of reinforce does" in page and "baseline V" not in page
     (part / "reinforce" / "run.json").write_text(json.dumps({"config": {"reward": "outcome"}}))
     assert page_of(part).count("reinforce was trained on another reward") == 2

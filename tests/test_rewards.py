@@ -1,4 +1,5 @@
 """Rewards of real models on three tokens: each stands at its token, whatever pads follow; losses against torch and loops."""
+
 import itertools
 import math
 
@@ -11,10 +12,27 @@ from test_reinforce import a_policy, a_rollout, config, gradient, grow, poisoned
 from data import Example, collate
 from model import LanguageModel, ScalarModel
 from parallel import Grid
-from qrm import (POLICY_LIKE, REWARD_MODELS, dpo_loss, dpo_reward, last_token_mask, logit_reward, orm_loss, outcome_loss,  # fmt: skip
-                 outcome_reward, pairwise_loss,
-                 plackett_luce_loss, qrm_loss, reward_function, reward_model_loss, sequence_score, step_end_mask, step_loss,
-                 step_reward, token_reward)
+from qrm import (
+    POLICY_LIKE,
+    REWARD_MODELS,
+    dpo_loss,
+    dpo_reward,
+    last_token_mask,
+    logit_reward,
+    orm_loss,
+    outcome_loss,
+    outcome_reward,
+    pairwise_loss,
+    plackett_luce_loss,
+    qrm_loss,
+    reward_function,
+    reward_model_loss,
+    sequence_score,
+    step_end_mask,
+    step_loss,
+    step_reward,
+    token_reward,
+)
 from reinforce import advantages
 
 STOP, LINE, OTHER_LINE = 2, 7, 9  # two tokens end a line
@@ -29,7 +47,10 @@ def scorer():
 
 def z_alone(model, answer):
     """Z of each token: what the model says when the answer ends there, without pads and without what comes later"""
-    return [model.scalars(model.model(torch.tensor([PROMPT + answer[: t + 1]])))[0, -1].item() for t in range(len(answer))]
+    return [
+        model.scalars(model.model(torch.tensor([PROMPT + answer[: t + 1]])))[0, -1].item()
+        for t in range(len(answer))
+    ]
 
 
 def log_ratios(policy, reference, answer):
@@ -37,7 +58,9 @@ def log_ratios(policy, reference, answer):
     out = []
     for t, token in enumerate(answer):
         state = torch.tensor([PROMPT + answer[:t]])
-        log_pi, log_ref = (m.logits(m.model(state))[0, -1].log_softmax(-1)[token].item() for m in (policy, reference))
+        log_pi, log_ref = (
+            m.logits(m.model(state))[0, -1].log_softmax(-1)[token].item() for m in (policy, reference)
+        )
         out.append(log_pi - log_ref)
     return out
 
@@ -64,7 +87,9 @@ def test_token_reward(pad_id):
 
 @pytest.mark.parametrize("pad_id", PADS)
 def test_outcome_reward_is_at_the_last_real_token(pad_id):
-    model = scorer()  # an answer that was cut off is given no stop token: it is scored at the token that it ends with
+    model = (
+        scorer()
+    )  # an answer that was cut off is given no stop token: it is scored at the token that it ends with
     check(outcome_reward(model), [[0.0] * (len(a) - 1) + z_alone(model, a)[-1:] for a in ANSWERS], pad_id)
     check(outcome_reward(model, every_token=True), [z_alone(model, a)[-1:] * len(a) for a in ANSWERS], pad_id)
 
@@ -76,7 +101,11 @@ def test_step_reward_is_at_the_ends_of_lines_and_of_the_answer(pad_id):
     expected = [[math.tanh(z) * end for z, end in zip(z_alone(model, a), e)] for a, e in zip(ANSWERS, ends)]
     check(step_reward(model, [LINE, OTHER_LINE]), expected, pad_id)
     check(lambda ids, mask: step_end_mask(ids, mask, [LINE, OTHER_LINE]).float(), ends, pad_id)
-    check(lambda ids, mask: last_token_mask(mask).float(), [[0, 0, 1], [0, 0, 1], [0, 0, 0, 0, 0, 1], [1]], pad_id)
+    check(
+        lambda ids, mask: last_token_mask(mask).float(),
+        [[0, 0, 1], [0, 0, 1], [0, 0, 0, 0, 0, 1], [1]],
+        pad_id,
+    )
 
 
 @pytest.mark.parametrize("pad_id", PADS)
@@ -94,9 +123,13 @@ def test_a_rollout_is_rewarded_where_the_reward_model_speaks():
     policy = a_policy(vocab=29)
     model, cfg = random_model(ScalarModel, policy.cfg, seed=51), config(max_new_tokens=8)
     speaks = lambda ids, mask: step_end_mask(ids, mask, list(range(0, 29, 4)))
-    rollout = a_rollout(policy, cfg, reward_fn=step_reward(model, list(range(0, 29, 4))), reward_mask_fn=speaks)
+    rollout = a_rollout(
+        policy, cfg, reward_fn=step_reward(model, list(range(0, 29, 4))), reward_mask_fn=speaks
+    )
     assert torch.equal(rollout.reward_mask, rollout.scores != 0) and rollout.reward_mask.sum(1).max() > 1
-    assert (rollout.reward_mask & ~last_token_mask(rollout.response_mask)).any() and not (rollout.reward_mask & ~rollout.response_mask).any()
+    assert (rollout.reward_mask & ~last_token_mask(rollout.response_mask)).any() and not (
+        rollout.reward_mask & ~rollout.response_mask
+    ).any()
     spoken = rollout.scores[rollout.reward_mask].double()
     z = (spoken - spoken.mean()) / spoken.std(correction=0)
     found = advantages(rollout, cfg, Grid())
@@ -106,12 +139,16 @@ def test_a_rollout_is_rewarded_where_the_reward_model_speaks():
 
 # ------------------------------------------------------------------------------------------------ losses
 
+
 PAIRS = ragged((1, 4), (1, 6), (0, 2), (0, 1), (2, 5), (2, 6), width=6)  # chosen and rejected of three pairs
 
 
 def grads_agree(loss_fn, reference_fn, scores, outside=True):
     """Value and gradient, the gradient of what stands outside the mask included: zero, though the score there is nan"""
-    mine, plain = (poisoned(scores, PAIRS) if outside else scores.clone()).requires_grad_(), scores.clone().requires_grad_()
+    mine, plain = (
+        (poisoned(scores, PAIRS) if outside else scores.clone()).requires_grad_(),
+        scores.clone().requires_grad_(),
+    )
     loss, reference = loss_fn(mine)[0], reference_fn(plain)
     near(loss, reference, 1e-6)
     loss.backward()
@@ -132,7 +169,10 @@ def test_qrm_loss_with_a_margin_per_pair():
         return sum(F.softplus(margins[p] - 0.7 * (means[2 * p] - means[2 * p + 1])) for p in range(3)) / 3
 
     grads_agree(lambda scores: qrm_loss(scores, PAIRS, beta=0.7, margin=margins), reference, 3 * grow(6, 6))
-    single = [qrm_loss(3 * grow(6, 6)[2 * p : 2 * p + 2], PAIRS[2 * p : 2 * p + 2], 0.7, margins[p].item())[0] for p in range(3)]
+    single = [
+        qrm_loss(3 * grow(6, 6)[2 * p : 2 * p + 2], PAIRS[2 * p : 2 * p + 2], 0.7, margins[p].item())[0]
+        for p in range(3)
+    ]
     near(qrm_loss(3 * grow(6, 6), PAIRS, 0.7, margins)[0], sum(single) / 3, 1e-6)
 
 
@@ -172,15 +212,25 @@ def test_dpo_loss_is_its_equation():
         sums = [(row - r).sum() for row, r in zip(rows_of(logprobs), rows_of(ref))]
         return -sum((0.4 * (sums[2 * p] - sums[2 * p + 1])).sigmoid().log() for p in range(3)) / 3
 
-    grads_agree(lambda logprobs: dpo_loss(logprobs, poisoned(ref, PAIRS), PAIRS, beta=0.4), reference, grow(6, 6))
+    grads_agree(
+        lambda logprobs: dpo_loss(logprobs, poisoned(ref, PAIRS), PAIRS, beta=0.4), reference, grow(6, 6)
+    )
 
 
 def test_plackett_luce_is_a_distribution_over_rankings():
     scores = 2 * grow(4)
-    chances = {order: (-3 * plackett_luce_loss(scores[None, list(order)])[0]).exp().item() for order in itertools.permutations(range(4))}
-    assert sum(chances.values()) == pytest.approx(1, rel=1e-5)  # -loss * 3 ranks = log of the chance of this ranking
+    chances = {
+        order: (-3 * plackett_luce_loss(scores[None, list(order)])[0]).exp().item()
+        for order in itertools.permutations(range(4))
+    }
+    assert sum(chances.values()) == pytest.approx(
+        1, rel=1e-5
+    )  # -loss * 3 ranks = log of the chance of this ranking
     assert max(chances, key=chances.get) == tuple(scores.argsort(descending=True).tolist())
-    for order, chance in chances.items():  # drawn one by one, in proportion to exp(score), without putting back
+    for (
+        order,
+        chance,
+    ) in chances.items():  # drawn one by one, in proportion to exp(score), without putting back
         left, drawn = list(range(4)), 1.0
         for k in order:
             drawn *= math.exp(scores[k]) / sum(math.exp(scores[j]) for j in left)
@@ -204,13 +254,22 @@ def test_every_prompt_weighs_the_same_in_plackett_luce():
 
 
 def test_reward_functions_by_name():
-    model, (policy, reference) = scorer(), (random_model(LanguageModel, small_config(), seed) for seed in (0, 1))
+    model, (policy, reference) = (
+        scorer(),
+        (random_model(LanguageModel, small_config(), seed) for seed in (0, 1)),
+    )
     ids, mask = collate([Example(PROMPT, a) for a in ANSWERS])
     lines = [LINE, OTHER_LINE]
-    for kind, fn, speaks, is_q in (("qrm", token_reward(model), mask, True), ("orm", outcome_reward(model), last_token_mask(mask), False),
-                                   ("prm", step_reward(model, lines), step_end_mask(ids, mask, lines), False),
-                                   ("dpo", dpo_reward(policy, reference), mask, True), ("logit", logit_reward(policy), mask, True)):  # fmt: skip
-        reward_fn, reward_mask_fn, q = reward_function(kind, policy if kind in POLICY_LIKE else model, reference, lines)
+    for kind, fn, speaks, is_q in (
+        ("qrm", token_reward(model), mask, True),
+        ("orm", outcome_reward(model), last_token_mask(mask), False),
+        ("prm", step_reward(model, lines), step_end_mask(ids, mask, lines), False),
+        ("dpo", dpo_reward(policy, reference), mask, True),
+        ("logit", logit_reward(policy), mask, True),
+    ):
+        reward_fn, reward_mask_fn, q = reward_function(
+            kind, policy if kind in POLICY_LIKE else model, reference, lines
+        )
         assert torch.equal(reward_fn(ids, mask), fn(ids, mask)) and q == is_q
         assert torch.equal(reward_mask_fn(ids, mask) if reward_mask_fn else mask, speaks)
 
@@ -234,12 +293,25 @@ def test_the_training_loss_of_each_reward_model(kind):
 
     def log_ratio(answer):
         row = torch.tensor([PROMPT + answer])
-        log_pi = [m.logits(m.model(row))[0, :-1].log_softmax(-1).gather(-1, row[0, 1:, None])[len(PROMPT) - 1 :].sum() for m in (model, reference)]
+        log_pi = [
+            m.logits(m.model(row))[0, :-1]
+            .log_softmax(-1)
+            .gather(-1, row[0, 1:, None])[len(PROMPT) - 1 :]
+            .sum()
+            for m in (model, reference)
+        ]
         return log_pi[0] - log_pi[1].detach()
 
     if kind == "prm":  # steps end at 1, 2 | 2 | 0, 3, 5 | 0
-        errors = [z(ANSWERS[0])[1].tanh() - 1, z(ANSWERS[0])[2].tanh() - 1, z(ANSWERS[1])[2].tanh() + 1, z(ANSWERS[2])[0].tanh() - 1,
-                  z(ANSWERS[2])[3].tanh() + 1, z(ANSWERS[2])[5].tanh() + 1, z(ANSWERS[3])[0].tanh() + 1]  # fmt: skip
+        errors = [
+            z(ANSWERS[0])[1].tanh() - 1,
+            z(ANSWERS[0])[2].tanh() - 1,
+            z(ANSWERS[1])[2].tanh() + 1,
+            z(ANSWERS[2])[0].tanh() - 1,
+            z(ANSWERS[2])[3].tanh() + 1,
+            z(ANSWERS[2])[5].tanh() + 1,
+            z(ANSWERS[3])[0].tanh() + 1,
+        ]
         expected = sum(e * e for e in errors) / 7
         assert stats["step_accuracy"] == pytest.approx(sum(abs(e.item()) < 1 for e in errors) / 7)
     else:

@@ -1,4 +1,5 @@
 """The study runs from nothing to its tables and figure, and starts nothing twice (tiny settings: no result is read)."""
+
 import json
 import subprocess
 import sys
@@ -18,7 +19,12 @@ from study import METRICS, best_lr, draw_curves, reach, reached, scores_one_late
 
 
 def study(out, *flags):
-    return subprocess.run([sys.executable, ROOT / "classroom" / "study.py", "--quick", "--out", out, *flags], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "classroom" / "study.py", "--quick", "--out", out, *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_quick_study_and_restart(tmp_path):
@@ -56,15 +62,38 @@ def test_curves_are_runs_with_the_mistake_in_them(tmp_path):
         save_model(random_model(kind, sizes), tmp_path / name)
     flags = dict(steps=1, batch_size=8, minibatch=8, limit=4, max_new_tokens=8, eval_every=1)
     assert draw_curves(tmp_path / "out", tmp_path, **flags) == tmp_path / "out" / "curves.png"
-    found = {path.name: (json.loads((path / "metrics.jsonl").read_text()), json.loads((path / "run.json").read_text())["config"])
-             for path in (tmp_path / "out").iterdir() if path.is_dir()}  # fmt: skip
+    found = {
+        path.name: (
+            json.loads((path / "metrics.jsonl").read_text()),
+            json.loads((path / "run.json").read_text())["config"],
+        )
+        for path in (tmp_path / "out").iterdir()
+        if path.is_dir()
+    }
     rows = {name: row for name, (row, _) in found.items()}
     assert {name: (row["lr"], config["kl_coef"]) for name, (row, config) in found.items()} == {
-        "healthy": (1e-4, 0.2), "learning-rate-x-10": (1e-3, 0.2), "no-KL-penalty": (1e-4, 0.0), "rewards-one-token-late": (1e-4, 0.2)}  # fmt: skip
-    assert rows["healthy"]["reward"] == rows["learning-rate-x-10"]["reward"] == rows["no-KL-penalty"]["reward"] != rows["rewards-one-token-late"]["reward"]
-    assert set(METRICS) <= rows["healthy"].keys() and (tmp_path / "out" / "curves.png").stat().st_size > 10_000
-    model, ids, mask = random_model(ScalarModel, sizes), torch.arange(12)[None], torch.tensor([[False] * 3 + [True] * 8])
+        "healthy": (1e-4, 0.2),
+        "learning-rate-x-10": (1e-3, 0.2),
+        "no-KL-penalty": (1e-4, 0.0),
+        "rewards-one-token-late": (1e-4, 0.2),
+    }
+    assert (
+        rows["healthy"]["reward"]
+        == rows["learning-rate-x-10"]["reward"]
+        == rows["no-KL-penalty"]["reward"]
+        != rows["rewards-one-token-late"]["reward"]
+    )
+    assert (
+        set(METRICS) <= rows["healthy"].keys() and (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    )
+    model, ids, mask = (
+        random_model(ScalarModel, sizes),
+        torch.arange(12)[None],
+        torch.tensor([[False] * 3 + [True] * 8]),
+    )
     near(scores_one_late(model, ids, mask)[:, 3:], token_scores(model, ids)[:, 2:-1])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.jsonl")}
     draw_curves(tmp_path / "out", tmp_path, **flags)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.jsonl")}  # what is there is kept
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("metrics.jsonl")
+    }  # what is there is kept

@@ -1,4 +1,5 @@
 """What the pairwise loss identifies, on a tree small enough to enumerate (classroom/theory.py)."""
+
 import itertools
 import sys
 from pathlib import Path
@@ -19,11 +20,18 @@ def test_backup_is_the_maximum_entropy_policy():
     for actions in itertools.product(range(A), repeat=T):
         s, total, log_p, q_sum = 0, 0.0, 0.0, 0.0
         for a in actions:
-            total, log_p, q_sum, s = total + rewards[s, a], log_p + log_policy[s, a], q_sum + Q[s, a], s * A + 1 + a
+            total, log_p, q_sum, s = (
+                total + rewards[s, a],
+                log_p + log_policy[s, a],
+                q_sum + Q[s, a],
+                s * A + 1 + a,
+            )
         q_sums.append(q_sum)
         returns.append(total)
         logs.append(log_p)
-    torch.testing.assert_close(torch.stack(logs), torch.stack(returns).log_softmax(0))  # so A* has the sums that the loss asks for
+    torch.testing.assert_close(
+        torch.stack(logs), torch.stack(returns).log_softmax(0)
+    )  # so A* has the sums that the loss asks for
     assert (torch.stack(q_sums) - torch.stack(returns)).std() > 0.1  # and Q* has not
 
 

@@ -1,4 +1,5 @@
 """Golden ids by hand, and where the tokenizers library is installed, the same ids as it gives."""
+
 import base64
 import json
 import random
@@ -11,12 +12,29 @@ from support.tokenizers import BYTE_TO_CHAR, LLAMA3, Tokenizer, build_tokenizer,
 
 QWEN = LLAMA3.replace("{1,3}", "")
 MERGES = ["l o", "lo w", "e r", "Ġ low", "Ċ Ċ", "1 2", "a a", "Ġ Ġ"]  # make the ids 256 to 263
-SPECIALS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-            "<|im_start|>", "<|im_end|>"]  # the ids 264 to 270, in llama3 one more
+SPECIALS = [
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|im_start|>",
+    "<|im_end|>",
+]  # the ids 264 to 270, in llama3 one more
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 DIGITS = [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]
 MESSAGES = [{"role": "system", "content": " low\n"}, {"role": "user", "content": "\nlower <|eot_id|> 12 "}]
-WORDS = ["Tom", " Tom", " has", " apples", " buys", " How", " many", "####", *(f" {digit}" for digit in range(10))]
+WORDS = [
+    "Tom",
+    " Tom",
+    " has",
+    " apples",
+    " buys",
+    " How",
+    " many",
+    "####",
+    *(f" {digit}" for digit in range(10)),
+]
 QUESTION = "Tom has 3 apples. Tom buys 4. How many?\n3+4=7\n#### 7"
 
 
@@ -32,13 +50,25 @@ def tokenizer_json(steps, merges=MERGES, words=(), bos=False, **changes):
         vocab.setdefault(word, len(vocab))
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     first = [{"SpecialToken": {"id": SPECIALS[0], "type_id": 0}}] if bos else []
-    single, pair = [*first, {"Sequence": {"id": "A", "type_id": 0}}], [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
+    single, pair = (
+        [*first, {"Sequence": {"id": "A", "type_id": 0}}],
+        [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"],
+    )
     known = {SPECIALS[0]: {"id": SPECIALS[0], "ids": [len(vocab)], "tokens": [SPECIALS[0]]}}
-    spec = {"version": "1.0", "normalizer": None, "decoder": BYTE_LEVEL,
-            "added_tokens": [{"id": len(vocab) + i, "content": name, **flags} for i, name in enumerate(SPECIALS)],
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0],
-            "post_processor": {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": known},
-            "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)}}
+    spec = {
+        "version": "1.0",
+        "normalizer": None,
+        "decoder": BYTE_LEVEL,
+        "added_tokens": [{"id": len(vocab) + i, "content": name, **flags} for i, name in enumerate(SPECIALS)],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0],
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": single,
+            "pair": pair,
+            "special_tokens": known,
+        },
+        "model": {"type": "BPE", "vocab": vocab, "merges": list(merges)},
+    }
     for path, value in changes.items():
         *parents, key = path.split("__")
         at = spec
@@ -62,17 +92,32 @@ FORMS = {
     "gpt2": tokenizer_json([BYTE_LEVEL]),
     "smollm2": tokenizer_json(DIGITS),
     "llama3": tokenizer_json(split(LLAMA3), bos=True, words=["owl"], model__ignore_merges=True),
-    "qwen": tokenizer_json(split(QWEN), normalizer={"type": "NFC"}, model__merges=[merge.split() for merge in MERGES]),
+    "qwen": tokenizer_json(
+        split(QWEN), normalizer={"type": "NFC"}, model__merges=[merge.split() for merge in MERGES]
+    ),
 }
 
 
-@pytest.mark.parametrize("form, text, ids", [
-    ("gpt2", "low lower\n\n", [257, 259, 258, 260]), ("gpt2", "a 12", [97, 32, 261]),
-    ("gpt2", "aaaaa", [262, 262, 97]), ("gpt2", "", []), ("gpt2", "\u00e9", [195, 169]), ("gpt2", "\n\n\nx", [260, 10, 120]),
-    ("gpt2", "  low", [32, 259]), ("smollm2", "  low12", [32, 259, 49, 50]), ("smollm2", "  12", [263, 49, 50]), ("gpt2", "  12", [32, 32, 261]),
-    ("llama3", "owl owls", [264, 32, 111, 119, 108, 115]), ("llama3", "1212", [261, 49, 50]), ("llama3", "x\n\ny", [120, 260, 121]),
-    ("qwen", "1212", [49, 50, 49, 50]), ("qwen", "e\u0301", [195, 169]),
-])
+@pytest.mark.parametrize(
+    "form, text, ids",
+    [
+        ("gpt2", "low lower\n\n", [257, 259, 258, 260]),
+        ("gpt2", "a 12", [97, 32, 261]),
+        ("gpt2", "aaaaa", [262, 262, 97]),
+        ("gpt2", "", []),
+        ("gpt2", "\u00e9", [195, 169]),
+        ("gpt2", "\n\n\nx", [260, 10, 120]),
+        ("gpt2", "  low", [32, 259]),
+        ("smollm2", "  low12", [32, 259, 49, 50]),
+        ("smollm2", "  12", [263, 49, 50]),
+        ("gpt2", "  12", [32, 32, 261]),
+        ("llama3", "owl owls", [264, 32, 111, 119, 108, 115]),
+        ("llama3", "1212", [261, 49, 50]),
+        ("llama3", "x\n\ny", [120, 260, 121]),
+        ("qwen", "1212", [49, 50, 49, 50]),
+        ("qwen", "e\u0301", [195, 169]),
+    ],
+)
 def test_golden_ids(tmp_path, form, text, ids):
     tokenizer = load(tmp_path, FORMS[form])
     assert tokenizer.encode(text) == ids
@@ -81,10 +126,47 @@ def test_golden_ids(tmp_path, form, text, ids):
 
 def random_texts(n, seed=0):
     rng = random.Random(seed)
-    parts = [" ", "  ", "\n", "\t", "\r\n", "'s", "'LL", "'ſ", "1", "12", "٣", "Ⅷ", "½", "é", "e\u0301", "中", "한글", "\u3000", "\u00a0",
-             "\u2028", "\u0085", "🙂", "low", " lower", "owl", "aaa", "####", "<<3+4=7>>", "<|eot_id|>", "\x00", "\xad", *WORDS]
-    anything = lambda: chr(rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0xE000, 0x1F000)]))
-    return ["".join(rng.choice(parts) if rng.random() < .9 else anything() for _ in range(rng.randint(1, 12))) for _ in range(n)]
+    parts = [
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r\n",
+        "'s",
+        "'LL",
+        "'ſ",
+        "1",
+        "12",
+        "٣",
+        "Ⅷ",
+        "½",
+        "é",
+        "e\u0301",
+        "中",
+        "한글",
+        "\u3000",
+        "\u00a0",
+        "\u2028",
+        "\u0085",
+        "🙂",
+        "low",
+        " lower",
+        "owl",
+        "aaa",
+        "####",
+        "<<3+4=7>>",
+        "<|eot_id|>",
+        "\x00",
+        "\xad",
+        *WORDS,
+    ]
+    anything = lambda: chr(
+        rng.choice([rng.randrange(128), rng.randrange(0x3000), rng.randrange(0xE000, 0x1F000)])
+    )
+    return [
+        "".join(rng.choice(parts) if rng.random() < 0.9 else anything() for _ in range(rng.randint(1, 12)))
+        for _ in range(n)
+    ]
 
 
 def assert_agrees(tokenizer, directory, texts):
@@ -110,17 +192,34 @@ def test_agrees_on_a_trained_vocabulary(tmp_path, form):
     theirs = hf.Tokenizer(hf.models.BPE())
     theirs.pre_tokenizer = {
         "gpt2": byte_level(add_prefix_space=False),
-        "smollm2": sequence([hf.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]),
+        "smollm2": sequence(
+            [hf.pre_tokenizers.Digits(individual_digits=True), byte_level(add_prefix_space=False)]
+        ),
         "llama3": sequence([regex(LLAMA3), byte_level(add_prefix_space=False, use_regex=False)]),
-        "qwen": sequence([regex(QWEN), byte_level(add_prefix_space=False, use_regex=False)])}[form]
-    theirs.train_from_iterator(random_texts(2000, seed=1), hf.trainers.BpeTrainer(
-        vocab_size=1500, show_progress=False, special_tokens=["<|end_of_text|>"], initial_alphabet=byte_level.alphabet()))
+        "qwen": sequence([regex(QWEN), byte_level(add_prefix_space=False, use_regex=False)]),
+    }[form]
+    theirs.train_from_iterator(
+        random_texts(2000, seed=1),
+        hf.trainers.BpeTrainer(
+            vocab_size=1500,
+            show_progress=False,
+            special_tokens=["<|end_of_text|>"],
+            initial_alphabet=byte_level.alphabet(),
+        ),
+    )
     spec = json.loads(theirs.to_str())
     if form == "llama3":  # as Llama 3's file was made: every split of every token is a merge
         vocab = spec["model"]["vocab"]
-        spec["model"] |= {"ignore_merges": True, "merges": [
-            [word[:i], word[i:]] for word in sorted(vocab, key=vocab.get) if word != "<|end_of_text|>"
-            for i in range(1, len(word)) if word[:i] in vocab and word[i:] in vocab]}
+        spec["model"] |= {
+            "ignore_merges": True,
+            "merges": [
+                [word[:i], word[i:]]
+                for word in sorted(vocab, key=vocab.get)
+                if word != "<|end_of_text|>"
+                for i in range(1, len(word))
+                if word[:i] in vocab and word[i:] in vocab
+            ],
+        }
     assert_agrees(load(tmp_path, spec), tmp_path, random_texts(2000))
 
 
@@ -132,31 +231,47 @@ def test_whatever_is_accepted_agrees(tmp_path):
         for _ in range(rng.randint(2, 9)):
             merges.append(f"{rng.choice(tokens)} {rng.choice(tokens)}")
             tokens.append(merges[-1].replace(" ", ""))
-        if rng.random() < .3:
+        if rng.random() < 0.3:
             rng.shuffle(merges)
-        spec = tokenizer_json(split(r"[ab ]+|[^ab ]+"), merges, model__ignore_merges=rng.random() < .5)
+        spec = tokenizer_json(split(r"[ab ]+|[^ab ]+"), merges, model__ignore_merges=rng.random() < 0.5)
         try:
             tokenizer = load(tmp_path, spec)
         except BadInput:
             refused += 1
             continue
-        assert_agrees(tokenizer, tmp_path, ["".join(rng.choices("ab ", k=rng.randint(1, 12))) for _ in range(100)])
+        assert_agrees(
+            tokenizer, tmp_path, ["".join(rng.choices("ab ", k=rng.randint(1, 12))) for _ in range(100)]
+        )
     assert 10 < refused < 140
 
 
-@pytest.mark.parametrize("change, reason", [
-    ({"model__type": "WordPiece"}, "byte-level BPE"), ({"model__type": "Unigram"}, "byte-level BPE"),
-    ({"model__byte_fallback": True}, "byte_fallback"), ({"model__end_of_word_suffix": "</w>"}, "suffix"),
-    ({"model__vocab": {"▁the": 0}}, "▁"), ({"normalizer": {"type": "Lowercase"}}, "normalizer"),
-    ({"normalizer": {"type": "NFKC"}}, "normalizer"), ({"pre_tokenizer": None}, "pre_tokenizer"),
-    ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer"), ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "laid out"),
-    ({"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}}, "pre_tokenizer"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": split("(")}}, "arenthesis"),
-    ({"model__merges": ["lo w", "l o", *MERGES[2:]]}, "order"), ({"model__merges": MERGES[:-1]}, "missing"), ({"model__merges": [*MERGES, "q q"]}, "vocabulary"),
-    ({"model__vocab": 3}, "laid out"), ({"model__vocab": {"a": "0"}, "model__merges": []}, "id"),
-    ({"model__vocab": {"a": 0, "b": 0}, "model__merges": []}, "id"), ({"model__merges": ["a"]}, "laid out"),
-    ({"added_tokens": None}, "laid out"), ({"model": []}, "laid out"), ({"post_processor": 1}, "laid out"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"model__type": "WordPiece"}, "byte-level BPE"),
+        ({"model__type": "Unigram"}, "byte-level BPE"),
+        ({"model__byte_fallback": True}, "byte_fallback"),
+        ({"model__end_of_word_suffix": "</w>"}, "suffix"),
+        ({"model__vocab": {"▁the": 0}}, "▁"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer"),
+        ({"normalizer": {"type": "NFKC"}}, "normalizer"),
+        ({"pre_tokenizer": None}, "pre_tokenizer"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, "laid out"),
+        ({"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}}, "pre_tokenizer"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": split("(")}}, "arenthesis"),
+        ({"model__merges": ["lo w", "l o", *MERGES[2:]]}, "order"),
+        ({"model__merges": MERGES[:-1]}, "missing"),
+        ({"model__merges": [*MERGES, "q q"]}, "vocabulary"),
+        ({"model__vocab": 3}, "laid out"),
+        ({"model__vocab": {"a": "0"}, "model__merges": []}, "id"),
+        ({"model__vocab": {"a": 0, "b": 0}, "model__merges": []}, "id"),
+        ({"model__merges": ["a"]}, "laid out"),
+        ({"added_tokens": None}, "laid out"),
+        ({"model": []}, "laid out"),
+        ({"post_processor": 1}, "laid out"),
+    ],
+)
 def test_refused(tmp_path, change, reason):
     spec = tokenizer_json([BYTE_LEVEL], **change)
     with pytest.raises(BadInput, match=reason) as caught:
@@ -177,15 +292,28 @@ def test_broken_json(tmp_path, raw):
 
 def test_damaged_files_raise_nothing_else(tmp_path):
     rng, whole = random.Random(0), build_tokenizer([" 3"]).files["tokenizer.json"]
-    values = [None, 1, -1, 2**40, .5, True, "", "x", [], [1], {}, {"a": 1}]
-    nodes = lambda at: [at, *(n for v in (at.values() if isinstance(at, dict) else at) if isinstance(v, (dict, list)) and v for n in nodes(v))]
+    values = [None, 1, -1, 2**40, 0.5, True, "", "x", [], [1], {}, {"a": 1}]
+    nodes = lambda at: [
+        at,
+        *(
+            n
+            for v in (at.values() if isinstance(at, dict) else at)
+            if isinstance(v, (dict, list)) and v
+            for n in nodes(v)
+        ),
+    ]
     for _ in range(300):
         spec = json.loads(whole)
         at = rng.choice(nodes(spec))
         at[rng.choice(list(at) if isinstance(at, dict) else range(len(at)))] = rng.choice(values)
-        settings = {rng.choice(["eos_token", "bos_token", "add_bos_token"]): rng.choice(values), "eos_token_id": rng.choice(values)}
+        settings = {
+            rng.choice(["eos_token", "bos_token", "add_bos_token"]): rng.choice(values),
+            "eos_token_id": rng.choice(values),
+        }
         try:
-            load(tmp_path, spec, tokenizer_config=settings, generation_config=settings).encode_prompt(QUESTION)
+            load(tmp_path, spec, tokenizer_config=settings, generation_config=settings).encode_prompt(
+                QUESTION
+            )
         except BadInput as error:
             assert "\n" not in str(error)
 
@@ -202,10 +330,19 @@ def test_meta_file_equals_hugging_face_file(tmp_path):
     (tmp_path / "tokenizer.model").write_text("".join(lines))
     meta = Tokenizer.load(tmp_path, "llama3")
     assert all(meta.encode(text) == ours.encode(text) for text in random_texts(500))
-    assert (meta.vocab_size, meta.bos_id, meta.stop_ids) == (265 + 256, 265, (266, 274))  # 128000, 128001 and 128009 less 127735
-    assert meta.token_texts([264, 271, 272, 520]) == ["owl", "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_250|>"]
+    assert (meta.vocab_size, meta.bos_id, meta.stop_ids) == (
+        265 + 256,
+        265,
+        (266, 274),
+    )  # 128000, 128001 and 128009 less 127735
+    assert meta.token_texts([264, 271, 272, 520]) == [
+        "owl",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|reserved_special_token_250|>",
+    ]
     for number, line in [(3, "!!! 2\n"), (3, "AA== x\n"), (3, "AA==\n")]:
-        (tmp_path / "tokenizer.model").write_text("".join([*lines[:number - 1], line, *lines[number:]]))
+        (tmp_path / "tokenizer.model").write_text("".join([*lines[: number - 1], line, *lines[number:]]))
         with pytest.raises(BadInput, match=r"tokenizer.model, line 3: expected 'base64 rank'"):
             Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer.model").write_text("".join(lines[1:]))
@@ -216,24 +353,38 @@ def test_meta_file_equals_hugging_face_file(tmp_path):
 CUTTING = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 TEMPLATES = {  # Meta-Llama-3-8B-Instruct; the part of Llama-3.1-8B-Instruct without tools; Qwen2.5 without its default system message
     "llama3": "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
-              "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-              "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
     "date": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}"
-            "{% else %}{% set system = '' %}{% endif %}{{ '<|start_header_id|>system<|end_header_id|>\n\n" + CUTTING + "' + system + '<|eot_id|>' }}"
-            "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-            "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
+    "{% else %}{% set system = '' %}{% endif %}{{ '<|start_header_id|>system<|end_header_id|>\n\n"
+    + CUTTING
+    + "' + system + '<|eot_id|>' }}"
+    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
     "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}",
 }
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("messages", [[{**MESSAGES[0]}, {"role": "user", "content": "\nlower 12 "}], [{"role": "user", "content": "owl"}],
-                                      [{"role": "user", "content": ""}, {"role": "assistant", "content": " 12"}, {"role": "user", "content": "a"}]])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{**MESSAGES[0]}, {"role": "user", "content": "\nlower 12 "}],
+        [{"role": "user", "content": "owl"}],
+        [
+            {"role": "user", "content": ""},
+            {"role": "assistant", "content": " 12"},
+            {"role": "user", "content": "a"},
+        ],
+    ],
+)
 def test_chat_template_agrees_with_jinja(tmp_path, name, messages):
     jinja2, hf = pytest.importorskip("jinja2"), pytest.importorskip("tokenizers")
     chat, date = ("llama3", "26 Jul 2024") if name == "date" else (name, None)
     tokenizer = load(tmp_path, FORMS["qwen" if chat == "chatml" else "llama3"], chat, date)
-    text = jinja2.Template(TEMPLATES[name], keep_trailing_newline=True).render(messages=messages, bos_token="<|begin_of_text|>")
+    text = jinja2.Template(TEMPLATES[name], keep_trailing_newline=True).render(
+        messages=messages, bos_token="<|begin_of_text|>"
+    )
     theirs = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode_prompt(messages) == theirs.encode(text, add_special_tokens=False).ids
 
@@ -248,27 +399,67 @@ def test_golden_chat(tmp_path):
     low, lower, spelled = [257], [257, 258], [*b"<|eot_id|>"]
     llama3 = load(tmp_path, FORMS["llama3"], "llama3")  # one more word, so specials start at 265
     assert llama3.encode_prompt(MESSAGES) == [
-        265, 267, *b"system", 268, 260, *low, 269, 267, *b"us", 258, 268, 260, *lower, 32, *b"<|eot_id|>", 32, 261, 269,
-        267, *b"assistant", 268, 260]
-    assert llama3.encode_response(" low ") == llama3.encode_response({"role": "assistant", "content": "low"}) == [257, 269]
+        265,
+        267,
+        *b"system",
+        268,
+        260,
+        *low,
+        269,
+        267,
+        *b"us",
+        258,
+        268,
+        260,
+        *lower,
+        32,
+        *b"<|eot_id|>",
+        32,
+        261,
+        269,
+        267,
+        *b"assistant",
+        268,
+        260,
+    ]
+    assert (
+        llama3.encode_response(" low ")
+        == llama3.encode_response({"role": "assistant", "content": "low"})
+        == [257, 269]
+    )
     dated = load(tmp_path, FORMS["llama3"], "llama3", "26 Jul 2024")
     system = [*dated.encode("system"), 268, *dated.encode("\n\n" + CUTTING + "low"), 269]
     assert dated.encode_prompt(MESSAGES) == [265, 267, *system, *llama3.encode_prompt(MESSAGES)[12:]]
-    assert dated.encode_prompt("a") == [265, 267, *dated.encode("system"), 268, *dated.encode("\n\n" + CUTTING), 269,
-                                        *llama3.encode_prompt("a")[1:]]
+    assert dated.encode_prompt("a") == [
+        265,
+        267,
+        *dated.encode("system"),
+        268,
+        *dated.encode("\n\n" + CUTTING),
+        269,
+        *llama3.encode_prompt("a")[1:],
+    ]
     chatml = load(tmp_path, FORMS["qwen"], "chatml")
     assert chatml.encode_prompt("low") == [269, *b"us", 258, 10, *low, 270, 10, 269, *b"assistant", 10]
     assert chatml.encode_response(" low") == [259, 270] and chatml.bos_id is None
     none = load(tmp_path, FORMS["llama3"])
     assert none.encode_prompt("low") == none.encode_prompt([MESSAGES[0] | {"content": "low"}]) == [265, *low]
     assert none.encode_response("low") == [*low, 266]
-    assert spelled == none.encode("<|eot_id|>") and none.token_texts([269, 195, 259, 9999]) == ["<|eot_id|>", "\ufffd", " low", "\ufffd"]
+    assert spelled == none.encode("<|eot_id|>") and none.token_texts([269, 195, 259, 9999]) == [
+        "<|eot_id|>",
+        "\ufffd",
+        " low",
+        "\ufffd",
+    ]
 
 
 def test_stop_ids(tmp_path):
     assert load(tmp_path, FORMS["llama3"]).stop_ids == (266,)
     assert load(tmp_path, FORMS["llama3"], config={"eos_token_id": 269}).stop_ids == (266, 269)
-    assert load(tmp_path, FORMS["llama3"], generation_config={"eos_token_id": [270, 266]}).stop_ids == (266, 270)
+    assert load(tmp_path, FORMS["llama3"], generation_config={"eos_token_id": [270, 266]}).stop_ids == (
+        266,
+        270,
+    )
     assert load(tmp_path, FORMS["llama3"], "llama3").stop_ids == (266, 269, 270)
     with pytest.raises(BadInput, match="special tokens"):
         load(tmp_path, FORMS["llama3"], generation_config={"eos_token_id": 2})
@@ -276,7 +467,15 @@ def test_stop_ids(tmp_path):
 
 def test_bad_messages_and_flags(tmp_path):
     tokenizer = load(tmp_path, FORMS["gpt2"])
-    for prompt in ([], [1], [{"role": "user"}], 3, None, {"content": "a"}, [{"role": "user", "content": None}]):
+    for prompt in (
+        [],
+        [1],
+        [{"role": "user"}],
+        3,
+        None,
+        {"content": "a"},
+        [{"role": "user", "content": None}],
+    ):
         with pytest.raises(BadInput, match="messages"):
             tokenizer.encode_prompt(prompt)
     with pytest.raises(BadInput, match="chat template"):
@@ -309,11 +508,17 @@ def test_a_million_characters(tmp_path, unit):
 
 
 def test_fingerprint(tmp_path):
-    prints = [load(tmp_path, spec, chat).fingerprint for spec in FORMS.values() for chat in ("none", "llama3", "chatml")]
+    prints = [
+        load(tmp_path, spec, chat).fingerprint
+        for spec in FORMS.values()
+        for chat in ("none", "llama3", "chatml")
+    ]
     prints += [load(tmp_path, FORMS["llama3"], "llama3", "26 Jul 2024").fingerprint]
     prints += [load(tmp_path, tokenizer_json(split(QWEN))).fingerprint]  # without NFC
     assert len(set(prints)) == 14 and prints[0] == load(tmp_path, FORMS["gpt2"]).fingerprint
-    renamed = json.loads(json.dumps(FORMS["llama3"]).replace("<|end_header_id|>", "<|eom_id|>"))  # no id of plain text, but one of the template's, depends on it
+    renamed = json.loads(
+        json.dumps(FORMS["llama3"]).replace("<|end_header_id|>", "<|eom_id|>")
+    )  # no id of plain text, but one of the template's, depends on it
     assert load(tmp_path, renamed).fingerprint == load(tmp_path, FORMS["llama3"]).fingerprint
 
 
@@ -321,8 +526,12 @@ def test_built_in(tmp_path):
     tokenizer = build_tokenizer(WORDS)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.stop_ids) == (276, 274, (275,))
     assert "|".join(tokenizer.token_texts(tokenizer.encode(QUESTION))) == (
-        "Tom| has| 3| apples|.| Tom| buys| 4|.| How| many|?|\n|3|+|4|=|7|\n|####| 7")
-    assert tokenizer.encode_prompt("Tom 3") == [274, 256, 267] and tokenizer.encode_response(" 3") == [267, 275]
+        "Tom| has| 3| apples|.| Tom| buys| 4|.| How| many|?|\n|3|+|4|=|7|\n|####| 7"
+    )
+    assert tokenizer.encode_prompt("Tom 3") == [274, 256, 267] and tokenizer.encode_response(" 3") == [
+        267,
+        275,
+    ]
     assert tokenizer.decode(range(256)) == bytes(range(256)).decode("utf-8", "replace")
     for text in random_texts(1000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -343,6 +552,12 @@ def test_built_in_in_transformers(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in [QUESTION, *random_texts(300)]:
-        assert theirs(text)["input_ids"] == tokenizer.encode_prompt(text) or any(name in text for name in theirs.all_special_tokens)
+        assert theirs(text)["input_ids"] == tokenizer.encode_prompt(text) or any(
+            name in text for name in theirs.all_special_tokens
+        )
         assert theirs.decode(tokenizer.encode(text)) == text
-    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (tokenizer.bos_id, tokenizer.stop_id, tokenizer.vocab_size)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (
+        tokenizer.bos_id,
+        tokenizer.stop_id,
+        tokenizer.vocab_size,
+    )

@@ -2,6 +2,7 @@
 
 Commands run in this process, on a built-in run made once with tiny sizes; only what needs it (torchrun, Ctrl-C) is started.
 """
+
 import functools
 import itertools
 import json
@@ -18,17 +19,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from support import evaluate
-from support import graders
-from support import settings
-from support import tokenizers
 import data
 import train
 from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
-from support.sampling import generate
 from parallel import Grid, Optimizer
-from support import evaluate, settings
+from support import evaluate, graders, settings, tokenizers
 from support.checkpoints import Workdir
+from support.sampling import generate
 
 REPOSITORY = Path(__file__).parents[1]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -36,11 +33,40 @@ TINY = {
     "sft": dict(steps=25, lr=1e-2, batch_size=16, warmup=5),
     "pairs": dict(limit=25, k=8, max_new_tokens=48, task="arith"),
     "rm": dict(steps=3, lr=2e-3, batch_size=4, micro_tokens=150, task="arith"),
-    "reinforce": dict(steps=2, lr=1e-4, batch_size=8, minibatch=4, micro_tokens=150, kl_coef=0.1, limit=4, max_new_tokens=40, eval_every=1, task="arith"),
-    "ppo": dict(steps=2, lr=1e-4, critic_lr=1e-4, ppo_epochs=2, batch_size=8, minibatch=4, kl_coef=0.1, limit=4, max_new_tokens=40, task="arith"),
+    "reinforce": dict(
+        steps=2,
+        lr=1e-4,
+        batch_size=8,
+        minibatch=4,
+        micro_tokens=150,
+        kl_coef=0.1,
+        limit=4,
+        max_new_tokens=40,
+        eval_every=1,
+        task="arith",
+    ),
+    "ppo": dict(
+        steps=2,
+        lr=1e-4,
+        critic_lr=1e-4,
+        ppo_epochs=2,
+        batch_size=8,
+        minibatch=4,
+        kl_coef=0.1,
+        limit=4,
+        max_new_tokens=40,
+        task="arith",
+    ),
     "eval": dict(limit=5, k=3, max_new_tokens=40, task="arith"),
 }
-POLICY_FILES = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "run.json", "metrics.jsonl"}
+POLICY_FILES = {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "run.json",
+    "metrics.jsonl",
+}
 
 
 all_rows = data.arith_rows
@@ -91,7 +117,9 @@ def rows_of(path):
 
 
 def untimed(directory):
-    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows_of(directory / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows_of(directory / "metrics.jsonl")
+    ]
 
 
 def write_jsonl(path, rows):
@@ -108,7 +136,10 @@ def assert_same_result(one, other):
 
 
 PROMPTS = [f"Tom has {n} pens. Tom buys 2. How many?\n" for n in range(4)]
-PAIRS = [{"prompt": p, "chosen": f"{n}+2={n + 2}\n#### {n + 2}", "rejected": f"#### {n}"} for n, p in enumerate(PROMPTS)]
+PAIRS = [
+    {"prompt": p, "chosen": f"{n}+2={n + 2}\n#### {n + 2}", "rejected": f"#### {n}"}
+    for n, p in enumerate(PROMPTS)
+]
 
 
 @pytest.fixture
@@ -120,46 +151,110 @@ def pairs_file(tmp_path):
 
 
 def test_demo_leaves_what_the_contract_lists(built):
-    assert {p.name for p in built.iterdir()} == {"sft", "pairs.jsonl", "pairs-heldout.jsonl", "rm", "reinforce", "ppo", "report.html"}
+    assert {p.name for p in built.iterdir()} == {
+        "sft",
+        "pairs.jsonl",
+        "pairs-heldout.jsonl",
+        "rm",
+        "reinforce",
+        "ppo",
+        "report.html",
+    }
     assert "<html" in (built / "report.html").read_text(encoding="utf-8")
     for stage in ("sft", "rm", "reinforce", "ppo"):
-        assert {p.name for p in (built / stage).iterdir()} == POLICY_FILES | {"eval.json"} | ({"critic"} if stage == "ppo" else set())
+        assert {p.name for p in (built / stage).iterdir()} == POLICY_FILES | {"eval.json"} | (
+            {"critic"} if stage == "ppo" else set()
+        )
         config = json.loads((built / stage / "run.json").read_text())["config"]
-        assert config["stage"] == stage and config["run"] == str(built) and {"lr", "beta", "clip", "seed"} <= config.keys()
+        assert (
+            config["stage"] == stage
+            and config["run"] == str(built)
+            and {"lr", "beta", "clip", "seed"} <= config.keys()
+        )
     assert not [p for p in built.rglob("*") if p.name.endswith((".partial", ".old", ".new"))]
 
 
 def test_keys_of_metrics_and_evaluations(built):
-    rl = {"step", "trajectories", "loss", "reward", "kl_k1", "kl_k3", "entropy", "response_length", "truncated", "grad_norm", "lr", "tokens_per_s"}
-    expected = {"rm": {"step", "loss", "pair_accuracy", "score_gap", "grad_norm", "lr", "tokens", "tokens_per_s"}, "reinforce": rl,
-                "ppo": rl | {"ratio_max", "clip_frac", "value_loss", "explained_variance"}}  # fmt: skip
+    rl = {
+        "step",
+        "trajectories",
+        "loss",
+        "reward",
+        "kl_k1",
+        "kl_k3",
+        "entropy",
+        "response_length",
+        "truncated",
+        "grad_norm",
+        "lr",
+        "tokens_per_s",
+    }
+    expected = {
+        "rm": {"step", "loss", "pair_accuracy", "score_gap", "grad_norm", "lr", "tokens", "tokens_per_s"},
+        "reinforce": rl,
+        "ppo": rl | {"ratio_max", "clip_frac", "value_loss", "explained_variance"},
+    }
     for stage, keys in expected.items():
         rows = rows_of(built / stage / "metrics.jsonl")
         assert [row["step"] for row in rows] == list(range(TINY[stage]["steps"]))
         assert all(keys <= row.keys() <= keys | {"tokens", "pass@1"} for row in rows)
     assert all("pass@1" in row for row in rows_of(built / "reinforce" / "metrics.jsonl"))  # eval_every 1
-    assert ["pass@1" in row for row in rows_of(built / "ppo" / "metrics.jsonl")] == [False, True]  # the last one always
+    assert ["pass@1" in row for row in rows_of(built / "ppo" / "metrics.jsonl")] == [
+        False,
+        True,
+    ]  # the last one always
     assert [row["trajectories"] for row in rows_of(built / "ppo" / "metrics.jsonl")] == [8, 16]
     for stage in ("sft", "reinforce", "ppo"):
         found = json.loads((built / stage / "eval.json").read_text())
-        assert found.keys() == {"pass@1", "pass@k", "maj@k", "best_of_k", "n_prompts", "generated_tokens", "tokens_per_s"}
+        assert found.keys() == {
+            "pass@1",
+            "pass@k",
+            "maj@k",
+            "best_of_k",
+            "n_prompts",
+            "generated_tokens",
+            "tokens_per_s",
+        }
         assert list(found["pass@k"]) == ["1", "2", "3"] and found["n_prompts"] == 5
     found = json.loads((built / "rm" / "eval.json").read_text())
-    assert found.keys() == {"pair_accuracy", "pair_accuracy_95", "n_pairs", "length_baseline", "first_error_hit", "error_auc", "first_error_choice"}
+    assert found.keys() == {
+        "pair_accuracy",
+        "pair_accuracy_95",
+        "n_pairs",
+        "length_baseline",
+        "first_error_hit",
+        "error_auc",
+        "first_error_choice",
+    }
     assert found["n_pairs"] == min(5, len(rows_of(built / "pairs-heldout.jsonl")))
 
 
 def test_model_directories_are_those_of_hugging_face(built):
-    config, weights = json.loads((built / "rm/config.json").read_text()), load_file(built / "rm/model.safetensors")
-    assert config["architectures"] == ["LlamaForTokenClassification"] and config["num_labels"] == len(config["id2label"]) == 1
+    config, weights = (
+        json.loads((built / "rm/config.json").read_text()),
+        load_file(built / "rm/model.safetensors"),
+    )
+    assert (
+        config["architectures"] == ["LlamaForTokenClassification"]
+        and config["num_labels"] == len(config["id2label"]) == 1
+    )
     assert config["classifier_dropout"] == 0.0
     assert weights["score.weight"].shape == (1, config["hidden_size"]) and weights["score.weight"].any()
-    assert torch.equal(weights["score.bias"], torch.zeros(1)) and not any("lm_head" in name for name in weights)
+    assert torch.equal(weights["score.bias"], torch.zeros(1)) and not any(
+        "lm_head" in name for name in weights
+    )
     for stage in ("sft", "reinforce", "ppo"):
-        config, weights = json.loads((built / stage / "config.json").read_text()), load_file(built / stage / "model.safetensors")
-        assert config["architectures"] == ["LlamaForCausalLM"] and not any("score" in name for name in weights)
+        config, weights = (
+            json.loads((built / stage / "config.json").read_text()),
+            load_file(built / stage / "model.safetensors"),
+        )
+        assert config["architectures"] == ["LlamaForCausalLM"] and not any(
+            "score" in name for name in weights
+        )
         assert config["vocab_size"] == len(weights["model.embed_tokens.weight"])
-    assert json.loads((built / "ppo/critic/config.json").read_text())["architectures"] == ["LlamaForTokenClassification"]
+    assert json.loads((built / "ppo/critic/config.json").read_text())["architectures"] == [
+        "LlamaForTokenClassification"
+    ]
 
 
 def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
@@ -170,7 +265,10 @@ def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
         assert len({(row["prompt"], row["chosen"], row["rejected"]) for row in rows}) == len(rows) > 0
         for row in rows:
             assert list(row) == ["prompt", "chosen", "rejected", "label"]
-            assert graders.grade(row["chosen"], row["label"], "arith")[1] and not graders.grade(row["rejected"], row["label"], "arith")[1]
+            assert (
+                graders.grade(row["chosen"], row["label"], "arith")[1]
+                and not graders.grade(row["rejected"], row["label"], "arith")[1]
+            )
             assert row["label"] == data.arith_solve(row["prompt"]).split()[-1]
     assert not prompts[0] & prompts[1]
 
@@ -178,7 +276,12 @@ def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
 def test_a_stage_makes_what_it_needs_first(command, tmp_path):
     status, out, _ = command("--stage", "rm", "--run", tmp_path / "run", "--steps", 1, "--reward", "orm")
     assert status == 0 and out.index("running --stage sft first") < out.index("running --stage pairs first")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"sft", "pairs.jsonl", "pairs-heldout.jsonl", "rm-orm"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "sft",
+        "pairs.jsonl",
+        "pairs-heldout.jsonl",
+        "rm-orm",
+    }
 
 
 @pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo", "logit"])
@@ -192,25 +295,57 @@ def test_other_reward_models(built, command, tmp_path, reward):
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
     status, out, _ = command("--stage", "eval", "--run", run, "--model", made)
     assert status == 0 and json.loads((made / "eval.json").read_text())["n_pairs"] > 0
-    status, out, _ = command("--stage", "reinforce", "--run", run, "--reward", reward, "--steps", 1, "--out", tmp_path / "rl")
+    status, out, _ = command(
+        "--stage", "reinforce", "--run", run, "--reward", reward, "--steps", 1, "--out", tmp_path / "rl"
+    )
     assert status == 0 and "running --stage rm" not in out  # it takes <run>/rm-<reward>, and judges by that
 
 
-@pytest.mark.parametrize("words", [("reinforce", "--reward", "outcome"), ("reinforce", "--reward", "oracle"), ("ppo", "--reward", "outcome"),
-                                   ("reinforce", "--advantage", "rloo", "--group_size", "4"), ("ppo", "--advantage", "grpo", "--group_size", "2"),
-                                   ("reinforce", "--kl", "exact", "--eos_to_mean"), ("ppo", "--dtype", "bfloat16"),
-                                   ("ppo", "--lora_rank", "2", "--critic_lora_rank", "3"), ("reinforce", "--lora_rank", "2", "--dtype", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("reinforce", "--reward", "outcome"),
+        ("reinforce", "--reward", "oracle"),
+        ("ppo", "--reward", "outcome"),
+        ("reinforce", "--advantage", "rloo", "--group_size", "4"),
+        ("ppo", "--advantage", "grpo", "--group_size", "2"),
+        ("reinforce", "--kl", "exact", "--eos_to_mean"),
+        ("ppo", "--dtype", "bfloat16"),
+        ("ppo", "--lora_rank", "2", "--critic_lora_rank", "3"),
+        ("reinforce", "--lora_rank", "2", "--dtype", "bfloat16"),
+    ],
+)
 def test_ways_to_reward(built, command, tmp_path, words):
     status, _, _ = command("--stage", *words, "--run", built, "--steps", 1, "--out", tmp_path / "rl")
     assert status == 0 and rows_of(tmp_path / "rl/metrics.jsonl")[0]["response_length"] > 0
 
 
 def test_tokens_are_those_of_both_sequences_without_padding(built, command, pairs_file, tmp_path):
-    assert command("--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "rm", "--batch_size", 4)[0] == 0
+    assert (
+        command(
+            "--stage",
+            "rm",
+            "--model",
+            built / "sft",
+            "--data",
+            pairs_file,
+            "--out",
+            tmp_path / "rm",
+            "--batch_size",
+            4,
+        )[0]
+        == 0
+    )
     tokenizer = tokenizers.Tokenizer.load(built / "sft")
-    lengths = [len(tokenizer.encode_prompt(p["prompt"])) + len(tokenizer.encode_response(p[k])) for p in PAIRS for k in ("chosen", "rejected")]
+    lengths = [
+        len(tokenizer.encode_prompt(p["prompt"])) + len(tokenizer.encode_response(p[k]))
+        for p in PAIRS
+        for k in ("chosen", "rejected")
+    ]
     (row,) = rows_of(tmp_path / "rm/metrics.jsonl")  # one pass
-    assert row["tokens"] == sum(lengths) and row["loss"] == pytest.approx(2.126928, rel=1e-6)  # log(1 + e^2): a new head is zero
+    assert row["tokens"] == sum(lengths) and row["loss"] == pytest.approx(
+        2.126928, rel=1e-6
+    )  # log(1 + e^2): a new head is zero
 
 
 # ------------------------------------------------------------------------------------------------ the same again
@@ -220,7 +355,10 @@ def test_tokens_are_those_of_both_sequences_without_padding(built, command, pair
 def test_the_same_command_gives_the_same_result(built, command, tmp_path, stage):
     assert command("--stage", stage, "--run", built, "--out", tmp_path / "again")[0] == 0
     assert_same_result(tmp_path / "again", built / stage)
-    assert command("--stage", stage, "--run", built, "--out", tmp_path / "other", "--seed", 1, "--steps", 1)[0] == 0
+    assert (
+        command("--stage", stage, "--run", built, "--out", tmp_path / "other", "--seed", 1, "--steps", 1)[0]
+        == 0
+    )
     assert untimed(tmp_path / "other")[0] != untimed(built / stage)[0]
 
 
@@ -229,13 +367,21 @@ def test_the_same_pairs_evaluation_and_scores(built, command, tmp_path):
     for name in ("pairs.jsonl", "pairs-heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (built / name).read_bytes()
     for stage in ("sft", "rm"):
-        assert command("--stage", "eval", "--run", built, "--model", built / stage, "--out", tmp_path / stage)[0] == 0
+        assert (
+            command("--stage", "eval", "--run", built, "--model", built / stage, "--out", tmp_path / stage)[0]
+            == 0
+        )
         found, before = (json.loads((d / stage / "eval.json").read_text()) for d in (tmp_path, built))
         assert found | {"tokens_per_s": 0} == before | {"tokens_per_s": 0}
 
 
 RESUME = ["--steps", 6, "--save_every", 3, "--batch_size", 4, "--max_new_tokens", 20, "--limit", 2]
-PER_STEP = {"sft": 1, "rm": 1, "reinforce": 2, "ppo": 8}  # calls of Optimizer.step: minibatches x epochs x (policy, critic)
+PER_STEP = {
+    "sft": 1,
+    "rm": 1,
+    "reinforce": 2,
+    "ppo": 8,
+}  # calls of Optimizer.step: minibatches x epochs x (policy, critic)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +399,18 @@ def straight(built, tmp_path_factory):
 
 
 def resume_command(stage, built, out):
-    return ["--stage", stage, "--run", built, "--out", out, *RESUME, *(["--minibatch", 2] if stage in ("reinforce", "ppo") else []), "--device", "cpu"]
+    return [
+        "--stage",
+        stage,
+        "--run",
+        built,
+        "--out",
+        out,
+        *RESUME,
+        *(["--minibatch", 2] if stage in ("reinforce", "ppo") else []),
+        "--device",
+        "cpu",
+    ]
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "reinforce", "ppo"])
@@ -289,13 +446,43 @@ def test_resume_equals_the_uninterrupted_run(built, straight, command, tmp_path,
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out/state").exists()
 
 
-@pytest.mark.parametrize("words", [("rm",), ("rm", "--reward", "dpo"), ("sft",), ("ppo", "--critic_lora_rank", 2, "--minibatch", 2, "--max_new_tokens", 20, "--limit", 2)],
-                         ids=lambda words: " ".join(map(str, words[:3])))  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rm",),
+        ("rm", "--reward", "dpo"),
+        ("sft",),
+        ("ppo", "--critic_lora_rank", 2, "--minibatch", 2, "--max_new_tokens", 20, "--limit", 2),
+    ],
+    ids=lambda words: " ".join(map(str, words[:3])),
+)
 def test_adapters_are_trained_resumed_and_saved_twice(built, command, tmp_path, words):
     """In bf16, killed in the fourth step; merged at <out>, and beside it the adapters alone."""
-    given = {"rm": ["--data", built / "pairs.jsonl"], "sft": ["--data", write_jsonl(tmp_path / "sft.jsonl", data.arith_rows("train", 50, 0))]}
-    words = ["--stage", *words, "--run", built, "--model", built / "sft", *given.get(words[0], []), "--dtype", "bfloat16", "--lora_rank", 3, "--lr", 1e-2,
-             "--batch_size", 4, "--steps", 4, "--save_every", 2]  # fmt: skip
+    given = {
+        "rm": ["--data", built / "pairs.jsonl"],
+        "sft": ["--data", write_jsonl(tmp_path / "sft.jsonl", data.arith_rows("train", 50, 0))],
+    }
+    words = [
+        "--stage",
+        *words,
+        "--run",
+        built,
+        "--model",
+        built / "sft",
+        *given.get(words[0], []),
+        "--dtype",
+        "bfloat16",
+        "--lora_rank",
+        3,
+        "--lr",
+        1e-2,
+        "--batch_size",
+        4,
+        "--steps",
+        4,
+        "--save_every",
+        2,
+    ]
     assert command(*words, "--out", tmp_path / "straight")[0] == 0
     calls, log = [0], Workdir.log
 
@@ -310,28 +497,62 @@ def test_adapters_are_trained_resumed_and_saved_twice(built, command, tmp_path, 
         command(*words, "--out", tmp_path / "out")
     state = load_file(next((tmp_path / "out.partial/state").glob("*.safetensors")))
     assert all(x.dtype == torch.float32 for x in state.values())
-    assert all("lora" in name or "score" in name for name in state) and any("lora_A" in name for name in state)
+    assert all("lora" in name or "score" in name for name in state) and any(
+        "lora_A" in name for name in state
+    )
     status, out, _ = command(*words, "--out", tmp_path / "out", "--resume")
     assert status == 0 and "step 1  " not in out
     assert_same_result(tmp_path / "out", tmp_path / "straight")
-    weights, adapter = load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "out/adapter/adapter_model.safetensors")
-    before, moved = load_file(built / "sft/model.safetensors"), {n for n in adapter if "lora_B" in n and adapter[n].any()}
+    weights, adapter = (
+        load_file(tmp_path / "out/model.safetensors"),
+        load_file(tmp_path / "out/adapter/adapter_model.safetensors"),
+    )
+    before, moved = (
+        load_file(built / "sft/model.safetensors"),
+        {n for n in adapter if "lora_B" in n and adapter[n].any()},
+    )
     assert len(moved) == 14 and not any("lora" in name for name in weights)
     for name in before.keys() & weights.keys():
         A, B = (adapter.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{x}.weight") for x in "AB")
         assert torch.equal(weights[name], (before[name].bfloat16() + (0 if A is None else B @ A)).bfloat16())
     config = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     head = "score.weight" in weights
-    assert (config["r"], config["lora_alpha"], config["task_type"]) == (3, 3, "TOKEN_CLS" if head else "CAUSAL_LM")
+    assert (config["r"], config["lora_alpha"], config["task_type"]) == (
+        3,
+        3,
+        "TOKEN_CLS" if head else "CAUSAL_LM",
+    )
     assert config["base_model_name_or_path"] == str(built / "sft") and len(config["target_modules"]) == 7
     if head:
-        assert torch.equal(weights["score.weight"], adapter["base_model.model.score.weight"]) and weights["score.weight"].any()
+        assert (
+            torch.equal(weights["score.weight"], adapter["base_model.model.score.weight"])
+            and weights["score.weight"].any()
+        )
 
 
-def test_resume_refuses_another_command_and_starts_without_a_checkpoint(built, command, pairs_file, tmp_path, monkeypatch):
-    words = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "rm", "--steps", 4, "--save_every", 2]
+def test_resume_refuses_another_command_and_starts_without_a_checkpoint(
+    built, command, pairs_file, tmp_path, monkeypatch
+):
+    words = [
+        "--stage",
+        "rm",
+        "--model",
+        built / "sft",
+        "--data",
+        pairs_file,
+        "--out",
+        tmp_path / "rm",
+        "--steps",
+        4,
+        "--save_every",
+        2,
+    ]
     log = Workdir.log
-    monkeypatch.setattr(Workdir, "log", lambda self, row: (log(self, row), row["step"] == 2 and signal.raise_signal(signal.SIGINT)))
+    monkeypatch.setattr(
+        Workdir,
+        "log",
+        lambda self, row: (log(self, row), row["step"] == 2 and signal.raise_signal(signal.SIGINT)),
+    )
     assert command(*words)[0] == 130
     monkeypatch.undo()
     before = {p: p.read_bytes() for p in (tmp_path / "rm.partial").rglob("*") if p.is_file()}
@@ -339,21 +560,40 @@ def test_resume_refuses_another_command_and_starts_without_a_checkpoint(built, c
         status, _, err = command(*words, "--resume", flag, value)
         assert status == 2 and err.count("\n") == 1 and flag in err and str(value) in err
     assert {p: p.read_bytes() for p in (tmp_path / "rm.partial").rglob("*") if p.is_file()} == before
-    status, out, _ = command(*words, "--resume", "--micro_tokens", 1, "--save_every", 1)  # what changes no result may change
-    assert status == 0 and "starting anew" not in out and [row["step"] for row in untimed(tmp_path / "rm")] == [0, 1, 2, 3]
+    status, out, _ = command(
+        *words, "--resume", "--micro_tokens", 1, "--save_every", 1
+    )  # what changes no result may change
+    assert (
+        status == 0
+        and "starting anew" not in out
+        and [row["step"] for row in untimed(tmp_path / "rm")] == [0, 1, 2, 3]
+    )
     status, out, _ = command(*words, "--resume")
     assert status == 0 and "starting anew" in out and len(untimed(tmp_path / "rm")) == 4
 
 
 def test_a_result_stays_whole_until_the_next_one_is(built, command, pairs_file, tmp_path, monkeypatch):
-    words = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "rm", "--steps", 2]
+    words = [
+        "--stage",
+        "rm",
+        "--model",
+        built / "sft",
+        "--data",
+        pairs_file,
+        "--out",
+        tmp_path / "rm",
+        "--steps",
+        2,
+    ]
     content = lambda: {p.name: p.read_bytes() for p in (tmp_path / "rm").iterdir()}
     assert command(*words)[0] == 0
     (tmp_path / "rm/eval.json").write_text("{}")
     before, log, seen = content(), Workdir.log, []
     monkeypatch.setattr(Workdir, "log", lambda self, row: (log(self, row), seen.append(content())))
     assert command(*words, "--seed", 1)[0] == 0
-    assert seen == [before, before] and content().keys() == POLICY_FILES  # the evaluation was that of the old one
+    assert (
+        seen == [before, before] and content().keys() == POLICY_FILES
+    )  # the evaluation was that of the old one
     assert content()["model.safetensors"] != before["model.safetensors"]
     after = content()
     monkeypatch.setattr(Workdir, "log", lambda self, row: signal.raise_signal(signal.SIGINT))
@@ -366,62 +606,155 @@ def test_a_result_stays_whole_until_the_next_one_is(built, command, pairs_file, 
 @pytest.mark.parametrize("name, key", [("sft", "logprobs"), ("rm", "scores")])
 def test_score(built, command, tmp_path, name, key):
     """Against a forward of one row at a time; a user's own keys, "line" among them, come back."""
-    rows = [{"line": "mine", "question": p, "completion": r["chosen"], "extra": [1, {"\u2028": None}]} for p, r in zip(PROMPTS, PAIRS)]
+    rows = [
+        {"line": "mine", "question": p, "completion": r["chosen"], "extra": [1, {"\u2028": None}]}
+        for p, r in zip(PROMPTS, PAIRS)
+    ]
     out = tmp_path / "deep" / "scores.jsonl"
-    words = ["--stage", "score", "--model", built / name, "--data", write_jsonl(tmp_path / "rows.jsonl", rows), "--out", out, "--micro_tokens", 150]
+    words = [
+        "--stage",
+        "score",
+        "--model",
+        built / name,
+        "--data",
+        write_jsonl(tmp_path / "rows.jsonl", rows),
+        "--out",
+        out,
+        "--micro_tokens",
+        150,
+    ]
     assert command(*words)[0] == 0
     found, tokenizer = rows_of(out), tokenizers.Tokenizer.load(built / name)
     assert len(found) == len(rows)
     model = load_model(LanguageModel if name == "sft" else ScalarModel, built / name, Grid())
     for row, given in zip(found, rows):
-        assert {k: row[k] for k in given} == given and row.keys() - given.keys() == {"prompt_ids", "ids", "tokens", key}
-        assert row["prompt_ids"] == tokenizer.encode_prompt(given["question"]) and row["ids"] == tokenizer.encode_response(given["completion"])
+        assert {k: row[k] for k in given} == given and row.keys() - given.keys() == {
+            "prompt_ids",
+            "ids",
+            "tokens",
+            key,
+        }
+        assert row["prompt_ids"] == tokenizer.encode_prompt(given["question"]) and row[
+            "ids"
+        ] == tokenizer.encode_response(given["completion"])
         assert len(row["ids"]) == len(row["tokens"]) == len(row[key]) and row["ids"][-1] == tokenizer.stop_id
         assert "".join(row["tokens"][:-1]) == given["completion"]
         ids = torch.tensor([row["prompt_ids"] + row["ids"]])
         with torch.no_grad():
             x, n = model.model(ids)[0], len(row["prompt_ids"])
             if name == "sft":
-                expected = [model.logits(x).log_softmax(-1)[n - 1 + i, token].item() for i, token in enumerate(row["ids"])]
+                expected = [
+                    model.logits(x).log_softmax(-1)[n - 1 + i, token].item()
+                    for i, token in enumerate(row["ids"])
+                ]
             else:
                 expected = (model.model.norm(x) @ model.score.weight[0])[n:].tolist()
         assert row[key] == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert command(*words, "--limit", 2)[0] == 0 and [row["ids"] for row in rows_of(out)] == [row["ids"] for row in found[:2]]
+    assert command(*words, "--limit", 2)[0] == 0 and [row["ids"] for row in rows_of(out)] == [
+        row["ids"] for row in found[:2]
+    ]
 
 
 def test_score_of_the_built_in_task(built, command, tmp_path):
     run = shutil.copytree(built, tmp_path / "run")
     assert command("--stage", "score", "--run", run)[0] == 0
-    assert {"prompt", "response", "prompt_ids", "ids", "tokens", "scores"} == rows_of(run / "score.jsonl")[0].keys()
+    assert {"prompt", "response", "prompt_ids", "ids", "tokens", "scores"} == rows_of(run / "score.jsonl")[
+        0
+    ].keys()
 
 
 def test_score_shows_coloured_tokens(built, command, tmp_path, monkeypatch):
     """Colours only on a terminal and without NO_COLOR; standardised over all answers; the first wrong token, found by hand, is underlined."""
-    rows = [{"question": "Tom has 2 pens. Tom buys 3. How many?\n", "response": "2-3=5\n#### 5"}, {"prompt": "Ann has 1 pens. Ann buys 2. How many?\n", "response": "1+2=3\n#### 3"}]
-    words = ["--stage", "score", "--model", built / "rm", "--data", write_jsonl(tmp_path / "r.jsonl", rows), "--out", tmp_path / "s.jsonl"]
+    rows = [
+        {"question": "Tom has 2 pens. Tom buys 3. How many?\n", "response": "2-3=5\n#### 5"},
+        {"prompt": "Ann has 1 pens. Ann buys 2. How many?\n", "response": "1+2=3\n#### 3"},
+    ]
+    words = [
+        "--stage",
+        "score",
+        "--model",
+        built / "rm",
+        "--data",
+        write_jsonl(tmp_path / "r.jsonl", rows),
+        "--out",
+        tmp_path / "s.jsonl",
+    ]
     assert "Ann has" not in command(*words, "--task", "arith")[1]  # without --show
     plain = command(*words, "--task", "arith", "--show")[1]
-    shown = [token.rsplit("[", 1) for line in plain.splitlines() for token in line.split("] ")[:-1] if "[+" in line or "[-" in line]
-    assert [text for text, _ in shown] == ["2", "✗-", "3", "=", "5", "↵", "####", " 5", "<|end_of_text|>", *"1+2=3↵", "####", " 3", "<|end_of_text|>"]
+    shown = [
+        token.rsplit("[", 1)
+        for line in plain.splitlines()
+        for token in line.split("] ")[:-1]
+        if "[+" in line or "[-" in line
+    ]
+    assert [text for text, _ in shown] == [
+        "2",
+        "✗-",
+        "3",
+        "=",
+        "5",
+        "↵",
+        "####",
+        " 5",
+        "<|end_of_text|>",
+        *"1+2=3↵",
+        "####",
+        " 3",
+        "<|end_of_text|>",
+    ]
     z = torch.tensor([x for row in rows_of(tmp_path / "s.jsonl") for x in row["scores"]])
-    assert [float(number) for _, number in shown] == pytest.approx(((z - z.mean()) / z.std(correction=0)).tolist(), abs=0.051)
+    assert [float(number) for _, number in shown] == pytest.approx(
+        ((z - z.mean()) / z.std(correction=0)).tolist(), abs=0.051
+    )
     assert "✗" not in command(*words, "--show")[1]  # a task that does not know
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     assert "\x1b[" not in command(*words, "--task", "arith")[1]
     coloured = command(*words, "--task", "arith", "--show")[1]
     assert coloured.count("\x1b[1;4;") == 1 and re.search(r"\x1b\[1;4;38;5;16;48;5;\d+m-\x1b\[0m", coloured)
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\n")[3:6] == ["<|begin_of_text|>Tom has 2 pens. Tom buys 3. How many?", "2-3=5↵", "#### 5<|end_of_text|>"]
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\n")[3:6] == [
+        "<|begin_of_text|>Tom has 2 pens. Tom buys 3. How many?",
+        "2-3=5↵",
+        "#### 5<|end_of_text|>",
+    ]
     hostile = write_jsonl(tmp_path / "x.jsonl", [{"prompt": "p\x1b[2J", "response": "\x1b[2J"}])
-    assert "\x1b[2J" not in command("--stage", "score", "--model", built / "rm", "--data", hostile, "--out", tmp_path / "h.jsonl", "--show")[1]
+    assert (
+        "\x1b[2J"
+        not in command(
+            "--stage",
+            "score",
+            "--model",
+            built / "rm",
+            "--data",
+            hostile,
+            "--out",
+            tmp_path / "h.jsonl",
+            "--show",
+        )[1]
+    )
     monkeypatch.setenv("NO_COLOR", "1")
     assert command(*words, "--task", "arith", "--show")[1] == plain
 
 
 def test_grade(command, tmp_path):
-    rows = [{"output": "so #### 18", "label": 18, "id": 7}, {"output": "no number", "label": "18"}, {"output": "it is 1,800.", "label": "18"},
-            {"output": "The answer is 5", "label": "#### 5"}, {"response": "72", "answer": "48+24=<<48+24=72>>72\n#### 72"},
-            {"response": [{"role": "user", "content": "4 or 5?"}, {"role": "assistant", "content": "5"}], "label": "5"}]  # fmt: skip
-    words = ["--stage", "grade", "--data", write_jsonl(tmp_path / "r.jsonl", rows), "--out", tmp_path / "g.jsonl"]
+    rows = [
+        {"output": "so #### 18", "label": 18, "id": 7},
+        {"output": "no number", "label": "18"},
+        {"output": "it is 1,800.", "label": "18"},
+        {"output": "The answer is 5", "label": "#### 5"},
+        {"response": "72", "answer": "48+24=<<48+24=72>>72\n#### 72"},
+        {
+            "response": [{"role": "user", "content": "4 or 5?"}, {"role": "assistant", "content": "5"}],
+            "label": "5",
+        },
+    ]
+    words = [
+        "--stage",
+        "grade",
+        "--data",
+        write_jsonl(tmp_path / "r.jsonl", rows),
+        "--out",
+        tmp_path / "g.jsonl",
+    ]
     status, out, _ = command(*words)
     found = rows_of(tmp_path / "g.jsonl")
     assert status == 0 and "4 of 6 correct" in out
@@ -437,13 +770,23 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     for n in range(1, 7):
         for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
             draws = list(itertools.combinations([i < correct for i in range(n)], k))
-            assert evaluate.pass_at_k(n, correct, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+            assert evaluate.pass_at_k(n, correct, k) == pytest.approx(
+                sum(map(any, draws)) / len(draws), abs=1e-12
+            )
 
 
-@pytest.mark.parametrize("answers, label, right", [
-    (["#### 5", "#### 6", "so 5.0"], "5", True), (["#### 6", "#### 5", "so 6"], "5", False), (["#### 5", "#### 6"], "5", True), (["#### 6", "#### 5"], "5", False),
-    (["no", "", "none", "#### 1,000"], "1000", True), (["no", ""], "5", False), (["#### 1/2", "it is 0.5", "#### 3", "#### 3.5"], "0.5", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "answers, label, right",
+    [
+        (["#### 5", "#### 6", "so 5.0"], "5", True),
+        (["#### 6", "#### 5", "so 6"], "5", False),
+        (["#### 5", "#### 6"], "5", True),
+        (["#### 6", "#### 5"], "5", False),
+        (["no", "", "none", "#### 1,000"], "1000", True),
+        (["no", ""], "5", False),
+        (["#### 1/2", "it is 0.5", "#### 3", "#### 3.5"], "0.5", True),
+    ],
+)
 def test_majority(answers, label, right):
     graded = [(text, [], graders.grade(text, label, "gsm8k")[1], False) for text in answers]
     assert evaluate.majority_is_right(graded, settings.Config(task="gsm8k")) is right
@@ -451,7 +794,12 @@ def test_majority(answers, label, right):
 
 def test_wilson_interval():
     """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its defining equation."""
-    for right, n, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)):
+    for right, n, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
         assert evaluate.wilson(right, n) == pytest.approx([low, high], abs=6e-5)
         for p in evaluate.wilson(right, n):
             assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
@@ -459,7 +807,20 @@ def test_wilson_interval():
 
 def test_eval_takes_only_a_judge_of_the_same_run(built, command, tmp_path):
     """A model that lies elsewhere may have another tokenizer than the reward model of the built-in run."""
-    words = ["--stage", "eval", "--run", built, "--limit", 4, "--k", 2, "--max_new_tokens", 20, "--out", tmp_path / "e"]
+    words = [
+        "--stage",
+        "eval",
+        "--run",
+        built,
+        "--limit",
+        4,
+        "--k",
+        2,
+        "--max_new_tokens",
+        20,
+        "--out",
+        tmp_path / "e",
+    ]
     shutil.copytree(built / "sft", tmp_path / "sft")
     for directory, judged in ((built / "sft", True), (tmp_path / "sft", False)):
         assert command(*words, "--model", directory)[0] == 0
@@ -469,24 +830,61 @@ def test_eval_takes_only_a_judge_of_the_same_run(built, command, tmp_path):
 def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
     shutil.copytree(built / "rm", tmp_path / "rm")
     for reward, says in (("orm", "was trained as 'qrm'"), ("outcome", "expected no --reward_model")):
-        status, _, err = command("--stage", "reinforce", "--run", built, "--reward", reward, "--reward_model", tmp_path / "rm", "--out", tmp_path / "r")
+        status, _, err = command(
+            "--stage",
+            "reinforce",
+            "--run",
+            built,
+            "--reward",
+            reward,
+            "--reward_model",
+            tmp_path / "rm",
+            "--out",
+            tmp_path / "r",
+        )
         assert status == 2 and says in err and not (tmp_path / "r").exists()
     (tmp_path / "rm/run.json").unlink()  # from elsewhere: what --reward says it is
-    assert evaluate.reward_kind(tmp_path / "rm", "orm") == "orm" and evaluate.reward_kind(tmp_path / "rm") == "qrm"
+    assert (
+        evaluate.reward_kind(tmp_path / "rm", "orm") == "orm"
+        and evaluate.reward_kind(tmp_path / "rm") == "qrm"
+    )
 
 
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
     """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is named."""
-    tokenizer, policy = tokenizers.Tokenizer.load(built / "sft"), load_model(LanguageModel, built / "sft", Grid())
-    answers, _ = generate(policy, [tokenizer.encode_prompt(p) for p in PROMPTS], 40, tokenizer.stop_ids, temperature=0)
+    tokenizer, policy = (
+        tokenizers.Tokenizer.load(built / "sft"),
+        load_model(LanguageModel, built / "sft", Grid()),
+    )
+    answers, _ = generate(
+        policy, [tokenizer.encode_prompt(p) for p in PROMPTS], 40, tokenizer.stop_ids, temperature=0
+    )
     said = [graders.extract_answer(tokenizer.decode(ids[:-1]), "gsm8k") for ids in answers]
-    rows = [{"instruction": p, "label": a if i % 2 else "12345"} for i, (p, a) in enumerate(zip(PROMPTS, said))]
-    words = ["--stage", "eval", "--model", built / "sft", "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--max_new_tokens", 40]
+    rows = [
+        {"instruction": p, "label": a if i % 2 else "12345"} for i, (p, a) in enumerate(zip(PROMPTS, said))
+    ]
+    words = [
+        "--stage",
+        "eval",
+        "--model",
+        built / "sft",
+        "--data",
+        write_jsonl(tmp_path / "p.jsonl", rows),
+        "--max_new_tokens",
+        40,
+    ]
     assert all(said) and command(*words, "--k", 5, "--out", tmp_path / "e")[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())
     assert found["pass@1"] == 0.5 and found["n_prompts"] == 4 and "best_of_k" not in found
-    assert list(found["pass@k"]) == ["1", "2", "4", "5"] and sorted(found["pass@k"].values()) == list(found["pass@k"].values())
-    assert command(*words, "--k", 2, "--temperature", 0, "--reward_model", built / "rm", "--out", tmp_path / "e")[0] == 0
+    assert list(found["pass@k"]) == ["1", "2", "4", "5"] and sorted(found["pass@k"].values()) == list(
+        found["pass@k"].values()
+    )
+    assert (
+        command(
+            *words, "--k", 2, "--temperature", 0, "--reward_model", built / "rm", "--out", tmp_path / "e"
+        )[0]
+        == 0
+    )
     found = json.loads((tmp_path / "e/eval.json").read_text())  # greedy samples are all the same
     assert found["pass@k"] == {"1": 0.5, "2": 0.5} and found["best_of_k"] == found["maj@k"] == 0.5
     assert found["generated_tokens"] == 3 * sum(map(len, answers))
@@ -494,31 +892,78 @@ def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
 
 def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     """Against the scores that --stage score writes."""
-    rows = PAIRS + [{"prompt": p["prompt"], "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS[:2]]
+    rows = PAIRS + [
+        {"prompt": p["prompt"], "chosen": p["rejected"], "rejected": p["chosen"]} for p in PAIRS[:2]
+    ]
     means, lengths = [], []
     for key in ("chosen", "rejected"):
-        path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": row["prompt"], "response": row[key]} for row in rows])
-        assert command("--stage", "score", "--model", built / "rm", "--data", path, "--out", tmp_path / "s.jsonl")[0] == 0
+        path = write_jsonl(
+            tmp_path / "r.jsonl", [{"prompt": row["prompt"], "response": row[key]} for row in rows]
+        )
+        assert (
+            command(
+                "--stage", "score", "--model", built / "rm", "--data", path, "--out", tmp_path / "s.jsonl"
+            )[0]
+            == 0
+        )
         scores = [row["scores"] for row in rows_of(tmp_path / "s.jsonl")]
         means.append([sum(z) / len(z) for z in scores]), lengths.append([len(z) for z in scores])
-    words = ["--stage", "eval", "--model", built / "rm", "--data", write_jsonl(tmp_path / "p.jsonl", rows), "--out", tmp_path / "e"]
+    words = [
+        "--stage",
+        "eval",
+        "--model",
+        built / "rm",
+        "--data",
+        write_jsonl(tmp_path / "p.jsonl", rows),
+        "--out",
+        tmp_path / "e",
+    ]
     assert command(*words)[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())
     right = sum(w > l for w, l in zip(*means))
-    assert found == {"n_pairs": 6, "pair_accuracy": right / 6, "pair_accuracy_95": evaluate.wilson(right, 6), "length_baseline": 2 / 6}
+    assert found == {
+        "n_pairs": 6,
+        "pair_accuracy": right / 6,
+        "pair_accuracy_95": evaluate.wilson(right, 6),
+        "length_baseline": 2 / 6,
+    }
     assert [w < l for w, l in zip(*lengths)] == [False] * 4 + [True] * 2
-    assert command(*words, "--task", "arith")[0] == 0  # prompts of the built-in task; two rejected answers have no error
-    assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {"error_auc", "first_error_hit", "first_error_choice"}
+    assert (
+        command(*words, "--task", "arith")[0] == 0
+    )  # prompts of the built-in task; two rejected answers have no error
+    assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {
+        "error_auc",
+        "first_error_hit",
+        "first_error_choice",
+    }
 
 
 # ------------------------------------------------------------------------------------------------ rows that are dropped, spellings
 
 
 def test_dropped_rows_are_counted_in_one_line(built, command, tmp_path):
-    rows = PAIRS + [{"prompt": "Tom", "chosen": "a", "rejected": "a"}, {"prompt": "Tom" * 90, "chosen": "a", "rejected": "b"}]
+    rows = PAIRS + [
+        {"prompt": "Tom", "chosen": "a", "rejected": "a"},
+        {"prompt": "Tom" * 90, "chosen": "a", "rejected": "b"},
+    ]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    status, out, err = command("--stage", "rm", "--model", built / "sft", "--data", path, "--out", tmp_path / "o", "--max_seq_len", 60)
-    assert (status, err) == (0, "") and f"{path}: 6 rows; dropped 1 longer than --max_seq_len 60 tokens and 1 identical pairs; 4 left" in out
+    status, out, err = command(
+        "--stage",
+        "rm",
+        "--model",
+        built / "sft",
+        "--data",
+        path,
+        "--out",
+        tmp_path / "o",
+        "--max_seq_len",
+        60,
+    )
+    assert (
+        (status, err) == (0, "")
+        and f"{path}: 6 rows; dropped 1 longer than --max_seq_len 60 tokens and 1 identical pairs; 4 left"
+        in out
+    )
     assert len(rows_of(tmp_path / "o/metrics.jsonl")) == 2  # four pairs, two a step
 
 
@@ -526,44 +971,109 @@ def test_accepted_spellings_give_the_same_metrics(built, command, tmp_path):
     chat = lambda role, text: [{"role": role, "content": text}]
     spellings = [
         PAIRS,
-        [{"instruction": p["prompt"], "chosen": p["chosen"], "rejected": p["rejected"], "score_chosen": 3} for p in PAIRS],
-        [{"question": chat("user", p["prompt"]), "chosen": chat("assistant", p["chosen"]), "rejected": chat("assistant", p["rejected"])} for p in PAIRS],
-        [{k: chat("user", p["prompt"]) + chat("assistant", p[k]) for k in ("chosen", "rejected")} for p in PAIRS],  # TRL, implicit prompt
+        [
+            {"instruction": p["prompt"], "chosen": p["chosen"], "rejected": p["rejected"], "score_chosen": 3}
+            for p in PAIRS
+        ],
+        [
+            {
+                "question": chat("user", p["prompt"]),
+                "chosen": chat("assistant", p["chosen"]),
+                "rejected": chat("assistant", p["rejected"]),
+            }
+            for p in PAIRS
+        ],
+        [
+            {k: chat("user", p["prompt"]) + chat("assistant", p[k]) for k in ("chosen", "rejected")}
+            for p in PAIRS
+        ],  # TRL, implicit prompt
     ]
     found = []
     for i, rows in enumerate(spellings):
         path = write_jsonl(tmp_path / f"{i}.jsonl", rows)
-        assert command("--stage", "rm", "--model", built / "sft", "--data", path, "--out", tmp_path / f"o{i}", "--steps", 2)[0] == 0
+        assert (
+            command(
+                "--stage",
+                "rm",
+                "--model",
+                built / "sft",
+                "--data",
+                path,
+                "--out",
+                tmp_path / f"o{i}",
+                "--steps",
+                2,
+            )[0]
+            == 0
+        )
         found.append(untimed(tmp_path / f"o{i}"))
     assert found[1:] == found[:1] * 3
     found = []
     for i, key in enumerate(("response", "completion", "output", "answer")):
-        path = write_jsonl(tmp_path / f"s{i}.jsonl", [{"prompt": p["prompt"], key: p["chosen"]} for p in PAIRS])
-        assert command("--stage", "sft", "--model", built / "sft", "--data", path, "--out", tmp_path / f"p{i}", "--steps", 1)[0] == 0
+        path = write_jsonl(
+            tmp_path / f"s{i}.jsonl", [{"prompt": p["prompt"], key: p["chosen"]} for p in PAIRS]
+        )
+        assert (
+            command(
+                "--stage",
+                "sft",
+                "--model",
+                built / "sft",
+                "--data",
+                path,
+                "--out",
+                tmp_path / f"p{i}",
+                "--steps",
+                1,
+            )[0]
+            == 0
+        )
         found.append(untimed(tmp_path / f"p{i}"))
     assert found[1:] == found[:1] * 3
 
 
 # ------------------------------------------------------------------------------------------------ bad input
 
+
 GOOD = json.dumps(PAIRS[0])
 BAD_FILES = {  # content of --data for stage rm: what the message says
     "broken": (GOOD + '\n\n{"prompt": \n', ["line 3", "not valid JSON"]),
     "not an object": (GOOD + "\n[1, 2]\n", ["line 2", "list", "expected a JSON object"]),
     "a number": ("7\n", ["line 1", "int"]),
-    "missing key": (GOOD + '\n{"prompt": "x", "chosen": "y"}\n', ["line 2", "'chosen', 'prompt'", "expected rejected"]),
-    "missing prompt": ('{"text": "x", "chosen": "y", "rejected": "z"}\n', ["line 1", "'text'", "prompt or instruction or question"]),
+    "missing key": (
+        GOOD + '\n{"prompt": "x", "chosen": "y"}\n',
+        ["line 2", "'chosen', 'prompt'", "expected rejected"],
+    ),
+    "missing prompt": (
+        '{"text": "x", "chosen": "y", "rejected": "z"}\n',
+        ["line 1", "'text'", "prompt or instruction or question"],
+    ),
     "empty prompt": ('{"prompt": " ", "chosen": "y", "rejected": "z"}\n', ["line 1", "prompt", "not empty"]),
-    "empty response": ('{"prompt": "x", "chosen": "y", "rejected": ""}\n', ["line 1", "rejected", "not empty"]),
-    "a response of the wrong type": ('{"prompt": "x", "chosen": 5, "rejected": "z"}\n', ["line 1", "chosen is 5"]),
-    "messages without content": ('{"prompt": [{"role": "user"}], "chosen": "y", "rejected": "z"}\n', ["line 1", "role", "content"]),
-    "two messages, no template": (json.dumps({"prompt": [{"role": "user", "content": "a"}] * 2, "chosen": "y", "rejected": "z"}), ["line 1", "--chat"]),
+    "empty response": (
+        '{"prompt": "x", "chosen": "y", "rejected": ""}\n',
+        ["line 1", "rejected", "not empty"],
+    ),
+    "a response of the wrong type": (
+        '{"prompt": "x", "chosen": 5, "rejected": "z"}\n',
+        ["line 1", "chosen is 5"],
+    ),
+    "messages without content": (
+        '{"prompt": [{"role": "user"}], "chosen": "y", "rejected": "z"}\n',
+        ["line 1", "role", "content"],
+    ),
+    "two messages, no template": (
+        json.dumps({"prompt": [{"role": "user", "content": "a"}] * 2, "chosen": "y", "rejected": "z"}),
+        ["line 1", "--chat"],
+    ),
     "a lone surrogate": ('{"prompt": "\\ud800", "chosen": "y", "rejected": "z"}\n', ["line 1", "surrogate"]),
     "not UTF-8": (b'{"prompt": "\xff", "chosen": "y", "rejected": "z"}\n', ["line 1", "UTF-8"]),
     "only identical": ('{"prompt": "x", "chosen": "y", "rejected": "y"}\n', ["no row is left"]),
     "empty": ("\n\n", ["no rows"]),
-    "too long": (json.dumps({"prompt": "x" * 2000, "chosen": "y", "rejected": "z"}), ["no row is left", "--max_seq_len"]),
-}  # fmt: skip
+    "too long": (
+        json.dumps({"prompt": "x" * 2000, "chosen": "y", "rejected": "z"}),
+        ["no row is left", "--max_seq_len"],
+    ),
+}
 
 
 def assert_refused(command, directory, words, *says):
@@ -581,48 +1091,108 @@ def test_bad_rows(built, command, tmp_path, kind):
     content, says = BAD_FILES[kind]
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    assert_refused(command, tmp_path, ["--stage", "rm", "--model", built / "sft", "--data", path, "--out", tmp_path / "o"], path, *says)
+    assert_refused(
+        command,
+        tmp_path,
+        ["--stage", "rm", "--model", built / "sft", "--data", path, "--out", tmp_path / "o"],
+        path,
+        *says,
+    )
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--stage", "rm", "--learning_rate", "1"], ["--learning_rate", "--lr ", "--batch_size", "--max_new_tokens"]),  # it lists the flags
-    (["--step", "1"], ["--step", "--steps"]),  # no abbreviations
-    (["extra"], ["extra"]), (["--stage"], ["--stage", "expected one argument"]),
-    (["--steps", "few"], ["--steps", "int", "'few'"]), (["--lr", "fast"], ["--lr", "float", "'fast'"]), (["--k", "1.5"], ["--k", "int"]),
-    (["--stage", "train"], ["--stage", "'train'", "sft, pairs, rm"]), (["--reward", "x"], ["--reward", "qrm, plain, logit"]),
-    (["--dtype", "float16"], ["--dtype", "float32, bfloat16"]), (["--task", "x"], ["gsm8k, math, arith"]), (["--chat", "x"], ["llama3, chatml"]),
-    (["--kl", "k2"], ["exact, k1, k3, abs"]), (["--grader", "x"], ["ours, strict"]), (["--advantage", "x"], ["rloo"]),
-    (["--steps", "-1"], ["--steps -1", "0 or more"]), (["--batch_size", "0"], ["--batch_size 0"]), (["--k", "-3"], ["--k -3"]),
-    (["--lr", "nan"], ["--lr nan"]), (["--beta", "inf"], ["--beta inf"]), (["--temperature", "-0.5"], ["--temperature -0.5"]),
-    (["--seed", "-1"], ["--seed -1"]), (["--group_size", "0"], ["--group_size 0"]), (["--eval_every", "0"], ["--eval_every 0"]),
-    (["--ppo_epochs", "0"], ["--ppo_epochs 0"]), (["--minibatch", "-1"], ["--minibatch -1"]), (["--tp", "-1"], ["--tp -1"]),
-    (["--stage", "rm", "--tp", "2"], ["--tp 2", "1 process"]), (["--stage", "sft", "--lora_rank", "4"], ["--lora_rank 4", "--model"]),
-    (["--stage", "rm", "--reward", "oracle"], ["--reward oracle", "qrm, plain"]),
-    (["--stage", "reinforce", "--batch_size", "6", "--group_size", "4"], ["--batch_size 6", "--group_size 4"]),
-    (["--stage", "reinforce", "--advantage", "rloo"], ["rloo", "--group_size"]), (["--stage", "reinforce", "--advantage", "gae"], ["gae", "critic"]),
-    (["--stage", "ppo", "--temperature", "0"], ["--temperature"]), (["--stage", "ppo", "--batch_size", "2", "--minibatch", "1", "--group_size", "4"], []),
-    (["--preset", "paper"], ["--preset 'paper'", "paper-rm, paper-ppo"]), (["--preset", "paper-rm"], ["--preset paper-rm", "--model and --data"]),
-    (["--stage", "rm", "--flex", "--device", "cpu"], ["--flex", "--device cuda"]), (["--stage", "ppo", "--graphs", "--device", "cpu"], ["--graphs", "--device cuda"]), (["--stage", "grade"], ["--data"]), (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
-    (["--stage", "ppo", "--reward_model", "no/such"], ["no/such"]), (["--stage", "rm", "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (
+            ["--stage", "rm", "--learning_rate", "1"],
+            ["--learning_rate", "--lr ", "--batch_size", "--max_new_tokens"],
+        ),  # it lists the flags
+        (["--step", "1"], ["--step", "--steps"]),  # no abbreviations
+        (["extra"], ["extra"]),
+        (["--stage"], ["--stage", "expected one argument"]),
+        (["--steps", "few"], ["--steps", "int", "'few'"]),
+        (["--lr", "fast"], ["--lr", "float", "'fast'"]),
+        (["--k", "1.5"], ["--k", "int"]),
+        (["--stage", "train"], ["--stage", "'train'", "sft, pairs, rm"]),
+        (["--reward", "x"], ["--reward", "qrm, plain, logit"]),
+        (["--dtype", "float16"], ["--dtype", "float32, bfloat16"]),
+        (["--task", "x"], ["gsm8k, math, arith"]),
+        (["--chat", "x"], ["llama3, chatml"]),
+        (["--kl", "k2"], ["exact, k1, k3, abs"]),
+        (["--grader", "x"], ["ours, strict"]),
+        (["--advantage", "x"], ["rloo"]),
+        (["--steps", "-1"], ["--steps -1", "0 or more"]),
+        (["--batch_size", "0"], ["--batch_size 0"]),
+        (["--k", "-3"], ["--k -3"]),
+        (["--lr", "nan"], ["--lr nan"]),
+        (["--beta", "inf"], ["--beta inf"]),
+        (["--temperature", "-0.5"], ["--temperature -0.5"]),
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--group_size", "0"], ["--group_size 0"]),
+        (["--eval_every", "0"], ["--eval_every 0"]),
+        (["--ppo_epochs", "0"], ["--ppo_epochs 0"]),
+        (["--minibatch", "-1"], ["--minibatch -1"]),
+        (["--tp", "-1"], ["--tp -1"]),
+        (["--stage", "rm", "--tp", "2"], ["--tp 2", "1 process"]),
+        (["--stage", "sft", "--lora_rank", "4"], ["--lora_rank 4", "--model"]),
+        (["--stage", "rm", "--reward", "oracle"], ["--reward oracle", "qrm, plain"]),
+        (
+            ["--stage", "reinforce", "--batch_size", "6", "--group_size", "4"],
+            ["--batch_size 6", "--group_size 4"],
+        ),
+        (["--stage", "reinforce", "--advantage", "rloo"], ["rloo", "--group_size"]),
+        (["--stage", "reinforce", "--advantage", "gae"], ["gae", "critic"]),
+        (["--stage", "ppo", "--temperature", "0"], ["--temperature"]),
+        (["--stage", "ppo", "--batch_size", "2", "--minibatch", "1", "--group_size", "4"], []),
+        (["--preset", "paper"], ["--preset 'paper'", "paper-rm, paper-ppo"]),
+        (["--preset", "paper-rm"], ["--preset paper-rm", "--model and --data"]),
+        (["--stage", "rm", "--flex", "--device", "cpu"], ["--flex", "--device cuda"]),
+        (["--stage", "ppo", "--graphs", "--device", "cpu"], ["--graphs", "--device cuda"]),
+        (["--stage", "grade"], ["--data"]),
+        (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
+        (["--stage", "ppo", "--reward_model", "no/such"], ["no/such"]),
+        (["--stage", "rm", "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
+    ],
+)
 def test_bad_flags(command, tmp_path, words, says):
     assert_refused(command, tmp_path, [*words, "--run", tmp_path / "run"], *says)
 
 
 def test_bad_rows_of_other_stages(built, command, tmp_path):
     cases = {
-        "grade": [({"response": "5"}, ["line 2", "label or answer"]), ({"response": "5", "label": "#### five"}, ["line 2", "'#### number'"]),
-                  ({"response": "", "label": "5"}, ["line 2", "not empty"]), ({"response": "5", "label": [5]}, ["line 2", "label"])],
+        "grade": [
+            ({"response": "5"}, ["line 2", "label or answer"]),
+            ({"response": "5", "label": "#### five"}, ["line 2", "'#### number'"]),
+            ({"response": "", "label": "5"}, ["line 2", "not empty"]),
+            ({"response": "5", "label": [5]}, ["line 2", "label"]),
+        ],
         "pairs": [({"prompt": [{"role": "user", "content": "a"}] * 2, "label": "1"}, ["line 2", "--chat"])],
         "sft": [({"prompt": "x", "text": "y"}, ["line 2", "response or completion or output or answer"])],
-    }  # fmt: skip
+    }
     good = {"prompt": PROMPTS[0], "response": "5", "label": "5"}
     for stage, rows in cases.items():
         for row, says in rows:
             path = write_jsonl(tmp_path / "bad.jsonl", [good, row])
-            assert_refused(command, tmp_path, ["--stage", stage, "--model", built / "sft", "--data", path, "--out", tmp_path / "o"], path, *says)
+            assert_refused(
+                command,
+                tmp_path,
+                ["--stage", stage, "--model", built / "sft", "--data", path, "--out", tmp_path / "o"],
+                path,
+                *says,
+            )
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Why?", "chosen": "a", "rejected": "b"}])
-    words = ["--stage", "eval", "--model", built / "rm", "--data", path, "--task", "arith", "--out", tmp_path / "o"]
+    words = [
+        "--stage",
+        "eval",
+        "--model",
+        built / "rm",
+        "--data",
+        path,
+        "--task",
+        "arith",
+        "--out",
+        tmp_path / "o",
+    ]
     assert_refused(command, tmp_path, words, path, "line 1", "built-in task")
 
 
@@ -631,42 +1201,102 @@ def test_paths_that_cannot_be_used(built, command, pairs_file, tmp_path):
     assert_refused(command, tmp_path, [*rm, "--data", tmp_path], tmp_path, "directory")
     (tmp_path / "mine").mkdir(), (tmp_path / "mine/thesis.tex").write_text("x")
     for out in (tmp_path / "mine", pairs_file, "."):  # it would be replaced
-        assert_refused(command, tmp_path, [*rm, "--data", pairs_file, "--out", out], f"--out {out}", "run.json")
+        assert_refused(
+            command, tmp_path, [*rm, "--data", pairs_file, "--out", out], f"--out {out}", "run.json"
+        )
     assert_refused(command, tmp_path, [*rm, "--data", pairs_file, "--out", pairs_file / "rm"], pairs_file)
-    grade = ["--stage", "grade", "--data", write_jsonl(tmp_path / "g.jsonl", [{"response": "5", "label": "5"}])]
+    grade = [
+        "--stage",
+        "grade",
+        "--data",
+        write_jsonl(tmp_path / "g.jsonl", [{"response": "5", "label": "5"}]),
+    ]
     assert_refused(command, tmp_path, [*grade, "--out", tmp_path / "mine"], "is a directory")
-    assert_refused(command, tmp_path, ["--stage", "eval", "--model", built / "sft", "--out", pairs_file], pairs_file)
+    assert_refused(
+        command, tmp_path, ["--stage", "eval", "--model", built / "sft", "--out", pairs_file], pairs_file
+    )
 
 
 def test_model_directories_that_cannot_be_used(built, command, pairs_file, tmp_path):
-    words = lambda model, *more: ["--stage", "rm", "--model", model, "--data", pairs_file, "--out", tmp_path / "o", *more]
+    words = lambda model, *more: [
+        "--stage",
+        "rm",
+        "--model",
+        model,
+        "--data",
+        pairs_file,
+        "--out",
+        tmp_path / "o",
+        *more,
+    ]
     (tmp_path / "empty").mkdir()
     assert_refused(command, tmp_path, words(tmp_path / "empty"), tmp_path / "empty", "tokenizer.json")
     broken = shutil.copytree(built / "sft", tmp_path / "broken")
-    for name, content, says in (("model.safetensors", b"\xff" * 64, "safetensors"), ("model.safetensors", b"", "safetensors"),
-                                ("config.json", b"{", "config.json"), ("config.json", b"[]", "config.json"), ("config.json", None, "config.json"),
-                                ("tokenizer.json", b"nothing", "tokenizer.json"), ("model.safetensors", None, "safetensors")):  # fmt: skip
+    for name, content, says in (
+        ("model.safetensors", b"\xff" * 64, "safetensors"),
+        ("model.safetensors", b"", "safetensors"),
+        ("config.json", b"{", "config.json"),
+        ("config.json", b"[]", "config.json"),
+        ("config.json", None, "config.json"),
+        ("tokenizer.json", b"nothing", "tokenizer.json"),
+        ("model.safetensors", None, "safetensors"),
+    ):
         whole = (broken / name).read_bytes()
         (broken / name).unlink() if content is None else (broken / name).write_bytes(content)
         assert_refused(command, tmp_path, words(broken), broken, says)
         (broken / name).write_bytes(whole)
     config = json.loads((broken / "config.json").read_text())
-    for change in ({"hidden_size": 32}, {"model_type": "gpt2"}, {"num_hidden_layers": 3}, {"num_attention_heads": "many"}):
+    for change in (
+        {"hidden_size": 32},
+        {"model_type": "gpt2"},
+        {"num_hidden_layers": 3},
+        {"num_attention_heads": "many"},
+    ):
         (broken / "config.json").write_text(json.dumps(config | change))
         assert_refused(command, tmp_path, words(broken), broken)
-    assert_refused(command, tmp_path, words(built / "sft", "--chat", "llama3"), built / "sft", "special token")
-    assert_refused(command, tmp_path, ["--stage", "pairs", "--model", built / "rm", "--limit", 2, "--out", tmp_path / "p.jsonl"], built / "rm", "language model")
-    (broken / "config.json").write_text(json.dumps(config)), (broken / "run.json").write_text('{"reward": "guess"}')
-    assert_refused(command, tmp_path, ["--stage", "eval", "--model", broken, "--out", tmp_path / "o"], "run.json", "'guess'")
+    assert_refused(
+        command, tmp_path, words(built / "sft", "--chat", "llama3"), built / "sft", "special token"
+    )
+    assert_refused(
+        command,
+        tmp_path,
+        ["--stage", "pairs", "--model", built / "rm", "--limit", 2, "--out", tmp_path / "p.jsonl"],
+        built / "rm",
+        "language model",
+    )
+    (
+        (broken / "config.json").write_text(json.dumps(config)),
+        (broken / "run.json").write_text('{"reward": "guess"}'),
+    )
+    assert_refused(
+        command,
+        tmp_path,
+        ["--stage", "eval", "--model", broken, "--out", tmp_path / "o"],
+        "run.json",
+        "'guess'",
+    )
 
 
 def test_policy_and_reward_model_must_share_the_tokenizer(built, command, pairs_file, tmp_path):
     other = shutil.copytree(built / "rm", tmp_path / "rm")
     for path, raw in tokenizers.build_tokenizer(["Tom", " Ann"]).files.items():
         (other / path).write_bytes(raw)
-    words = ["--model", built / "sft", "--reward_model", other, "--data", write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])]
+    words = [
+        "--model",
+        built / "sft",
+        "--reward_model",
+        other,
+        "--data",
+        write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS]),
+    ]
     for stage in ("reinforce", "ppo", "eval"):
-        assert_refused(command, tmp_path, ["--stage", stage, *words, "--max_new_tokens", 4, "--out", tmp_path / "o"], other, "tokenizer")
+        assert_refused(
+            command,
+            tmp_path,
+            ["--stage", stage, *words, "--max_new_tokens", 4, "--out", tmp_path / "o"],
+            other,
+            "tokenizer",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -676,13 +1306,41 @@ def chatty(tiny, tmp_path_factory):
     tokenizer = data.arith_tokenizer()
     files = {name: json.loads(raw) for name, raw in tokenizer.files.items()}
     added = files["tokenizer.json"]["added_tokens"]
-    added += [{**added[0], "id": tokenizer.vocab_size + i, "content": name} for i, name in enumerate(("<|im_start|>", "<|im_end|>"))]
-    tokenizer = tokenizers.Tokenizer({name: json.dumps(value).encode() for name, value in files.items()}, "chatty", "chatml")
+    added += [
+        {**added[0], "id": tokenizer.vocab_size + i, "content": name}
+        for i, name in enumerate(("<|im_start|>", "<|im_end|>"))
+    ]
+    tokenizer = tokenizers.Tokenizer(
+        {name: json.dumps(value).encode() for name, value in files.items()}, "chatty", "chatml"
+    )
     save_model(init_weights(build_model(LanguageModel, train.arith_model(tokenizer), Grid()), 0), run)
     tokenizer.save(run)
-    pairs, rows = write_jsonl(run / "pairs.jsonl", PAIRS), write_jsonl(run / "rows.jsonl", [{"prompt": p["prompt"], "response": p["chosen"]} for p in PAIRS])
-    for stage, words in (("sft", ["--model", run, "--data", rows]), ("rm", ["--model", run / "sft", "--data", pairs])):
-        assert train.main(["--stage", stage, *map(str, words), "--out", str(run / stage), "--chat", "chatml", "--steps", "1", "--device", "cpu"]) == 0
+    pairs, rows = (
+        write_jsonl(run / "pairs.jsonl", PAIRS),
+        write_jsonl(run / "rows.jsonl", [{"prompt": p["prompt"], "response": p["chosen"]} for p in PAIRS]),
+    )
+    for stage, words in (
+        ("sft", ["--model", run, "--data", rows]),
+        ("rm", ["--model", run / "sft", "--data", pairs]),
+    ):
+        assert (
+            train.main(
+                [
+                    "--stage",
+                    stage,
+                    *map(str, words),
+                    "--out",
+                    str(run / stage),
+                    "--chat",
+                    "chatml",
+                    "--steps",
+                    "1",
+                    "--device",
+                    "cpu",
+                ]
+            )
+            == 0
+        )
     return run
 
 
@@ -691,43 +1349,132 @@ def test_a_model_is_used_in_the_template_that_it_was_trained_in(chatty, command,
     prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
     sampling = ["--data", prompts, "--max_new_tokens", 4, "--limit", 2, "--steps", 1, "--out", tmp_path / "o"]
     rl = ["--model", chatty / "sft", "--reward_model", chatty / "rm", *sampling]
-    judged = ["--model", chatty, "--reward_model", chatty / "rm", *sampling]  # a directory from elsewhere: nothing is known of it
-    for words in (["reinforce", *rl], ["ppo", *rl], ["eval", *rl], ["reinforce", *judged], ["eval", *judged],
-                  ["eval", "--model", chatty / "rm", "--data", chatty / "pairs.jsonl", "--out", tmp_path / "o"],
-                  ["score", "--model", chatty / "rm", "--data", chatty / "rows.jsonl", "--out", tmp_path / "o.jsonl"]):  # fmt: skip
-        assert_refused(command, tmp_path, ["--stage", *words], chatty, "chat template", "--chat chatml", "--chat none")
+    judged = [
+        "--model",
+        chatty,
+        "--reward_model",
+        chatty / "rm",
+        *sampling,
+    ]  # a directory from elsewhere: nothing is known of it
+    for words in (
+        ["reinforce", *rl],
+        ["ppo", *rl],
+        ["eval", *rl],
+        ["reinforce", *judged],
+        ["eval", *judged],
+        ["eval", "--model", chatty / "rm", "--data", chatty / "pairs.jsonl", "--out", tmp_path / "o"],
+        ["score", "--model", chatty / "rm", "--data", chatty / "rows.jsonl", "--out", tmp_path / "o.jsonl"],
+    ):
+        assert_refused(
+            command, tmp_path, ["--stage", *words], chatty, "chat template", "--chat chatml", "--chat none"
+        )
     for words in (["reinforce", *rl], ["eval", *judged]):
         assert command("--stage", *words, "--chat", "chatml")[0] == 0
-    assert command("--stage", "rm", "--model", chatty / "sft", "--data", chatty / "pairs.jsonl", "--steps", 1, "--out", tmp_path / "again")[0] == 0
+    assert (
+        command(
+            "--stage",
+            "rm",
+            "--model",
+            chatty / "sft",
+            "--data",
+            chatty / "pairs.jsonl",
+            "--steps",
+            1,
+            "--out",
+            tmp_path / "again",
+        )[0]
+        == 0
+    )
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_dropped_and_counted(built, command, tmp_path):
     rows = [{"prompt": p} for p in [*PROMPTS, "Tom " * 30, "Tom " * 9]]
     path, tokenizer = write_jsonl(tmp_path / "p.jsonl", rows), tokenizers.Tokenizer.load(built / "sft")
     lengths = sorted(len(tokenizer.encode_prompt(row["prompt"])) for row in rows)
-    words = ["--stage", "reinforce", "--model", built / "sft", "--reward_model", built / "rm", "--data", path, "--max_new_tokens", 8, "--batch_size", 2]
+    words = [
+        "--stage",
+        "reinforce",
+        "--model",
+        built / "sft",
+        "--reward_model",
+        built / "rm",
+        "--data",
+        path,
+        "--max_new_tokens",
+        8,
+        "--batch_size",
+        2,
+    ]
     status, out, err = command(*words, "--max_seq_len", 8 + lengths[-2], "--out", tmp_path / "o")
-    assert (status, err) == (0, "") and f"{path}: dropped 1 prompts longer than --max_seq_len" in out and "; 5 left" in out
+    assert (
+        (status, err) == (0, "")
+        and f"{path}: dropped 1 prompts longer than --max_seq_len" in out
+        and "; 5 left" in out
+    )
     assert len(rows_of(tmp_path / "o/metrics.jsonl")) == 3  # five prompts, two a step
-    assert_refused(command, tmp_path, [*words, "--max_seq_len", 8, "--out", tmp_path / "p"], path, "dropped 6 prompts", "none is left")
+    assert_refused(
+        command,
+        tmp_path,
+        [*words, "--max_seq_len", 8, "--out", tmp_path / "p"],
+        path,
+        "dropped 6 prompts",
+        "none is left",
+    )
 
 
 def test_every_id_of_the_tokenizer_has_a_row(built, command, pairs_file, tmp_path):
     other = shutil.copytree(built / "sft", tmp_path / "sft")
     config, n = json.loads((other / "config.json").read_text()), tokenizers.Tokenizer.load(other).vocab_size
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": n - 1}))
-    assert_refused(command, tmp_path, ["--stage", "rm", "--model", other, "--data", pairs_file, "--out", tmp_path / "o"], other, f"go up to {n - 1}", f"vocab_size {n - 1}")
+    assert_refused(
+        command,
+        tmp_path,
+        ["--stage", "rm", "--model", other, "--data", pairs_file, "--out", tmp_path / "o"],
+        other,
+        f"go up to {n - 1}",
+        f"vocab_size {n - 1}",
+    )
 
 
 def test_the_dated_system_block_comes_on_request(command, tmp_path):
     """Beside --chat llama3 only."""
-    assert_refused(command, tmp_path, ["--stage", "sft", "--run", tmp_path / "run", "--model", tmp_path, "--date", "26 Jul 2024", "--out", tmp_path / "o"], "date", "llama3")
+    assert_refused(
+        command,
+        tmp_path,
+        [
+            "--stage",
+            "sft",
+            "--run",
+            tmp_path / "run",
+            "--model",
+            tmp_path,
+            "--date",
+            "26 Jul 2024",
+            "--out",
+            tmp_path / "o",
+        ],
+        "date",
+        "llama3",
+    )
 
 
 def test_pairs_without_a_right_answer(built, command, tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "777"} for p in PROMPTS])
     out = tmp_path / "pairs.jsonl"
-    status, _, err = command("--stage", "pairs", "--model", built / "sft", "--data", path, "--k", 2, "--max_new_tokens", 20, "--out", out)
+    status, _, err = command(
+        "--stage",
+        "pairs",
+        "--model",
+        built / "sft",
+        "--data",
+        path,
+        "--k",
+        2,
+        "--max_new_tokens",
+        20,
+        "--out",
+        out,
+    )
     assert status == 2 and err.count("\n") == 1 and f"{path}: no prompt has both" in err
 
 
@@ -741,13 +1488,22 @@ def test_help_lists_the_flags_of_a_stage(capsys):
     fields = settings.flags()
     assert set(fields) == set(settings.Config.__dataclass_fields__)  # every field has a comment
     assert all(f"--{name} " in pages[0] for name in fields)
-    assert "--beta" in pages[1] and "--clip" not in pages[1] and "--beta" not in pages[2] and "(default: 0.01)" in pages[2]  # TINY's
+    assert (
+        "--beta" in pages[1]
+        and "--clip" not in pages[1]
+        and "--beta" not in pages[2]
+        and "(default: 0.01)" in pages[2]
+    )  # TINY's
 
 
 def test_defaults_are_the_built_in_tasks_only_without_data():
     defaults = settings.Config()
     assert settings.parse(["--stage=rm"]).lr == settings.parse(["--stage", "rm"]).lr == TINY["rm"]["lr"]
-    assert settings.parse(["--stage", "rm", "--data", "x"]).lr == settings.parse(["--stage", "rm", "--model", "x"]).lr == defaults.lr
+    assert (
+        settings.parse(["--stage", "rm", "--data", "x"]).lr
+        == settings.parse(["--stage", "rm", "--model", "x"]).lr
+        == defaults.lr
+    )
     cfg = settings.parse(["--stage", "eval", "--model=x"])
     assert (cfg.task, cfg.limit, cfg.k, cfg.micro_tokens) == ("arith", 5, 3, defaults.micro_tokens)
     assert settings.parse(["--stage", "eval", "--model", "x", "--data=y"]).task == "gsm8k"
@@ -755,36 +1511,96 @@ def test_defaults_are_the_built_in_tasks_only_without_data():
 
 
 PAPER = {  # method and appendix of the paper, and the authors' scripts
-    "paper-rm": {"stage": "rm", "lr": 1e-5, "batch_size": 2, "beta": 0.2, "margin": 2.0, "lora_rank": 128, "lora_alpha": 128, "max_seq_len": 1024},
-    "paper-ppo": {"stage": "ppo", "lr": 5e-6, "clip": 0.2, "kl_coef": 0.01, "lam": 0.8, "gamma": 0.9, "batch_size": 3072, "steps": 12, "ppo_epochs": 1,
-                  "minibatch": 10, "critic_lora_rank": 128, "critic_lr": 1e-5, "lora_rank": 0, "temperature": 1.0, "baseline_weight": 1.0},
-    "paper-reinforce": {"stage": "reinforce", "lr": 1e-6, "kl_coef": 0.0, "batch_size": 3072, "steps": 12, "minibatch": 8, "lora_rank": 0},
-}  # fmt: skip
+    "paper-rm": {
+        "stage": "rm",
+        "lr": 1e-5,
+        "batch_size": 2,
+        "beta": 0.2,
+        "margin": 2.0,
+        "lora_rank": 128,
+        "lora_alpha": 128,
+        "max_seq_len": 1024,
+    },
+    "paper-ppo": {
+        "stage": "ppo",
+        "lr": 5e-6,
+        "clip": 0.2,
+        "kl_coef": 0.01,
+        "lam": 0.8,
+        "gamma": 0.9,
+        "batch_size": 3072,
+        "steps": 12,
+        "ppo_epochs": 1,
+        "minibatch": 10,
+        "critic_lora_rank": 128,
+        "critic_lr": 1e-5,
+        "lora_rank": 0,
+        "temperature": 1.0,
+        "baseline_weight": 1.0,
+    },
+    "paper-reinforce": {
+        "stage": "reinforce",
+        "lr": 1e-6,
+        "kl_coef": 0.0,
+        "batch_size": 3072,
+        "steps": 12,
+        "minibatch": 8,
+        "lora_rank": 0,
+    },
+}
 
 
 @pytest.mark.parametrize("preset", PAPER)
 def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
     """They are the paper's numbers, every flag wins over them, help shows them, and the commands run."""
-    assert settings.PRESETS.keys() == PAPER.keys() and all(p.keys() <= settings.flags().keys() for p in settings.PRESETS.values())
+    assert settings.PRESETS.keys() == PAPER.keys() and all(
+        p.keys() <= settings.flags().keys() for p in settings.PRESETS.values()
+    )
     cfg = settings.parse(["--preset", preset, "--model", "m", "--data", "d"])
     assert {k: getattr(cfg, k) for k in PAPER[preset]} == PAPER[preset]
-    assert (cfg.dtype, cfg.chat, cfg.max_grad_norm, cfg.weight_decay, cfg.warmup, cfg.final_lr) == ("bfloat16", "llama3", 0, 0, 0, 1)
+    assert (cfg.dtype, cfg.chat, cfg.max_grad_norm, cfg.weight_decay, cfg.warmup, cfg.final_lr) == (
+        "bfloat16",
+        "llama3",
+        0,
+        0,
+        0,
+        1,
+    )
     for name, (default, kind, _) in settings.flags().items():
         if name in settings.PRESETS[preset] and name != "stage" and kind is not str:
             other = kind(getattr(cfg, name) * 2 or 3)
             words = [f"--{name}", str(other)] + (["--minibatch", "8"] if name == "group_size" else [])
-            assert getattr(settings.parse(["--preset", preset, *words, "--model", "m", "--data", "d"]), name) == other
-    assert settings.parse(["--preset", preset, "--dtype=float32", "--model", "m", "--data", "d"]).dtype == "float32"
+            assert (
+                getattr(settings.parse(["--preset", preset, *words, "--model", "m", "--data", "d"]), name)
+                == other
+            )
+    assert (
+        settings.parse(["--preset", preset, "--dtype=float32", "--model", "m", "--data", "d"]).dtype
+        == "float32"
+    )
     with pytest.raises(SystemExit):
         train.main(["--preset", preset, "--help"])
     page = " ".join(capsys.readouterr().out.split())
-    assert f"(default: {cfg.lr})" in page and "paper-rm | paper-ppo | paper-reinforce" in page and ("--clip" in page) == (cfg.stage == "ppo")
+    assert (
+        f"(default: {cfg.lr})" in page
+        and "paper-rm | paper-ppo | paper-reinforce" in page
+        and ("--clip" in page) == (cfg.stage == "ppo")
+    )
     small = ["--chat", "none", "--date", "", "--steps", 1, "--model", built / "sft", "--out", tmp_path / "o"]
     if cfg.stage == "rm":
         small += ["--lora_rank", 2, "--data", pairs_file]
     else:
         prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
-        small += ["--batch_size", 12, "--max_new_tokens", 8, "--data", prompts, "--reward_model", built / "rm"]
+        small += [
+            "--batch_size",
+            12,
+            "--max_new_tokens",
+            8,
+            "--data",
+            prompts,
+            "--reward_model",
+            built / "rm",
+        ]
         small += ["--critic_lora_rank", 2] if cfg.stage == "ppo" else []
     assert command("--preset", preset, *small)[0] == 0 and len(rows_of(tmp_path / "o/metrics.jsonl")) == 1
 
@@ -794,9 +1610,15 @@ def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
 
 def start(*words, program=()):
     """train.py (or `program`) in processes of its own, one thread each."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    } | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, *(program or [REPOSITORY / "train.py"]), *words, "--device", "cpu"]
-    return subprocess.Popen([*map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*map(str, command)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
@@ -805,8 +1627,10 @@ TORCHRUN_2 = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
 def tiny_program(tmp_path):
     """train.py with the settings that `command` runs with in this process."""
     path = tmp_path / "tiny_train.py"
-    path.write_text(f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH.update({TINY!r})\nrows = train.arith_rows\n"
-                    "train.arith_rows = lambda split, n, seed: rows(split, min(n, 400), seed)\nsys.exit(train.main())\n")
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH.update({TINY!r})\nrows = train.arith_rows\n"
+        "train.arith_rows = lambda split, n, seed: rows(split, min(n, 400), seed)\nsys.exit(train.main())\n"
+    )
     return path
 
 
@@ -828,15 +1652,34 @@ def test_two_processes_give_the_losses_of_one(built, command, tmp_path):
     assert len(one) == 5 and abs(one[0]["loss"] - one[4]["loss"]) > 1e-3
     for found in (untimed(fresh / "rm"), untimed(tmp_path / "dp")):
         for a, b in zip(found, one, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-            assert {k: a[k] for k in ("step", "lr", "tokens", "pair_accuracy")} == {k: b[k] for k in ("step", "lr", "tokens", "pair_accuracy")}
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+                b["grad_norm"], rel=1e-3
+            )
+            assert {k: a[k] for k in ("step", "lr", "tokens", "pair_accuracy")} == {
+                k: b[k] for k in ("step", "lr", "tokens", "pair_accuracy")
+            }
 
 
 def test_rl_at_tp_2_follows_tp_1(built, command, tmp_path):
     """Three rollouts with their updates: the same tokens are sampled, so every figure follows to rounding. The reward is the
     oracle: the scores of a hardly trained reward model differ by rounding alone, and standardising would blow that up."""
     torchrun = [*TORCHRUN_2, tiny_program(tmp_path)]
-    words = ["--run", built, "--reward", "oracle", "--steps", 3, "--batch_size", 8, "--minibatch", 4, "--lr", 1e-4, "--kl_coef", 0.1]
+    words = [
+        "--run",
+        built,
+        "--reward",
+        "oracle",
+        "--steps",
+        3,
+        "--batch_size",
+        8,
+        "--minibatch",
+        4,
+        "--lr",
+        1e-4,
+        "--kl_coef",
+        0.1,
+    ]
     for stage in ("reinforce", "ppo"):
         given = ["--stage", stage, *words, "--limit", 4, "--max_new_tokens", 24]
         process = start(*given, "--out", tmp_path / f"{stage}-tp", program=torchrun)
@@ -850,7 +1693,20 @@ def test_rl_at_tp_2_follows_tp_1(built, command, tmp_path):
 
 
 def test_ctrl_c_leaves_a_checkpoint(built, command, pairs_file, tmp_path):
-    words = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--steps", 100, "--lr", 1e-3, "--out", tmp_path / "rm"]
+    words = [
+        "--stage",
+        "rm",
+        "--model",
+        built / "sft",
+        "--data",
+        pairs_file,
+        "--steps",
+        100,
+        "--lr",
+        1e-3,
+        "--out",
+        tmp_path / "rm",
+    ]
     process, metrics = start(*words), tmp_path / "rm.partial/metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") > 2):
         time.sleep(0.01)
@@ -867,12 +1723,31 @@ def test_ctrl_c_leaves_a_checkpoint(built, command, pairs_file, tmp_path):
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
 def test_real_pairs_on_the_tiny_model(built, command, tmp_path):
-    words = ["--stage", "rm", "--model", built / "sft", "--data", GSM8K / "pairs_test.jsonl", "--steps", 2, "--out", tmp_path / "rm"]
+    words = [
+        "--stage",
+        "rm",
+        "--model",
+        built / "sft",
+        "--data",
+        GSM8K / "pairs_test.jsonl",
+        "--steps",
+        2,
+        "--out",
+        tmp_path / "rm",
+    ]
     status, out, _ = command(*words)
     rows, tokenizer = rows_of(GSM8K / "pairs_test.jsonl"), tokenizers.Tokenizer.load(built / "sft")
     assert len(rows) == 787
-    lengths = [len(tokenizer.encode_prompt(r["instruction"])) + max(len(tokenizer.encode_response(r[k])) for k in ("chosen", "rejected")) for r in rows]
+    lengths = [
+        len(tokenizer.encode_prompt(r["instruction"]))
+        + max(len(tokenizer.encode_response(r[k])) for k in ("chosen", "rejected"))
+        for r in rows
+    ]
     identical = sum(r["chosen"] == r["rejected"] for r, n in zip(rows, lengths) if n <= 1024)
     long = sum(n > 1024 for n in lengths)
-    assert status == 0 and f"787 rows; dropped {long} longer than --max_seq_len 1024 tokens and {identical} identical pairs" in out
+    assert (
+        status == 0
+        and f"787 rows; dropped {long} longer than --max_seq_len 1024 tokens and {identical} identical pairs"
+        in out
+    )
     assert 0 < long < 787 and len(rows_of(tmp_path / "rm/metrics.jsonl")) == 2

@@ -1,4 +1,5 @@
 """The walk-through runs from top to bottom in less than a minute, and what it says in its comments is what it prints."""
+
 import re
 import resource
 import subprocess
