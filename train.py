@@ -1,16 +1,21 @@
 """Every stage of Q-RM from the command line; read top to bottom, it is the method.
 
-python train.py                                        the whole path on the built-in task (--stage demo)
-torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes (gloo)
+    python train.py                                        the whole path on the built-in task (--stage demo)
+    torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes
+    (gloo)
 
-sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model ─► reinforce, ppo ─► policy
-                                                                 eval, score and grade look at any of them
+    sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model ─► reinforce, ppo ─► policy
+                                                                   eval, score and grade look at any of them
+
+Each stage reads files and writes files; `prepare`, near the end, makes those of the built-in task that are
+missing.
 """
 
 import dataclasses
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,204 +39,259 @@ from data import (
 from model import (
     LanguageModel,
     ModelConfig,
-    Packed,
     ScalarModel,
     add_lora,
     build_model,
     init_weights,
-    save_adapter,
     save_model,
     token_logprobs,
 )
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
-from qrm import POLICY_LIKE, reward_model_loss, token_reward
+from qrm import REWARD_MODELS, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
-from support.checkpoints import (
-    Workdir,
-    deferred_interrupt,
-    fingerprints,
-    save_bad_inputs,
-)
+from support.checkpoints import Training, fingerprints
 from support.evaluate import (
+    count_right,
     eval_policy,
     eval_reward_model,
+    flat,
     greedy_pass,
     hash_seed,
-    heldout_pairs,
     is_reward_model,
+    judges,
     load,
     load_reward,
     load_tokenizer,
+    log_to,
     make_pairs,
-    reward_kind,
+    reward_of_run,
     sample_graded,
     score_examples,
     show_tokens,
     write_rows,
 )
-from support.files import BadInput, at_line, write_atomically
+from support.files import BadInput, at_line, require, write_atomically
 from support.graders import grade
-from support.sampling import KVCache
-from support.settings import ARITH, check_paths, flags, out_path, parse, stage_config
+from support.settings import (
+    ARITH,
+    FIELDS,
+    POLICY_GRADIENT,
+    STAGES_OF,
+    check_paths,
+    heldout_path,
+    out_path,
+    parse,
+    stage_config,
+    unread_flags,
+)
 
-# ------------------------------------------------------------------------------------------------ files and logs
-
-
-def adapted(model, cfg, rank):
-    """What is to be trained: the model itself, or, with a rank, adapters on its frozen weights."""
-    return add_lora(model, rank, cfg.seed, cfg.lora_alpha) if rank else model
-
-
-def need(stage, cfg, grid):
-    """Path of an earlier stage's result of the built-in task; what is missing is made first.
-
-    The main rank makes it alone (the model is far too small to share), so it is the same as one process makes.
-    """
-    earlier = stage_config(cfg, stage)
-    path = out_path(earlier)
-    barrier(grid)
-    if grid.is_main and not path.exists():
-        say(grid, f"{cfg.stage} needs {path}: running --stage {stage} first")
-        STAGES[stage](earlier, Grid(grid.device))
-    barrier(grid)
-    return path
-
-
-# ------------------------------------------------------------------------------------------------ the training loop
-
-
-def lr_at(step, cfg, steps):
-    """Linear warm-up from 0, then linear decay that would be at final_lr * lr right after the last update (constant when that is 1)."""
-    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
-    return cfg.lr * warm * (1 - (1 - cfg.final_lr) * step / max(steps, 1))
-
-
-def train_loop(cfg, grid, steps, optimizers, step_fn, inputs):
-    """Calls `step_fn(step, lr) -> metrics` for each step that is still to do, logs, saves; -> the Workdir to finish.
-
-    optimizers   {name: (model, Optimizer)}: what a checkpoint holds. Everything random is a function of (seed, step), so
-                 nothing else is needed to go on exactly.
-    inputs       fingerprints of the files that decide what is learned; `--resume` insists on the same
-    """
-    work = Workdir(cfg, out_path(cfg), grid, optimizers, inputs)
-    skipped = lambda: sum(optimizer.skipped for _, optimizer in optimizers.values())
-    with deferred_interrupt(grid) as interrupted:
-        for step in tqdm(
-            range(work.first_step, steps),
-            cfg.stage,
-            initial=work.first_step,
-            total=steps,
-            disable=None if grid.is_main else True,
-        ):
-            began, lr, before = time.perf_counter(), lr_at(step, cfg, steps), skipped()
-            row = step_fn(step, lr)
-            tokens = row.pop("_tokens")
-            if skipped() > before:
-                row["skipped"] = skipped() - before
-                save_bad_inputs(work, step)
-            work.log(
-                {
-                    "step": step,
-                    **row,
-                    "lr": lr,
-                    "tokens": tokens,
-                    "tokens_per_s": tokens / (time.perf_counter() - began),
-                }
-            )
-            if (n := max(optimizer.in_a_row for _, optimizer in optimizers.values())) >= cfg.max_skipped:
-                if not work.saved_step:  # skipped updates left the weights as they were
-                    work.save(step + 1)
-                raise BadInput(
-                    f"--stage {cfg.stage}: {n} updates in a row had a loss or gradient that is not finite; the last good checkpoint is "
-                    f"{work.state.parent} (step {work.saved_step}), the inputs of the first are in {work.path}/skipped.*.json"
-                )
-            stop = interrupted()
-            if stop or cfg.save_every and (step + 1) % cfg.save_every == 0:
-                work.save(step + 1)
-            if stop:
-                raise KeyboardInterrupt
-    return work
-
-
-def train_on_rows(cfg, grid, model, rows, weigh, loss_fn, count_tokens, inputs):
-    """Supervised training of one model on shuffled batches of rows (sft, rm); -> the Workdir.
-
-    weigh(row)          what the loss is a mean over: tokens, or 1 a pair
-    loss_fn(rows)       -> mean loss, {name: mean}
-    """
-    if cfg.batch_size < grid.dp_size:
-        raise BadInput(
-            f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do"
-        )
-    optimizer = Optimizer(model, grid, cfg.lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
-
-    def step_fn(step, lr):
-        batch = [rows[i] for i in batch_indices(len(rows), cfg.batch_size, step, cfg.seed)]
-        mine = batch[grid.dp_rank :: grid.dp_size]
-        parts = [mine[a:b] for a, b in spans([count_tokens(row) for row in mine], cfg.micro_tokens)]
-        update = Update(optimizer, [(sum(map(weigh, part)), part) for part in parts])
-        for part in update:
-            update.backward(*loss_fn(part))
-        return {**update.step(lr), "_tokens": sum(map(count_tokens, batch))}
-
-    return train_loop(
-        cfg,
-        grid,
-        cfg.steps or -(-len(rows) // cfg.batch_size),
-        {"model": (model, optimizer)},
-        step_fn,
-        inputs,
-    )
-
-
-# ------------------------------------------------------------------------------------------------ sft
+# ------------------------------------------------------------------------------------------------ the stages
 
 
 def stage_sft(cfg, grid):
     """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
-    if cfg.model:
-        tokenizer = load_tokenizer(cfg.model, cfg)
-        policy = adapted(load(LanguageModel, cfg.model, cfg, grid), cfg, cfg.lora_rank)
-    else:
-        tokenizer = arith_tokenizer()
-        policy = init_weights(
-            build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed
-        )
-    rows = load_rows(cfg.data, ("prompt", "response")) if cfg.data else arith_rows("train", 16_000, cfg.seed)
-    rows, _ = encode(
-        rows, tokenizer, cfg.max_seq_len, source=cfg.data or "built-in task", log=lambda text: say(grid, text)
+    tokenizer = load_tokenizer(cfg.model, cfg)
+    policy = with_adapters(load(LanguageModel, cfg.model, cfg, grid), cfg.lora_rank, cfg)
+    rows = load_rows(cfg.data, ("prompt", "response"))
+    examples, _ = encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data, log=log_to(grid))
+    optimizer = make_optimizer(policy, cfg.lr, cfg, grid)
+    steps = cfg.steps or -(-len(examples) // cfg.batch_size)
+    with Training(
+        cfg, grid, steps, {"model": (policy, optimizer)}, fingerprints(tokenizer, cfg.data)
+    ) as training:
+        for step in training:
+            lr = lr_at(step, steps, cfg.lr, cfg)
+            batch = [examples[i] for i in batch_indices(len(examples), cfg.batch_size, step, cfg.seed)]
+            update = Update(optimizer, micro_batches(batch, cfg, grid, weigh=response_tokens))
+            for part in update:
+                ids, mask = collate(flat(part), grid.device)  # (B, T+1), (B, T)
+                logprobs, entropy = token_logprobs(policy, ids, mask)  # (B, T)
+                stats = {"entropy": (entropy.sum() / mask.sum()).item()}
+                update.backward(-logprobs.sum() / mask.sum(), stats)
+            training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
+    training.publish(policy, tokenizer)
+
+
+def stage_rm(cfg, grid):
+    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py), or one to compare
+    with."""
+    tokenizer = load_tokenizer(cfg.model, cfg)
+    kind = REWARD_MODELS[cfg.reward]
+    start = load(kind.base, cfg.model, cfg, grid)
+    reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
+    model = with_adapters(start, cfg.lora_rank, cfg)
+    pairs = load_pairs(cfg, tokenizer, grid)
+    step_ids = tokenizer.ids_with("\n")
+    optimizer = make_optimizer(model, cfg.lr, cfg, grid)
+    steps = cfg.steps or -(-len(pairs) // cfg.batch_size)
+    with Training(
+        cfg, grid, steps, {"model": (model, optimizer)}, fingerprints(tokenizer, cfg.data)
+    ) as training:
+        for step in training:
+            lr = lr_at(step, steps, cfg.lr, cfg)
+            batch = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
+            update = Update(optimizer, micro_batches(batch, cfg, grid, weigh=len))
+            for part in update:
+                ids, mask = collate(flat(pair[:2] for pair in part), grid.device)  # (2P, T+1), (2P, T)
+                errors = torch.tensor(flat(pair[2:] for pair in part), device=grid.device)  # (2P,), prm only
+                update.backward(*reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors))
+            training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
+    training.publish(model, tokenizer, reward=cfg.reward, reference=cfg.model)
+
+
+def stage_rl(cfg, grid):
+    """REINFORCE or PPO: sample, score every token, update; greedy pass@1 on held-out prompts now and then."""
+    tokenizer = load_tokenizer(cfg.model, cfg)
+    reference = load(LanguageModel, cfg.model, cfg, grid).requires_grad_(False)
+    start = reference if cfg.lora_rank else load(LanguageModel, cfg.model, cfg, grid)
+    policy = with_adapters(start, cfg.lora_rank, cfg)
+    rows, heldout = load_prompts(cfg)
+    prompts = short_prompts(rows, tokenizer, cfg, grid)
+    reward = reward_of_run(cfg, tokenizer, rows, grid)
+    cfg = with_advantage(cfg, reward)
+    optimizer = make_optimizer(policy, cfg.lr, cfg, grid)
+    trained = {"policy": (policy, optimizer)}
+    if cfg.stage == "ppo":
+        critic = load_critic(cfg, grid)
+        critic_optimizer = make_optimizer(critic, cfg.critic_lr, cfg, grid)
+        trained["critic"] = (critic, critic_optimizer)
+    n = cfg.batch_size // cfg.group_size  # prompts a rollout
+    steps = cfg.steps or -(-len(prompts) // n)
+    with Training(cfg, grid, steps, trained, fingerprints(tokenizer, cfg.data)) as training:
+        for step in training:
+            lr = lr_at(step, steps, cfg.lr, cfg)
+            batch = [prompts[i] for i in batch_indices(len(prompts), n, step, cfg.seed)]
+            mine = batch[grid.dp_rank :: grid.dp_size]
+            seed = hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank)
+            rollout = collect_rollout(policy, reference, reward, mine, tokenizer.stop_ids, cfg, seed)
+            if cfg.stage == "ppo":
+                critic_lr = lr_at(step, steps, cfg.critic_lr, cfg)
+                stats = ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, critic_lr)
+            else:
+                stats = reinforce_step(policy, optimizer, rollout, cfg, lr)
+            row = {"trajectories": (step + 1) * cfg.batch_size, **stats, **rollout_stats(rollout, grid)}
+            if heldout and (step + 1 == steps or (step + 1) % cfg.eval_every == 0):
+                row["pass@1"] = greedy_pass(policy, tokenizer, heldout, cfg, grid)
+            tokens = round(row["response_length"] * cfg.batch_size)
+            training.log(row | {"lr": lr}, tokens)
+    training.publish(policy, tokenizer, extra={"critic": critic} if cfg.stage == "ppo" else None)
+
+
+# ------------------------------------------------------------------------------------------------ their parts
+
+
+def lr_at(step, steps, peak, cfg):
+    """The learning rate of update `step` (from 0): linear warm-up from 0 to `peak`, times linear decay.
+
+    The decay would reach final_lr * peak right after the last update; final_lr 1 is constant.
+    """
+    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    return peak * warm * (1 - (1 - cfg.final_lr) * step / max(steps, 1))
+
+
+def make_optimizer(model, lr, cfg, grid):
+    """AdamW on all that `model` trains."""
+    return Optimizer(model, grid, lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
+
+
+def with_adapters(model, rank, cfg):
+    """What is trained: the model itself, or, with a rank, adapters on its frozen weights."""
+    return add_lora(model, rank, cfg.seed, cfg.lora_alpha) if rank else model
+
+
+def frozen_start(model, cfg, grid):
+    """The model that training starts from, for losses that compare with it; adapters leave it as it is."""
+    if cfg.lora_rank:
+        return model
+    return load(type(model), cfg.model, cfg, grid).requires_grad_(False)
+
+
+def load_critic(cfg, grid):
+    """PPO's critic: the reward model's decoder (the policy's, if no scalar model judges) under a new head of
+    zeros."""
+    start = cfg.model
+    if cfg.reward_model and is_reward_model(cfg.reward_model):
+        start = cfg.reward_model
+    critic = load(ScalarModel, start, cfg, grid)
+    critic.score.weight.data.zero_()
+    return with_adapters(critic, cfg.critic_lora_rank, cfg)
+
+
+def micro_batches(batch, cfg, grid, weigh):
+    """This rank's rows of a batch as [(weight, rows)], cut to at most cfg.micro_tokens tokens a forward.
+
+    weigh   rows -> what the loss is a mean over: pairs, or response tokens
+    """
+    mine = batch[grid.dp_rank :: grid.dp_size]
+    parts = [
+        mine[start:stop] for start, stop in spans([count_tokens([row]) for row in mine], cfg.micro_tokens)
+    ]
+    return [(weigh(part), part) for part in parts]
+
+
+def count_tokens(rows):
+    """Tokens of all prompts and responses; a row is one Example, or the two of a pair and what is known of
+    them."""
+    return sum(sequence_length(example) for row in rows for example in row[:2])
+
+
+def response_tokens(rows):
+    """Response tokens of rows of one Example."""
+    return sum(len(example.response_ids) for (example,) in rows)
+
+
+def load_pairs(cfg, tokenizer, grid):
+    """[(chosen, rejected)] as Examples; for prm followed by the index of the first wrong token of each."""
+    rows = load_rows(cfg.data, ("prompt", "chosen", "rejected"))
+    pairs, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
+    if REWARD_MODELS[cfg.reward].needs_steps:
+        for i, row in enumerate(rows):
+            with at_line(cfg.data, row["line"]):
+                pairs[i] += tuple(error_places(tokenizer, row["prompt"], pairs[i]))
+    return pairs
+
+
+def load_prompts(cfg):
+    """Rows to learn from and rows held out for pass@1: --heldout, or the last --limit rows of --data."""
+    graded = cfg.reward in ("outcome", "oracle")
+    needs = ("prompt", "label") if graded else ("prompt",)
+    rows = load_rows(cfg.data, needs, optional=("label",))
+    if cfg.heldout:
+        return rows, load_rows(cfg.heldout, ("prompt", "label"))
+    cut = max(len(rows) - cfg.limit, 0)
+    require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
+    return rows[:cut], [row for row in rows[cut:] if "label" in row]
+
+
+def short_prompts(rows, tokenizer, cfg, grid):
+    """The prompts as ids, without those that leave no room for an answer (counted in one line)."""
+    prompts = encode_prompts(rows, tokenizer, cfg.data)
+    room = cfg.max_seq_len - cfg.max_new_tokens
+    kept = [ids for ids in prompts if len(ids) <= room]
+    dropped = (
+        f"{cfg.data}: dropped {len(prompts) - len(kept)} prompts longer than"
+        f" --max_seq_len {cfg.max_seq_len} - --max_new_tokens {cfg.max_new_tokens}; {len(kept)} left"
     )
-
-    def loss_fn(part):
-        ids, mask = collate([row[0] for row in part], grid.device)
-        logprobs, entropy = token_logprobs(policy, ids, mask)
-        return -logprobs.sum() / mask.sum(), {"entropy": (entropy.sum() / mask.sum()).item()}
-
-    work = train_on_rows(
-        cfg,
-        grid,
-        policy,
-        rows,
-        lambda row: len(row[0].response_ids),
-        loss_fn,
-        lambda row: sequence_length(row[0]),
-        fingerprints(tokenizer, cfg.data),
+    if len(kept) < len(prompts):
+        say(grid, dropped)
+    require(kept, dropped)
+    cuts = len(minibatches([], cfg))
+    mine = cfg.batch_size // cfg.group_size // grid.dp_size * cfg.group_size
+    require(
+        mine >= cuts,
+        f"--batch_size {cfg.batch_size}: too few trajectories for"
+        f" {grid.dp_size} processes x {cuts} minibatches",
     )
-    finish(work, policy, tokenizer, cfg.model)
+    return kept
 
 
-def arith_model(tokenizer):
-    """0.15 M parameters; eight heads, so that eight processes can share it."""
-    return ModelConfig(
-        tokenizer.vocab_size,
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-    )
+def with_advantage(cfg, reward):
+    """--advantage, unless it is given: a token's own Q is used as it is, other rewards are summed over
+    time."""
+    summed = "gae" if cfg.stage == "ppo" else "return"
+    default = "token" if reward.is_q else summed
+    return dataclasses.replace(cfg, advantage=cfg.advantage or default)
 
 
 # ------------------------------------------------------------------------------------------------ pairs
@@ -239,266 +299,89 @@ def arith_model(tokenizer):
 
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
-    directory = cfg.model or need("sft", cfg, grid)
-    tokenizer = load_tokenizer(directory, cfg)
-    policy = load(LanguageModel, directory, cfg, grid)
-    out = out_path(cfg)
-    jobs = [(cfg.data or "built-in task", out, None)]
-    if not cfg.data:  # held-out pairs, for eval
-        jobs = [
-            ("built-in task, training prompts", out, "train"),
-            ("built-in task, held-out prompts", heldout_pairs(cfg), "test"),
-        ]
-    for source, path, split in jobs:
-        n = cfg.limit or ARITH["pairs"]["limit"]
-        n = max(n // 5, 1) if split == "test" else n
-        rows = (
-            arith_rows(split, n, cfg.seed + 1)
-            if split
-            else load_rows(cfg.data, ("prompt", "label"), cfg.limit)
-        )
-        mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
-        chunk = max(1, 1024 // cfg.k)
-        for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
-            part = mine[start : start + chunk]
-            seed = hash_seed(cfg.seed, split, grid.dp_rank, start)
-            answers, _ = sample_graded(policy, tokenizer, part, cfg, grid, seed, cfg.temperature, cfg.k)
-            correct += sum(a[2] for row in answers for a in row)
-            for row, answer in zip(part, answers):
-                found += [(row["line"], pair) for pair in make_pairs(row, answer, cfg.pairs_per_prompt)]
-        correct = all_sum({"correct": correct}, grid)["correct"]
-        written = write_rows(path, found, grid)
-        if not written:
-            raise BadInput(
-                f"{source}: no prompt has both a right and a wrong answer; raise --k or --limit, or use another policy"
-            )
-        say(
-            grid,
-            f"pairs: {path}: {written} pairs from {len(rows)} prompts x {cfg.k} samples, {correct / len(rows) / cfg.k:.3f} of them right",
-        )
+    tokenizer = load_tokenizer(cfg.model, cfg)
+    policy = load(LanguageModel, cfg.model, cfg, grid)
+    sample_pairs(
+        policy, tokenizer, load_rows(cfg.data, ("prompt", "label"), cfg.limit), out_path(cfg), cfg, grid
+    )
+    if cfg.heldout:
+        cfg = dataclasses.replace(cfg, data=cfg.heldout)
+        rows = load_rows(cfg.data, ("prompt", "label"))
+        sample_pairs(policy, tokenizer, rows, heldout_path(cfg), cfg, grid)
     barrier(grid)
 
 
-# ------------------------------------------------------------------------------------------------ rm
-
-
-def stage_rm(cfg, grid):
-    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py); or one to compare it with."""
-    directory = str(cfg.model or need("sft", cfg, grid))
-    path = cfg.data or need("pairs", cfg, grid)
-    tokenizer = load_tokenizer(directory, cfg)
-    base = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
-    model = adapted(base, cfg, cfg.lora_rank)
-    rows = load_rows(path, ("prompt", "chosen", "rejected"))
-    pairs, rows = encode(
-        rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text)
+def sample_pairs(policy, tokenizer, rows, path, cfg, grid):
+    """Writes the pairs of the prompts in `rows` to `path`."""
+    mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
+    split = "test" if path == heldout_path(cfg) else "train"
+    chunk = max(1, 1024 // cfg.k)  # prompts decoded at a time
+    for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
+        part = mine[start : start + chunk]
+        seed = hash_seed(cfg.seed, split, grid.dp_rank, start)
+        for row, answers in zip(
+            part, sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
+        ):
+            correct += count_right(answers)
+            found += [(row["line"], pair) for pair in make_pairs(row, answers, cfg.pairs_per_prompt)]
+    correct = all_sum({"correct": correct}, grid)["correct"]
+    written = write_rows(path, found, grid)
+    require(
+        written,
+        f"{cfg.data}: no prompt has both a right and a wrong answer;"
+        " raise --k or --limit, or use another policy",
     )
-    if cfg.reward == "prm":
-        if cfg.task != "arith":
-            raise BadInput(
-                "--reward prm learns from step labels, which only the built-in task (--task arith) knows"
-            )
-        for i, row in enumerate(rows):
-            with at_line(path, row["line"]):
-                pairs[i] += tuple(error_places(tokenizer, row["prompt"], pairs[i]))
-    reference = None
-    if cfg.reward == "dpo":
-        reference = base if cfg.lora_rank else load(LanguageModel, directory, cfg, grid).requires_grad_(False)
-    step_ids = tokenizer.ids_with("\n")
-
-    def loss_fn(part):
-        ids, mask = collate(
-            [example for pair in part for example in pair[:2]], grid.device
-        )  # (2P, T+1), (2P, T)
-        errors = torch.tensor(
-            [error for pair in part for error in pair[2:]], device=grid.device
-        )  # (2P,), prm only
-        return reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors)
-
-    work = train_on_rows(
-        cfg,
+    share = correct / len(rows) / cfg.k
+    say(
         grid,
-        model,
-        pairs,
-        lambda pair: 1,
-        loss_fn,
-        lambda pair: sum(map(sequence_length, pair[:2])),
-        fingerprints(tokenizer, path),
+        f"pairs: {path}: {written} pairs from {len(rows)} prompts x {cfg.k} samples,"
+        f" {share:.3f} of them right",
     )
-    finish(work, model, tokenizer, directory, reward=cfg.reward, reference=directory)
 
 
-# ------------------------------------------------------------------------------------------------ reinforce, ppo
-
-
-def stage_rl(cfg, grid):
-    """REINFORCE or PPO: sample, score every token, update; greedy pass@1 on held-out prompts now and then."""
-    is_ppo = cfg.stage == "ppo"
-    directory = str(cfg.model or need("sft", cfg, grid))
-    graded = cfg.reward in ("outcome", "oracle")
-    if graded and cfg.reward_model:
-        raise BadInput(f"--reward {cfg.reward} grades the answers itself; expected no --reward_model")
-    judge = "" if graded else str(cfg.reward_model or need("rm", cfg, grid))
-    tokenizer = load_tokenizer(directory, cfg)
-    reference = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
-    policy = adapted(
-        reference if cfg.lora_rank else load(LanguageModel, directory, cfg, grid), cfg, cfg.lora_rank
-    )
-    if cfg.data:
-        rows = load_rows(cfg.data, ("prompt", "label") if graded else ("prompt",), optional=("label",))
-        cut = max(len(rows) - cfg.limit, 0)
-        rows, heldout = rows[:cut], [row for row in rows[cut:] if "label" in row]
-        if not rows:
-            raise BadInput(
-                f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from"
-            )
-    else:
-        rows, heldout = (
-            arith_rows("train", 8192, cfg.seed + 2),
-            arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0),
-        )
-    prompts, n, room = (
-        encode_prompts(rows, tokenizer, cfg),
-        cfg.batch_size // cfg.group_size,
-        cfg.max_seq_len - cfg.max_new_tokens,
-    )
-    if long := sum(len(ids) > room for ids in prompts):
-        prompts = [ids for ids in prompts if len(ids) <= room]
-        text = f"{cfg.data or 'built-in task'}: dropped {long} prompts longer than --max_seq_len {cfg.max_seq_len} - --max_new_tokens {cfg.max_new_tokens}"
-        say(grid, f"{text}; {len(prompts)} left")
-        if not prompts:
-            raise BadInput(f"{text}; none is left")
-    kind = cfg.reward if graded else reward_kind(judge, cfg.reward)
-    if not graded and cfg.reward not in ("qrm", "plain", kind):
-        raise BadInput(
-            f"--reward {cfg.reward}: {judge} was trained as {kind!r}; expected the reward that it was trained for, or none"
-        )
-    reward_fn, reward_mask_fn, is_q = load_reward(kind, judge, tokenizer, cfg, grid, rows)
-    if not cfg.advantage:
-        cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
-    settings = dict(weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
-    optimizers = {"policy": (policy, Optimizer(policy, grid, cfg.lr, **settings))}
-    if is_ppo:  # the critic starts from the reward model, with a new head
-        critic = load(ScalarModel, judge if judge and is_reward_model(judge) else directory, cfg, grid)
-        critic.score.weight.data.zero_()
-        critic = adapted(critic, cfg, cfg.critic_lora_rank)
-        optimizers["critic"] = (critic, Optimizer(critic, grid, cfg.critic_lr, **settings))
-    steps, cuts = cfg.steps or -(-len(prompts) // n), len(minibatches([], cfg))
-    if n // grid.dp_size * cfg.group_size < cuts:
-        raise BadInput(
-            f"--batch_size {cfg.batch_size}: too few trajectories for {grid.dp_size} processes x {cuts} minibatches"
-        )
-
-    def step_fn(step, lr):
-        batch = [prompts[i] for i in batch_indices(len(prompts), n, step, cfg.seed)][
-            grid.dp_rank :: grid.dp_size
-        ]
-        seed = hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank)
-        rollout = collect_rollout(
-            policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg, seed, reward_mask_fn
-        )
-        if is_ppo:
-            critic_lr = lr_at(step, dataclasses.replace(cfg, lr=cfg.critic_lr), steps)  # the same schedule
-            stats = ppo_step(
-                policy, critic, *(o for _, o in optimizers.values()), rollout, cfg, lr, critic_lr
-            )
-        else:
-            stats = reinforce_step(policy, optimizers["policy"][1], rollout, cfg, lr)
-        row = {"trajectories": (step + 1) * n * cfg.group_size, **stats, **rollout_stats(rollout, grid)}
-        if heldout and (step + 1 == steps or (step + 1) % cfg.eval_every == 0):
-            row["pass@1"] = greedy_pass(policy, tokenizer, heldout, cfg, grid)
-        return row | {"_tokens": round(row["response_length"] * n * cfg.group_size)}
-
-    work = train_loop(cfg, grid, steps, optimizers, step_fn, fingerprints(tokenizer, cfg.data))
-    if is_ppo:
-        if grid.is_main:
-            (work.path / "critic").mkdir(exist_ok=True)
-        save_model(critic, work.path / "critic")
-    finish(work, policy, tokenizer, directory)
-
-
-def finish(work, model, tokenizer, base, **run):
-    """Writes the model directory and puts it in the place of `<out>`; base is the directory that the model started from."""
-    save_model(model, work.path)
-    if work.cfg.lora_rank:
-        save_adapter(model, work.path / "adapter", base)
-    if work.grid.is_main:
-        tokenizer.save(work.path)
-        run |= {
-            "config": dataclasses.asdict(work.cfg),
-            "tokenizer": tokenizer.fingerprint,
-            "torch": torch.__version__,
-        }
-        write_atomically(work.path / "run.json", json.dumps(run, indent=1))
-    work.publish()
-
-
-# ------------------------------------------------------------------------------------------------ eval, score, grade
+# ------------------------------------------------------------------------------------------------ eval,
+# score, grade
 
 
 def stage_eval(cfg, grid):
     """eval.json in the model's own directory: a policy's pass@k, or a reward model's accuracy and credit."""
-    if cfg.model or cfg.out:
-        directories = [cfg.model or cfg.out]
-    else:
-        need("rm", cfg, grid)
-        directories = [
-            d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""
-        ]
-    for directory in map(Path, directories):
-        judges = is_reward_model(directory) or reward_kind(directory) in POLICY_LIKE
-        if judges:
-            path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(stage_config(cfg, "pairs")))[1]
-            result = eval_reward_model(directory, dataclasses.replace(cfg, data=str(path)), grid)
+    directories = [Path(cfg.model or cfg.out)]
+    if not cfg.model and not cfg.out:
+        results = sorted(Path(cfg.run_dir).iterdir())
+        directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
+    for directory in directories:
+        if judges(directory):
+            pairs = cfg.heldout or cfg.data
+            result = eval_reward_model(directory, dataclasses.replace(cfg, data=pairs), grid)
         else:
             result = eval_policy(directory, cfg, grid)
-        path = Path(cfg.out) / "eval.json" if cfg.out else directory / "eval.json"
+        path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
             write_atomically(path, json.dumps(result, indent=1))
-        say(
-            grid,
-            f"eval: {path}: "
-            + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()),
-        )
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
+        say(grid, f"eval: {path}: {shown}")
 
 
 def stage_score(cfg, grid):
-    """One number a response token: a reward model's raw Z, or a policy's log-probability in nats."""
-    directory = cfg.model or need("rm", cfg, grid)
-    tokenizer, scalar = load_tokenizer(directory, cfg), is_reward_model(directory)
-    model, key = (
-        load(ScalarModel if scalar else LanguageModel, directory, cfg, grid),
-        "scores" if scalar else "logprobs",
-    )
-    if cfg.data:
-        rows = load_rows(cfg.data, ("prompt", "response"), cfg.limit)
+    """One number per response token: a reward model's raw Z, or a policy's log-probability in nats."""
+    tokenizer = load_tokenizer(cfg.model, cfg)
+    if is_reward_model(cfg.model):
+        key = "scores"
+        numbers_of = load_reward("qrm", cfg.model, tokenizer, cfg, grid).rewards
     else:
-        rows = [
-            row | {"raw": {"prompt": row["prompt"], "response": row["response"]}}
-            for row in arith_rows("test", cfg.limit or 8, cfg.seed)
-        ]
-    kept, rows = encode(
-        rows,
-        tokenizer,
-        cfg.max_seq_len,
-        ("response",),
-        cfg.data or "built-in task",
-        lambda text: say(grid, text),
-    )
-    kept, rows, written = kept[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size], []
-    numbers = score_examples(
-        token_reward(model) if scalar else lambda ids, mask: token_logprobs(model, ids, mask)[0],
-        [e for (e,) in kept],
-        cfg,
-        grid,
-    )
-    for row, (example,), x in zip(rows, kept, numbers):
-        more = {
-            "prompt_ids": example.prompt_ids,
-            "ids": example.response_ids,
-            "tokens": tokenizer.token_texts(example.response_ids),
-        }
-        written.append((row["line"], row["raw"] | more | {key: x.tolist()}))
+        key = "logprobs"
+        policy = load(LanguageModel, cfg.model, cfg, grid)
+        numbers_of = lambda ids, mask: token_logprobs(policy, ids, mask)[0]  # noqa: E731
+    rows = load_rows(cfg.data, ("prompt", "response"), cfg.limit)
+    examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
+    examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
+    written = []
+    for row, (example,), numbers in zip(
+        rows, examples, score_examples(numbers_of, flat(examples), cfg, grid)
+    ):
+        ids = {"prompt_ids": example.prompt_ids, "ids": example.response_ids}
+        texts = {"tokens": tokenizer.token_texts(example.response_ids)}
+        written.append((row["line"], row["raw"] | ids | texts | {key: numbers.tolist()}))
     n = write_rows(out_path(cfg), written, grid)
     if cfg.show and grid.is_main:
         show_tokens(cfg, tokenizer, key)
@@ -507,41 +390,144 @@ def stage_score(cfg, grid):
 
 def stage_grade(cfg, grid):
     """The rows with `answer` (what the response claims, or null) and `correct`."""
-    if not cfg.data:
-        raise BadInput("--stage grade needs --data: JSON lines with a response and a label")
-    rows = load_rows(cfg.data, ("response", "label"), cfg.limit)
     written = []
-    for row in rows:
-        text = (
-            row["response"] if isinstance(row["response"], str) else row["response"][-1]["content"]
-        )  # the reply of a list of messages
+    for row in load_rows(cfg.data, ("response", "label"), cfg.limit):
+        text = row["response"]
+        text = text if isinstance(text, str) else text[-1]["content"]  # the reply in a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)
         written.append((row["line"], row["raw"] | {"answer": answer, "correct": correct}))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
-    say(
-        grid, f"grade: {out_path(cfg)}: {sum(row['correct'] for _, row in written)} of {len(written)} correct"
-    )
+    correct = sum(row["correct"] for _, row in written)
+    say(grid, f"grade: {out_path(cfg)}: {correct} of {len(written)} correct")
 
 
-# ------------------------------------------------------------------------------------------------ demo
+# ------------------------------------------------------------------------------------------------ the
+# built-in task
 
 
 def stage_demo(cfg, grid):
     """The whole path on the built-in task: what is there already is kept, the rest is made."""
     for stage in ("sft", "pairs", "rm", "reinforce", "ppo"):
-        need(stage, cfg, grid)
-    stage_eval(stage_config(cfg, "eval"), grid)
+        result_of(stage, cfg, grid)
+    run_stage(stage_config(cfg, "eval"), grid)
     if grid.is_main:
-        from classroom.report import (
-            write_report,  # course material: the method does not depend on it
-        )
-
-        say(grid, f"demo: results are in {cfg.run}; open {write_report(cfg.run)}")
+        report = Path(__file__).parent / "classroom" / "report.py"  # course material: nothing imports it
+        subprocess.run([sys.executable, report, cfg.run_dir], check=True)
+        say(grid, f"demo: results are in {cfg.run_dir}; open {Path(cfg.run_dir) / 'report.html'}")
     barrier(grid)
 
 
-STAGES = {
+def prepare(cfg, grid):
+    """The Config with files of the built-in task in the place of paths that are not given; makes what is
+    missing.
+
+    After this, the stages know files only.
+    """
+    paths = {}
+    if not cfg.model and cfg.stage in ("pairs", "rm", *POLICY_GRADIENT):
+        paths["model"] = result_of("sft", cfg, grid)
+    elif not cfg.model and cfg.stage == "sft":
+        paths["model"] = start_model(cfg, grid)
+    elif not cfg.model and cfg.stage == "score":
+        paths["model"] = result_of("rm", cfg, grid)
+    if cfg.stage in POLICY_GRADIENT and cfg.reward in REWARD_MODELS and not cfg.reward_model:
+        paths["reward_model"] = result_of("rm", cfg, grid)
+    if not cfg.data:
+        paths |= task_files(cfg, grid)
+    return dataclasses.replace(cfg, **paths)
+
+
+def task_files(cfg, grid):
+    """{field: path}: what a stage reads of the built-in task where no --data is given."""
+    limit = cfg.limit or ARITH.get(cfg.stage, {}).get("limit", 0)
+    paths = {}
+    if cfg.stage == "sft":
+        paths["data"] = arith_file("train", 16_000, cfg.seed, cfg, grid)
+    elif cfg.stage == "pairs":
+        paths["data"] = arith_file("train", limit, cfg.seed + 1, cfg, grid)
+        paths["heldout"] = arith_file("test", max(limit // 5, 1), cfg.seed + 1, cfg, grid)
+    elif cfg.stage == "rm":
+        paths["data"] = result_of("pairs", cfg, grid)
+    elif cfg.stage in POLICY_GRADIENT:
+        paths["data"] = arith_file("train", 8192, cfg.seed + 2, cfg, grid)
+        paths["heldout"] = arith_file("test", limit, 0, cfg, grid)
+    elif cfg.stage == "score":
+        paths["data"] = arith_file("test", limit, cfg.seed, cfg, grid)
+    elif cfg.stage == "eval":
+        paths["data"] = arith_file("test", limit, cfg.seed, cfg, grid)
+        paths |= judge_files(cfg, grid)
+    given = {name for name in paths if getattr(cfg, name)}
+    return {name: path for name, path in paths.items() if name not in given}
+
+
+def judge_files(cfg, grid):
+    """{field: path} of eval: held-out pairs for reward models, and the run's reward model for best-of-k."""
+    paths = {}
+    chosen = cfg.model or cfg.out
+    if not chosen:
+        result_of("rm", cfg, grid)
+    if not chosen or judges(chosen):
+        result_of("pairs", cfg, grid)
+        paths["heldout"] = str(heldout_path(stage_config(cfg, "pairs")))
+    own = out_path(stage_config(cfg, "rm"))
+    in_run = not chosen or Path(chosen).absolute().parent == Path(cfg.run_dir).absolute()
+    if in_run and own.exists():
+        paths["reward_model"] = str(own)
+    return paths
+
+
+def result_of(stage, cfg, grid):
+    """Path of a stage's result in --run_dir; if it is missing, the main rank makes it, as one process
+    would."""
+    earlier = stage_config(cfg, stage)
+    path = out_path(earlier)
+    barrier(grid)
+    if grid.is_main and not path.exists():
+        if cfg.stage != "demo":
+            say(grid, f"{cfg.stage} needs {path}: running --stage {stage} first")
+        run_stage(earlier, Grid(grid.device))
+    barrier(grid)
+    return str(path)
+
+
+def arith_file(split, n, seed, cfg, grid):
+    """Path of n rows of the built-in task as JSON lines in <run_dir>/data; the name says all that decides
+    them."""
+    path = Path(cfg.run_dir) / "data" / f"{split}-seed{seed}-{n}.jsonl"
+    if grid.is_main and not path.exists():
+        rows = [
+            {name: row[name] for name in ("prompt", "response", "label")}
+            for row in arith_rows(split, n, seed)
+        ]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    barrier(grid)
+    return str(path)
+
+
+def start_model(cfg, grid):
+    """Directory of the built-in task's untrained policy: 0.15 M parameters, 8 heads, so that 8 processes can
+    share it."""
+    path = Path(cfg.run_dir) / "data" / f"start-seed{cfg.seed}"
+    if grid.is_main and not (path / "config.json").exists():
+        tokenizer = arith_tokenizer()
+        shape = ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=64,
+            intermediate_size=176,
+            num_hidden_layers=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=16,
+        )
+        path.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+        save_model(init_weights(build_model(LanguageModel, shape, Grid()), cfg.seed), path)
+    barrier(grid)
+    return str(path)
+
+
+STAGE_FUNCTIONS = {
     "sft": stage_sft,
     "pairs": stage_pairs,
     "rm": stage_rm,
@@ -554,59 +540,68 @@ STAGES = {
 }
 
 
+def run_stage(cfg, grid):
+    """One stage, after what it needs."""
+    STAGE_FUNCTIONS[cfg.stage](prepare(cfg, grid), grid)
+
+
+# ------------------------------------------------------------------------------------------------ the process
+
+
 def main(argv=None):
-    """-> exit status: 0, 2 for bad input or a disk that takes no more (one line on stderr), 130 after Ctrl-C (a checkpoint is written)."""
+    """-> exit status: 0; 2 for bad input or a full disk (one line on stderr); 130 after Ctrl-C, with a
+    checkpoint."""
+    argv = sys.argv[1:] if argv is None else argv
     status, cfg = 0, None
     try:
-        cfg = parse(sys.argv[1:] if argv is None else argv)
+        cfg = parse(argv)
         check_paths(cfg)
         grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
         if not cfg.model and not cfg.data:
             torch.set_num_threads(
                 1
-            )  # the built-in model is too small for more; and so every machine gives the same numbers
-        if (cfg.flex or cfg.graphs) and grid.device.type != "cuda":
-            raise BadInput(
-                f"--{'flex' if cfg.flex else 'graphs'}: works on CUDA only; expected --device cuda"
-            )
-        Packed.flex, KVCache.graphs, KVCache.spare = (
-            cfg.flex,
-            cfg.graphs,
-            256 if cfg.graphs else 64,
-        )  # each growth is recorded anew
-        say(grid, "config: " + "  ".join(f"{k} {getattr(cfg, k)}" for k in flags() if getattr(cfg, k) != ""))
-        STAGES[cfg.stage](cfg, grid)
+            )  # the built-in model is too small for more; and every machine gets the same numbers
+        for name in ("flex", "graphs"):
+            on_cuda = grid.device.type == "cuda" or not getattr(cfg, name)
+            require(on_cuda, f"--{name}: works on CUDA only; expected --device cuda")
+        for name in unread_flags(argv):
+            say(grid, f"note: --stage {cfg.stage} does not use --{name}")
+        say(grid, "config: " + config_line(cfg))
+        run_stage(cfg, grid)
     except (BadInput, OSError) as e:
         if int(os.environ.get("RANK", 0)):
             time.sleep(
                 2
-            )  # rank 0 mostly says the same, and torchrun then ends this one; what only this one met must still be seen
-        reason = (
-            f"{e.filename or out_path(cfg)}: {e.strerror}"
-            if isinstance(e, OSError) and e.strerror
-            else str(e)
-        )
-        print(" ".join(reason.split()).encode("utf-8", "backslashreplace").decode()[:2000], file=sys.stderr)
+            )  # rank 0 mostly says the same and ends this process; an error only this rank hit is printed
+        print(one_line(e, cfg), file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted: --resume continues from the last checkpoint", file=sys.stderr)
         status = 130
     except RuntimeError as e:
         if re.search("timed out|timeout", str(e), re.I):
-            print(
-                f"--stage {cfg.stage}: rank {os.environ.get('RANK')} waited longer than --timeout {cfg.timeout} s for another one",
-                file=sys.stderr,
-            )
+            waited = f"rank {os.environ.get('RANK')} waited longer than --timeout {cfg.timeout} s for a peer"
+            print(f"--stage {cfg.stage}: {waited}", file=sys.stderr)
         raise
     if status == 2 and dist.is_initialized() and dist.get_backend() == "nccl":
-        os._exit(
-            status
-        )  # to take NCCL down is a collective, and the other ranks may not have met what this one did
-    if (
-        dist.is_initialized()
-    ):  # not after an exception: what other ranks still wait for would be waited for here
+        os._exit(status)  # NCCL's shutdown is a collective, and the other ranks may not have met this error
+    if dist.is_initialized():  # not after an exception: it would wait for what other ranks still wait for
         dist.destroy_process_group()
     return status
+
+
+def config_line(cfg):
+    """The fields that the stage reads, with their values."""
+    names = [name for name in FIELDS if cfg.stage in STAGES_OF[name] and getattr(cfg, name) != ""]
+    return "  ".join(f"{name} {getattr(cfg, name)}" for name in names)
+
+
+def one_line(error, cfg):
+    """The message of an error for the user, as one printable line."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or out_path(cfg)}: {error.strerror}"
+    return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()[:2000]
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""A result in the making: exact resume, publishing, signals, skipped updates."""
+"""A result in the making: a stage's steps, log lines, exact resume, signals, skipped updates, publishing."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
 import shutil
 import signal
-from dataclasses import asdict
+import time
 from pathlib import Path
 
 import torch
@@ -14,103 +15,255 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from model import save_adapter, save_model
 from parallel import all_sum, barrier, say
 from support.files import BadInput, flush, write_atomically
+from support.settings import out_path
+
+# Flags that change speed, memory or what is saved, but no result: a run can be resumed with other values.
+NOT_IDENTITY = {
+    "resume",
+    "save_every",
+    "tp",
+    "device",
+    "micro_tokens",
+    "remat",
+    "timeout",
+    "max_skipped",
+    "flex",
+    "graphs",
+}
+
+# ------------------------------------------------------------------------------------------------ the steps
+
+
+class Training:
+    """The steps of one stage, with everything around an update that is not the method.
+
+        with Training(cfg, grid, steps, {"model": (model, optimizer)}, inputs) as training:
+            for step in training:
+                ...
+                training.log(row, tokens)
+        training.publish(model, tokenizer)
+
+    Ctrl-C and SIGTERM end the run between two updates, with a checkpoint. `--resume` continues at the next
+    step: everything random is a function of (seed, step), so weights and moments are all that a checkpoint
+    holds.
+
+    trained   {name: (model, Optimizer)}
+    inputs    fingerprints of the files that decide what is learned; `--resume` insists on the same ones
+    """
+
+    def __init__(self, cfg, grid, steps, trained, inputs):
+        self.cfg, self.grid, self.steps = cfg, grid, steps
+        self.optimizers = [optimizer for _, optimizer in trained.values()]
+        self.work = Workdir(cfg, out_path(cfg), grid, trained, inputs)
+
+    def __enter__(self):
+        self.interrupts = contextlib.ExitStack()
+        self.interrupted = self.interrupts.enter_context(deferred_interrupt(self.grid))
+        return self
+
+    def __exit__(self, *error):
+        self.interrupts.close()
+
+    def __iter__(self):
+        """Yields the steps still to do; after each one it saves, stops or goes on."""
+        first = self.work.first_step
+        hidden = None if self.grid.is_main else True  # None: hidden where stderr is no terminal
+        bar = tqdm(range(first, self.steps), self.cfg.stage, initial=first, total=self.steps, disable=hidden)
+        for self.step in bar:
+            self.began = time.perf_counter()
+            self.skipped_before = self.skipped()
+            yield self.step
+            self.stop_if_diverged()
+            stop = self.interrupted()
+            due = self.cfg.save_every and (self.step + 1) % self.cfg.save_every == 0
+            if stop or due:
+                self.work.save(self.step + 1)
+            if stop:
+                raise KeyboardInterrupt
+
+    def skipped(self):
+        return sum(optimizer.skipped for optimizer in self.optimizers)
+
+    def log(self, row, tokens):
+        """One step's metrics. tokens: real ones, prompts and responses of all ranks"""
+        new = self.skipped() - self.skipped_before
+        if new:
+            row = row | {"skipped": new}
+            save_bad_inputs(self.work, self.step)
+        seconds = time.perf_counter() - self.began
+        self.work.log({"step": self.step, **row, "tokens": tokens, "tokens_per_s": tokens / seconds})
+
+    def stop_if_diverged(self):
+        """BadInput after --max_skipped updates in a row without a finite loss and gradient."""
+        in_a_row = max(optimizer.in_a_row for optimizer in self.optimizers)
+        if in_a_row < self.cfg.max_skipped:
+            return
+        if not self.work.saved_step:  # skipped updates left the weights as they were
+            self.work.save(self.step + 1)
+        raise BadInput(
+            f"--stage {self.cfg.stage}: {in_a_row} updates in a row had no finite loss and gradient;"
+            f" the last good checkpoint is {self.work.state.parent} (step {self.work.saved_step}),"
+            f" the inputs of the first are in {self.work.path}/skipped.*.json"
+        )
+
+    def publish(self, model, tokenizer, extra=None, **run):
+        """Writes the model directory and renames it to `<out>`.
+
+        extra   {name: model} saved in subdirectories, such as PPO's critic
+        run     entries of run.json beside the config
+        """
+        path = self.work.path
+        for name, other in (extra or {}).items():
+            if self.grid.is_main:
+                (path / name).mkdir(exist_ok=True)
+            save_model(other, path / name)
+        save_model(model, path)
+        if self.cfg.lora_rank:
+            save_adapter(model, path / "adapter", self.cfg.model)
+        if self.grid.is_main:
+            tokenizer.save(path)
+            run["config"] = dataclasses.asdict(self.cfg)
+            run["tokenizer"] = tokenizer.fingerprint
+            run["torch"] = torch.__version__
+            write_atomically(path / "run.json", json.dumps(run, indent=1))
+        self.work.publish()
+
+
+@contextlib.contextmanager
+def deferred_interrupt(grid):
+    """Yields a function that is True on every rank once any rank got Ctrl-C or SIGTERM.
+
+    It is polled between updates, since a half-done update cannot be resumed. Without torchrun, which passes
+    Ctrl-C on a second time, a second one stops at once, without a checkpoint. Torchrun's SIGTERM may also
+    mean that another rank died: a rank that gets no agreement within 4 seconds ends.
+    """
+    pressed = [0]
+
+    def handler(number, _):
+        pressed[0] = 1
+        if not dist.is_initialized():
+            signal.signal(number, before[number])
+        elif number == signal.SIGTERM:
+            signal.alarm(4)
+
+    def agreed():
+        over_dp = all_sum({"pressed": pressed[0]}, grid)
+        stop = all_sum(over_dp, grid, "tp")["pressed"] > 0
+        if stop:
+            signal.alarm(0)  # all ranks live: saving may take its time
+        return stop
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield agreed
+    finally:
+        for number in before:
+            signal.signal(number, before[number])
+
+
+def save_bad_inputs(work, step):
+    """Writes what the first skipped update had read to <out>.partial/skipped.<dp rank>.json."""
+    path = work.path / f"skipped.{work.grid.dp_rank}.json"
+    inputs = {
+        name: optimizer.bad_inputs for name, (_, optimizer) in work.trained.items() if optimizer.bad_inputs
+    }
+    if work.grid.tp_rank == 0 and not path.exists():
+        plain = json.dumps(
+            {"step": step, **inputs}, default=lambda x: x.tolist() if torch.is_tensor(x) else vars(x)
+        )
+        write_atomically(path, plain)
+
+
+def fingerprints(tokenizer, path):
+    """What decides which ids a run reads: {description: sha256}."""
+    return {
+        "data of sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "tokenizer and chat of sha256": tokenizer.fingerprint,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ the
+# directory
 
 
 class Workdir:
-    """A result in the making: `<out>.partial` with metrics.jsonl and state/, renamed to `<out>` when it is whole.
+    """`<out>.partial` with metrics.jsonl and state/, renamed to `<out>` when it is whole.
 
-    A kill at any moment, and a full disk, lose nothing that was whole: not an older `<out>`, not the last checkpoint, which is
-    what state/state.json names. It holds whole tensors, so it can be resumed at another tp or dp.
+    A kill at any moment, and a full disk, lose nothing that was whole: neither an older `<out>` nor the last
+    checkpoint, which state/state.json names. A checkpoint holds whole tensors: it can be resumed at another
+    tp or dp.
     """
 
-    def __init__(self, cfg, out, grid, optimizers, inputs=None):
-        """inputs: {description: value}: what a checkpoint fits, beside the flags and the model's architecture."""
-        self.cfg, self.out, self.grid, self.optimizers = cfg, Path(out), grid, optimizers
-        self.path, self.old = (self.out.with_name(self.out.name + end) for end in (".partial", ".old"))
-        self.state, self.first_step, self.saved_step = self.path / "state" / "state.json", 0, 0
-        ignored = {
-            "resume",
-            "save_every",
-            "tp",
-            "device",
-            "micro_tokens",
-            "remat",
-            "timeout",
-            "max_skipped",
-            "flex",
-            "graphs",
-        }
-        sizes = {
-            f"the {owner}'s {k}": v
-            for owner, (model, _) in optimizers.items()
-            for k, v in asdict(model.cfg).items()
-        }
-        self.identity = {
-            "config": {k: v for k, v in asdict(cfg).items() if k not in ignored},
-            "inputs": {**(inputs or {}), **sizes},
-        }
+    def __init__(self, cfg, out, grid, trained, inputs=None):
+        """inputs: {description: value} that a checkpoint must fit, beside the flags and the model's
+        architecture."""
+        self.cfg, self.out, self.grid, self.trained = cfg, Path(out), grid, trained
+        self.path = self.out.with_name(self.out.name + ".partial")
+        self.old = self.out.with_name(self.out.name + ".old")
+        self.state = self.path / "state" / "state.json"
+        self.first_step = 0
+        self.saved_step = 0
+        self.identity = self._identity(inputs or {})
         if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
             self.path.rename(self.out)  # a kill between the two renames of publish(): the new result is whole
         barrier(self.grid)
         if cfg.resume and not self.state.exists():
-            say(grid, f"--resume: no checkpoint in {self.state.parent}; starting anew")
+            say(grid, f"--resume: no checkpoint in {self.state.parent}; starting from step 0")
         elif cfg.resume:
-            try:
-                self._restore()
-            except (
-                AttributeError,
-                KeyError,
-                OSError,
-                SafetensorError,
-                TypeError,
-                UnicodeDecodeError,
-                json.JSONDecodeError,
-            ) as e:
-                raise BadInput(f"--resume: {self.state}: not a whole checkpoint: {e!r}") from None
+            self._restore()
         barrier(self.grid)  # every rank has looked before the main one touches anything
         if grid.is_main:
-            lines = []
-            if self.first_step:
-                lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-                lines = [line + "\n" for line in lines[:-1] if json.loads(line)["step"] < self.first_step]
-            else:
-                self.state.unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is none
-                shutil.rmtree(self.path, ignore_errors=True)
-            write_atomically(self.path / "metrics.jsonl", "".join(lines))
+            self._start_metrics()
+
+    def _identity(self, inputs):
+        """What a checkpoint must fit."""
+        config = {
+            name: value for name, value in dataclasses.asdict(self.cfg).items() if name not in NOT_IDENTITY
+        }
+        sizes = {}
+        for owner, (model, _) in self.trained.items():
+            for name, value in dataclasses.asdict(model.cfg).items():
+                sizes[f"the {owner}'s {name}"] = value
+        return {"config": config, "inputs": inputs | sizes}
+
+    def _start_metrics(self):
+        """metrics.jsonl up to the step that is resumed, or an empty one in an empty directory."""
+        lines = []
+        if self.first_step:
+            old = (self.path / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+            lines = [line + "\n" for line in old if json.loads(line)["step"] < self.first_step]
+        else:
+            self.state.unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is none
+            shutil.rmtree(self.path, ignore_errors=True)
+        write_atomically(self.path / "metrics.jsonl", "".join(lines))
 
     def log(self, row):
-        """One line on the terminal, the same row in metrics.jsonl; a number that is not finite is null there."""
-        if self.grid.is_main:
-            tqdm.write(
-                "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-            )
-            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+        """One line on the terminal, the same row in metrics.jsonl; a number that is not finite is null
+        there."""
+        if not self.grid.is_main:
+            return
+        tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
 
     def save(self, step):
-        """A checkpoint from which `--resume` goes on at update `step`: safetensors and JSON, no pickle."""
-        tensors, counts = (
-            {},
-            {
-                owner: [optimizer.updates, optimizer.in_a_row]
-                for owner, (_, optimizer) in self.optimizers.items()
-            },
-        )
-        for owner, (model, optimizer) in self.optimizers.items():
+        """A checkpoint from which `--resume` continues at update `step`: safetensors and JSON, no pickle."""
+        tensors, counts = {}, {}
+        for owner, (model, optimizer) in self.trained.items():
+            counts[owner] = [optimizer.updates, optimizer.in_a_row]
             for name, x in optimizer.state_tensors().items():
-                param = name.split(".", 1)[1]
-                tensors[f"{owner}/{name}"] = model.gather(param, x)
+                parameter = name.split(".", 1)[1]
+                tensors[f"{owner}/{name}"] = model.gather(parameter, x)
         if self.grid.is_main:
             file = self.state.with_name(f"{step}.safetensors")
             write_atomically(file, tensors)
             flush(self.path / "metrics.jsonl")
-            write_atomically(
-                self.state,
-                json.dumps({"step": step, "tensors": file.name, "counts": counts, **self.identity}),
-            )
+            state = {"step": step, "tensors": file.name, "counts": counts, **self.identity}
+            write_atomically(self.state, json.dumps(state))
             for other in self.state.parent.glob("*.safetensors*"):  # state.json no longer names them
                 if other != file:
                     other.unlink()
@@ -118,25 +271,38 @@ class Workdir:
         barrier(self.grid)
 
     def _restore(self):
-        saved = json.loads(self.state.read_text(encoding="utf-8"))
-        then, now = (
-            {**{f"--{k}": v for k, v in x["config"].items()}, **x["inputs"]} for x in (saved, self.identity)
-        )
-        if changed := [k for k, v in now.items() if then.get(k) != v]:
-            k = changed[0]
-            raise BadInput(f"--resume: {self.state.parent} was made with {k} {then.get(k)}, not {now[k]}")
-        for owner, (model, optimizer) in self.optimizers.items():
-            updates, optimizer.in_a_row = saved["counts"][owner]
-            with safe_open(self.state.with_name(saved["tensors"]), "pt") as file:
-                names = [n.split("/", 1)[1] for n in file.keys() if n.startswith(owner + "/")]
-                optimizer.load_state_tensors(
-                    {n: model.my_slice(n.split(".", 1)[1], file.get_slice(f"{owner}/{n}")) for n in names},
-                    updates,
-                )
-        self.first_step = self.saved_step = saved["step"]
+        """Loads the last checkpoint; BadInput if it is broken, or was made with other settings."""
+        broken = (AttributeError, KeyError, OSError, SafetensorError, TypeError, UnicodeDecodeError)
+        try:
+            saved = json.loads(self.state.read_text(encoding="utf-8"))
+            self._check_identity(saved)
+            for owner, (model, optimizer) in self.trained.items():
+                self._restore_one(saved, owner, model, optimizer)
+            self.first_step = self.saved_step = saved["step"]
+        except (*broken, json.JSONDecodeError) as e:
+            raise BadInput(f"--resume: {self.state}: not a whole checkpoint: {e!r}") from None
+
+    def _check_identity(self, saved):
+        then, now = named_settings(saved), named_settings(self.identity)
+        changed = [name for name, value in now.items() if then.get(name) != value]
+        if changed:
+            name = changed[0]
+            made = f"--resume: {self.state.parent} was made with {name}"
+            raise BadInput(f"{made} {then.get(name)}, not {now[name]}")
+
+    def _restore_one(self, saved, owner, model, optimizer):
+        updates, optimizer.in_a_row = saved["counts"][owner]
+        tensors = {}
+        with safe_open(self.state.with_name(saved["tensors"]), "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
+                name = key.removeprefix(f"{owner}/")
+                if name != key:
+                    parameter = name.split(".", 1)[1]
+                    tensors[name] = model.my_slice(parameter, file.get_slice(key))
+            optimizer.load_state_tensors(tensors, updates)
 
     def publish(self):
-        """Puts the finished directory in the place of `<out>`; an older one goes only now."""
+        """Puts the finished directory in the place of `<out>`; an older one is deleted only now."""
         if self.grid.is_main:
             for path in (*self.path.rglob("*"), self.path):
                 flush(path)
@@ -153,53 +319,7 @@ class Workdir:
         say(self.grid, f"{self.cfg.stage}: {self.out}")
 
 
-@contextlib.contextmanager
-def deferred_interrupt(grid):
-    """Yields a function that tells all ranks alike whether one got Ctrl-C or SIGTERM: an update that is cut in two could not be
-    resumed. Without torchrun, which passes Ctrl-C on a second time, a second one stops at once, without a checkpoint.
-    Torchrun's SIGTERM may also mean that another rank died: a rank that gets no agreement within 4 seconds ends."""
-    pressed = [0]
-
-    def handler(number, _):
-        pressed[0] = 1
-        if not dist.is_initialized():
-            signal.signal(number, before[number])
-        elif number == signal.SIGTERM:
-            signal.alarm(4)
-
-    def agreed():
-        anywhere = all_sum(all_sum({"pressed": pressed[0]}, grid), grid, "tp")
-        stop = anywhere["pressed"] > 0
-        if stop:
-            signal.alarm(0)  # all ranks live: saving may take its time
-        return stop
-
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield agreed
-    finally:
-        for number in before:
-            signal.signal(number, before[number])
-
-
-def save_bad_inputs(work, step):
-    """What the first update that was skipped had read goes to <out>.partial/skipped.<dp rank>.json; the weights are in no way changed."""
-    path = work.path / f"skipped.{work.grid.dp_rank}.json"
-    inputs = {
-        name: optimizer.bad_inputs for name, (_, optimizer) in work.optimizers.items() if optimizer.bad_inputs
-    }
-    if work.grid.tp_rank == 0 and not path.exists():
-        write_atomically(
-            path,
-            json.dumps(
-                {"step": step, **inputs}, default=lambda x: x.tolist() if torch.is_tensor(x) else vars(x)
-            ),
-        )
-
-
-def fingerprints(tokenizer, path=""):
-    """What decides which ids a run reads: {description: sha256}."""
-    return {
-        "data of sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else "",
-        "tokenizer and chat of sha256": tokenizer.fingerprint,
-    }
+def named_settings(identity):
+    """{--flag or description: value} of a checkpoint's identity."""
+    flags = {f"--{name}": value for name, value in identity["config"].items()}
+    return flags | identity["inputs"]

@@ -1,411 +1,523 @@
-"""Config, presets, the command line, and every refusal that needs no model."""
+"""Every setting of a run: Config and its flags, the presets, and what is refused before any work begins.
 
-import argparse
+A field declares its default, its help text and the values it takes; its dataclass names its stages.
+"""
+
 import dataclasses
-import functools
-import inspect
+import difflib
 import os
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qrm import REWARD_MODELS
-from support.files import BadInput, read_jsonl
+from support.files import BadInput, read_jsonl, require
 from support.graders import GRADERS, TASKS
 from support.tokenizers import CHATS
 
-STAGES = ("sft", "pairs", "rm", "reinforce", "ppo", "eval", "score", "grade", "demo")
-DESCRIPTION = """
-    python train.py                                        the whole path on the built-in task (--stage demo)
-    torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes (gloo)
+STAGES = {
+    "demo": "the whole path on the built-in task, and report.html",
+    "sft": "supervised fine-tuning of a policy on prompts and responses",
+    "pairs": "sample answers, grade them, pair right ones with wrong ones",
+    "rm": "train a reward model on pairs",
+    "reinforce": "train a policy by REINFORCE with token rewards",
+    "ppo": "train a policy by PPO with token rewards",
+    "eval": "a policy's pass@k, or a reward model's accuracy on pairs",
+    "score": "one number per response token: a reward model's Z, or a policy's log-probability",
+    "grade": "grade given responses against labels",
+}
+TRAINING = ("sft", "rm", "reinforce", "ppo")
+POLICY_GRADIENT = ("reinforce", "ppo")
+PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce")
+GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
 
-    sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model ─► reinforce, ppo ─► policy
-                                                                     eval, score and grade look at any of them
-"""
-
-
-@dataclass(frozen=True)
-class Reward:
-    """Which reward model, and the two numbers of its loss."""
-
-    reward: str = "qrm"  # [rm reinforce ppo] qrm | orm | prm | dpo | logit; rm: plain (qrm by autograd); RL: outcome (graded), oracle
-    beta: float = 0.2  # [rm] scale of the mean score difference (paper, section 4); dpo: 0.1 is the paper's
-    margin: float = 2.0  # [rm] what the scaled difference must exceed (the paper's gamma)
-
-
-@dataclass(frozen=True)
-class RL:
-    """How rewards become advantages, and a rollout becomes updates."""
-
-    advantage: str = ""  # [reinforce ppo] token (qrm, dpo, oracle) | return (orm, prm, outcome) | gae (the same, ppo) | rloo | grpo
-    standardize: str = "mean_std"  # [reinforce ppo] mean_std (the paper) | std (the authors' code) | none
-    kl: str = "k1"  # [reinforce ppo] penalty to the reference: k1 | k3 | exact (the paper; see kl_penalty) | abs (the authors' code)
-    kl_coef: float = 0.0  # [reinforce ppo] weight of that penalty (the paper: ppo 0.01, reinforce none)
-    eos_to_mean: bool = (
-        False  # [reinforce ppo] the last token's reward becomes its sequence's mean (the authors' code)
-    )
-    group_size: int = (
-        1  # [reinforce ppo] samples a prompt; batch_size counts trajectories, so prompts = batch / group
-    )
-    minibatch: int = 0  # [reinforce ppo] trajectories per update; 0 is the whole rollout (strictly on-policy)
-    gamma: float = 1.0  # [reinforce ppo] discount of advantage return and gae (the paper: gae 0.9)
-    eval_every: int = 4  # [reinforce ppo] rollouts between two evaluations of greedy pass@1
+# ------------------------------------------------------------------------------------------------ the fields
 
 
-@dataclass(frozen=True)
-class PPO:
-    """What PPO needs beside RL's fields."""
+def flag(default, help, *, choices=None, above=None, least=None, stages=None):
+    """A field of Config and a flag of the command line.
 
-    clip: float = 0.2  # [ppo] the ratio's gain is cut outside 1 +- clip (the paper)
-    ppo_epochs: int = 1  # [ppo] passes over a rollout (the paper)
-    baseline_weight: float = (
-        1.0  # [ppo] weight of V in A = Z_std - KL - V (1 the paper, 0.01 the authors' code)
-    )
-    critic_lr: float = 1e-5  # [ppo] the critic's learning rate (the authors' code)
-    critic_lora_rank: int = 0  # [ppo] lora_rank of the critic (the authors' code: 128); 0 trains all of it
-    lam: float = 0.8  # [ppo] lambda of advantage gae (the paper, with gamma 0.9)
+    choices        the texts it takes
+    above, least   the number it must exceed, or be at least
+    stages         the stages that read it, where they are not those of its dataclass
+    """
+    about = {"help": help, "choices": choices, "above": above, "least": least, "stages": stages}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class Run:
     """What to run, where, and on what."""
 
-    stage: str = "demo"  # sft | pairs | rm | reinforce | ppo | eval | score | grade | demo
-    preset: str = ""  # paper-rm | paper-ppo | paper-reinforce: the settings of the paper's runs, the stage included; a flag wins over them
-    run: str = "runs/arith"  # directory where the stages of the built-in task keep and find everything
-    out: str = (
-        ""  # result; "" is <run>/<stage>, for pairs <run>/pairs.jsonl, for eval the model's own directory
+    stages = tuple(STAGES)
+
+    stage: str = flag("demo", " | ".join(STAGES), choices=tuple(STAGES))
+    preset: str = flag(
+        "", f"{' | '.join(PRESET_NAMES)}: settings of the paper's runs, stage included; a flag wins over them"
     )
-    model: str = ""  # a Hugging Face directory to start from; "" is the built-in task's
-    reward_model: str = ""  # [reinforce ppo eval] a reward model's directory (eval: it judges best-of-k)
-    data: str = ""  # a JSON lines file; "" is the built-in task
-    seed: int = 0  # of weights, data order and sampling
-    tp: int = 0  # processes that share one model; 0 is all of them, the rest is data parallel
-    device: str = "auto"  # auto | cpu | cuda
-    timeout: int = 1800  # seconds that a process waits for another one before the run is given up
-    dtype: str = "float32"  # float32 | bfloat16 (with fp32 masters)
-    graphs: bool = False  # [pairs reinforce ppo eval] sampling replays CUDA graphs (CUDA only): pays where a step is too short to be launched kernel by kernel
-    flex: bool = False  # packed rows by torch's FlexAttention, one compiled kernel (CUDA only); off: one call for each length
-    chat: str = "none"  # none | llama3 | chatml: how prompts are written for the model
-    date: str = ""  # with --chat llama3: the system block of Llama 3.1 and 3.2 with this date, such as "26 Jul 2024"; "" leaves it out
-    max_seq_len: int = 1024  # tokens of prompt and response; longer rows are dropped and counted
+    run_dir: str = flag(
+        "runs/arith", "directory where the stages of the built-in task write and find results"
+    )
+    out: str = flag(
+        "", "result; default <run_dir>/<stage>; pairs: <run_dir>/pairs.jsonl; eval: the model's directory"
+    )
+    model: str = flag("", "Hugging Face directory to start from; default: the built-in task's")
+    data: str = flag("", "JSON lines file; default: the built-in task's")
+    heldout: str = flag(
+        "",
+        "pairs: prompts for <out>-heldout.jsonl; reinforce, ppo: prompts with labels, for pass@1;"
+        " eval: pairs for reward models",
+        stages=("pairs", "reinforce", "ppo", "eval"),
+    )
+    reward_model: str = flag(
+        "", "a reward model's directory (eval: it ranks best-of-k)", stages=("reinforce", "ppo", "eval")
+    )
+    seed: int = flag(0, "of weights, data order and sampling", least=0)
+    tp: int = flag(0, "processes that share one model; 0: all of them; the rest is data parallel", least=0)
+    device: str = flag("auto", "auto | cpu | cuda", choices=("auto", "cpu", "cuda"))
+    timeout: int = flag(1800, "seconds a rank waits for a peer before aborting", above=0)
+    dtype: str = flag("float32", "float32 | bfloat16 (with fp32 masters)", choices=("float32", "bfloat16"))
+    graphs: bool = flag(
+        False,
+        "decode by replaying CUDA graphs; helps when launch overhead dominates a step (CUDA only)",
+        stages=("pairs", "reinforce", "ppo", "eval"),
+    )
+    flex: bool = flag(False, "attention over packed rows by torch's FlexAttention, compiled (CUDA only)")
+    chat: str = flag(
+        "none", " | ".join(CHATS) + ": the template that prompts are written in", choices=tuple(CHATS)
+    )
+    date: str = flag(
+        "", 'with --chat llama3: the date in the system block of Llama 3.1 and 3.2, e.g. "26 Jul 2024"'
+    )
+    max_seq_len: int = flag(
+        1024, "tokens of prompt and response; longer rows are dropped and counted", above=0
+    )
+    micro_tokens: int = flag(
+        8192,
+        "tokens per forward; changes memory and speed, not results",
+        above=0,
+        stages=(*TRAINING, "eval", "score"),
+    )
 
 
 @dataclass(frozen=True)
 class Train:
-    """How a model is updated, in every stage that trains one."""
+    """How a model is updated."""
 
-    steps: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts); 0 is one pass over the data
-    lr: float = (
-        1e-5  # [sft rm reinforce ppo] learning rate after warm-up (the paper's value for the reward model)
+    stages = TRAINING
+
+    steps: int = flag(0, "updates (reinforce, ppo: rollouts); 0: one pass over the data", least=0)
+    lr: float = flag(1e-5, "learning rate after warm-up (the paper's, for the reward model)", above=0)
+    batch_size: int = flag(
+        2, "rows, pairs or trajectories per step, over all processes (the paper: 2 pairs)", above=0
     )
-    batch_size: int = 2  # [sft rm reinforce ppo] rows, pairs or trajectories a step, over all processes (the paper: 2 pairs)
-    micro_tokens: int = (
-        8192  # [sft rm reinforce ppo eval score] tokens per forward; changes memory and speed, not results
+    remat: bool = flag(False, "keep only each block's input and recompute the block in backward")
+    warmup: int = flag(0, "updates (reinforce, ppo: rollouts) of linear warm-up", least=0)
+    final_lr: float = flag(
+        1.0, "share of lr left after the last update (linear decay); the paper: 1", least=0
     )
-    remat: bool = (
-        False  # [sft rm reinforce ppo] keep only each block's input, and compute the block again in backward
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: off", least=0)
+    weight_decay: float = flag(0.0, "AdamW's", least=0)
+    lora_rank: int = flag(
+        0, "train adapters of this rank on frozen weights (the paper: 128); 0: train all", least=0
     )
-    warmup: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts) of linear warm-up
-    final_lr: float = 1.0  # [sft rm reinforce ppo] share of lr that is left after the last update (linear decay); 1 is constant, as in the paper
-    max_grad_norm: float = 1.0  # [sft rm reinforce ppo] gradients are scaled down to this norm; 0 is off
-    weight_decay: float = 0.0  # [sft rm reinforce ppo] AdamW's
-    lora_rank: int = 0  # [sft rm reinforce ppo] train adapters of this rank beside frozen weights (the paper's reward model: 128); 0 trains all
-    lora_alpha: int = 0  # [sft rm reinforce ppo] adapters count alpha / rank; 0 is the rank (the paper)
-    max_skipped: int = (
-        10  # [sft rm reinforce ppo] updates in a row without a finite loss and gradient before the run stops
+    lora_alpha: int = flag(0, "adapters are scaled by alpha / rank; 0: alpha = rank (the paper)", least=0)
+    max_skipped: int = flag(
+        10, "updates in a row without a finite loss and gradient before the run stops", above=0
     )
-    save_every: int = 0  # [sft rm reinforce ppo] updates (reinforce, ppo: rollouts) between resumable checkpoints; 0 is only on Ctrl-C and SIGTERM
-    resume: bool = False  # [sft rm reinforce ppo] go on from the last checkpoint of the same command
+    save_every: int = flag(
+        0, "updates (reinforce, ppo: rollouts) between checkpoints; 0: only on Ctrl-C and SIGTERM", least=0
+    )
+    resume: bool = flag(False, "continue from the last checkpoint of the same command")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Which reward, and the two numbers of the reward model's loss."""
+
+    stages = ("rm",)
+
+    reward: str = flag(
+        "qrm",
+        f"{' | '.join(REWARD_MODELS)}; reinforce, ppo also {' | '.join(GRADED_REWARDS)} | FILE.py:FUNCTION",
+        stages=("rm", "reinforce", "ppo"),
+    )
+    beta: float = flag(0.2, "scale of the mean score difference (the paper); dpo: its paper has 0.1", above=0)
+    margin: float = flag(2.0, "what the scaled difference must exceed (the paper's gamma)")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How answers are sampled and graded."""
 
-    task: str = "gsm8k"  # [pairs reinforce ppo eval grade score] which grader: gsm8k | math | arith (--show: where the first error is known)
-    grader: str = "ours"  # [pairs reinforce ppo eval grade] ours | strict | authors | math_verify
-    limit: int = 0  # [pairs reinforce ppo eval grade score] use only so many rows; 0 is all. reinforce, ppo: hold out the last so many
-    k: int = 8  # [pairs eval] samples a prompt
-    temperature: float = 1.0  # [pairs reinforce ppo eval] of the samples; pass@1 is always greedy
-    max_new_tokens: int = 512  # [pairs reinforce ppo eval] longest answer, tokens
-    pairs_per_prompt: int = 4  # [pairs] at most
-    show: bool = False  # [score] also print the answers, every token coloured by its number
+    stages = ("pairs", "reinforce", "ppo", "eval")
+
+    task: str = flag(
+        "gsm8k",
+        f"{' | '.join(TASKS)}: which answers the grader expects (arith: the first error is known)",
+        choices=TASKS,
+        stages=("pairs", "rm", "reinforce", "ppo", "eval", "score", "grade"),
+    )
+    grader: str = flag("ours", " | ".join(GRADERS), choices=GRADERS, stages=(*stages, "grade"))
+    limit: int = flag(
+        0,
+        "rows to use; 0: all. reinforce, ppo: rows at the end of --data held out for pass@1",
+        least=0,
+        stages=(*stages, "score", "grade"),
+    )
+    k: int = flag(8, "samples per prompt", above=0, stages=("pairs", "eval"))
+    temperature: float = flag(1.0, "of the samples; pass@1 is always greedy", least=0)
+    max_new_tokens: int = flag(512, "longest answer, tokens", above=0)
+    pairs_per_prompt: int = flag(4, "at most", above=0, stages=("pairs",))
+    show: bool = flag(False, "also print the answers, each token coloured by its number", stages=("score",))
 
 
 @dataclass(frozen=True)
-class Config(Run, Train, Reward, Sampling, RL, PPO):
+class RL:
+    """How rewards become advantages, and a rollout becomes updates."""
+
+    stages = POLICY_GRADIENT
+
+    advantage: str = flag(
+        "",
+        "token | return | gae (ppo) | rloo | grpo; default: token if the reward is a Q, else return or gae",
+        choices=("", "token", "return", "gae", "rloo", "grpo"),
+    )
+    standardize: str = flag(
+        "mean_std",
+        "mean_std (the paper) | std (the authors' code) | none",
+        choices=("mean_std", "std", "none"),
+    )
+    kl: str = flag(
+        "k1",
+        "penalty to the reference: k1 | k3 | exact (the paper; see kl_penalty) | abs (the authors' code)",
+        choices=("k1", "k3", "exact", "abs"),
+    )
+    kl_coef: float = flag(0.0, "weight of that penalty (the paper: ppo 0.01, reinforce none)", least=0)
+    eos_to_mean: bool = flag(False, "the last token's reward becomes its sequence's mean (the authors' code)")
+    group_size: int = flag(
+        1, "samples per prompt; batch_size counts trajectories: prompts = batch / group", above=0
+    )
+    minibatch: int = flag(0, "trajectories per update; 0: the whole rollout (strictly on-policy)", least=0)
+    gamma: float = flag(1.0, "discount of advantage return and gae (the paper: gae 0.9)", least=0)
+    eval_every: int = flag(4, "rollouts between two evaluations of greedy pass@1", above=0)
+
+
+@dataclass(frozen=True)
+class PPO:
+    """What PPO needs beside RL's fields."""
+
+    stages = ("ppo",)
+
+    clip: float = flag(0.2, "the ratio's gain is clipped outside 1 +- clip (the paper)", least=0)
+    ppo_epochs: int = flag(1, "passes over a rollout (the paper: 1)", above=0)
+    baseline_weight: float = flag(1.0, "weight of V in A = Z_std - KL - V (the authors' code: 0.01)", least=0)
+    critic_lr: float = flag(1e-5, "the critic's learning rate (the authors' code)", above=0)
+    critic_lora_rank: int = flag(
+        0, "lora_rank of the critic (the authors' code: 128); 0: train all of it", least=0
+    )
+    lam: float = flag(0.8, "lambda of advantage gae (the paper, with gamma 0.9)", least=0)
+
+
+@dataclass(frozen=True)
+class Config(Run, Train, Loss, Sampling, RL, PPO):
     """All of the above: a stage reads the fields it needs, and nothing else."""
 
 
-# What the built-in task needs instead: a model of 0.1 M parameters learns at rates that would ruin a large one.
+GROUPS = (Run, Train, Loss, Sampling, RL, PPO)
+FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+STAGES_OF = {
+    f.name: f.metadata["stages"] or group.stages for group in GROUPS for f in dataclasses.fields(group)
+}
+
+# ------------------------------------------------------------------------------------ defaults and presets
+
+# What the built-in task needs instead: 0.15 M parameters learn at rates that would ruin a large model.
+ARITH_RL = dict(
+    steps=12, lr=1e-4, batch_size=256, minibatch=64, kl_coef=0.2, limit=300, max_new_tokens=64, task="arith"
+)
 ARITH = {
     "sft": dict(steps=400, lr=4e-3, batch_size=64, warmup=50, final_lr=0.05),
     "pairs": dict(limit=3000, k=8, max_new_tokens=64, task="arith"),
     "rm": dict(steps=800, lr=2e-3, batch_size=32, warmup=20, final_lr=0.05, task="arith"),
-    "reinforce": dict(
-        steps=12,
-        lr=1e-4,
-        batch_size=256,
-        minibatch=64,
-        kl_coef=0.2,
-        limit=300,
-        max_new_tokens=64,
-        task="arith",
-    ),
-    "ppo": dict(
-        steps=12,
-        lr=1e-4,
-        critic_lr=5e-4,
-        ppo_epochs=2,
-        batch_size=256,
-        minibatch=64,
-        kl_coef=0.2,
-        limit=300,
-        max_new_tokens=64,
-        task="arith",
-    ),
+    "reinforce": ARITH_RL,
+    "ppo": ARITH_RL | dict(critic_lr=5e-4, ppo_epochs=2),
     "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith"),
+    "score": dict(limit=8, task="arith"),
 }
+NOT_TRAINING = ("task", "limit", "k", "max_new_tokens")  # what of it also fits someone's own model
 
-# The paper's runs. Sources: "paper" is Chen et al. 2025 with its appendix, "scripts" and "code" are the authors', "ours" is what they leave open.
+# The runs of Chen et al. 2025 ("paper"), of the authors' "scripts" and "code"; "ours" is what they leave open.
 PAPER = dict(
     chat="llama3",
     date="26 Jul 2024",  # code: written into it, for every model
     max_seq_len=1024,  # paper: GSM8K and MATH, prompt and response (2048 for QA-Feedback and UltraFeedback)
     dtype="bfloat16",  # paper (ours: with fp32 masters, or fp32 adapters)
-    warmup=0,
+    warmup=0,  # paper: Adam; code: its defaults, constant rates, no clipping
     final_lr=1.0,
     weight_decay=0.0,
-    max_grad_norm=0.0,  # paper: Adam; code: its defaults, constant rates, no clipping
-    seed=1,
-)  # code
+    max_grad_norm=0.0,
+    seed=1,  # code
+)
 PAPER_RL = PAPER | dict(
-    steps=12,
-    batch_size=3072,
-    group_size=1,  # paper: prompts a rollout, one sample each; scripts: 12 rollouts, five passes over GSM8K
-    temperature=1.0,
-    max_new_tokens=768,  # scripts: no top-p; ours: 256 of the 1024 tokens are kept for the prompt
-    standardize="mean_std",
-    eval_every=1,
-)  # paper; scripts: an evaluation after every rollout
+    steps=12,  # scripts: 12 rollouts, five passes over GSM8K
+    batch_size=3072,  # paper: prompts a rollout, one sample each
+    group_size=1,
+    temperature=1.0,  # scripts: no top-p
+    max_new_tokens=768,  # ours: 256 of the 1024 tokens are kept for the prompt
+    standardize="mean_std",  # paper
+    eval_every=1,  # scripts: an evaluation after every rollout
+)
 PRESETS = {
     "paper-rm": PAPER
     | dict(
         stage="rm",
         reward="qrm",
-        beta=0.2,
+        beta=0.2,  # scripts
         margin=2.0,  # scripts
-        lora_rank=128,
-        lora_alpha=128,  # paper: the seven linear layers, and the head trained; code: no alpha, scale 1
-        lr=1e-5,
-        steps=0,
-        batch_size=2,
-    ),  # paper; scripts: one pass, 2 pairs a step
+        lora_rank=128,  # paper: the seven linear layers, and the head trained
+        lora_alpha=128,  # code: no alpha, scale 1
+        lr=1e-5,  # paper
+        steps=0,  # scripts: one pass
+        batch_size=2,  # scripts: 2 pairs a step
+    ),
     "paper-ppo": PAPER_RL
     | dict(
         stage="ppo",
-        lr=5e-6,
-        clip=0.2,
-        kl="exact",
-        kl_coef=0.01,  # paper, section 4 and Algorithm 1 (code: lr x 0.075 in the first two rollouts)
-        lora_rank=0,
-        critic_lora_rank=128,
-        critic_lr=1e-5,  # paper: all of the policy; code: the critic
-        ppo_epochs=1,
+        lr=5e-6,  # paper, section 4 (code: times 0.075 in the first two rollouts)
+        clip=0.2,  # paper
+        kl="exact",  # paper, Algorithm 1
+        kl_coef=0.01,  # paper
+        lora_rank=0,  # paper: all of the policy
+        critic_lora_rank=128,  # code
+        critic_lr=1e-5,  # code
+        ppo_epochs=1,  # scripts
         minibatch=10,  # scripts: 308 updates a rollout
         baseline_weight=1.0,  # paper (code: 0.01)
-        gamma=0.9,
-        lam=0.8,
-    ),  # paper: for reward models without token scores
+        gamma=0.9,  # paper: for reward models without token scores
+        lam=0.8,  # paper: the same
+    ),
     "paper-reinforce": PAPER_RL
     | dict(
         stage="reinforce",
-        lr=1e-6,
+        lr=1e-6,  # paper
         kl_coef=0.0,  # paper
-        lora_rank=0,
-        minibatch=8,
-    ),  # paper: all of the policy; scripts: 384 updates a rollout
+        lora_rank=0,  # paper: all of the policy
+        minibatch=8,  # scripts: 384 updates a rollout
+    ),
 }
 
 
-def stages_of(comment):
-    """The stages that a field's comment names in brackets; None is all."""
-    return set(m[1].split()) if (m := re.match(r"\[([^\]]*)\]", comment)) else None
+def defaults_of(given):
+    """{field: default}: the built-in task's settings, unless --data is given; the preset's win over them.
+
+    given   {name: text} of the command line
+    """
+    preset = PRESETS.get(given.get("preset"), {})
+    stage = given.get("stage", preset.get("stage", "demo"))
+    task = {} if given.get("data") else ARITH.get(stage, {})
+    if given.get("model"):
+        task = {name: value for name, value in task.items() if name in NOT_TRAINING}
+    return task | preset
 
 
-@functools.lru_cache
-def flags():
-    """{field: (default, type, comment)} of Config; the comments are those that stand behind the fields."""
-    out = {}
-    for cls in Config.__mro__[1:-1]:
-        comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
-        out |= {
-            f.name: (f.default, type(f.default), comments[f.name])
-            for f in dataclasses.fields(cls)
-            if f.name in comments
-        }
-    return out
+# ------------------------------------------------------------------------------------------ the command line
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"train.py: {message}; flags: {' '.join('--' + name for name in flags())}")
+def given_flags(argv):
+    """argv -> {name: text} of the flags it sets, "" for a switch; BadInput for anything that is no flag."""
+    given = {}
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = "run_dir" if name == "run" else name
+        if word in ("-h", "--help"):
+            given["help"] = ""
+        elif not word.startswith("--") or name not in FIELDS:
+            raise BadInput(unknown_flag(word, name))
+        elif FIELDS[name].type is bool or equals:
+            given[name] = value
+        else:
+            given[name] = next(words, None)
+            missing = given[name] is None or given[name].startswith("--")
+            require(not missing, f"--{name}: expected {expected(name)} after it")
+    return given
+
+
+def unknown_flag(word, name):
+    """The message for a word that is no flag."""
+    near = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.6)
+    names = " or ".join(f"--{n}" for n in near)
+    return f"{word}: no such flag; " + (f"did you mean {names}?" if near else "--help lists them")
+
+
+def expected(name):
+    """What a flag takes, in words."""
+    about = FIELDS[name].metadata
+    if about["choices"]:
+        return "one of " + ", ".join(choice for choice in about["choices"] if choice)
+    noun = {int: "a whole number", float: "a number", str: "a text", bool: "no value"}[FIELDS[name].type]
+    if about["above"] is not None:
+        return f"{noun} more than {about['above']}"
+    if about["least"] is not None:
+        return f"{noun}, {about['least']} or more"
+    return noun
+
+
+def convert(name, text):
+    """The value of a flag from its text; BadInput if it takes no such value."""
+    about = FIELDS[name].metadata
+    refused = f"--{name} {text!r}: expected {expected(name)}"
+    if FIELDS[name].type is bool:
+        require(text == "", refused)
+        return True
+    if FIELDS[name].type is str:
+        require(
+            all(c != "\0" and not "\ud800" <= c <= "\udfff" for c in text), f"{refused} in UTF-8, without NUL"
+        )
+        require(not about["choices"] or text in about["choices"], refused)
+        return text
+    try:
+        value = FIELDS[name].type(text)
+    except ValueError:
+        raise BadInput(refused) from None
+    require(abs(value) < 2**63, f"{refused}, below 2^63")  # nan fails, too
+    require(about["above"] is None or value > about["above"], refused)
+    require(about["least"] is None or value >= about["least"], refused)
+    return value
 
 
 def parse(argv):
-    """argv -> Config. Raises BadInput for an unknown flag, a wrong type or a value out of range."""
-    parser = _Parser(
-        usage="train.py --stage STAGE [--flag value ...]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    first = _Parser(add_help=False, allow_abbrev=False)
-    for name in ("--stage", "--model", "--data", "--preset"):
-        first.add_argument(name)
-    given = first.parse_known_args(argv)[0]
-    preset = PRESETS.get(given.preset, {})
-    stage = given.stage or preset.get("stage")
-    defaults = {} if given.data else ARITH.get(stage, {})
-    if given.model:  # someone's model on the built-in task
-        defaults = {k: v for k, v in defaults.items() if k in ("task", "limit", "k", "max_new_tokens")}
-    defaults = defaults | preset
-    parser.add_argument("--help", "-h", action="help", help="the flags; with --stage X those of that stage")
-    for name, (default, kind, comment) in flags().items():
-        default = defaults.get(name, default)
-        stages = stages_of(comment)
-        text = comment if stage is None or stages is None or stage in stages else argparse.SUPPRESS
-        options = dict(action="store_true") if kind is bool else dict(type=kind, metavar=kind.__name__)
-        text = text if text is argparse.SUPPRESS else f"{text} (default: {default})".replace("%", "%%")
-        parser.add_argument(f"--{name}", default=default, help=text, **options)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    for name, value in vars(cfg).items():
-        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-            raise BadInput(f"--{name} {value!r}: expected text in UTF-8 without NUL")
-    choices = {
-        "stage": STAGES,
-        "preset": ("", *PRESETS),
-        "device": ("auto", "cpu", "cuda"),
-        "dtype": ("float32", "bfloat16"),
-        "chat": tuple(CHATS),
-        "task": TASKS,
-        "grader": GRADERS,
-        "reward": (*REWARD_MODELS, "outcome", "oracle"),
-        "standardize": ("mean_std", "std", "none"),
-        "advantage": ("", "token", "return", "gae", "rloo", "grpo"),
-        "kl": ("exact", "k1", "k3", "abs"),
-    }
-    for name, allowed in choices.items():
-        if getattr(cfg, name) not in allowed:
-            raise BadInput(f"--{name} {getattr(cfg, name)!r}: expected one of {', '.join(allowed)}")
-    for name in (
-        "steps",
-        "tp",
-        "limit",
-        "warmup",
-        "save_every",
-        "max_grad_norm",
-        "weight_decay",
-        "temperature",
-        "seed",
-        "minibatch",
-        "final_lr",
-        "lora_rank",
-        "lora_alpha",
-        "critic_lora_rank",
-        "kl_coef",
-        "clip",
-        "baseline_weight",
-        "gamma",
-        "lam",
-    ):
-        if not 0 <= getattr(cfg, name) < 2**63:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: expected 0 or more, below 2^63")
-    for name in (
-        "batch_size",
-        "micro_tokens",
-        "k",
-        "max_new_tokens",
-        "lr",
-        "max_seq_len",
-        "beta",
-        "pairs_per_prompt",
-        "group_size",
-        "eval_every",
-        "ppo_epochs",
-        "critic_lr",
-        "timeout",
-        "max_skipped",
-    ):
-        if not 0 < getattr(cfg, name) < 2**63:
-            raise BadInput(f"--{name} {getattr(cfg, name)}: expected more than 0, below 2^63")
+    """argv -> Config. Raises BadInput for an unknown flag, a wrong value, or flags that exclude each other.
+
+    `--help` prints the flags, with `--stage X` those of that stage, and ends the program.
+    """
+    given = given_flags(argv)
+    defaults = defaults_of(given)
+    if "help" in given:
+        print(help_text(given.get("stage"), defaults))
+        raise SystemExit(0)
+    cfg = Config(**defaults | {name: convert(name, text) for name, text in given.items()})
     check_combinations(cfg)
     return cfg
 
 
+def help_text(stage, defaults):
+    """The text of --help: the stages, and the flags that `stage` reads (all, where stage is None)."""
+    lines = ["usage: python train.py --stage STAGE [--flag value ...]", "", "stages"]
+    lines += [f"  {name:<11}{about}" for name, about in STAGES.items()]
+    for group in GROUPS:
+        names = [f.name for f in dataclasses.fields(group) if stage in (None, *STAGES_OF[f.name])]
+        lines += ["", group.__doc__] if names else []
+        for name in names:
+            default = defaults.get(name, FIELDS[name].default)
+            value = "" if FIELDS[name].type is bool else f" {FIELDS[name].type.__name__}"
+            shown = f" (default: {default})" if default not in ("", False) else ""
+            lines.append(f"  --{name + value:<22} {FIELDS[name].metadata['help']}{shown}")
+    return "\n".join(lines)
+
+
+def unread_flags(argv):
+    """Names of given flags that the stage does not read: no error, but not ignored in silence either."""
+    given = given_flags(argv)
+    stage = parse(argv).stage
+    return [name for name in given if stage != "demo" and stage not in STAGES_OF[name]]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+
 def check_combinations(cfg):
     """Flags that are right each by itself, but not together."""
-    rl = cfg.stage in ("reinforce", "ppo")
-    if cfg.preset and not (cfg.model and cfg.data):
-        raise BadInput(
-            f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data"
-        )
-    if cfg.stage == "rm" and cfg.reward in ("outcome", "oracle"):
-        raise BadInput(
-            f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}"
-        )
-    if rl and cfg.reward == "oracle" and cfg.task != "arith":
-        raise BadInput("--reward oracle knows the first wrong token of the built-in task only (--task arith)")
-    if rl and cfg.batch_size % cfg.group_size:
-        raise BadInput(
-            f"--batch_size {cfg.batch_size} counts trajectories: expected a multiple of --group_size {cfg.group_size}"
-        )
-    if rl and cfg.advantage in ("rloo", "grpo") and cfg.group_size < 2:
-        raise BadInput(
-            f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more"
-        )
-    if cfg.stage == "reinforce" and cfg.advantage == "gae":
-        raise BadInput("--advantage gae needs a critic: use --stage ppo, or --advantage return")
-    if cfg.stage == "sft" and cfg.lora_rank and not cfg.model:
-        raise BadInput(
-            f"--lora_rank {cfg.lora_rank} adapts a model that has learned something: expected --model"
-        )
-    if rl and not cfg.temperature:
-        raise BadInput(f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0")
+    rl = cfg.stage in POLICY_GRADIENT
+    require(
+        not cfg.preset or cfg.preset in PRESETS,
+        f"--preset {cfg.preset!r}: expected one of {', '.join(PRESETS)}",
+    )
+    require(
+        not cfg.preset or (cfg.model and cfg.data),
+        f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data",
+    )
+    check_reward(cfg)
+    require(
+        not rl or cfg.batch_size % cfg.group_size == 0,
+        f"--batch_size {cfg.batch_size} counts trajectories:"
+        f" expected a multiple of --group_size {cfg.group_size}",
+    )
+    require(
+        not rl or cfg.advantage not in ("rloo", "grpo") or cfg.group_size > 1,
+        f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more",
+    )
+    require(
+        cfg.stage != "reinforce" or cfg.advantage != "gae",
+        "--advantage gae needs a critic: use --stage ppo, or --advantage return",
+    )
+    require(
+        cfg.stage != "sft" or not cfg.lora_rank or cfg.model,
+        f"--lora_rank {cfg.lora_rank} adapts a model that has learned something: expected --model",
+    )
+    require(
+        not rl or cfg.temperature,
+        f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0",
+    )
+    require(
+        cfg.stage != "grade" or cfg.data,
+        "--stage grade needs --data: JSON lines with a response and a label",
+    )
+
+
+def check_reward(cfg):
+    """--reward takes other values where a reward is used than where a reward model is trained."""
+    rl = cfg.stage in POLICY_GRADIENT
+    own = ".py:" in cfg.reward
+    known = cfg.reward in REWARD_MODELS or cfg.reward in GRADED_REWARDS or own
+    names = ", ".join((*REWARD_MODELS, *GRADED_REWARDS))
+    require(known, f"--reward {cfg.reward!r}: expected one of {names}, FILE.py:FUNCTION")
+    require(
+        cfg.stage != "rm" or cfg.reward in REWARD_MODELS,
+        f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}",
+    )
+    require(
+        not rl or cfg.reward != "oracle" or cfg.task == "arith",
+        "--reward oracle knows the first wrong token of the built-in task only (--task arith)",
+    )
+    require(
+        cfg.stage != "rm" or cfg.reward != "prm" or cfg.task == "arith",
+        "--reward prm learns from step labels, which only the built-in task (--task arith) knows",
+    )
+    require(
+        not rl or not cfg.reward_model or cfg.reward in REWARD_MODELS,
+        f"--reward {cfg.reward} grades the answers itself; expected no --reward_model",
+    )
 
 
 def check_paths(cfg):
-    """What can be known before any work: the inputs are there, and --out replaces nothing but a result of the same kind."""
+    """Inputs exist, and --out replaces nothing but a result of the same kind."""
     for name in ("model", "reward_model"):
-        if (directory := getattr(cfg, name)) and not Path(directory).is_dir():
+        directory = getattr(cfg, name)
+        if directory and not Path(directory).is_dir():
             raise BadInput(
                 f"--{name} {directory}: no such directory; expected a Hugging Face model directory"
             )
-    if cfg.data:
-        next(read_jsonl(cfg.data), None)
+    for path in filter(None, (cfg.data, cfg.heldout)):
+        next(read_jsonl(path), None)
     out = out_path(cfg)
-    if cfg.stage in ("sft", "rm", "reinforce", "ppo") and (
-        out.exists() and not (out / "run.json").exists() or not out.name
-    ):
-        raise BadInput(
-            f"--out {out}: is there and not a result of train.py (no run.json in it); it would be replaced"
-        )
-    if cfg.stage == "eval" and out.is_file():
-        raise BadInput(f"--out {out}: is a file; expected a directory, for eval.json")
-    if cfg.stage in ("pairs", "score", "grade") and out.is_dir():
-        raise BadInput(f"--out {out}: is a directory; expected the name of a JSON lines file")
+    foreign = not out.name or (out.exists() and not (out / "run.json").exists())
+    require(
+        cfg.stage not in TRAINING or not foreign,
+        f"--out {out}: is there and not a result of train.py (no run.json in it); it would be replaced",
+    )
+    require(
+        cfg.stage != "eval" or not out.is_file(),
+        f"--out {out}: is a file; expected a directory, for eval.json",
+    )
+    require(
+        cfg.stage not in ("pairs", "score", "grade") or not out.is_dir(),
+        f"--out {out}: is a directory; expected the name of a JSON lines file",
+    )
     above = next(path for path in out.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise BadInput(f"--out {out}: {above} is not a directory that can be written to")
-
-
-def stage_config(cfg, stage):
-    """The Config with which a stage of the built-in task runs when another stage needs its result."""
-    reward = cfg.reward if stage == "rm" and cfg.reward not in ("outcome", "oracle") else "qrm"
-    return Config(
-        stage=stage, run=cfg.run, seed=cfg.seed, device=cfg.device, reward=reward, **ARITH.get(stage, {})
+    require(
+        above.is_dir() and os.access(above, os.W_OK),
+        f"--out {out}: {above} is not a directory that can be written to",
     )
 
 
@@ -417,4 +529,17 @@ def out_path(cfg):
         "score": "score.jsonl",
         "grade": "grade.jsonl",
     }
-    return Path(cfg.out or Path(cfg.run) / names.get(cfg.stage, cfg.stage))
+    return Path(cfg.out or Path(cfg.run_dir) / names.get(cfg.stage, cfg.stage))
+
+
+def heldout_path(cfg):
+    """Where --stage pairs writes the pairs of --heldout, which no reward model is trained on."""
+    out = out_path(cfg)
+    return out.with_name(f"{out.stem}-heldout.jsonl")
+
+
+def stage_config(cfg, stage):
+    """The Config with which a stage of the built-in task runs when another stage needs its result."""
+    reward = cfg.reward if stage == "rm" and cfg.reward in REWARD_MODELS else "qrm"
+    fields = dict(stage=stage, run_dir=cfg.run_dir, seed=cfg.seed, device=cfg.device, reward=reward)
+    return Config(**fields, **ARITH.get(stage, {}))

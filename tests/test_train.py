@@ -85,7 +85,6 @@ def tiny():
         for stage, fields in TINY.items():
             patch.setitem(settings.ARITH, stage, fields)
         patch.setattr(train, "arith_rows", few_rows)
-        patch.setattr(evaluate, "arith_rows", few_rows)
         patch.setattr(torch, "set_num_threads", lambda n: None)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.delenv(name, raising=False)
@@ -1485,9 +1484,10 @@ def test_help_lists_the_flags_of_a_stage(capsys):
             train.main(words)
         assert end.value.code == 0
         pages.append(" ".join(capsys.readouterr().out.split()))
-    fields = settings.flags()
-    assert set(fields) == set(settings.Config.__dataclass_fields__)  # every field has a comment
-    assert all(f"--{name} " in pages[0] for name in fields)
+    fields = settings.FIELDS
+    assert set(fields) == set(settings.STAGES_OF) == set(settings.Config.__dataclass_fields__)
+    assert all(f"--{name} " in pages[0] and field.metadata["help"] for name, field in fields.items())
+    assert all(about in pages[0] for about in settings.STAGES.values())
     assert (
         "--beta" in pages[1]
         and "--clip" not in pages[1]
@@ -1554,7 +1554,7 @@ PAPER = {  # method and appendix of the paper, and the authors' scripts
 def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
     """They are the paper's numbers, every flag wins over them, help shows them, and the commands run."""
     assert settings.PRESETS.keys() == PAPER.keys() and all(
-        p.keys() <= settings.flags().keys() for p in settings.PRESETS.values()
+        p.keys() <= settings.FIELDS.keys() for p in settings.PRESETS.values()
     )
     cfg = settings.parse(["--preset", preset, "--model", "m", "--data", "d"])
     assert {k: getattr(cfg, k) for k in PAPER[preset]} == PAPER[preset]
@@ -1566,7 +1566,8 @@ def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
         0,
         1,
     )
-    for name, (default, kind, _) in settings.flags().items():
+    for name, field in settings.FIELDS.items():
+        kind = field.type
         if name in settings.PRESETS[preset] and name != "stage" and kind is not str:
             other = kind(getattr(cfg, name) * 2 or 3)
             words = [f"--{name}", str(other)] + (["--minibatch", "8"] if name == "group_size" else [])

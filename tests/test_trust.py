@@ -42,7 +42,7 @@ from model import (
     save_model,
 )
 from parallel import Grid, Optimizer
-from support import settings, tokenizers
+from support import files, settings, tokenizers
 from support.checkpoints import Workdir
 
 REPOSITORY = Path(__file__).parents[1]
@@ -332,7 +332,7 @@ READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
 def test_a_full_disk_leaves_the_last_good_checkpoint(base, straight, command, tmp_path, what, error):
     """Nothing can be written once the fourth step is logged: whatever fails first, the checkpoint of step 3 is still there."""
     given, log = words("rm", base, tmp_path / "out"), Workdir.log
-    home = {"save_file": parallel, "open": parallel}.get(what, os)
+    home = {"save_file": files, "open": files}.get(what, os)
 
     def fail(*args, **kwargs):
         raise error
@@ -701,7 +701,7 @@ def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch)
 TROUBLE = """
 import os, sys, time
 sys.path.insert(0, {repository!r})
-import train
+import parallel, train
 real, count, rank, what, when = parallel.Optimizer.step, [0], int(os.environ["RANK"]), *sys.argv[1:3]
 def step(self, *args):
     count[0] += 1
@@ -753,7 +753,7 @@ def test_a_rank_that_raises_ends_all_ranks(base, tmp_path):
     _, err = process.communicate(timeout=120)
     took = time.time() - float((tmp_path / "when").read_text())
     assert process.returncode != 0 and took < 10
-    assert "ArithmeticError: rank 1 has a problem of its own" in err and "in train_loop" in err
+    assert "ArithmeticError: rank 1 has a problem of its own" in err and "in stage_rm" in err
 
 
 def test_a_stuck_rank_is_waited_for_no_longer_than_timeout(base, tmp_path):
@@ -768,7 +768,7 @@ def test_a_stuck_rank_is_waited_for_no_longer_than_timeout(base, tmp_path):
     _, err = processes[0].communicate(timeout=120)
     assert processes[0].returncode == 1 and time.time() - began > 5 and processes[1].poll() is None
     processes[1].kill(), processes[1].communicate()
-    assert "--stage rm: rank 0 waited longer than --timeout 5 s for another one" in err
+    assert "--stage rm: rank 0 waited longer than --timeout 5 s for a peer" in err
 
 
 def test_what_only_another_rank_met_is_said_too(base, command, monkeypatch):
