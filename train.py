@@ -92,14 +92,13 @@ from support.settings import (
 def stage_sft(cfg, grid):
     """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
     tokenizer = load_tokenizer(cfg.model, cfg)
-    policy = with_adapters(load(LanguageModel, cfg.model, cfg, grid), cfg.lora_rank, cfg)
     rows = load_rows(cfg.data, ("prompt", "response"))
     examples, _ = encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data, log=log_to(grid))
+    policy = with_adapters(load(LanguageModel, cfg.model, cfg, grid), cfg.lora_rank, cfg)
     optimizer = make_optimizer(policy, cfg.lr, cfg, grid)
     steps = cfg.steps or -(-len(examples) // cfg.batch_size)
-    with Training(
-        cfg, grid, steps, {"model": (policy, optimizer)}, fingerprints(tokenizer, cfg.data)
-    ) as training:
+    trained = {"model": (policy, optimizer)}
+    with Training(cfg, grid, steps, trained, fingerprints(tokenizer, cfg.data)) as training:
         for step in training:
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [examples[i] for i in batch_indices(len(examples), cfg.batch_size, step, cfg.seed)]
@@ -114,20 +113,18 @@ def stage_sft(cfg, grid):
 
 
 def stage_rm(cfg, grid):
-    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py), or one to compare
-    with."""
+    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py), or another one's."""
     tokenizer = load_tokenizer(cfg.model, cfg)
+    pairs = load_pairs(cfg, tokenizer, grid)
     kind = REWARD_MODELS[cfg.reward]
     start = load(kind.base, cfg.model, cfg, grid)
     reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
     model = with_adapters(start, cfg.lora_rank, cfg)
-    pairs = load_pairs(cfg, tokenizer, grid)
     step_ids = tokenizer.ids_with("\n")
     optimizer = make_optimizer(model, cfg.lr, cfg, grid)
     steps = cfg.steps or -(-len(pairs) // cfg.batch_size)
-    with Training(
-        cfg, grid, steps, {"model": (model, optimizer)}, fingerprints(tokenizer, cfg.data)
-    ) as training:
+    trained = {"model": (model, optimizer)}
+    with Training(cfg, grid, steps, trained, fingerprints(tokenizer, cfg.data)) as training:
         for step in training:
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
@@ -143,11 +140,11 @@ def stage_rm(cfg, grid):
 def stage_rl(cfg, grid):
     """REINFORCE or PPO: sample, score every token, update; greedy pass@1 on held-out prompts now and then."""
     tokenizer = load_tokenizer(cfg.model, cfg)
+    rows, heldout = load_prompts(cfg)
+    prompts = short_prompts(rows, tokenizer, cfg, grid)
     reference = load(LanguageModel, cfg.model, cfg, grid).requires_grad_(False)
     start = reference if cfg.lora_rank else load(LanguageModel, cfg.model, cfg, grid)
     policy = with_adapters(start, cfg.lora_rank, cfg)
-    rows, heldout = load_prompts(cfg)
-    prompts = short_prompts(rows, tokenizer, cfg, grid)
     reward = reward_of_run(cfg, tokenizer, rows, grid)
     cfg = with_advantage(cfg, reward)
     optimizer = make_optimizer(policy, cfg.lr, cfg, grid)
@@ -300,10 +297,9 @@ def with_advantage(cfg, reward):
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
     tokenizer = load_tokenizer(cfg.model, cfg)
+    rows = load_rows(cfg.data, ("prompt", "label"), cfg.limit)
     policy = load(LanguageModel, cfg.model, cfg, grid)
-    sample_pairs(
-        policy, tokenizer, load_rows(cfg.data, ("prompt", "label"), cfg.limit), out_path(cfg), cfg, grid
-    )
+    sample_pairs(policy, tokenizer, rows, out_path(cfg), cfg, grid)
     if cfg.heldout:
         cfg = dataclasses.replace(cfg, data=cfg.heldout)
         rows = load_rows(cfg.data, ("prompt", "label"))

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from model import save_adapter, save_model
 from parallel import all_sum, barrier, say
-from support.files import BadInput, flush, write_atomically
+from support.files import BadInput, flush, require, write_atomically
 from support.settings import out_path
 
 # Flags that change speed, memory or what is saved, but no result: a run can be resumed with other values.
@@ -55,6 +55,10 @@ class Training:
     """
 
     def __init__(self, cfg, grid, steps, trained, inputs):
+        require(
+            cfg.batch_size >= grid.dp_size,
+            f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do",
+        )
         self.cfg, self.grid, self.steps = cfg, grid, steps
         self.optimizers = [optimizer for _, optimizer in trained.values()]
         self.work = Workdir(cfg, out_path(cfg), grid, trained, inputs)
