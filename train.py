@@ -358,7 +358,7 @@ def stage_rl(cfg, grid):
             arith_rows("test", cfg.limit or ARITH[cfg.stage]["limit"], 0),
         )
     prompts, n, room = (
-        encode_prompts(rows, tokenizer, cfg),
+        encode_prompts(rows, tokenizer, cfg.data or "built-in task"),
         cfg.batch_size // cfg.group_size,
         cfg.max_seq_len - cfg.max_new_tokens,
     )

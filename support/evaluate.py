@@ -48,7 +48,7 @@ from support.tokenizers import Tokenizer
 
 def sample_graded(policy, tokenizer, rows, cfg, grid, seed, temperature, k):
     """k answers a row: -> [[(text, response ids, correct, truncated)] * k] for this dp rank's rows, and the token count."""
-    prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg) for _ in range(k)]
+    prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg.data or "built-in task") for _ in range(k)]
     responses, truncated = generate(
         policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed
     )
