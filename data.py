@@ -1,8 +1,8 @@
-"""Text to tensors: tokenizers, JSON lines, the shift and the mask, the built-in task, and the answer graders.
+"""Text to tensors: JSON lines, ids, the shift and the mask; and the built-in task.
 
     rows ─ load_rows ─► encode (ids) ─► batch_indices (shuffle) ─► collate (the shift, the mask) ─► the models
 
-Imports nothing of ours. B sequences · T positions
+B sequences · T positions
 """
 
 import functools
@@ -17,11 +17,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support.files import BadInput, at_line, read_jsonl
+from support.files import BadInput, at_line, read_jsonl, require
 from support.graders import gsm8k_label
-from support.tokenizers import build_tokenizer
+from support.tokenizers import build_tokenizer, is_conversation
 
-# ------------------------------------------------------------------------------------------------ JSON lines
+# ---------------------------------------------------------------------------------------- JSON lines
 
 
 KEYS = {
@@ -33,97 +33,119 @@ KEYS = {
 }
 
 
-def _messages(value):
-    return (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in value
-        )
+def with_implicit_prompt(raw):
+    """A TRL pair without a prompt has one: the messages of `chosen` before the last."""
+    if any(key in raw for key in KEYS["prompt"]) or not is_conversation(raw.get("chosen")):
+        return raw
+    return {**raw, "prompt": raw["chosen"][:-1]}
+
+
+def read_label(value):
+    """A label as text; in OpenAI's GSM8K rows it is what follows "####" in `answer`."""
+    if isinstance(value, str) and "####" in value:
+        return gsm8k_label(value)
+    return str(value) if isinstance(value, (int, float, str)) else value
+
+
+def read_field(raw, key):
+    """What a row says for a canonical key: text or messages; BadInput if it says nothing usable."""
+    name = next((name for name in KEYS[key] if name in raw), None)
+    require(
+        name is not None,
+        f"found keys {sorted(raw)[:8]}, expected {' or '.join(KEYS[key])}",
     )
+    value = raw[name]
+    if key == "label":
+        value = read_label(value)
+    is_text = isinstance(value, str) and value.strip() != ""
+    require(
+        is_text or key != "label" and is_conversation(value),
+        f"{name} is {json.dumps(value)[:60]}; expected a text that is not empty, "
+        'or a list of {"role", "content"} messages',
+    )
+    if key in ("chosen", "rejected", "response") and isinstance(value, list):
+        return value[-1:]  # the reply; what precedes it belongs to the prompt
+    return value
 
 
 def load_rows(path, needs, limit=0, optional=()):
     """Rows of a JSON lines file with the canonical keys of `needs` (and those of `optional` that it has).
 
-    needs, optional   among "prompt", "response", "chosen", "rejected", "label"; the accepted spellings stand in KEYS
+    needs, optional   among "prompt", "response", "chosen", "rejected", "label"; KEYS lists the accepted
+                      spellings
     limit             reads only so many rows; 0 reads all
-    -> list of {"prompt": ..., ..., "line": int, "raw": the row as read}. Texts, or lists of {"role", "content"}; a
-    TRL pair without a prompt gets the messages before the last one. A label is a str; in OpenAI's GSM8K rows it is
-    what follows "####" in `answer`. Raises BadInput with the line number for a row that lacks something.
+    -> list of {"prompt": ..., ..., "line": int, "raw": the row as read}. Values are texts, or lists of
+       {"role", "content"}; a TRL pair without a prompt gets the messages before the last one. A label is a
+       str; in OpenAI's GSM8K rows it is what follows "####" in `answer`.
+    Raises BadInput with the line number for a row that lacks something.
     """
     rows = []
-    for number, raw in itertools.islice(read_jsonl(path), limit or None):
-        row = {"line": number, "raw": raw}
-        if (
-            "prompt" in needs
-            and "chosen" in needs
-            and not any(k in raw for k in KEYS["prompt"])
-            and _messages(raw.get("chosen"))
-        ):
-            raw = {**raw, "prompt": raw["chosen"][:-1]}
-        for key in (*needs, *optional):
-            name = next((k for k in KEYS[key] if k in raw), None)
-            value = raw.get(name)
-            if name is None and key in optional:
-                continue
-            if name is None:
-                raise BadInput(
-                    f"{path}, line {number}: found keys {sorted(raw)[:8]}, expected {' or '.join(KEYS[key])}"
-                )
-            if key == "label" and isinstance(value, (int, float, str)):
-                with at_line(path, number):
-                    value = gsm8k_label(value) if isinstance(value, str) and "####" in value else str(value)
-            if not (isinstance(value, str) and value.strip() or key != "label" and _messages(value)):
-                raise BadInput(
-                    f"{path}, line {number}: {name} is {json.dumps(value)[:60]}; expected a text that is not empty, "
-                    'or a list of {"role", "content"} messages'
-                )
-            row[key] = (
-                value[-1:] if key in ("chosen", "rejected", "response") and isinstance(value, list) else value
-            )
+    for line, raw in itertools.islice(read_jsonl(path), limit or None):
+        fields = with_implicit_prompt(raw) if {"prompt", "chosen"} <= set(needs) else raw
+        row = {"line": line, "raw": raw}
+        with at_line(path, line):
+            for key in needs:
+                row[key] = read_field(fields, key)
+            for key in optional:
+                if any(name in fields for name in KEYS[key]):
+                    row[key] = read_field(fields, key)
         rows.append(row)
-    if not rows:
-        raise BadInput(f"{path}: no rows; expected one JSON object a line")
+    require(rows, f"{path}: no rows; expected one JSON object a line")
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ rows to tensors
+# ---------------------------------------------------------------------------------------- rows to tensors
 
 
 class Example(NamedTuple):
-    """One sequence as ids. Prompt and response are encoded apart, so a response's ids never depend on its prompt."""
+    """One sequence as ids. A response is encoded on its own, so its ids never depend on the prompt."""
 
     prompt_ids: list
     response_ids: list  # with the stop token, unless a sampled answer was cut off
 
 
-def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=print):
-    """Rows -> tuples with one Example per key, (response,) or (chosen, rejected), and the rows that they came from.
+def sequence_length(example):
+    """Tokens of prompt and response."""
+    return len(example.prompt_ids) + len(example.response_ids)
 
-    Rows longer than max_seq_len tokens (prompt and response) and identical pairs are dropped and counted in one line
-    that goes to `log`; nothing is ever cut. Raises BadInput when no row is left.
+
+def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=print):
+    """Rows -> tuples with one Example per key, (response,) or (chosen, rejected), and the rows they came
+    from.
+
+    Rows longer than max_seq_len tokens (prompt and response) and identical pairs are dropped and counted in
+    one line that goes to `log`; nothing is ever cut. Raises BadInput when no row is left.
     """
-    kept, too_long, identical = [], 0, 0
+    kept, kept_rows = [], []
+    too_long = 0
+    identical = 0
     for row in rows:
         with at_line(source, row["line"]):
-            prompt = tokenizer.encode_prompt(row["prompt"])
-            examples = tuple(Example(prompt, tokenizer.encode_response(row[key])) for key in keys)
-        if max(len(prompt) + len(e.response_ids) for e in examples) > max_seq_len:
+            prompt_ids = tokenizer.encode_prompt(row["prompt"])
+            examples = tuple(Example(prompt_ids, tokenizer.encode_response(row[key])) for key in keys)
+        if max(map(sequence_length, examples)) > max_seq_len:
             too_long += 1
         elif len(examples) == 2 and examples[0] == examples[1]:
             identical += 1
         else:
-            kept.append((examples, row))
-    if too_long or identical or not kept:
+            kept.append(examples)
+            kept_rows.append(row)
+    if len(kept) < len(rows) or not kept:
         log(
-            f"{source}: {len(rows)} rows; dropped {too_long} longer than --max_seq_len {max_seq_len} tokens and "
-            f"{identical} identical pairs; {len(kept)} left"
+            f"{source}: {len(rows)} rows; dropped {too_long} longer than --max_seq_len {max_seq_len} tokens "
+            f"and {identical} identical pairs; {len(kept)} left"
         )
-    if not kept:
-        raise BadInput(f"{source}: no row is left; raise --max_seq_len ({max_seq_len}) or look at the data")
-    return [examples for examples, _ in kept], [row for _, row in kept]
+    require(kept, f"{source}: no row is left; raise --max_seq_len ({max_seq_len}) or look at the data")
+    return kept, kept_rows
+
+
+def encode_prompts(rows, tokenizer, source):
+    """-> one id list per row; BadInput names `source` and the line of a prompt that cannot be encoded."""
+    prompts = []
+    for row in rows:
+        with at_line(source, row["line"]):
+            prompts.append(tokenizer.encode_prompt(row["prompt"]))
+    return prompts
 
 
 # exercise 3.1 (7 lines): the shift and the mask
@@ -134,10 +156,11 @@ def collate(examples, device="cpu", pad_id=0):
         inputs     p0  p1  p2  r0  r1  eos              = ids[:, :-1]
         targets    p1  p2  r0  r1  eos pad              = ids[:, 1:]
         mask        .   .   x   x   x   .
-        index t     0   1   2   3   4   5               state s_t = inputs[:, :t+1], action a_t = targets[:, t]
+        index t     0   1   2   3   4   5          state s_t = inputs[:, :t+1], action a_t = targets[:, t]
 
-    examples: list of B Example -> ids (B, T+1) int64, response_mask (B, T) bool. The mask is made from lengths, never
-    from ids, and pads stand on the right, where causal attention cannot see them: `pad_id` may be any id.
+    examples: list of B Example -> ids (B, T+1) int64, response_mask (B, T) bool. The mask is made from
+    lengths, never from ids. Padding is on the right, where causal attention cannot see it, so `pad_id` may be
+    any id.
     """
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
     ids = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
@@ -149,16 +172,18 @@ def collate(examples, device="cpu", pad_id=0):
 
 
 def spans(lengths, budget):
-    """Cuts neighbours into parts of at most `budget` tokens, at least one row each.
+    """Groups consecutive rows into parts of at most `budget` tokens, or of one longer row.
 
     >>> spans([3, 3, 3, 9, 1], 6)
     [(0, 2), (2, 3), (3, 4), (4, 5)]
     """
-    starts, filled = [], budget + 1
+    starts = []
+    filled = budget + 1  # so that the first row starts a part
     for i, n in enumerate(lengths):
         filled += n
         if filled > budget:
-            starts, filled = [*starts, i], n
+            starts.append(i)
+            filled = n
     return list(zip(starts, [*starts[1:], len(lengths)]))
 
 
@@ -169,9 +194,11 @@ def _permutation(n, seed, epoch):
 
 # exercise 3.2 (2 lines): shuffling without a state
 def batch_indices(n, batch_size, step, seed):
-    """Which of n rows make up batch `step` (from 0): shuffled anew each epoch, a function of its arguments alone.
+    """Indices of the rows in batch `step` (from 0), reshuffled every epoch: a function of its arguments
+    alone.
 
-    No state to save: a resumed run asks for the next step. A batch may span two epochs, and no row is left out.
+    There is no state to save: a resumed run asks for the next step. A batch may span two epochs; no row is
+    left out.
 
     >>> sorted(int(i) for step in range(2) for i in batch_indices(6, 3, step, seed=0))
     [0, 1, 2, 3, 4, 5]
@@ -180,34 +207,35 @@ def batch_indices(n, batch_size, step, seed):
     return [int(_permutation(n, seed, p // n)[p % n]) for p in places]
 
 
-# ------------------------------------------------------------------------------------------------ the built-in task
+# ---------------------------------------------------------------------------------------- the built-in task
 
 
-NAMES, THINGS = ("Tom", "Ann", "Ben", "Eva"), ("apples", "pens", "books", "coins")
+NAMES = ("Tom", "Ann", "Ben", "Eva")
+THINGS = ("apples", "pens", "books", "coins")
 VERBS = {
     "+": ("buys", "finds", "gets", "picks", "wins", "borrows", "collects", "receives"),
     "-": ("loses", "eats", "sells", "lends", "drops", "spends", "breaks", "donates"),
 }
-
 OPERATOR = {verb: op for op, verbs in VERBS.items() for verb in verbs}
 
 
 @dataclass(frozen=True)
 class Arith:
-    """Word problems over 0..9 whose answers restate each step, like GSM8K's, and an author who misreads some verbs.
+    """Word problems over 0..9 whose answers restate each step, like GSM8K's, by an author who misreads some
+    verbs.
 
-    The training answers give a misread verb the wrong sign with probability q, and go on from what was written. A
-    policy fine-tuned on them inherits that: greedily it is wrong on those verbs, sampled it is sometimes right. So it can
-    improve, pairs of right and wrong answers exist, and the first wrong token is known exactly, which no data set of
-    real answers offers.
+    In the training answers a misread verb gets the wrong sign with probability q, and the next step continues
+    from the wrong value. A policy fine-tuned on them inherits this: greedy decoding gets those verbs wrong,
+    sampling sometimes gets them right. So the policy can improve, pairs of right and wrong answers exist, and
+    the first wrong token is known exactly, which no data set of real answers offers.
     """
 
     steps: tuple = (4, 6)  # sentences after the first: at least, at most
-    verbs: int = 12  # half of them add, half take away
-    misread: int = 6  # of these verbs
-    operand: int = 3  # largest
-    q: float = 0.65  # chance that a misread verb is written with the wrong sign
-    author: int = 0  # which verbs are misread
+    verbs: int = 12  # half of them add, half subtract
+    misread: int = 6  # how many of these verbs are misread
+    operand: int = 3  # the largest
+    q: float = 0.65  # probability that a misread verb is written with the wrong sign
+    author: int = 0  # seed: which verbs are misread
 
     @functools.cached_property
     def words(self):
@@ -216,61 +244,74 @@ class Arith:
 
     @functools.cached_property
     def misreads(self):
-        rng, half = random.Random(self.author), self.verbs // 2
-        plus, minus = VERBS["+"][:half], VERBS["-"][:half]
-        return frozenset(
-            rng.sample(plus, self.misread // 2) + rng.sample(minus, self.misread - self.misread // 2)
-        )
+        rng = random.Random(self.author)
+        half = self.verbs // 2
+        adding = rng.sample(VERBS["+"][:half], self.misread // 2)
+        subtracting = rng.sample(VERBS["-"][:half], self.misread - self.misread // 2)
+        return frozenset(adding + subtracting)
 
     def problem(self, rng):
-        """(start, [(verb, operand)]): all values stay in 0..9, and no set of misreadings ends on the right number, so
-        that a right number means a right path (for the author; a policy can still be lucky)."""
+        """(start, [(verb, operand)]) with every value in 0..9, whatever is misread.
+
+        No set of misreadings ends on the right number, so a right number means a right path (for the author;
+        a policy can still be lucky). Drawn until a problem meets both.
+        """
         while True:
-            start, moves, wrong = (
-                rng.randint(0, 9),
-                [],
-                set(),
-            )  # wrong: running values after at least one misreading
-            value = start
-            for _ in range(rng.randint(*self.steps)):
-                verb, op = rng.choice(self.words)
-                b = rng.randint(1, self.operand)
-                d = b if op == "+" else -b
-                wrong = {w + d for w in wrong} | (
-                    {w - d for w in wrong | {value}} if verb in self.misreads else set()
-                )
-                value += d
-                moves.append((verb, b))
-                if not all(0 <= v <= 9 for v in wrong | {value}):
-                    break
-            else:
-                if value not in wrong:
-                    return start, moves
+            start = rng.randint(0, 9)
+            moves = self.moves(rng, start)
+            if moves is not None:
+                return start, moves
+
+    def moves(self, rng, start):
+        """[(verb, operand)] from `start`, or None when the draw breaks one of problem()'s promises."""
+        moves = []
+        value = start
+        wrong = set()  # running values after at least one misreading
+        for _ in range(rng.randint(*self.steps)):
+            verb, op = rng.choice(self.words)
+            operand = rng.randint(1, self.operand)
+            change = operand if op == "+" else -operand
+            misread = {w - change for w in wrong | {value}} if verb in self.misreads else set()
+            wrong = {w + change for w in wrong} | misread
+            value += change
+            moves.append((verb, operand))
+            if not all(0 <= v <= 9 for v in wrong | {value}):
+                return None
+        return moves if value not in wrong else None
 
     def answer(self, start, moves, rng=None):
         """The worked answer; with `rng`, as the author writes it."""
-        lines, value = [], start
-        for verb, b in moves:
+        lines = []
+        value = start
+        for verb, operand in moves:
             op = OPERATOR[verb]
             if rng and verb in self.misreads and rng.random() < self.q:
                 op = "-" if op == "+" else "+"
-            result = value + b if op == "+" else value - b
-            lines.append(f"{value}{op}{b}={result}\n")
+            result = value + operand if op == "+" else value - operand
+            lines.append(f"{value}{op}{operand}={result}\n")
             value = result
         return "".join(lines) + f"#### {value}"
 
 
-def arith_rows(split, n, seed, task=Arith()):
-    """n rows of the built-in task: {"prompt", "response" (the author's), "solution" (the right one), "label", "line"}.
+def stable_hash(text):
+    """A 63-bit number that depends on the text alone (Python's own hash changes from run to run)."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
-    split   "train" and "test" share no prompt: a hash of the text decides where it belongs
+
+def arith_rows(split, n, seed, task=Arith()):
+    """n rows of the built-in task: {"prompt", "response", "solution", "label", "line"}.
+
+    split      "train" and "test" share no prompt: a hash of the text decides which of the two it belongs to
+    response   the author's answer; `solution` is the right one
     """
-    rng, rows = random.Random(f"{split} {seed}"), []
+    rng = random.Random(f"{split} {seed}")
+    rows = []
     while len(rows) < n:
         start, moves = task.problem(rng)
         name = rng.choice(NAMES)
-        story = [f"{name} has {start} {rng.choice(THINGS)}."] + [f"{name} {verb} {b}." for verb, b in moves]
-        prompt = " ".join(story) + " How many?\n"
+        first = f"{name} has {start} {rng.choice(THINGS)}."
+        story = " ".join([first, *(f"{name} {verb} {operand}." for verb, operand in moves)])
+        prompt = f"{story} How many?\n"
         if (stable_hash(prompt) % 10 == 0) == (split == "test"):
             solution = task.answer(start, moves)
             rows.append(
@@ -288,53 +329,33 @@ def arith_rows(split, n, seed, task=Arith()):
 def arith_solve(prompt):
     """The one right answer to a prompt of the built-in task, from its text."""
     try:
-        start, *moves = re.findall(r" (\w+) (\d)", prompt)
-        return Arith().answer(int(start[1]), [(verb, int(b)) for verb, b in moves])
+        (_, start), *moves = re.findall(r" (\w+) (\d)", prompt)
+        return Arith().answer(int(start), [(verb, int(operand)) for verb, operand in moves])
     except (KeyError, TypeError, ValueError):
         raise BadInput(f"not a prompt of the built-in task (--task arith): {str(prompt)[:60]!r}") from None
 
 
 def arith_tokenizer():
     """A byte-complete tokenizer with one token for every word of the built-in task."""
-    words = [
-        *NAMES,
-        *(f" {w}" for w in (*NAMES, *THINGS, *OPERATOR, "has", "How", "many", *range(10))),
-        "####",
-    ]
-    return build_tokenizer(words)
+    after_a_space = [*NAMES, *THINGS, *OPERATOR, "has", "How", "many", *range(10)]
+    return build_tokenizer([*NAMES, *(f" {word}" for word in after_a_space), "####"])
 
 
 def first_error(ids, solution_ids):
-    """Index of the first token that departs from the one right answer (both as ids, stop token included); len(ids) if none.
+    """Index of the first token where `ids` departs from the one right answer; len(ids) if it does not.
+
+    Both are response ids, stop token included.
 
     >>> first_error([5, 6, 9, 1], [5, 6, 7, 1])
     2
     """
-    return next(
-        (i for i, (a, b) in enumerate(zip(ids, solution_ids)) if a != b), min(len(ids), len(solution_ids))
-    )
+    for i, (written, right) in enumerate(zip(ids, solution_ids)):
+        if written != right:
+            return i
+    return min(len(ids), len(solution_ids))
 
 
 def error_places(tokenizer, prompt, examples):
-    """Index of the first wrong token of each answer to a prompt of the built-in task; its length when nothing is wrong."""
+    """first_error of each answer (an Example) to a prompt of the built-in task."""
     solution = tokenizer.encode_response(arith_solve(prompt))
     return [first_error(e.response_ids, solution) for e in examples]
-
-
-def stable_hash(text):
-    """A 63-bit number that depends on the text alone (Python's own hash changes from run to run)."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def encode_prompts(rows, tokenizer, cfg):
-    """-> list of id lists; a prompt that cannot be encoded is named by its file and line"""
-    prompts = []
-    for row in rows:
-        with at_line(cfg.data or "built-in task", row["line"]):
-            prompts.append(tokenizer.encode_prompt(row["prompt"]))
-    return prompts
-
-
-def sequence_length(example):
-    """Tokens of prompt and response."""
-    return len(example.prompt_ids) + len(example.response_ids)

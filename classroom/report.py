@@ -463,7 +463,7 @@ def sample(run, stages):
             policy,
             reference,
             reward_fn,
-            encode_prompts(rows, tokenizer, cfg),
+            encode_prompts(rows, tokenizer, cfg.data or "built-in task"),
             tokenizer.stop_ids,
             cfg,
             seed,

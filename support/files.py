@@ -33,7 +33,8 @@ def read_json(path, raw):
 def read_jsonl(path):
     """Yields (line number from 1, object) of a UTF-8 file, one object a line.
 
-    Lines end at a newline only: real data holds U+2028, at which str.splitlines() would cut. Blank lines are skipped.
+    Lines end at a newline only: real data holds U+2028, at which str.splitlines() would cut. Blank lines are
+    skipped.
     """
     if Path(path).exists() and not Path(path).is_file():
         raise BadInput(f"{path}: is a directory or a device; --data names a JSON lines file")
@@ -41,23 +42,28 @@ def read_jsonl(path):
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        row = json.loads(line.decode("utf-8"))
-                    except (ValueError, RecursionError) as e:
-                        reason = f"{e.msg}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
-                        raise BadInput(f"{path}, line {number}: not valid JSON in UTF-8 ({reason})") from None
-                    if not isinstance(row, dict):
-                        raise BadInput(
-                            f"{path}, line {number}: found {type(row).__name__}, expected a JSON object"
-                        )
+                    with at_line(path, number):
+                        row = read_line(line)
                     yield number, row
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror}); --data names a JSON lines file") from None
 
 
+def read_line(line):
+    """The JSON object in one line (bytes); BadInput if it is none."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as e:
+        raise BadInput(f"not valid JSON in UTF-8 ({e.msg}, column {e.colno})") from None
+    except (ValueError, RecursionError) as e:
+        raise BadInput(f"not valid JSON in UTF-8 ({e})") from None
+    require(isinstance(row, dict), f"found {type(row).__name__}, expected a JSON object")
+    return row
+
+
 @contextlib.contextmanager
 def at_line(source, number):
-    """Inside, what is wrong with a row gets the name of its file and its line."""
+    """Prefixes a BadInput raised inside with the name of its file and its line."""
     try:
         yield
     except BadInput as e:
@@ -65,16 +71,17 @@ def at_line(source, number):
 
 
 def flush(path):
-    """Returns when a file, or the names in a directory, would survive a power cut."""
+    """Flushes a file, or the names in a directory, to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def write_atomically(path, content):
-    """A file that exists is whole: written under a temporary name, flushed to disk, renamed. content: text, or {name: tensor}
+    """Writes a file under a temporary name, flushes it to disk and renames it: a file that exists is whole.
 
-    Raises OSError, and leaves what was there before, when the disk is full or cannot be written to.
+    content   text, or {name: tensor} for a safetensors file
+    Raises OSError, and leaves the previous file in place, when the disk is full or cannot be written to.
     """
     temporary = path.with_name(path.name + ".partial")
     try:

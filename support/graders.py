@@ -7,20 +7,16 @@ from support.files import BadInput
 
 TASKS = ("gsm8k", "math", "arith")
 GRADERS = ("ours", "strict", "authors", "math_verify")
-MAX_CHARS = 500  # no answer is longer; bounds every integer and every pattern that is not linear, whatever a model writes
+# No answer is longer; bounds every integer and every pattern that is not linear, whatever a model writes.
+MAX_CHARS = 500
 
-# A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No branch can fail late, so a search is linear.
+# A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No branch can fail late, so a
+# search is linear.
 NUMBER = r"(?:(?<![\w)\]}%.])-)?\\?\$?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![.\d])\.\d+)(?:/\d+)?"
-CLAIMS = (
-    "####",
-    r"\\boxed",
-    r"\banswer(?: is|:)",
-    "^A:",
-)  # the most explicit first; "A:" as in OpenAI's example solutions
-WORDS = {
-    w: str(n)
-    for n, w in enumerate(["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], 1)
-}
+# The most explicit first; "A:" as in OpenAI's example solutions.
+CLAIMS = ("####", r"\\boxed", r"\banswer(?: is|:)", "^A:")
+TWELVE = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+WORDS = {word: str(number) for number, word in enumerate(TWELVE, 1)}
 PI = Fraction(2**127 - 1)  # a prime that nobody writes: under *, / and == its root behaves like pi
 
 
@@ -41,9 +37,11 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
     """The final answer that a text claims, or None.
 
     math           what stands in the last \\boxed or \\fbox
-    gsm8k, arith   the last number right after "####"; else after \\boxed, "answer is" or "A:"; else the last number.
+    gsm8k, arith   the last number right after "####"; else after \\boxed, "answer is" or "A:"; else the last
+                   number.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
-    Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2 million" (2).
+    Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2
+    million" (2).
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(
@@ -88,7 +86,8 @@ def same_answer(answer: str, label: str, task: str, grader: str = "ours") -> boo
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...} or \\fbox{...}, braces balanced; after `\\boxed 5`, all up to a $ or a new line."""
+    """What stands in the last \\boxed{...} or \\fbox{...}, braces balanced; after `\\boxed 5`, all up to a $
+    or a new line."""
     *before, rest = re.split(r"\\(?:boxed|fbox)(?![a-z])\s*", text)
     if not before:
         return None
@@ -103,7 +102,8 @@ def boxed(text: str) -> str | None:
 
 
 def hendrycks(s: str) -> str:
-    """String normalisation of Hendrycks et al. 2021 (MATH): fractions, roots, units, degrees, \\$, \\%, "x=", spaces."""
+    """String normalisation of Hendrycks et al. 2021 (MATH): fractions, roots, units, degrees, \\$, \\%, "x=",
+    spaces."""
     s = re.sub(r"\n|\\!", "", s).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     s = re.sub(r"\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$", "", s).split(r"\text{ ")[0].replace(r"\%", "")
     s = re.sub(r"^[^=]{0,2}=([^=]*)$", r"\1", re.sub(r"(^|[ {])\.", r"\g<1>0.", s))
@@ -116,11 +116,12 @@ def hendrycks(s: str) -> str:
 def meaning(answer: str) -> tuple:
     """What an answer stands for: equal tuples, equal answers.
 
-    After Hendrycks's normalisation the string is cut at brackets, commas, cells and rows, which stay as they are; each piece
-    between them that is a number becomes that number. Only a set and a list without brackets have no order. A percentage is
-    its number. A unit after a number is dropped, not compared: 5 cm is 5 m.
-    Known misses, all of them right answers marked wrong: powers (2^{10}), sums that are not the same letter for letter
-    (1+\\sqrt{2}, \\sqrt{2}+1), roots of fractions, all algebra (2(x+1), 2x+2), 0.5 for 50\\%, Even for even, rounding.
+    After Hendrycks's normalisation the string is cut at brackets, commas, cells and rows, which stay as they
+    are; each piece between them that is a number becomes that number. Only a set and a list without brackets
+    have no order. A percentage is its number. A unit after a number is dropped, not compared: 5 cm is 5 m.
+    Known misses, all of them right answers marked wrong: powers (2^{10}), sums that are not the same letter
+    for letter (1+\\sqrt{2}, \\sqrt{2}+1), roots of fractions, all algebra (2(x+1), 2x+2), 0.5 for 50\\%, Even
+    for even, rounding.
     """
     s = answer.replace("\N{MINUS SIGN}", "-").replace("\\\\", ";").replace("{,}", ",")
     s = re.sub(r"\\[!,:; ]\s*|°|(?<!\\)[$%]", "", s.replace("cfrac", "frac"))
@@ -151,9 +152,11 @@ def meaning(answer: str) -> tuple:
 
 
 def signed_square(s: str) -> Fraction | None:
-    """sign(v) v^2 of v, a product or quotient of rationals, square roots and pi; None where s is anything else.
+    """sign(v) v^2 of v, a product or quotient of rationals, square roots and pi; None where s is anything
+    else.
 
-    The map keeps products, quotients and equality, and its values are rational: sqrt(8) and 2 sqrt(2) both give 8.
+    The map keeps products, quotients and equality, and its values are rational: sqrt(8) and 2 sqrt(2) both
+    give 8.
     """
     group = r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
     if m := re.fullmatch(r"-([^+-].*)", s):
@@ -172,9 +175,11 @@ def signed_square(s: str) -> Fraction | None:
 
 
 def authors_number(text: str) -> str | None:
-    """The Q-RM authors' GSM8K rule: the last number of the last line that has one, if possible after "therefore" or "so".
+    """The Q-RM authors' GSM8K rule: the last number of the last line that has one, if possible after
+    "therefore" or "so".
 
-    Their errors, kept: "so" inside a word counts, 1,234,567 is read as 567 and 5-3 as -3, a closing remark's number wins.
+    Their errors, kept: "so" inside a word counts, 1,234,567 is read as 567 and 5-3 as -3, a closing remark's
+    number wins.
     """
 
     def numbers(s):
@@ -189,7 +194,8 @@ def authors_number(text: str) -> str | None:
 
 
 def authors_latex(answer: str) -> str:
-    """The Q-RM authors' MATH normalisation of an answer; the label keeps its \\\\, so that no matrix ever matches."""
+    """The Q-RM authors' MATH normalisation of an answer; the label keeps its \\\\, so that no matrix ever
+    matches."""
     s = re.sub(r"^\\text|^\w=", "", re.sub(r"\\mathbf| ", "", answer))
     s = re.sub(r"\\left|\\right|\\!|\\%|\\\$", "", s)
     s = re.sub(r"\\text{.*\n*.*}|\\mbox{.*}|\^{?\\circ}?", "", s)

@@ -6,22 +6,23 @@ import json
 import re
 import unicodedata
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
-from support.files import BadInput, read_json
+from support.files import BadInput, read_json, require
 
-# Regular expressions that cut text into pieces; no token reaches from one piece into the next.
+# Regular expressions that cut text into pieces; no token spans two pieces.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# SmolLM2 cuts out every digit first, then uses GPT2 on what lies between: before a digit a run of blanks stays whole.
+# SmolLM2 splits off every digit first and applies GPT2 to the rest: a run of spaces before a digit stays
+# whole.
 GPT2_DIGITS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-BUILT_IN = (
-    r" ?\p{L}+| ?\p{N}|\s| ?[^\s\p{L}\p{N}]+"  # a word or one digit with the blank before it; "\n" alone
-)
+# The built-in task's: a word or one digit with the space before it; "\n" alone.
+BUILT_IN = r" ?\p{L}+| ?\p{N}|\s| ?[^\s\p{L}\p{N}]+"
 
 FILES = (
     "tokenizer.json",
@@ -32,27 +33,39 @@ FILES = (
     "generation_config.json",
     "config.json",
 )
+# Template: the special tokens it needs, its stop token last.
 CHATS = {
     "none": (),
     "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     "chatml": ("<|im_start|>", "<|im_end|>"),
-}  # template: the special tokens it needs, its stop token last
-LONGEST_RUN = (
-    25_000  # characters without a change between blank and not blank, as in Meta's llama3/tokenizer.py
-)
+}
+# Characters without a change between whitespace and other text, as in Meta's llama3/tokenizer.py.
+LONGEST_RUN = 25_000
 
-# GPT-2's alphabet (encoder.py, bytes_to_unicode): printable bytes stand for themselves, the others for U+0100 onwards.
+# GPT-2's alphabet (encoder.py, bytes_to_unicode): printable bytes stand for themselves, the others for U+0100
+# onwards.
 HIDDEN = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
 BYTE_TO_CHAR = {byte: chr(256 + HIDDEN.index(byte)) if byte in HIDDEN else chr(byte) for byte in range(256)}
 CHAR_TO_BYTE = {char: byte for byte, char in BYTE_TO_CHAR.items()}
 
 
+class Vocabulary(NamedTuple):
+    """What the files of a tokenizer say."""
+
+    ranks: dict  # {bytes: id}, the lowest id merged first
+    specials: dict  # {name: id}, never made from text
+    pattern: str  # cuts text into pieces
+    nfc: bool  # text is normalised to NFC first
+    first: str | None  # name of the special token that opens every text
+
+
 def last_merge(token, ranks):
-    """The two parts that byte-pair encoding by lowest rank joins last to form token; None if it never gets there."""
+    """The two parts that byte-pair encoding by lowest rank joins last to form token; None if it never gets
+    there."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(a + b, float("inf")) for a, b in zip(parts, parts[1:])]
-        i = joined.index(min(joined))  # the leftmost of equals, as tiktoken and tokenizers do
+        i = joined.index(min(joined))  # the leftmost of equals, as in tiktoken and tokenizers
         if joined[i] == float("inf"):
             return None
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
@@ -60,51 +73,81 @@ def last_merge(token, ranks):
 
 
 def split_pattern(pre_tokenizer, path):
-    """One regular expression that cuts as the pre_tokenizer of a tokenizer.json does."""
+    """One regular expression that cuts text as the pre_tokenizer of a tokenizer.json does."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    kinds, first, last = [step.get("type") for step in steps], steps[0], steps[-1]
+    kinds = [step.get("type") for step in steps]
+    first, last = steps[0], steps[-1]
     if kinds[-1] == "ByteLevel" and last.get("add_prefix_space") is False:
         gpt2 = last.get("use_regex", True)  # files older than this key always use GPT-2's expression
         if kinds == ["ByteLevel"] and gpt2:
             return GPT2
         if kinds == ["Digits", "ByteLevel"] and gpt2 and first["individual_digits"]:
             return GPT2_DIGITS
-        if (
-            kinds == ["Split", "ByteLevel"]
-            and not gpt2
-            and first["behavior"] == "Isolated"
-            and not first["invert"]
-        ):
+        isolated = kinds == ["Split", "ByteLevel"] and first["behavior"] == "Isolated" and not first["invert"]
+        if isolated and not gpt2:
             return first["pattern"]["Regex"]
     raise BadInput(f"{path}: pre_tokenizer is not supported: {json.dumps(pre_tokenizer)[:200]}")
 
 
-def read_tokenizer_json(path, raw):
-    """Hugging Face's tokenizer.json, if it is byte-level BPE: ranks {bytes: id}, specials {name: id}, the pattern,
-    whether text is normalised to NFC, and the name of the token that it puts first, or None.
+def to_bytes(word):
+    """The bytes of a word spelled in GPT-2's alphabet; KeyError for a letter that is not in it."""
+    return bytes(CHAR_TO_BYTE[char] for char in word)
 
-    The file lists pairs to merge; tiktoken merges any pair whose joint bytes are a token, the lowest id first. On every
-    text the two agree if for each token the pair that is joined last, when it is encoded alone, is in the list, and
-    these pairs stand there in the order of the ids: until a merge crosses its edges, a token's inside merges as it does
-    alone. A token that merges never reach (Llama 3 has some) tiktoken finds when it is a whole piece, and so does
-    Hugging Face with ignore_merges.
+
+def spell(token):
+    """Inverse of to_bytes."""
+    return "".join(BYTE_TO_CHAR[byte] for byte in token)
+
+
+def check_merges(merges, ranks, ignore_merges, path):
+    """BadInput unless tiktoken encodes every text as the merge list does.
+
+    merges   {(left, right): place in the file's list}
+
+    The file lists the pairs to merge; tiktoken merges any pair whose concatenation is a token, the lowest id
+    first. The two agree on every text if, for each token, the pair that is merged last when it is encoded
+    alone is in the list, and these pairs are listed in the order of the ids: until a merge crosses its edges,
+    a token's inside merges as it does alone. A token that merges never reach (Llama 3 has some) is found by
+    tiktoken when it is a whole piece, and so does Hugging Face with ignore_merges.
     """
+    for left, right in merges:
+        require(
+            {left, right, left + right} <= ranks.keys(),
+            f"{path}: merge of {left} and {right}: these and their sum must be in the vocabulary",
+        )
+    previous = -1
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
+        pair = last_merge(token, ranks)
+        if pair is None and ignore_merges:
+            continue
+        require(
+            merges.get(pair, -1) > previous,
+            f"{path}: token {token}: its merge {pair} is missing or out of the order of the ids",
+        )
+        previous = merges[pair]
+
+
+def read_tokenizer_json(path, raw):
+    """The Vocabulary in Hugging Face's tokenizer.json, if it is byte-level BPE (see check_merges)."""
     spec = read_json(path, raw)
     model, normalizer = spec["model"], spec.get("normalizer")
-    for key, usual in {
+    usual = {
         "type": "BPE",
         "byte_fallback": False,
         "dropout": 0,
         "continuing_subword_prefix": "",
         "end_of_word_suffix": "",
-    }.items():
-        if model.get(key) not in (None, usual):
-            raise BadInput(f"{path}: model.{key} is {model[key]!r}, but only byte-level BPE is supported")
-    if normalizer not in (None, {"type": "NFC"}):
-        raise BadInput(f"{path}: normalizer is not supported: {json.dumps(normalizer)[:200]}")
+    }
+    for key, value in usual.items():
+        require(
+            model.get(key) in (None, value),
+            f"{path}: model.{key} is {model.get(key)!r}, but only byte-level BPE is supported",
+        )
+    require(
+        normalizer in (None, {"type": "NFC"}),
+        f"{path}: normalizer is not supported: {json.dumps(normalizer)[:200]}",
+    )
     pattern = split_pattern(spec.get("pre_tokenizer"), path)
-
-    to_bytes = lambda word: bytes(CHAR_TO_BYTE[char] for char in word)
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     try:
@@ -114,31 +157,20 @@ def read_tokenizer_json(path, raw):
         raise BadInput(
             f"{path}: {error} is no letter of the byte-level alphabet (a SentencePiece model?)"
         ) from None
+    check_merges(merges, ranks, model.get("ignore_merges"), path)
+    return Vocabulary(ranks, specials, pattern, normalizer is not None, first_special(spec))
 
-    for left, right in merges:
-        if not {left, right, left + right} <= ranks.keys():
-            raise BadInput(
-                f"{path}: merge of {left} and {right}: these and their sum must be in the vocabulary"
-            )
-    previous = -1
-    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.get):
-        pair = last_merge(token, ranks)
-        if pair is None and model.get("ignore_merges"):
-            continue
-        if merges.get(pair, -1) <= previous:
-            raise BadInput(
-                f"{path}: token {token}: its merge {pair} is missing or out of the order of the ids"
-            )
-        previous = merges[pair]
 
+def first_special(spec):
+    """Name of the special token that a tokenizer.json puts before a text, or None."""
     processor = spec.get("post_processor") or {}
     templates = [step["single"] for step in processor.get("processors", [processor]) if "single" in step]
-    first = templates[0][0].get("SpecialToken", {}).get("id") if templates else None
-    return ranks, specials, pattern, normalizer is not None, first
+    return templates[0][0].get("SpecialToken", {}).get("id") if templates else None
 
 
 def read_tokenizer_model(path, raw):
-    """The same of Meta's tokenizer.model: lines of base64 and rank; its specials are those of llama3/tokenizer.py."""
+    """The Vocabulary in Meta's tokenizer.model: lines of base64 and rank; its specials are
+    llama3/tokenizer.py's."""
     ranks = {}
     for number, line in enumerate(raw.splitlines(), 1):
         try:
@@ -149,8 +181,10 @@ def read_tokenizer_model(path, raw):
                 f"{path}, line {number}: expected 'base64 rank', found {line[:40]} "
                 "(SentencePiece models are not supported)"
             ) from None
-    if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
-        raise BadInput(f"{path}: expected tokens with the ranks 0, 1, 2 and so on, each once")
+    require(
+        ranks and sorted(ranks.values()) == list(range(len(ranks))),
+        f"{path}: expected tokens with the ranks 0, 1, 2 and so on, each once",
+    )
     spare = [f"<|reserved_special_token_{i}|>" for i in range(251)]
     names = [
         "<|begin_of_text|>",
@@ -162,84 +196,121 @@ def read_tokenizer_model(path, raw):
         "<|eot_id|>",
         *spare[5:],
     ]
-    return ranks, {name: len(ranks) + i for i, name in enumerate(names)}, LLAMA3, False, names[0]
+    specials = {name: len(ranks) + i for i, name in enumerate(names)}
+    return Vocabulary(ranks, specials, LLAMA3, False, names[0])
+
+
+def is_message(value):
+    """Whether value is a {"role", "content"} message with texts in both."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str)
+    )
+
+
+def is_conversation(value):
+    """Whether value is a list of at least one message."""
+    return isinstance(value, list) and len(value) > 0 and all(map(is_message, value))
+
+
+def token_name(token):
+    """The name of a token in tokenizer_config.json, which may be written out as an object."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
 class Tokenizer:
     """A model's tokenizer with its chat template: every id that a model reads is made here.
 
     chat            none: text as it is; llama3 and chatml: their templates, without a default system message
-    date            None, or such as "26 Jul 2024": llama3 then opens with the system block of Llama 3.1 and 3.2
+    date            None, or such as "26 Jul 2024": llama3 then opens with the system block of Llama 3.1 and
+                    3.2
     bos_id          what the tokenizer itself puts first, or None (Qwen2.5, SmolLM2, GPT-2)
-    stop_id         what encode_response appends: the template's stop token; for "none" tokenizer_config's eos_token
+    stop_id         what encode_response appends: the template's stop token; for "none" tokenizer_config's
+                    eos_token
     stop_ids        stop_id and eos_token_id of generation_config.json, else of config.json, else eos_token
     vocab_size      largest id + 1; a model may have more rows
-    fingerprint     sha256 of all that decides which ids a text becomes: equal fingerprints, equal ids
+    fingerprint     sha256 of everything that decides which ids a text becomes: equal fingerprints, equal ids
     """
 
     def __init__(self, files, path, chat="none", date=None):
         """files: {name: bytes} of a model directory; path: that directory, for messages."""
-        if chat not in CHATS or date and chat != "llama3":
-            raise BadInput(
-                f"expected chat {', '.join(CHATS)}, and a date only with llama3; found {chat!r}, {date!r}"
-            )
+        require(
+            chat in CHATS and (not date or chat == "llama3"),
+            f"expected chat {', '.join(CHATS)}, and a date only with llama3; found {chat!r}, {date!r}",
+        )
         self.files, self.path, self.chat, self.date = files, Path(path), chat, date
-        name = "tokenizer.json" if "tokenizer.json" in files else "tokenizer.model"
-        if name not in files:
-            raise BadInput(f"{path}: neither tokenizer.json nor tokenizer.model is there")
-        read = read_tokenizer_json if name == "tokenizer.json" else read_tokenizer_model
-        try:
-            ranks, self.specials, pattern, self.nfc, first = read(self.path / name, files[name])
-            named = [(special.encode(), id) for special, id in self.specials.items()]
-            self.token_bytes = {id: token for token, id in [*ranks.items(), *named]}
-            if len(self.token_bytes) < len(ranks) + len(named) or not all(
-                type(id) is int and 0 <= id < 2**31 and token for id, token in self.token_bytes.items()
-            ):
-                raise ValueError("expected tokens that are not empty, each with an id of its own from 0")
-            self.vocab_size = max(self.token_bytes) + 1
-            # A vocabulary may lack bytes (SmolLM2's does): these get ids without text, which encode() notices.
-            every_byte = {bytes([byte]): self.vocab_size + byte for byte in range(256)} | ranks
-            self.bpe = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=every_byte, special_tokens={})
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, BadInput):
-                raise
-            raise BadInput(f"{self.path / name}: not laid out as expected: {error!r}") from error
-
-        config, generation, model = (
-            read_json(self.path / name, files.get(name, "{}"))
-            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-        )
-        bos, eos = (
-            token.get("content") if isinstance(token, dict) else token
-            for token in (config.get("bos_token"), config.get("eos_token"))
-        )
+        vocabulary = self.read_vocabulary()
+        config = self.read_settings("tokenizer_config.json")
+        bos, eos = token_name(config.get("bos_token")), token_name(config.get("eos_token"))
+        first = vocabulary.first
         if chat == "llama3":
             first = "<|begin_of_text|>"  # its template says so itself
         elif first is None and config.get("add_bos_token"):
             first = bos
-        stops = generation.get("eos_token_id")
-        stops = model.get("eos_token_id") if stops is None else stops
-        if stops is None:  # without any settings these are Meta's files: its code stops at these two
-            stops = [self.special(name) for name in ([eos] if eos else ["<|end_of_text|>", "<|eot_id|>"])]
-        stops = stops if isinstance(stops, list) else [stops]
-        if not stops or not all(stop in self.specials.values() for stop in stops):
-            raise BadInput(f"{path}: eos_token_id {stops}: expected ids of special tokens")
-
+        stops = self.stops(eos)
         needed = [self.special(name) for name in CHATS[chat]]
         self.bos_id = None if first is None else self.special(first)
         self.stop_id = needed[-1] if needed else self.special(eos) if eos else stops[0]
         self.stop_ids = tuple(sorted({*stops, self.stop_id}))
-        rules = sorted(ranks.items()), pattern, self.nfc, chat, date, self.bos_id, needed, self.stop_id
+        ranks = sorted(vocabulary.ranks.items())
+        rules = ranks, vocabulary.pattern, self.nfc, chat, date, self.bos_id, needed, self.stop_id
         self.fingerprint = hashlib.sha256(repr(rules).encode()).hexdigest()
+
+    def read_vocabulary(self):
+        """-> Vocabulary; sets specials, nfc, token_bytes {id: bytes}, vocab_size and bpe (tiktoken)."""
+        name = "tokenizer.json" if "tokenizer.json" in self.files else "tokenizer.model"
+        require(name in self.files, f"{self.path}: neither tokenizer.json nor tokenizer.model is there")
+        read = read_tokenizer_json if name == "tokenizer.json" else read_tokenizer_model
+        try:
+            vocabulary = read(self.path / name, self.files[name])
+            self.specials, self.nfc = vocabulary.specials, vocabulary.nfc
+            named = [(special.encode(), id) for special, id in self.specials.items()]
+            self.token_bytes = {id: token for token, id in [*vocabulary.ranks.items(), *named]}
+            sound = all(
+                type(id) is int and 0 <= id < 2**31 and token for id, token in self.token_bytes.items()
+            )
+            if len(self.token_bytes) < len(vocabulary.ranks) + len(named) or not sound:
+                raise ValueError("expected tokens that are not empty, each with an id of its own from 0")
+            self.vocab_size = max(self.token_bytes) + 1
+            # A vocabulary may lack bytes (SmolLM2's does): these get ids without text, which encode()
+            # notices.
+            every_byte = {bytes([byte]): self.vocab_size + byte for byte in range(256)}
+            self.bpe = tiktoken.Encoding(
+                name,
+                pat_str=vocabulary.pattern,
+                mergeable_ranks=every_byte | vocabulary.ranks,
+                special_tokens={},
+            )
+        except BadInput:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{self.path / name}: not laid out as expected: {error!r}") from error
+        return vocabulary
+
+    def read_settings(self, name):
+        """The JSON object in one of the directory's files; {} if the file is not there."""
+        return read_json(self.path / name, self.files.get(name, "{}"))
+
+    def stops(self, eos):
+        """Ids that end a reply: eos_token_id of generation_config.json, else of config.json, else `eos`."""
+        stops = self.read_settings("generation_config.json").get("eos_token_id")
+        if stops is None:
+            stops = self.read_settings("config.json").get("eos_token_id")
+        if stops is None:  # without any settings these are Meta's files: its code stops at these two
+            names = [eos] if eos else ["<|end_of_text|>", "<|eot_id|>"]
+            stops = [self.special(name) for name in names]
+        stops = stops if isinstance(stops, list) else [stops]
+        known = stops and all(stop in self.specials.values() for stop in stops)
+        require(known, f"{self.path}: eos_token_id {stops}: expected ids of special tokens")
+        return stops
 
     @classmethod
     def load(cls, directory, chat="none", date=None):
+        """The Tokenizer of a model directory; BadInput if a file cannot be read."""
+        paths = [Path(directory, name) for name in FILES]
         try:
-            files = {
-                path.name: path.read_bytes()
-                for path in (Path(directory, name) for name in FILES)
-                if path.exists()
-            }
+            files = {path.name: path.read_bytes() for path in paths if path.exists()}
         except OSError as error:
             raise BadInput(f"{error.filename}: {error.strerror}") from None
         return cls(files, directory, chat, date)
@@ -252,15 +323,18 @@ class Tokenizer:
                 Path(directory, name).write_bytes(raw)
 
     def special(self, name):
-        if not isinstance(name, str) or name not in self.specials:
-            raise BadInput(f"{self.path}: the tokenizer has no special token {name!r} (chat {self.chat})")
+        """The id of a special token."""
+        known = isinstance(name, str) and name in self.specials
+        require(known, f"{self.path}: the tokenizer has no special token {name!r} (chat {self.chat})")
         return self.specials[name]
 
     def encode(self, text):
-        """Ids of ordinary text: no BOS, and what spells a special token stays text. decode(encode(text)) == text.
+        """Ids of ordinary text: no BOS; the spelling of a special token stays text. decode(encode(text)) ==
+        text.
 
-        Runs of more than LONGEST_RUN characters without a change between blank and not blank are cut, for on very long
-        ones tiktoken overflows its stack. Meta's llama3/tokenizer.py cuts them too, Hugging Face does not.
+        Runs of more than LONGEST_RUN characters without a change between whitespace and other text are cut,
+        because tiktoken overflows its stack on very long ones. Meta's llama3/tokenizer.py cuts them too,
+        Hugging Face does not.
         """
         if self.nfc:
             text = unicodedata.normalize("NFC", text)
@@ -268,21 +342,24 @@ class Tokenizer:
         if len(text) > LONGEST_RUN:
             for run in re.finditer(r"\s+|\S+", text):
                 cuts[-1:-1] = range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)
-        try:
-            ids = [
-                id for start, end in zip(cuts, cuts[1:]) for id in self.bpe.encode_ordinary(text[start:end])
-            ]
-        except (
-            BaseException
-        ) as error:  # what Rust calls a panic is no Exception, and its class cannot be imported
-            if type(error).__name__ != "PanicException":
-                raise
-            raise BadInput(f"{self.path}: the tokenizer's pattern takes forever on {text[:60]!r}") from None
+        ids = []
+        for start, end in zip(cuts, cuts[1:]):
+            ids += self.encode_ordinary(text[start:end])
         if b"".join(self.token_bytes.get(id, b"") for id in ids) != text.encode("utf-8", "surrogatepass"):
             raise BadInput(f"the tokenizer has no ids for a character or lone surrogate in {text[:60]!r}")
         return ids
 
+    def encode_ordinary(self, text):
+        """tiktoken's encode_ordinary, with BadInput where its pattern gives up."""
+        try:
+            return self.bpe.encode_ordinary(text)
+        except BaseException as error:  # a panic in Rust is no Exception, and its class cannot be imported
+            if type(error).__name__ != "PanicException":
+                raise
+            raise BadInput(f"{self.path}: the tokenizer's pattern takes forever on {text[:60]!r}") from None
+
     def decode(self, ids):
+        """The text of ids; bytes that are not UTF-8 and ids without a token become U+FFFD."""
         return b"".join(self.token_bytes.get(id, b"\xff") for id in ids).decode("utf-8", "replace")
 
     def ids_with(self, text):
@@ -290,27 +367,23 @@ class Tokenizer:
         return [id for id, raw in self.token_bytes.items() if text.encode() in raw]
 
     def token_texts(self, ids):
+        """decode() of each id on its own."""
         return [self.decode([id]) for id in ids]
 
     def messages(self, value, role):
-        """[(role, content)] of a text, a message or a list of messages; Llama 3's template trims every content."""
+        """[(role, content)] of a text, a message or a list of messages; Llama 3's template trims every
+        content."""
         value = {"role": role, "content": value} if isinstance(value, str) else value
         value = [value] if isinstance(value, dict) else value
-        if (
-            not value
-            or not isinstance(value, list)
-            or not all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in value
-            )
-        ):
-            raise BadInput(
-                f"expected text or a list of {{role, content}} messages, found {str(value)[:60]!r}"
-            )
-        return [(m["role"], m["content"].strip() if self.chat == "llama3" else m["content"]) for m in value]
+        require(
+            is_conversation(value),
+            f"expected text or a list of {{role, content}} messages, found {str(value)[:60]!r}",
+        )
+        strip = self.chat == "llama3"
+        return [(m["role"], m["content"].strip() if strip else m["content"]) for m in value]
 
     def turn(self, role, content):
-        """One message in the template; with None as content only its header, for the model to go on from there."""
+        """Ids of one message in the template; with content None, of the header that a reply continues."""
         if self.chat == "llama3":
             start, end = self.special("<|start_header_id|>"), self.special("<|end_header_id|>")
             ids = [start, *self.encode(role), end, *self.encode("\n\n" + (content or ""))]
@@ -320,7 +393,8 @@ class Tokenizer:
         return ids if content is None else [*ids, self.stop_id, *after]
 
     def encode_prompt(self, prompt):
-        """Ids of a text or of messages in the chat template, up to the reply's header; BOS once, if there is one."""
+        """Ids of a text or of messages in the chat template, up to the reply's header; BOS once, if there is
+        one."""
         messages = self.messages(prompt, "user")
         if self.chat == "none":
             if len(messages) > 1:
@@ -331,7 +405,9 @@ class Tokenizer:
                 system = messages.pop(0)[1] if messages[0][0] == "system" else ""
                 block = f"Cutting Knowledge Date: December 2023\nToday Date: {self.date}\n\n{system}"
                 messages.insert(0, ("system", block))
-            ids = [id for message in messages for id in self.turn(*message)] + self.turn("assistant", None)
+            ids = []
+            for role, content in [*messages, ("assistant", None)]:
+                ids += self.turn(role, content)
         return ids if self.bos_id is None else [self.bos_id, *ids]
 
     def encode_response(self, response):
@@ -345,23 +421,38 @@ class Tokenizer:
 def build_tokenizer(words):
     """A small tokenizer in Hugging Face's format: the 256 bytes, a token for each word, BOS and end of text.
 
-    words       each one piece of BUILT_IN, such as "Tom", " Tom", " 3" or "####"; bytes need no word
+    words       each one piece of BUILT_IN, such as "Tom", " Tom", " 3" or "####"; single bytes need no word
     A word is found as a whole (ignore_merges, as in Llama 3), so no tokens are spent on the steps towards it.
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
     for word in words:
         ranks.setdefault(word.encode(), len(ranks))
-    spell = lambda token: "".join(BYTE_TO_CHAR[byte] for byte in token)
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "clean_up_tokenization_spaces": False,
+    }
+    files = {"tokenizer.json": tokenizer_spec(ranks, bos, eos), "tokenizer_config.json": config}
+    files = {name: json.dumps(value, indent=1).encode() for name, value in files.items()}
+    tokenizer = Tokenizer(files, "built-in")
+    for word in words:
+        if len(tokenizer.encode(word)) != 1:
+            raise BadInput(f"word {word!r} is cut into several pieces and would never be a token")
+    return tokenizer
+
+
+def tokenizer_spec(ranks, bos, eos):
+    """The content of a tokenizer.json with the ordinary tokens `ranks`, then bos and eos."""
     flags = {"special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
-    first, text, other = (
-        {"SpecialToken": {"id": bos, "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-        {"Sequence": {"id": "B", "type_id": 1}},
-    )
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    other = {"Sequence": {"id": "B", "type_id": 1}}
     split = {"type": "Split", "pattern": {"Regex": BUILT_IN}, "behavior": "Isolated", "invert": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    spec = {
+    merges = [pair for pair in (last_merge(token, ranks) for token in ranks) if pair]
+    return {
         "version": "1.0",
         "added_tokens": [
             {"id": len(ranks) + i, "content": name, **flags} for i, name in enumerate((bos, eos))
@@ -378,20 +469,6 @@ def build_tokenizer(words):
             "type": "BPE",
             "ignore_merges": True,
             "vocab": {spell(token): id for token, id in ranks.items()},
-            "merges": [list(map(spell, pair)) for token in ranks if (pair := last_merge(token, ranks))],
+            "merges": [list(map(spell, pair)) for pair in merges],
         },
     }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "clean_up_tokenization_spaces": False,
-    }
-    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
-    tokenizer = Tokenizer(
-        {name: json.dumps(value, indent=1).encode() for name, value in files.items()}, "built-in"
-    )
-    for word in words:
-        if len(tokenizer.encode(word)) != 1:
-            raise BadInput(f"word {word!r} is cut into several pieces and would never be a token")
-    return tokenizer

@@ -1,4 +1,5 @@
-"""Graders against hand-made tables, OpenAI's graded solutions, the Q-RM authors' own test pairs, and noise."""
+"""Graders against hand-made tables, OpenAI's graded solutions, the Q-RM authors' own test pairs, and
+noise."""
 
 import importlib.util
 import json
@@ -312,8 +313,8 @@ PARTS = [
 def test_noise_neither_raises_nor_hangs():
     rng = random.Random(0)
     start = time.perf_counter()
-    for trial in range(2000):
-        text, label = ("".join(rng.choices(PARTS, k=rng.randint(0, 40))) for _ in range(2))
+    for _ in range(2000):
+        text, label = ("".join(rng.choices(PARTS, k=rng.randint(0, 40))) for _ in "ab")
         for grader in GRADERS[:3]:
             for task in TASKS:
                 grade(text, label, task, grader)
@@ -380,8 +381,9 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 15 rejected answers right; of the 5 chosen ones that it finds wrong,
-    3 are (-5 for 5, -5.34 for 3, 11 for 1), and 2 are right but close with a remark ("8 sheets (or 1/8 of ...)")."""
+    """The authors sorted 787 pairs by their rule. Ours finds 15 rejected answers right; of the 5 chosen ones
+    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), and 2 are right but close with a remark ("8
+    sheets (or 1/8 of ...)")."""
     labels = {row["question"].strip(): gsm8k_label(row["answer"]) for row in rows("test.jsonl")}
     pairs = rows("pairs_test.jsonl")
     count = {

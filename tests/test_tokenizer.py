@@ -226,7 +226,7 @@ def test_agrees_on_a_trained_vocabulary(tmp_path, form):
 def test_whatever_is_accepted_agrees(tmp_path):
     """Random lists of merges: those that tiktoken cannot follow are refused, the others give the same ids."""
     rng, refused = random.Random(0), 0
-    for i in range(150):
+    for _ in range(150):
         tokens, merges = ["a", "b", "Ġ"], []
         for _ in range(rng.randint(2, 9)):
             merges.append(f"{rng.choice(tokens)} {rng.choice(tokens)}")
@@ -351,17 +351,26 @@ def test_meta_file_equals_hugging_face_file(tmp_path):
 
 
 CUTTING = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-TEMPLATES = {  # Meta-Llama-3-8B-Instruct; the part of Llama-3.1-8B-Instruct without tools; Qwen2.5 without its default system message
-    "llama3": "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
-    "date": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}"
+HEADER = "'<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+REPLY = "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+# Meta-Llama-3-8B-Instruct; the part of Llama-3.1-8B-Instruct without tools;
+# Qwen2.5 without its default system message
+TEMPLATES = {
+    "llama3": "{% for m in messages %}{% set content = "
+    + HEADER
+    + " + m['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}" + REPLY,
+    "date": "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}"
     "{% else %}{% set system = '' %}{% endif %}{{ '<|start_header_id|>system<|end_header_id|>\n\n"
     + CUTTING
-    + "' + system + '<|eot_id|>' }}"
-    "{% for m in messages %}{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}",
-    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{{ '<|im_start|>assistant\n' }}",
+    + "' + system + '<|eot_id|>' }}{% for m in messages %}{{ "
+    + HEADER
+    + " + m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    + REPLY,
+    "chatml": "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{{ '<|im_start|>assistant\n' }}",
 }
 
 
