@@ -34,7 +34,6 @@ from data import (
 from model import (
     LanguageModel,
     ModelConfig,
-    Packed,
     ScalarModel,
     add_lora,
     build_model,
@@ -72,7 +71,6 @@ from support.evaluate import (
 )
 from support.files import BadInput, at_line, write_atomically
 from support.graders import grade
-from support.sampling import KVCache
 from support.settings import ARITH, check_paths, flags, out_path, parse, stage_config
 
 # ------------------------------------------------------------------------------------------------ files and logs
@@ -195,9 +193,9 @@ def stage_sft(cfg, grid):
         policy = adapted(load(LanguageModel, cfg.model, cfg, grid), cfg, cfg.lora_rank)
     else:
         tokenizer = arith_tokenizer()
-        policy = init_weights(
-            build_model(LanguageModel, arith_model(tokenizer), grid, getattr(torch, cfg.dtype)), cfg.seed
-        )
+        shape, dtype = arith_model(tokenizer), getattr(torch, cfg.dtype)
+        policy = build_model(LanguageModel, shape, grid, dtype, flex=cfg.flex, remat=cfg.remat)
+        init_weights(policy, cfg.seed)
     rows = load_rows(cfg.data, ("prompt", "response")) if cfg.data else arith_rows("train", 16_000, cfg.seed)
     rows, _ = encode(
         rows, tokenizer, cfg.max_seq_len, source=cfg.data or "built-in task", log=lambda text: say(grid, text)
@@ -569,11 +567,6 @@ def main(argv=None):
             raise BadInput(
                 f"--{'flex' if cfg.flex else 'graphs'}: works on CUDA only; expected --device cuda"
             )
-        Packed.flex, KVCache.graphs, KVCache.spare = (
-            cfg.flex,
-            cfg.graphs,
-            256 if cfg.graphs else 64,
-        )  # each growth is recorded anew
         say(grid, "config: " + "  ".join(f"{k} {getattr(cfg, k)}" for k in flags() if getattr(cfg, k) != ""))
         STAGES[cfg.stage](cfg, grid)
     except (BadInput, OSError) as e:

@@ -50,7 +50,7 @@ def sample_graded(policy, tokenizer, rows, cfg, grid, seed, temperature, k):
     """k answers a row: -> [[(text, response ids, correct, truncated)] * k] for this dp rank's rows, and the token count."""
     prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg) for _ in range(k)]
     responses, truncated = generate(
-        policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed
+        policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed, graphs=cfg.graphs
     )
     texts = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in responses]
     labels = [row["label"] for row in rows for _ in range(k)]
@@ -135,8 +135,8 @@ def graded_reward(kind, tokenizer, rows, cfg):
 
 def load(kind, directory, cfg, grid):
     """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
-    model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
-    model.model.remat = cfg.remat
+    dtype = getattr(torch, cfg.dtype)
+    model = load_model(kind, directory, grid, dtype, flex=cfg.flex, remat=cfg.remat)
     size = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
