@@ -1,17 +1,20 @@
-"""A LLaMA-style decoder with Hugging Face's parameter names, its two heads, sampling, and safetensors in and out.
+"""A LLaMA-style decoder with Hugging Face's parameter names, its two heads, and safetensors in and out.
 
-    residual stream x (B, T, D) ─► [RMSNorm ─ attention ─ +] ─► [RMSNorm ─ SwiGLU ─ +] ... ─► RMSNorm ─┬► lm_head: logits
-                                                                                                      └► score:   Z
+    stream x (B, T, D) ─► [RMSNorm ─ attention ─ +] ─► [RMSNorm ─ SwiGLU ─ +] ... ─► RMSNorm ─┬► lm_head
+                                                                                             └► score: Z
 
-B batch · T positions · D model width · H query heads · K key/value heads · E head width · F hidden · V vocabulary
-L layers · S cache columns · N response tokens; a size that is cut over tp is written as a fraction: H/tp
+B batch · T positions · D model width · H query heads · K key/value heads · E head width · F hidden
+V vocabulary · L layers · N tokens of a packed row · n response tokens
+x is the residual stream; a sharded size is written as a fraction: H/tp
 """
 
 import copy
 import json
+import math
 import zlib
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,24 +29,25 @@ from torch.utils.checkpoint import checkpoint
 from parallel import (
     ColumnLinear,
     KeyValueLinear,
-    LoRALinear,
+    ParallelLinear,
     RowLinear,
     VocabEmbedding,
+    add_lora_factors,
     all_reduce,
     check_divisible,
     copy_to_tp,
     gather_shards,
     linear,
+    merged_weight,
     reduce_from_tp,
-    shard_dim,
     shard_range,
     vocab_log_softmax,
     vocab_pick,
     vocab_sum,
 )
-from support.files import BadInput, write_atomically
+from support.files import BadInput, read_json, require, write_atomically
 
-# ------------------------------------------------------------------------------------------------ configuration
+# ---------------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -76,97 +80,121 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw):
-        """From config.json as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+        """From config.json as transformers 4 (`rope_scaling`) or 5 (`rope_parameters`) writes it.
 
-        Raises BadInput with one line for anything that this code would get wrong silently.
+        Raises BadInput with one line for anything that this code would silently get wrong.
         """
-        kind = raw.get("model_type")
-        if kind not in ("llama", "qwen2"):
-            raise BadInput(f"model_type {kind!r} is not supported; expected 'llama' or 'qwen2'")
-        if raw.get("quantization_config"):
-            raise BadInput("the weights are quantised; expected bf16, fp16 or fp32 weights")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise BadInput(f"hidden_act {raw['hidden_act']!r} is not supported; expected 'silu'")
-        biased = raw.get("mlp_bias") or (kind == "llama" and raw.get("attention_bias"))
-        if biased or raw.get("use_sliding_window"):
-            raise BadInput(
-                "mlp_bias, attention_bias and use_sliding_window are not supported; expected false"
-            )
-        rope = {
-            "rope_theta": raw.get("rope_theta", 10000.0),
-            **(raw.get("rope_parameters") or raw.get("rope_scaling") or {}),
-        }
+        _require_supported(raw)
+        rope = {"rope_theta": raw.get("rope_theta", 10000.0), **_rope_fields(raw)}
         rule = rope.get("rope_type", rope.get("type", "default"))
-        if rule not in ("default", "llama3"):
-            raise BadInput(f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'")
+        require(
+            rule in ("default", "llama3"),
+            f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'",
+        )
         try:
             heads = int(raw["num_attention_heads"])
-            scaling = (
-                RopeScaling(**{k: number(rope[k]) for k, number in RopeScaling.__annotations__.items()})
-                if rule == "llama3"
-                else None
-            )
             cfg = cls(
-                int(raw["vocab_size"]),
-                int(raw["hidden_size"]),
-                int(raw["intermediate_size"]),
-                int(raw["num_hidden_layers"]),
-                heads,
-                int(raw.get("num_key_value_heads") or heads),
-                int(raw.get("head_dim") or raw["hidden_size"] // heads),
-                float(raw.get("rms_norm_eps", 1e-6)),
-                float(rope["rope_theta"]),
-                scaling,
-                bool(raw.get("tie_word_embeddings", False)),
-                int(raw.get("max_position_embeddings", 2048)),
-                kind,
+                vocab_size=int(raw["vocab_size"]),
+                hidden_size=int(raw["hidden_size"]),
+                intermediate_size=int(raw["intermediate_size"]),
+                num_hidden_layers=int(raw["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+                head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
+                rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+                rope_theta=float(rope["rope_theta"]),
+                rope_scaling=_rope_scaling(rope) if rule == "llama3" else None,
+                tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
+                model_type=raw["model_type"],
             )
         except (KeyError, TypeError, ValueError, ArithmeticError) as e:
             raise BadInput(f"a field is missing or not a number: {e}") from None
-        sizes = (
-            cfg.vocab_size,
-            cfg.hidden_size,
-            cfg.intermediate_size,
-            cfg.num_hidden_layers,
-            heads,
-            cfg.num_key_value_heads,
-            cfg.head_dim,
-        )
-        if not all(0 < size < 2**24 for size in sizes):
-            raise BadInput(f"found sizes {sizes}, expected them to be positive and below 2^24")
-        if not all(
-            0 < x < float("inf")
-            for x in (cfg.rms_norm_eps, cfg.rope_theta, *(asdict(scaling).values() if scaling else ()))
-        ):
-            raise BadInput("rms_norm_eps and the numbers of RoPE must be positive and finite")
-        if scaling and scaling.low_freq_factor >= scaling.high_freq_factor:
-            raise BadInput("low_freq_factor must be below high_freq_factor")
-        if heads % cfg.num_key_value_heads or cfg.head_dim % 2:
-            raise BadInput(
-                f"{heads} heads with {cfg.num_key_value_heads} key/value heads of width {cfg.head_dim}: expected "
-                "query heads in equal groups, and an even width"
-            )
+        cfg.require_sane()
         return cfg
+
+    def require_sane(self):
+        """BadInput unless the sizes are positive and fit each other."""
+        sizes = (
+            self.vocab_size,
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_hidden_layers,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        )
+        require(
+            all(0 < size < 2**24 for size in sizes),
+            f"found sizes {sizes}, expected them to be positive and below 2^24",
+        )
+        scaling = self.rope_scaling
+        numbers = [self.rms_norm_eps, self.rope_theta, *(asdict(scaling).values() if scaling else ())]
+        require(
+            all(0 < x < float("inf") for x in numbers),
+            "rms_norm_eps and the numbers of RoPE must be positive and finite",
+        )
+        require(
+            scaling is None or scaling.low_freq_factor < scaling.high_freq_factor,
+            "low_freq_factor must be below high_freq_factor",
+        )
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0 and self.head_dim % 2 == 0,
+            f"{self.num_attention_heads} heads with {self.num_key_value_heads} key/value heads of width "
+            f"{self.head_dim}: expected query heads in equal groups, and an even width",
+        )
 
     def to_dict(self, head):
         """config.json for a model with head "lm" or "score", readable by transformers 4 and 5."""
         family = {"llama": "Llama", "qwen2": "Qwen2"}[self.model_type]
-        out = {
-            "architectures": [f"{family}{'ForCausalLM' if head == 'lm' else 'ForTokenClassification'}"],
-            "hidden_act": "silu",
-        }
-        out |= {k: v for k, v in asdict(self).items() if k != "rope_scaling"}
+        task = "ForCausalLM" if head == "lm" else "ForTokenClassification"
+        out = {"architectures": [family + task], "hidden_act": "silu", **asdict(self)}
+        del out["rope_scaling"]
         if self.rope_scaling:
             out["rope_scaling"] = {"rope_type": "llama3", **asdict(self.rope_scaling)}
-        if (
-            head == "score"
-        ):  # transformers counts labels by id2label, and would drop out 10 % without the last entry
+        if head == "score":
+            # transformers counts the labels by id2label, and its default dropout is 10 %
             out |= {"num_labels": 1, "id2label": {"0": "Z"}, "label2id": {"Z": 0}, "classifier_dropout": 0.0}
             out["tie_word_embeddings"] = False
         return out
 
 
-# ------------------------------------------------------------------------------------------------ the block, bottom up
+def _require_supported(raw):
+    """BadInput for a config.json that describes another architecture."""
+    model_type = raw.get("model_type")
+    require(
+        model_type in ("llama", "qwen2"),
+        f"model_type {model_type!r} is not supported; expected 'llama' or 'qwen2'",
+    )
+    require(
+        not raw.get("quantization_config"), "the weights are quantised; expected bf16, fp16 or fp32 weights"
+    )
+    activation = raw.get("hidden_act", "silu")
+    require(activation == "silu", f"hidden_act {activation!r} is not supported; expected 'silu'")
+    biased = raw.get("mlp_bias") or (model_type == "llama" and raw.get("attention_bias"))
+    require(
+        not biased and not raw.get("use_sliding_window"),
+        "mlp_bias, attention_bias and use_sliding_window are not supported; expected false",
+    )
+
+
+def _rope_fields(raw):
+    """The object that describes RoPE, under its new name or its old one; {} if there is none."""
+    fields = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    require(isinstance(fields, dict), f"rope_scaling is {str(fields)[:40]!r}; expected an object")
+    return fields
+
+
+def _rope_scaling(rope):
+    return RopeScaling(
+        factor=float(rope["factor"]),
+        low_freq_factor=float(rope["low_freq_factor"]),
+        high_freq_factor=float(rope["high_freq_factor"]),
+        original_max_position_embeddings=int(rope["original_max_position_embeddings"]),
+    )
+
+
+# ---------------------------------------------------------------------------------------- the block
 
 
 class RMSNorm(nn.Module):
@@ -186,22 +214,21 @@ class RMSNorm(nn.Module):
 
 # exercise 1.2 (8 lines): the angles of RoPE, with Llama 3.1's scaling
 @lru_cache(maxsize=16)
-@torch.inference_mode(False)  # what is kept must be fit for training, whoever asks first
+@torch.inference_mode(False)  # never cache an inference tensor, even if sampling asks first
 def rope_frequencies(cfg, device=torch.device("cpu")):
-    """Angles per position (radians), (E/2,) fp32: theta^(-2i/E), after Llama 3.1's scaling where the config asks for it.
+    """Radians per position, (E/2,) fp32: theta^(-2i/E), with Llama 3.1's scaling if the config has it.
 
-    With wavelength w = 2 pi / f, old length C and factors low, high: w < C/high keeps f, w > C/low divides it by
-    `factor`, and between them the two are blended linearly in C/w. Wrong values are invisible on short texts.
+    With wavelength w = 2 pi / f, old length C and factors low, high: w < C/high keeps f, w > C/low divides it
+    by `factor`, and in between the two are interpolated linearly in C/w. Wrong values are invisible on short
+    texts.
     """
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64)
     freqs = cfg.rope_theta ** (-i / cfg.head_dim)  # (E/2,)
     if cfg.rope_scaling:
         s = cfg.rope_scaling
-        turns = (
-            s.original_max_position_embeddings * freqs / (2 * torch.pi)
-        )  # C/w, turns within the old length
-        keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-        freqs = keep * freqs + (1 - keep) * freqs / s.factor
+        turns = s.original_max_position_embeddings * freqs / (2 * torch.pi)  # C/w, within the old length
+        kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        freqs = kept * freqs + (1 - kept) * freqs / s.factor
     return freqs.float().to(device)
 
 
@@ -213,120 +240,22 @@ def rope_table(positions, cfg):
 
 # exercise 1.3 (2 lines): RoPE turns queries and keys
 def apply_rope(x, cos, sin):
-    """Rotates pair (i, i + E/2) of each head by its angle: Hugging Face's "rotate half" layout. x (B, T, H, E)"""
+    """Rotates pair (i, i + E/2) of each head: Hugging Face's "rotate half" layout. x (B, T, H, E)"""
     a, b = x.chunk(2, dim=-1)  # (B, T, H, E/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-# Who attends to whom is not the block's business: an `attend(layer, q, k, v) -> y` is handed down to it. There are three:
+# The caller decides who attends to whom, and passes in `attend(layer, q, k, v) -> y`. There are three:
 # causal_attention (padded rows, the plain one), Packed.attend (training) and KVCache.attend (sampling).
-# exercise 1.4 (2 lines): causal attention with grouped heads
+# exercise 1.4 (3 lines): causal attention with grouped heads
 def causal_attention(layer, q, k, v):
-    """Every row of its own, each token to itself and those before it; H/K neighbouring query heads share a kv head.
-    q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> as q"""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
-    ).transpose(1, 2)
+    """Each row by itself, each token sees the past and itself; H/K neighbouring query heads share a kv head.
 
-
-@lru_cache
-def compiled_flex():
-    """torch's FlexAttention as one kernel, compiled once for rows of any length."""
-    return torch.compile(flex_attention, dynamic=True)
-
-
-class Packed:
-    """Real tokens only, each once: prompts and their responses one behind another in a single row, without pads.
-
-        ids         p0 p1 p2 | w3 w4 w5 | l3 l4 | q0 q1 | w2 ...     a prompt, its responses, the next prompt ...
-        positions   0  1  2  | 3  4  5  | 3  4  | 0  1  | 2 ...      each response goes on from the prompt's end,
-                                                                     and sees the prompt and itself, not its siblings
-    ids, positions    (1, N) int64
-    states, actions   (n,) int64: where in N the tokens stand that end s_t and that are a_t, for all n response tokens in
-                      reading order, i.e. in the order of x[response_mask]
+    q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> (B, T, H/tp, E)
     """
-
-    flex = False  # use torch's FlexAttention, one kernel for the whole row (CUDA; elsewhere it is slow and has no backward)
-
-    def __init__(self, groups, device):
-        """groups: list of (prompt ids, [response ids, ...]), all lists of int"""
-        ids, positions, states, actions, self.lengths, self.buckets = [], [], [], [], [], {}
-        for prompt, responses in groups:
-            p, before = (
-                len(self.lengths),
-                len(ids) + len(prompt) - 1,
-            )  # `before` ends the first state of each response
-            ids += prompt
-            positions += range(len(prompt))
-            self.lengths.append(len(prompt))
-            for response in responses:
-                places = range(len(ids), len(ids) + len(response))
-                actions += places
-                states += [before, *places][: len(response)]
-                self.buckets.setdefault((len(prompt), len(response)), []).append(
-                    (p, len(self.lengths))
-                )  # pieces of a sequence
-                ids += response
-                positions += range(len(prompt), len(prompt) + len(response))
-                self.lengths.append(len(response))
-        self.ids, self.positions = (
-            torch.tensor([x], dtype=torch.int64, device=device) for x in (ids, positions)
-        )
-        self.states, self.actions = (
-            torch.tensor(x, dtype=torch.int64, device=device) for x in (states, actions)
-        )
-
-    @classmethod
-    def of(cls, ids, response_mask):
-        """From padded rows, ids (B, T+1), response_mask (B, T); neighbouring rows with the same prompt share it."""
-        groups = []
-        for row, mask in zip(ids.tolist(), response_mask.tolist()):
-            n = sum(mask)
-            start = mask.index(True) + 1 if n else 1
-            if not groups or groups[-1][0] != row[:start]:
-                groups.append((row[:start], []))
-            groups[-1][1].append(row[start : start + n])
-        return cls(groups, ids.device)
-
-    @cached_property
-    def block_mask(self):
-        """For FlexAttention: token i sees token j of its own piece (a prompt or a response) and of its prompt, up to i."""
-        piece = (
-            torch.arange(len(self.lengths)).repeat_interleave(torch.tensor(self.lengths)).to(self.ids.device)
-        )
-        prompt = torch.arange(len(self.lengths))
-        for p, r in (place for places in self.buckets.values() for place in places):
-            prompt[r] = p
-        prompt = prompt.to(self.ids.device)
-
-        def sees(batch, head, i, j):
-            return (j <= i) & ((piece[j] == piece[i]) | (piece[j] == prompt[piece[i]]))
-
-        return create_block_mask(sees, None, None, len(piece), len(piece), device=self.ids.device)
-
-    def attend(self, layer, q, k, v):
-        """One causal call for all sequences (prompt + response) of equal lengths: no mask, so nothing is computed twice but
-        the prompt's part of a second response. q (1, N, H/tp, E), k, v (1, N, K/tp, E) -> as q"""
-        if self.flex:
-            kernel = compiled_flex() if q.is_cuda else flex_attention
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return kernel(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(
-                1, 2
-            )
-        q, k, v = (x[0].split(self.lengths) for x in (q, k, v))
-        out = [None] * len(self.lengths)
-        for lengths, places in self.buckets.items():
-            rows = (
-                torch.cat([x[i] for place in places for i in place]).view(
-                    len(places), sum(lengths), *x[0].shape[1:]
-                )
-                for x in (q, k, v)
-            )
-            y = causal_attention(layer, *rows)  # (sequences, P + R, H/tp, E)
-            for (p, r), *parts in zip(places, *y.split(lengths, 1)):
-                out[p], out[r] = parts
-        return torch.cat(out)[None]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, E)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+    return y.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -334,25 +263,24 @@ class Attention(nn.Module):
 
     def __init__(self, cfg, grid):
         super().__init__()
-        self.grid, self.head_dim, bias = grid, cfg.head_dim, cfg.model_type == "qwen2"
+        self.grid, self.head_dim = grid, cfg.head_dim
+        bias = cfg.model_type == "qwen2"
         self.q_proj = ColumnLinear(cfg.hidden_size, cfg.num_attention_heads * cfg.head_dim, grid, bias)
         self.k_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
         self.v_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
         self.o_proj = RowLinear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, grid)
 
-    # exercise 1.5 (4 lines): the attention sub-layer, cut over tp
+    # exercise 1.5 (5 lines): the attention sub-layer, cut over tp
     def forward(self, x, rope, layer, attend):
-        """q, k and v of each head, q and k rotated, handed to `attend(layer, q, k, v)`, and its answer to o_proj.
+        """Projects x to q, k and v, rotates q and k, lets `attend(layer, q, k, v)` mix, and applies o_proj.
 
-        x (B, T, D), rope (cos, sin) of rope_table; attend takes q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> (B, T, D)
+        x (B, T, D), rope (cos, sin) of rope_table -> (B, T, D)
+        attend takes q (B, T, H/tp, E), k, v (B, T, K/tp, E) and gives what has the shape of q
         """
         x = copy_to_tp(x, self.grid)  # f, once for q, k and v
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        y = attend(
-            layer, apply_rope(q, *rope), apply_rope(k, *rope), v
-        )  # (B, T, H/tp, E); k, v (B, T, K/tp, E)
+        features = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads * E)
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in features)  # (B, T, H/tp or K/tp, E)
+        y = attend(layer, apply_rope(q, *rope), apply_rope(k, *rope), v)  # (B, T, H/tp, E)
         return reduce_from_tp(self.o_proj(y.flatten(2)), self.grid)  # g
 
 
@@ -383,88 +311,90 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.mlp = MLP(cfg, grid)
 
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x, rope, layer, attend):
+        x = x + self.self_attn(self.input_layernorm(x), rope, layer, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm. `forward` returns the residual stream BEFORE the final norm: the heads apply it,
-    because the fused Q-RM head wants the norm, the head and the loss in one piece."""
+    """Embedding, blocks, final norm.
 
-    remat = False  # trade time for memory: see forward
+    `forward` returns the residual stream BEFORE the final norm: the heads apply it, because the fused Q-RM
+    head wants the norm, the head and the loss in one piece.
 
-    def __init__(self, cfg, grid):
+    remat   keep each block's input only, and compute the block again in backward: less memory, more time
+    """
+
+    def __init__(self, cfg, grid, remat=False):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.remat = cfg, remat
         self.embed_tokens = VocabEmbedding(cfg.vocab_size, cfg.hidden_size, grid)
         self.layers = nn.ModuleList(Block(cfg, grid) for _ in range(cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(self, ids, positions=None, attend=causal_attention):
-        """ids (B, T) int64, positions (B or 1, T) int64 (from 0, if none are given) -> (B, T, D)"""
+        """ids (B, T) int64, positions (B or 1, T) int64 (None: 0, 1, 2, ...) -> (B, T, D)"""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]
         rope = rope_table(positions, self.cfg)
         x = self.embed_tokens(ids)  # (B, T, D)
         for i, layer in enumerate(self.layers):
-            if (
-                self.remat and torch.is_grad_enabled()
-            ):  # keeps x alone, and computes the block again in backward
+            if self.remat and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, i, attend, use_reentrant=False)
             else:
                 x = layer(x, rope, i, attend)
         return x
 
 
-# ------------------------------------------------------------------------------------------------ two heads
+# ---------------------------------------------------------------------------------------- two heads
 
 
 class _Model(nn.Module):
-    """A decoder and a head; knows how its parameters are cut (parallel.shard_dim)."""
+    """A decoder and a head.
+
+    flex    packed rows use torch's FlexAttention: one kernel for the whole row (CUDA; on the CPU it is slow
+            and
+            has no backward)
+    remat   see Decoder
+    """
 
     head = None
 
-    def __init__(self, cfg, grid):
+    def __init__(self, cfg, grid, flex=False, remat=False):
         super().__init__()
         check_divisible(grid.tp_size, cfg.num_attention_heads, cfg.num_key_value_heads, cfg.intermediate_size)
-        self.cfg, self.grid, self.model = cfg, grid, Decoder(cfg, grid)
+        self.cfg, self.grid, self.flex = cfg, grid, flex
+        self.model = Decoder(cfg, grid, remat)
 
-    def shard_dim(self, name):
-        return shard_dim(name, self.cfg.num_key_value_heads, self.grid.tp_size)
+    def sharding(self, name):
+        """How a parameter is cut over tp, by its layer's own account -> (dimension, its full extent there).
 
-    def full_size(self, name):
-        """Extent of a parameter along its sharded dimension in the whole model."""
-        c, layer = self.cfg, name.split(".")[-2]
-        return {
-            "q_proj": c.num_attention_heads * c.head_dim,
-            "o_proj": c.num_attention_heads * c.head_dim,
-            "k_proj": c.num_key_value_heads * c.head_dim,
-            "v_proj": c.num_key_value_heads * c.head_dim,
-            "embed_tokens": c.vocab_size,
-            "lm_head": c.vocab_size,
-        }.get(layer, c.intermediate_size)
+        The dimension is None for a parameter that every rank holds whole: norms, the scalar head.
+        """
+        path, _, leaf = name.rpartition(".")
+        layer = self.get_submodule(path)
+        return layer.sharding(leaf) if hasattr(layer, "sharding") else (None, None)
 
     def my_slice(self, name, full):
-        """This rank's part of the whole tensor (or of a safetensors slice, which then reads only that part)."""
-        dim = self.shard_dim(name)
+        """This rank's part of a whole tensor (of a safetensors slice, of which only this part is read)."""
+        dim, extent = self.sharding(name)
         if dim is None:
             return full[:]
-        start, stop = shard_range(self.full_size(name), self.grid.tp_rank, self.grid.tp_size)
+        start, stop = shard_range(extent, self.grid.tp_rank, self.grid.tp_size)
         return full[start:stop] if dim == 0 else full[:, start:stop]
 
     def gather(self, name, mine):
-        """The inverse of `my_slice`, on the main rank's CPU; the others, which must call it too, get an empty tensor."""
-        whole = gather_shards(mine, self.shard_dim(name), self.full_size(name), self.grid)
+        """The inverse of `my_slice`, on the main rank's CPU. All ranks call it; others get an empty one."""
+        whole = gather_shards(mine, *self.sharding(name), self.grid)
         return whole.cpu().contiguous() if self.grid.is_main else whole.new_empty(0)
 
     def full_shape(self, name, shape):
-        dim = self.shard_dim(name)
-        return (
-            tuple(shape)
-            if dim is None
-            else tuple(self.full_size(name) if d == dim else s for d, s in enumerate(shape))
-        )
+        """Shape of the whole parameter, of which this rank holds a slice of `shape`."""
+        dim, extent = self.sharding(name)
+        shape = list(shape)
+        if dim is not None:
+            shape[dim] = extent
+        return tuple(shape)
 
 
 class LanguageModel(_Model):
@@ -472,8 +402,8 @@ class LanguageModel(_Model):
 
     head = "lm"
 
-    def __init__(self, cfg, grid):
-        super().__init__(cfg, grid)
+    def __init__(self, cfg, grid, flex=False, remat=False):
+        super().__init__(cfg, grid, flex, remat)
         if not cfg.tie_word_embeddings:
             self.lm_head = ColumnLinear(cfg.hidden_size, cfg.vocab_size, grid)
 
@@ -488,43 +418,148 @@ class LanguageModel(_Model):
 
 
 class ScalarModel(_Model):
-    """A reward model or a critic: one number a position. LlamaForTokenClassification with one label and a zero bias."""
+    """A reward model or critic, one number per position: LlamaForTokenClassification with one label."""
 
     head = "score"
 
-    def __init__(self, cfg, grid):
-        super().__init__(cfg, grid)
+    def __init__(self, cfg, grid, flex=False, remat=False):
+        super().__init__(cfg, grid, flex, remat)
         self.score = nn.Linear(cfg.hidden_size, 1, bias=False)
 
     def scalars(self, x):
-        """Residual stream (..., D) -> (...) fp32: head and norm are the same on every tp rank."""
+        """Residual stream (..., D) -> (...) fp32; head and norm are the same on every tp rank."""
         return F.linear(self.model.norm(x).float(), self.score.weight.float()).squeeze(-1)
 
 
+# ---------------------------------------------------------------------------------------- packed rows
+
+
+@lru_cache
+def compiled_flex():
+    """torch's FlexAttention as one kernel, compiled once for rows of any length."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+class Packed:
+    """Real tokens only, each once: prompts, each followed by its responses, in one row without pads.
+
+        ids         p0 p1 p2 | w3 w4 w5 | l3 l4 | q0 q1 | w2 ...    a prompt, its responses, the next prompt
+        positions   0  1  2  | 3  4  5  | 3  4  | 0  1  | 2 ...     a response continues from its prompt,
+                                                                    sees it and itself, and no sibling
+    ids, positions    (1, N) int64
+    states, actions   (n,) int64: indices into N of the tokens that end s_t and that are a_t, for all n
+    response
+                      tokens in reading order, i.e. in the order of x[response_mask]
+    """
+
+    def __init__(self, groups, device, flex=False):
+        """groups: list of (prompt ids, [response ids, ...]), all lists of int; flex: see LanguageModel"""
+        self.flex = flex
+        self.lengths = []  # tokens of each piece; a piece is a prompt or a response
+        self.sequences = {}  # {(prompt length, response length): [(piece of the prompt, of the response)]}
+        ids, positions, states, actions = [], [], [], []
+        for prompt, responses in groups:
+            prompt_piece = len(self.lengths)
+            self.lengths.append(len(prompt))
+            ids += prompt
+            positions += range(len(prompt))
+            prompt_end = len(ids) - 1  # the first token of each response is said here
+            for response in responses:
+                sequence = (prompt_piece, len(self.lengths))
+                self.sequences.setdefault((len(prompt), len(response)), []).append(sequence)
+                self.lengths.append(len(response))
+                places = range(len(ids), len(ids) + len(response))
+                actions += places
+                states += [prompt_end, *places][: len(response)]
+                ids += response
+                positions += range(len(prompt), len(prompt) + len(response))
+        self.ids = torch.tensor([ids], dtype=torch.int64, device=device)
+        self.positions = torch.tensor([positions], dtype=torch.int64, device=device)
+        self.states = torch.tensor(states, dtype=torch.int64, device=device)
+        self.actions = torch.tensor(actions, dtype=torch.int64, device=device)
+
+    @classmethod
+    def of(cls, ids, response_mask, flex=False):
+        """From padded ids (B, T+1), response_mask (B, T); neighbouring rows with the same prompt share it."""
+        groups = []
+        for row, mask in zip(ids.tolist(), response_mask.tolist()):
+            n = sum(mask)
+            start = mask.index(True) + 1 if n else 1  # of the response, in ids
+            prompt, response = row[:start], row[start : start + n]
+            if not groups or groups[-1][0] != prompt:
+                groups.append((prompt, []))
+            groups[-1][1].append(response)
+        return cls(groups, ids.device, flex)
+
+    def attend(self, layer, q, k, v):
+        """One causal call for all sequences (prompt + response) of equal lengths.
+
+        No mask is needed, and only the prompt's part of a second response is computed twice.
+        q (1, N, H/tp, E), k, v (1, N, K/tp, E) -> (1, N, H/tp, E)
+        """
+        if self.flex:
+            return self.attend_flex(q, k, v)
+        pieces = [x[0].split(self.lengths) for x in (q, k, v)]  # (tokens, heads, E) each
+        out = [None] * len(self.lengths)
+        for lengths, sequences in self.sequences.items():
+            order = list(chain.from_iterable(sequences))
+            rows = [torch.cat([x[piece] for piece in order]) for x in pieces]
+            rows = [x.view(len(sequences), sum(lengths), *x.shape[1:]) for x in rows]
+            y = causal_attention(layer, *rows)  # (sequences, P + R, H/tp, E)
+            prompts, responses = y.split(lengths, 1)
+            for i, (prompt_piece, response_piece) in enumerate(sequences):
+                out[prompt_piece], out[response_piece] = prompts[i], responses[i]
+        return torch.cat(out)[None]
+
+    def attend_flex(self, q, k, v):
+        """The same by one kernel for the whole row."""
+        kernel = compiled_flex() if q.is_cuda else flex_attention
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (1, heads, N, E)
+        y = kernel(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        return y.transpose(1, 2)
+
+    @cached_property
+    def block_mask(self):
+        """For FlexAttention: token i sees token j of its own piece and of its prompt, up to i."""
+        pieces = torch.arange(len(self.lengths))
+        prompt_of = pieces.clone()  # a prompt is its own
+        for prompt_piece, response_piece in chain.from_iterable(self.sequences.values()):
+            prompt_of[response_piece] = prompt_piece
+        prompt_of = prompt_of.to(self.ids.device)
+        piece = pieces.repeat_interleave(torch.tensor(self.lengths)).to(self.ids.device)  # (N,)
+
+        def sees(batch, head, i, j):
+            return (j <= i) & ((piece[j] == piece[i]) | (piece[j] == prompt_of[piece[i]]))
+
+        return create_block_mask(sees, None, None, len(piece), len(piece), device=self.ids.device)
+
+
 def at_states(model, ids, response_mask):
-    """Residual stream (n, D) where s_t has been read and a_t has not, for every response token in reading order."""
-    packed = Packed.of(ids, response_mask)
+    """x (n, D) where s_t has been read and a_t has not, for every response token in reading order."""
+    packed = Packed.of(ids, response_mask, model.flex)
     return model.model(packed.ids, packed.positions, packed.attend)[0, packed.states]
 
 
 def at_actions(model, ids, response_mask):
-    """Residual stream (n, D) where a_t has been read, for every response token in reading order."""
-    packed = Packed.of(ids, response_mask)
+    """x (n, D) where a_t has been read, for every response token in reading order."""
+    packed = Packed.of(ids, response_mask, model.flex)
     return model.model(packed.ids, packed.positions, packed.attend)[0, packed.actions]
 
 
-def in_place(response_mask, values):
-    """(n,) numbers of the response tokens in reading order -> (B, T) in the place of targets, 0 outside the mask"""
-    return torch.zeros(response_mask.shape, device=values.device, dtype=values.dtype).masked_scatter(
-        response_mask, values
-    )
+def scatter_to_mask(response_mask, values):
+    """(n,) numbers of the response tokens in reading order -> (B, T) like targets, 0 outside the mask"""
+    zeros = torch.zeros(response_mask.shape, device=values.device, dtype=values.dtype)
+    return zeros.masked_scatter(response_mask, values)
 
 
-LOGITS = 3 * 2**22  # in memory at a time, of a rank
+# ---------------------------------------------------------------------------------------- log-probabilities
+
+
+LOGITS = 3 * 2**22  # computed at a time, per rank
 
 
 def rows_at_a_time(policy):
-    """Tokens whose logits are made together: the same number on every rank, though their slices of the vocabulary may differ."""
+    """Tokens whose logits are computed together; equal on all ranks, even if their slices of V are not."""
     return max(1, LOGITS // -(-policy.cfg.vocab_size // policy.grid.tp_size))
 
 
@@ -533,31 +568,41 @@ def _product(x, weight, out):
     return torch.mm(x, weight.T, out=out) if x.dtype == out.dtype else out.copy_(x @ weight.T)
 
 
+def _chunk_logprobs(logits, probs, columns, mine, grid):
+    """For one chunk of tokens -> (3, rows): log-probability of the target, entropy, log-sum-exp.
+
+    logits    (rows, V/tp) fp32, overwritten       probs   buffer of the same shape
+    columns   (rows,) of the target in my slice    mine    (rows,) bool: whether it lies there
+    """
+    top = all_reduce(logits.amax(-1), grid.tp_group, dist.ReduceOp.MAX)  # (rows,)
+    logits -= top[:, None]
+    picked = logits.gather(-1, columns[:, None])[:, 0] * mine
+    torch.exp(logits, out=probs)
+    sums = torch.stack([probs.sum(-1), logits.mul_(probs).sum(-1), picked])
+    total, weighted, picked = all_reduce(sums, grid.tp_group)
+    log_total = total.log()
+    return torch.stack([picked - log_total, log_total - weighted / total, top + log_total])
+
+
 class _TokenLogprobs(torch.autograd.Function):
-    """See token_logprobs. Logits are made for `rows` tokens at a time, and again in backward: only their log-sum is kept."""
+    """See token_logprobs. Logits are computed for `rows` tokens at a time, and again in backward: only
+    their log-sum-exp is kept."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, vocab_size, grid, rows):
         start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
-        mine, places = (targets >= start) & (targets < stop), (targets - start).clamp(0, stop - start - 1)
-        logits, probs = (
-            x.new_empty(min(rows, len(x)), len(weight), dtype=torch.float32) for _ in range(2)
-        )  # once: fresh memory is slow
-
-        def some(x, place, own):
-            l = _product(x, weight, logits[: len(x)]).div_(temperature)  # (rows, V/tp)
-            top = all_reduce(l.amax(-1), grid.tp_group, dist.ReduceOp.MAX)
-            l -= top[:, None]
-            picked, p = l.gather(-1, place[:, None])[:, 0] * own, torch.exp(l, out=probs[: len(x)])
-            total, weighted, picked = all_reduce(
-                torch.stack([p.sum(-1), l.mul_(p).sum(-1), picked]), grid.tp_group
-            )
-            return torch.stack([picked - total.log(), total.log() - weighted / total, top + total.log()])
-
-        logprobs, entropy, log_sum = torch.cat(
-            list(map(some, x.split(rows), places.split(rows), mine.split(rows))), 1
-        )  # (n,) each
-        ctx.save_for_backward(x, weight, places, mine, log_sum)
+        mine = (targets >= start) & (targets < stop)  # (n,)
+        columns = (targets - start).clamp(0, stop - start - 1)  # (n,)
+        shape = (min(rows, len(x)), len(weight))
+        logits = x.new_empty(shape, dtype=torch.float32)  # one buffer for all chunks: fresh memory is slow
+        probs = torch.empty_like(logits)
+        chunks = []
+        for x_part, columns_part, mine_part in zip(x.split(rows), columns.split(rows), mine.split(rows)):
+            n = len(x_part)
+            scaled = _product(x_part, weight, logits[:n]).div_(temperature)  # (n, V/tp)
+            chunks.append(_chunk_logprobs(scaled, probs[:n], columns_part, mine_part, grid))
+        logprobs, entropy, log_sum = torch.cat(chunks, 1)  # (n,) each
+        ctx.save_for_backward(x, weight, columns, mine, log_sum)
         ctx.temperature, ctx.rows = temperature, rows
         ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -565,25 +610,26 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        x, weight, places, mine, log_sum = ctx.saved_tensors
-        dx, dw = (
-            torch.empty_like(x),
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None,
-        )
+        """d logprob / d l_v = [v is the target] - softmax(l)_v, then through l = x weight^T / temperature."""
+        x, weight, columns, mine, log_sum = ctx.saved_tensors
+        dx, dw = torch.empty_like(x), None
+        if ctx.needs_input_grad[1]:
+            dw = torch.zeros_like(weight, dtype=torch.float32)
         logits = x.new_empty(min(ctx.rows, len(x)), len(weight), dtype=torch.float32)
-        for i in range(0, len(x), ctx.rows):  # d logprob / d l_v = [v is the target] - softmax(l)_v
-            part = slice(i, i + ctx.rows)
-            g = (
-                _product(x[part], weight, logits[: len(x[part])])
-                .div_(ctx.temperature)
-                .sub_(log_sum[part, None])
-                .exp_()
-            )
+        for start in range(0, len(x), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            dlogits = _product(x[part], weight, logits[: len(x[part])])  # one buffer from here on
+            dlogits.div_(ctx.temperature).sub_(log_sum[part, None]).exp_()  # softmax
             scale = grad[part, None] / ctx.temperature
-            g = g.mul_(-scale).scatter_add_(1, places[part, None], scale * mine[part, None]).to(x.dtype)
-            torch.mm(g, weight, out=dx[part])
-            if dw is not None:
-                dw.addmm_(g.T, x[part]) if g.dtype == dw.dtype else dw.add_(g.T @ x[part])
+            dlogits.mul_(-scale).scatter_add_(1, columns[part, None], scale * mine[part, None])
+            dlogits = dlogits.to(x.dtype)
+            torch.mm(dlogits, weight, out=dx[part])
+            if dw is None:
+                continue
+            if dlogits.dtype == dw.dtype:
+                dw.addmm_(dlogits.T, x[part])
+            else:
+                dw.add_(dlogits.T @ x[part])
         return dx, None if dw is None else dw.to(weight.dtype), None, None, None, None, None
 
 
@@ -591,82 +637,112 @@ def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
     """log pi(targets[:, t] | inputs[:, :t+1]) and the entropy of pi there, in nats.
 
     ids (B, T+1) int64, response_mask (B, T) bool -> logprobs, entropy: (B, T) fp32, 0 outside the mask.
-    The entropy carries no gradient. Scores are taken at the temperature that the tokens were sampled at.
-    `rows` tokens at a time are compared with the vocabulary; 0 takes as many as make 12 M logits. The plain way is
-    response_log_softmax(...).gather(targets): with 128,256 words and 2,048 tokens 2 GB more.
+    The entropy carries no gradient. temperature: the one that the tokens were sampled at.
+    rows: tokens whose logits are computed at a time; 0 is as many as make 12 M logits. The plain way is
+    response_log_softmax(...).gather(targets): with 128,256 words and 2,048 tokens it takes 2 GB more.
     """
-    x, targets = (
-        copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid),
-        ids[:, 1:][response_mask],
-    )
-    weight = policy.head_weight
-    rows = rows or rows_at_a_time(policy)
+    x = copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid)  # (n, D)
+    targets = ids[:, 1:][response_mask]
     logprobs, entropy = _TokenLogprobs.apply(
-        x, weight, targets, temperature, policy.cfg.vocab_size, policy.grid, rows
+        x,
+        policy.head_weight,
+        targets,
+        temperature,
+        policy.cfg.vocab_size,
+        policy.grid,
+        rows or rows_at_a_time(policy),
     )
-    return in_place(response_mask, logprobs), in_place(response_mask, entropy)
+    return scatter_to_mask(response_mask, logprobs), scatter_to_mask(response_mask, entropy)
 
 
 def response_log_softmax(policy, ids, response_mask, temperature=1.0):
-    """log pi(. | s_t) over the vocabulary at the response positions, the plain way: what token_logprobs is tested against.
+    """log pi(. | s_t) over the vocabulary at the response positions: token_logprobs is tested against it.
 
-    ids (B, T+1), response_mask (B, T) -> (N, V/tp) fp32 nats; N = response_mask.sum(), rows in reading order
+    ids (B, T+1), response_mask (B, T) -> (n, V/tp) fp32 nats; n = response_mask.sum(), rows in reading order
     """
-    x = policy.model(ids[:, :-1])[response_mask]  # (N, D): position t has read s_t
+    x = policy.model(ids[:, :-1])[response_mask]  # (n, D): position t has read s_t
     return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
 
 
 @torch.no_grad()
 def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
-    """KL(pi || ref) at every state, summed over the vocabulary: (B, T+1), (B, T) -> (B, T) nats, 0 outside the mask"""
-    states = [
-        at_states(model, ids, response_mask).split(rows_at_a_time(policy)) for model in (policy, reference)
-    ]
-    out = []
-    for xs in zip(*states):
-        log_pi, log_ref = (
-            vocab_log_softmax(m.logits(x).float() / temperature, m.grid)
-            for m, x in zip((policy, reference), xs)
-        )
-        out.append(vocab_sum(log_pi.exp() * (log_pi - log_ref), policy.grid))  # (rows,)
-    return in_place(response_mask, torch.cat(out))
+    """KL(pi || ref) at every state, a sum over the vocabulary.
+
+    ids (B, T+1), response_mask (B, T) -> (B, T) nats, 0 outside the mask
+    """
+
+    def log_softmax(model, x):
+        return vocab_log_softmax(model.logits(x).float() / temperature, model.grid)  # (rows, V/tp)
+
+    rows = rows_at_a_time(policy)
+    states = at_states(policy, ids, response_mask).split(rows)
+    ref_states = at_states(reference, ids, response_mask).split(rows)
+    kl = []
+    for x, ref_x in zip(states, ref_states):
+        log_pi, log_ref = log_softmax(policy, x), log_softmax(reference, ref_x)
+        kl.append(vocab_sum(log_pi.exp() * (log_pi - log_ref), policy.grid))  # (rows,)
+    return scatter_to_mask(response_mask, torch.cat(kl))
 
 
 def token_logits(policy, ids, response_mask):
-    """The logit of targets[:, t] after inputs[:, :t+1]: (B, T+1) int64, (B, T) bool -> (B, T) fp32, 0 outside the mask"""
+    """The logit of targets[:, t] after inputs[:, :t+1].
+
+    ids (B, T+1) int64, response_mask (B, T) bool -> (B, T) fp32, 0 outside the mask
+    """
     logits = policy.logits(at_states(policy, ids, response_mask)).float()  # (n, V/tp)
-    return in_place(
-        response_mask, vocab_pick(logits, ids[:, 1:][response_mask], policy.cfg.vocab_size, policy.grid)
-    )
+    targets = ids[:, 1:][response_mask]
+    picked = vocab_pick(logits, targets, policy.cfg.vocab_size, policy.grid)  # (n,)
+    return scatter_to_mask(response_mask, picked)
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ---------------------------------------------------------------------------------------- sampling
 
 
 # exercise 1.7 (4 lines): sampling by the inverse CDF
 def sample_tokens(probs, uniforms):
-    """Inverse CDF with one uniform a row: exact, one pass, and the same on every rank that is handed the same numbers.
+    """Inverse CDF with one uniform per row: exact, one pass, and equal on all ranks that get equal numbers.
 
-    probs (B, V) fp32, which need not sum to 1, uniforms (B,) in [0, 1) -> (B,) int64; a token of probability 0 is never drawn
+    probs (B, V) fp32, which need not sum to 1, uniforms (B,) in [0, 1) -> (B,) int64
+    A token of probability 0 is never drawn; a row of NaN yields some valid id.
     """
     cdf = probs.cumsum(-1)  # (B, V)
     height = uniforms[:, None] * cdf[:, -1:]
-    height = torch.minimum(
-        height, torch.nextafter(cdf[:, -1:], cdf.new_zeros(()))
-    )  # rounding must not step past the end
-    return (
-        torch.searchsorted(cdf, height, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)
-    )  # a row of nan, too, gets an id
+    height = torch.minimum(height, torch.nextafter(cdf[:, -1:], cdf.new_zeros(())))  # below the total
+    return torch.searchsorted(cdf, height, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)
 
 
-# ------------------------------------------------------------------------------------------------ weights
+@torch.no_grad()
+def generate_plainly(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0):
+    """One answer per prompt, without cache or batch: what support.sampling.generate must give, only faster.
+
+    Prompt i, step t always use the same uniform number, so an answer depends on no other prompt.
+    -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
+    """
+    generator, device = torch.Generator().manual_seed(seed), policy.grid.device
+    uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+    responses = []
+    for prompt, row in zip(prompts, uniforms):
+        response = []
+        while len(response) < max_new_tokens and not (response and response[-1] in stop_ids):
+            x = policy.model(torch.tensor([prompt + response], device=device))[:, -1]  # (1, D)
+            logits = gather_shards(policy.logits(x).float(), 1, policy.cfg.vocab_size, policy.grid)
+            if temperature:
+                token = sample_tokens((logits / temperature).softmax(-1), row[len(response), None])
+            else:
+                token = logits.argmax(-1)
+            response.append(token.item())
+        responses.append(response)
+    return responses, [response[-1] not in stop_ids for response in responses]
+
+
+# ---------------------------------------------------------------------------------------- weights
 
 
 @torch.no_grad()
 def init_weights(model, seed, only=""):
-    """Normal weights of variance 1/fan_in; norms 1; biases, lora_B and the scalar head 0, so that a new one is neutral.
+    """Normal weights of variance 1/fan_in; norms 1; biases, lora_B and the scalar head 0 (neutral).
 
-    Every matrix is drawn whole from (seed, its name) and then sliced: each tp size holds the same model.
+    Every matrix is drawn whole from (seed, its name) and then sliced, so all tp sizes get the same model.
     only   part of a name: all other parameters are left alone
     """
     for name, param in model.named_parameters():
@@ -678,210 +754,235 @@ def init_weights(model, seed, only=""):
             param.zero_()
         else:
             shape = model.full_shape(name, param.shape)
-            generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))  # it reads 32 bits
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))  # reads 32 bits
             full = torch.randn(shape, generator=generator) * shape[1] ** -0.5
             param.copy_(model.my_slice(name, full))
     return model
 
 
 def add_lora(model, rank, seed, alpha=0):
-    """A model to train that shares the weights of `model`, and has adapters on the seven linear layers of each block.
+    """A model to train: the weights of `model`, shared, and adapters on the linear layers of its blocks.
 
-    Only the adapters and the scalar head learn; the first forward is that of `model`, which stays as it is: a frozen reference.
+    Only the adapters and the scalar head are trained. The first forward is that of `model`, which is frozen
+    and can serve as the reference.
     alpha   the update is alpha/rank B A; 0 is the rank, so that the factor is 1 (the paper)
     """
-    adapted = copy.deepcopy(
-        model.requires_grad_(False), {id(x): x for x in (model.grid, *model.parameters())}
-    )
+    model.requires_grad_(False)
+    shared = {id(x): x for x in (model.grid, *model.parameters())}  # not copied
+    adapted = copy.deepcopy(model, shared)
     for layer in adapted.model.layers.modules():
-        if isinstance(layer, LoRALinear):
-            layer.add_lora(rank, alpha or rank)
+        if isinstance(layer, ParallelLinear):
+            add_lora_factors(layer, rank, alpha or rank)
     if adapted.head == "score":
         adapted.score.requires_grad_(True)
     return init_weights(adapted, seed, only="lora_")
 
 
-def build_model(kind, cfg, grid, dtype=torch.float32):
-    """An uninitialised LanguageModel or ScalarModel on the grid's device: made on the meta device, so nothing is filled twice."""
+def build_model(model_class, cfg, grid, dtype=torch.float32, *, flex=False, remat=False):
+    """An uninitialised LanguageModel or ScalarModel on the grid's device.
+
+    It is made on the meta device, so that no weight is filled twice.
+    """
     with torch.device("meta"):
-        model = kind(cfg, grid)
+        model = model_class(cfg, grid, flex, remat)
     return model.to(dtype).to_empty(device=grid.device)
 
 
+# ---------------------------------------------------------------------------------------- files
+
+
 def read_config(directory):
-    """config.json of a model directory -> (ModelConfig, the raw dict); BadInput with one line if it cannot be used."""
+    """config.json of a model directory -> (ModelConfig, the raw dict); BadInput if it is unusable."""
     path = Path(directory) / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise BadInput("expected a JSON object")
+        raw = read_json(path, path.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file; expected a Hugging Face model directory") from None
+    except OSError as e:
+        raise BadInput(f"{path}: {e}") from None
+    try:
         return ModelConfig.from_dict(raw), raw
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
-        reason = (
-            "no such file; expected a Hugging Face model directory" if isinstance(e, FileNotFoundError) else e
-        )
-        raise BadInput(f"{path}: {reason}") from None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise BadInput(f"{path}: {e}") from None
 
 
 def _weight_files(directory):
-    """{tensor name: safetensors file}, from model.safetensors or the index of its shards; never outside the directory."""
-    directory, index = Path(directory), Path(directory) / "model.safetensors.index.json"
+    """{tensor name: file}, from model.safetensors or the index of its shards; never outside `directory`."""
+    directory = Path(directory)
+    path = directory / "model.safetensors.index.json"
     try:
-        if index.exists():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            if any(
-                not isinstance(f, str) or Path(f).name != f or not f.isprintable() for f in names.values()
-            ):
-                raise BadInput("a shard lies outside the directory, or its name cannot be printed")
-            return {name: directory / file for name, file in names.items()}
-        index = directory / "model.safetensors"
-        with safe_open(index, "pt") as f:
-            return dict.fromkeys(f.keys(), index)
+        if not path.exists():
+            path = directory / "model.safetensors"
+            with safe_open(path, "pt") as file:
+                return dict.fromkeys(file.keys(), path)
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        require(
+            all(isinstance(f, str) and Path(f).name == f and f.isprintable() for f in files.values()),
+            "a shard lies outside the directory, or its name cannot be printed",
+        )
+        return {name: directory / file for name, file in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
-        raise BadInput(f"{index}: not a readable safetensors file or index: {e}") from None
+        raise BadInput(f"{path}: not a readable safetensors file or index: {e}") from None
 
 
 @torch.no_grad()
-def load_model(kind, directory, grid, dtype=torch.float32):
+def load_model(model_class, directory, grid, dtype=torch.float32, *, flex=False, remat=False):
     """A LanguageModel or ScalarModel from a Hugging Face directory; each rank reads only its slices.
 
     Strict: a missing, unexpected or misshapen tensor is a BadInput that names it. One exception, by design: a
     ScalarModel made from a language model drops `lm_head` and gets a new zero head (a reward model's start).
+    flex, remat: see the constructor.
     """
     cfg, raw = read_config(directory)
-    classes = str(raw.get("architectures"))
-    from_lm = "ForCausalLM" in classes
-    if not from_lm and (kind is LanguageModel or "ForTokenClassification" not in classes):
-        raise BadInput(
-            f"{directory}: config.json says {classes}; expected {'a language model' if kind is LanguageModel else 'a reward model'}"
-        )
+    architectures = str(raw.get("architectures"))
+    is_lm = "ForCausalLM" in architectures
+    wants_lm = model_class is LanguageModel
+    require(
+        is_lm or (not wants_lm and "ForTokenClassification" in architectures),
+        f"{directory}: config.json says {architectures}; "
+        f"expected {'a language model' if wants_lm else 'a reward model'}",
+    )
     files = _weight_files(directory)
-    if cfg.num_hidden_layers > len(files):  # before so many are built
-        raise BadInput(
-            f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors"
-        )
+    require(  # before so many layers are built
+        cfg.num_hidden_layers <= len(files),
+        f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors",
+    )
     try:
-        model = build_model(kind, cfg, grid, dtype)
+        model = build_model(model_class, cfg, grid, dtype, flex=flex, remat=remat)
     except RuntimeError as e:
         raise BadInput(f"{directory}: no memory for a model of the sizes in config.json: {e}") from None
     params = dict(model.named_parameters())
-    optional = (
-        {"lm_head.weight"}
-        if from_lm and (kind is ScalarModel or cfg.tie_word_embeddings)
-        else {"score.bias"} - params.keys()
+    new_head = {"score.weight"} if is_lm and not wants_lm else set()
+    ignored = set()  # tensors that may be in the files, beside the parameters
+    if is_lm and (new_head or cfg.tie_word_embeddings):
+        ignored = {"lm_head.weight"}
+    elif not is_lm:
+        ignored = {"score.bias"}
+    missing = params.keys() - files.keys() - new_head
+    unexpected = files.keys() - params.keys() - ignored
+    require(
+        not missing and not unexpected,
+        f"{directory}: weights do not fit config.json; "
+        f"missing: {sorted(missing)[:3]}, unexpected: {sorted(unexpected)[:3]}",
     )
-    new_head = {"score.weight"} if from_lm and kind is ScalarModel else set()
-    missing, extra = params.keys() - files.keys() - new_head, files.keys() - params.keys() - optional
-    if missing or extra:
-        raise BadInput(
-            f"{directory}: weights do not fit config.json; missing: {sorted(missing)[:3]}, unexpected: {sorted(extra)[:3]}"
-        )
-    for name in [n for n in (*params, "score.bias") if n in files]:
-        try:  # opened anew for each tensor, for what was read of an open file counts as this process's memory
-            with safe_open(files[name], "pt") as file:
-                view = file.get_slice(name)
-                if name == "score.bias":
-                    if view[:].any():
-                        raise BadInput(f"{files[name]}: score.bias is not zero; expected a head without bias")
-                    continue
-                expected = model.full_shape(name, params[name].shape)
-                if tuple(view.get_shape()) != expected or view.get_dtype() not in (
-                    "F32",
-                    "F16",
-                    "BF16",
-                    "F64",
-                ):
-                    raise BadInput(
-                        f"{files[name]}: {name} is {view.get_dtype()} {view.get_shape()}, expected floats {list(expected)}"
-                    )
-                params[name].copy_(model.my_slice(name, view))
-                if not params[name].sum().isfinite():  # one pass, no copy
-                    raise BadInput(f"{files[name]}: {name} has numbers that are not finite")
-        except (OSError, SafetensorError) as e:
-            raise BadInput(f"{files[name]}: cannot read {name}: {e}") from None
+    for name, param in params.items():
+        if name in files:
+            _load_tensor(model, name, param, files[name])
+    if "score.bias" in files:
+        _require_zero(files["score.bias"], "score.bias")
     if new_head:
         model.score.weight.zero_()
     return model
 
 
-def _merged(model, name, param):
-    layer, _, leaf = name.rpartition(".")
-    layer = model.get_submodule(layer)
-    return layer.merged() if leaf == "weight" and isinstance(layer, LoRALinear) else param
+def _load_tensor(model, name, param, path):
+    """Copies this rank's slice of a stored tensor into `param`; BadInput for a wrong shape or number."""
+    expected = model.full_shape(name, param.shape)
+    try:
+        # Reopened for each tensor: pages read from an open file count as memory of this process.
+        with safe_open(path, "pt") as file:
+            stored = file.get_slice(name)
+            shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+            require(
+                shape == expected and dtype in ("F32", "F16", "BF16", "F64"),
+                f"{path}: {name} is {dtype} {list(shape)}, expected floats {list(expected)}",
+            )
+            param.copy_(model.my_slice(name, stored))
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{path}: cannot read {name}: {e}") from None
+    finite = param.sum().isfinite()  # one pass, no copy
+    require(finite, f"{path}: {name} has numbers that are not finite")
+
+
+def _require_zero(path, name):
+    try:
+        with safe_open(path, "pt") as file:
+            bias = file.get_tensor(name)
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{path}: cannot read {name}: {e}") from None
+    require(not bias.any(), f"{path}: {name} is not zero; expected a head without bias")
 
 
 @torch.no_grad()
 def save_model(model, directory, max_shard_bytes=5 * 10**9):
-    """Writes config.json and safetensors shards in Hugging Face's layout: all ranks call it, the main one writes.
+    """Writes config.json and safetensors shards as Hugging Face does. All ranks call it, the main one writes.
 
-    The layout does not depend on tp: tensors are gathered one by one, and a shard is written as soon as it is full.
-    Adapters are merged into their weights (and rounded to their dtype).
+    The files do not depend on tp: tensors are gathered one by one, and a shard is written as soon as it is
+    full. Adapters are merged into their weights (and rounded to their dtype).
     """
-    directory, grid = Path(directory), model.grid
-    params = {n: p for n, p in model.named_parameters() if ".lora_" not in n}
-    names = list(params)
-    width = {
-        n: torch.Size(model.full_shape(n, p.shape)).numel() * p.element_size() for n, p in params.items()
+    directory, is_main = Path(directory), model.grid.is_main
+    params = {name: param for name, param in model.named_parameters() if ".lora_" not in name}
+    sizes = {
+        name: math.prod(model.full_shape(name, param.shape)) * param.element_size()
+        for name, param in params.items()
     }
-    plan = [[]]  # names per shard
-    for n in names:
-        if plan[-1] and sum(width[m] for m in plan[-1]) + width[n] > max_shard_bytes:
-            plan.append([])
-        plan[-1].append(n)
+    shards = _shard_names(sizes, max_shard_bytes)
     weight_map = {}
-    for i, shard in enumerate(plan):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{i + 1:05d}-of-{len(plan):05d}.safetensors"
-        tensors = {n: model.gather(n, _merged(model, n, params[n])) for n in shard}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {name: model.gather(name, _merged(model, name, params[name])) for name in names}
         if "score.weight" in tensors:
             tensors["score.bias"] = torch.zeros(1, dtype=tensors["score.weight"].dtype)
         weight_map |= dict.fromkeys(tensors, file)
-        if grid.is_main:
+        if is_main:
             write_atomically(directory / file, tensors)
-    if grid.is_main:
-        index = directory / "model.safetensors.index.json"
-        index.unlink(missing_ok=True)  # an older one would go before the new file
-        if len(plan) > 1:
-            write_atomically(
-                index,
-                json.dumps(
-                    {"metadata": {"total_size": sum(width.values())}, "weight_map": weight_map}, indent=1
-                ),
-            )
-        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        write_atomically(
-            directory / "config.json",
-            json.dumps({**model.cfg.to_dict(model.head), "torch_dtype": dtype}, indent=1),
-        )
+    if not is_main:
+        return
+    index = directory / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)  # an old index would take precedence over the new file
+    if len(shards) > 1:
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        write_atomically(index, json.dumps(content, indent=1))
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = {**model.cfg.to_dict(model.head), "torch_dtype": dtype}
+    write_atomically(directory / "config.json", json.dumps(config, indent=1))
+
+
+def _shard_names(sizes, max_bytes):
+    """{name: bytes} -> [names in each shard], in order; a tensor above max_bytes gets its own shard."""
+    shards, used = [[]], 0
+    for name, size in sizes.items():
+        if shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def _merged(model, name, param):
+    """`param`, or its sum with the layer's adapter where there is one."""
+    path, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(path)
+    return merged_weight(layer) if leaf == "weight" and isinstance(layer, ParallelLinear) else param
 
 
 @torch.no_grad()
 def save_adapter(model, directory, base):
-    """Writes the adapters, and the scalar head if there is one, as a PEFT directory: all ranks call it, the main one writes.
+    """Writes the adapters, and the scalar head if any, as PEFT does. All ranks call it, the main one writes.
 
-    base   the model directory that they were trained on, for adapter_config.json; the adapters belong on top of that one
+    base   the model directory that they were trained on, which adapter_config.json names
     """
-    tensors = {
-        f"base_model.model.{n}{'.weight' * ('.lora_' in n)}": model.gather(n, p)
-        for n, p in model.named_parameters()
-        if p.requires_grad
-    }
-    layers = {
-        n.split(".")[-1]: layer
-        for n, layer in model.model.layers.named_modules()
-        if isinstance(layer, LoRALinear)
-    }
-    rank, scale, is_score = len(layers["q_proj"].lora_A), layers["q_proj"].lora_scale, model.head == "score"
+    tensors = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            key = f"base_model.model.{name}" + (".weight" if ".lora_" in name else "")
+            tensors[key] = model.gather(name, param)
+    is_score = model.head == "score"
+    if is_score:
+        tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
+    modules = model.model.layers.named_modules()
+    layers = {name.split(".")[-1]: layer for name, layer in modules if isinstance(layer, ParallelLinear)}
+    rank = len(layers["q_proj"].lora_A)
     config = {
         "peft_type": "LORA",
         "task_type": "TOKEN_CLS" if is_score else "CAUSAL_LM",
         "base_model_name_or_path": str(base),
         "r": rank,
-        "lora_alpha": round(scale * rank),
+        "lora_alpha": round(layers["q_proj"].lora_scale * rank),
         "target_modules": sorted(layers),
         "modules_to_save": ["score"] if is_score else None,
     }
-    if is_score:
-        tensors["base_model.model.score.bias"] = torch.zeros(1, dtype=model.score.weight.dtype)
     if model.grid.is_main:
         write_atomically(directory / "adapter_model.safetensors", tensors)
         write_atomically(directory / "adapter_config.json", json.dumps(config, indent=1))

@@ -10,7 +10,7 @@ B trajectories of this process · T positions
 import torch
 import torch.distributed as dist
 
-from model import at_states, in_place, token_logprobs
+from model import at_states, scatter_to_mask, token_logprobs
 from parallel import Update, all_reduce, all_sum
 from reinforce import advantages as policy_advantages
 from reinforce import (
@@ -28,7 +28,7 @@ from reinforce import (
 # exercise 6.1 (1 line): the critic's position
 def state_values(critic, ids, response_mask):
     """V(s_t), read where the state ends and before the action is seen: at inputs[:, t]; 0 outside the mask. -> (B, T) fp32"""
-    return in_place(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
+    return scatter_to_mask(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
 
 # exercise 6.2 (7 lines): generalised advantage estimation

@@ -12,7 +12,7 @@ B sequences · P pairs (rows 2p and 2p+1 are the chosen and the rejected of pair
 import torch
 import torch.nn.functional as F
 
-from model import at_actions, in_place, token_logits, token_logprobs
+from model import at_actions, scatter_to_mask, token_logits, token_logprobs
 
 REWARD_MODELS = ("qrm", "plain", "logit", "orm", "prm", "dpo")  # what --stage rm can train
 POLICY_LIKE = ("logit", "dpo")  # of these, what is a language model; the others have a scalar head
@@ -33,7 +33,7 @@ def token_scores(reward_model, ids):
 
 def response_scores(reward_model, ids, response_mask):
     """The same numbers for response tokens only, 0 elsewhere, without work on pads or a prompt twice. -> (B, T) fp32"""
-    return in_place(response_mask, reward_model.scalars(at_actions(reward_model, ids, response_mask)))
+    return scatter_to_mask(response_mask, reward_model.scalars(at_actions(reward_model, ids, response_mask)))
 
 
 # exercise 4.2 (1 line): the mean over the response

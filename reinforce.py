@@ -95,7 +95,9 @@ def collect_rollout(policy, reference, reward_fn, prompts, stop_ids, cfg, seed, 
     """
     device = policy.grid.device
     prompts = [p for p in prompts for _ in range(cfg.group_size)]
-    responses, truncated = generate(policy, prompts, cfg.max_new_tokens, stop_ids, cfg.temperature, seed)
+    responses, truncated = generate(
+        policy, prompts, cfg.max_new_tokens, stop_ids, cfg.temperature, seed, graphs=cfg.graphs
+    )
     ids, mask = collate([Example(p, r) for p, r in zip(prompts, responses)], device)
     blank = [torch.zeros(mask.shape, device=device) for _ in range(6)]
     rollout = Rollout(ids, mask, torch.tensor(truncated, device=device), *blank, mask)

@@ -835,7 +835,7 @@ def check_5_5(m):
 
 def check_6_1(m):
     """V(s_t) may not have seen a_t = targets[:, t]: at_states gives the residual stream where s_t ends, critic.scalars the numbers,
-    and in_place puts them at t."""
+    and scatter_to_mask puts them at t."""
     critic, (ids, mask) = small_model(model, "ScalarModel"), rows()
     values = m.state_values(critic, ids, mask)
     for t in range(6):

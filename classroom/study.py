@@ -34,7 +34,7 @@ from theory import theory_table
 import data
 import qrm
 import train
-from model import LanguageModel, ScalarModel, at_states, in_place, load_model, save_model
+from model import LanguageModel, ScalarModel, at_states, load_model, save_model, scatter_to_mask
 from parallel import Grid
 from support import settings, tokenizers
 
@@ -636,7 +636,7 @@ def draw(path, arms, disputed):
 
 def scores_one_late(reward_model, ids, response_mask):
     """The mistake: Z is read where the state ends, so that every token gets the score of the token before it."""
-    return in_place(response_mask, reward_model.scalars(at_states(reward_model, ids, response_mask)))
+    return scatter_to_mask(response_mask, reward_model.scalars(at_states(reward_model, ids, response_mask)))
 
 
 CURVES = {  # {name: (flags, how Z is read, line)}

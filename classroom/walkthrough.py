@@ -24,8 +24,8 @@ from model import (
     ScalarModel,
     at_actions,
     build_model,
-    in_place,
     init_weights,
+    scatter_to_mask,
     token_logprobs,
 )
 from parallel import Grid, Optimizer, Update
@@ -243,7 +243,7 @@ norm, x = (
 )  # (n, D), where each a_t has been read
 shares, of_pair = token_shares(mask)  # (n,) each
 by_autograd, by_hand = (x.clone().requires_grad_() for _ in range(2))
-plain = qrm_loss(in_place(mask, reward_model.scalars(by_autograd)), mask)[0]
+plain = qrm_loss(scatter_to_mask(mask, reward_model.scalars(by_autograd)), mask)[0]
 fused, gaps = fused_qrm_loss(
     by_hand, norm.weight, reward_model.score.weight, shares, of_pair, 2, eps=norm.eps
 )

@@ -1,122 +1,141 @@
-"""The fast decoder: KV cache, slots, CUDA graphs, reordered weights."""
+"""The fast decoder: KV cache, slots, CUDA graphs, reordered weights. As model.generate_plainly, but fast.
+
+B slots of the cache · S its columns · L layers · D model width · H query heads · K key/value heads
+E head width · V vocabulary · n prompts; a sharded size is written as a fraction: H/tp
+"""
 
 import contextlib
 import os
 from functools import partial
-from itertools import accumulate, groupby, pairwise
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
 from model import Packed, sample_tokens
-from parallel import LoRALinear, gather_shards
-from support.files import BadInput
+from parallel import ParallelLinear, gather_shards
+from support.files import require
+
+# ---------------------------------------------------------------------------------------- the cache
 
 
 class KVCache:
-    """Keys and values of what was read so far: L tensors (B, K/tp, S, E) each. Slot b has used its first lengths[b] columns, and
-    what lies behind them is never seen. There are as many columns as the longest slot ever needed, and less than `spare` more."""
+    """Keys and values of all tokens read so far: L tensors (B, K/tp, S, E) each.
 
-    graphs = False  # on CUDA: a step is recorded once for a number of slots and a width, and then replayed without Python
-    spare = 64  # a multiple of 8; recorded steps are as wide as a multiple of it
+    Slot b has used its first lengths[b] columns; later ones are masked. S is what the longest slot ever
+    needed, rounded up by less than `spare`.
 
-    def __init__(self, policy, slots):
-        cfg, kv = policy.cfg, policy.model.layers[0].self_attn.k_proj
-        shape = (slots, 1 if kv.whole else kv.out_features // cfg.head_dim, 0, cfg.head_dim)
-        self.keys, self.values = ([kv.weight.new_zeros(shape) for _ in policy.model.layers] for _ in range(2))
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=kv.weight.device)
+    graphs   on CUDA: record a step once for each number of slots and width, then replay it without Python
+    spare    columns to grow by, a multiple of 8; recorded steps have widths that are multiples of it
+    """
+
+    def __init__(self, policy, slots, graphs=False, spare=64):
+        self.model, self.flex = policy.model, policy.flex
+        self.graphs, self.spare = graphs, spare
+        layers, k_proj = policy.model.layers, policy.model.layers[0].self_attn.k_proj
+        empty = k_proj.weight.new_zeros(slots, k_proj.heads, 0, k_proj.head_dim)
+        self.keys = [empty.clone() for _ in layers]
+        self.values = [empty.clone() for _ in layers]
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=empty.device)
         self.recorded = {}  # {width: step}
 
     def make_room(self, columns):
-        """At least so many columns from now on."""
-        if (missing := columns - self.keys[0].shape[2]) > 0:
+        """Grows the cache to at least `columns`."""
+        missing = columns - self.keys[0].shape[2]
+        if missing > 0:
             more = -(-missing // self.spare) * self.spare
-            self.change(lambda x: F.pad(x, (0, 0, 0, more)))
+            self.replace_tensors(lambda x: F.pad(x, (0, 0, 0, more)))
 
-    def keep(self, slots):
+    def keep_slots(self, slots):
         """Drops all slots but these. slots (B',) int64"""
         self.lengths = self.lengths[slots]
-        self.change(lambda x: x[slots])
+        self.replace_tensors(lambda x: x[slots])
 
-    def change(self, f):
-        """Puts f(x) in the place of each tensor, one by one: there is never more than one of them twice."""
-        self.recorded = {}
+    def replace_tensors(self, f):
+        """Replaces each tensor x by f(x), one at a time, to bound peak memory."""
+        self.recorded = {}  # recorded steps read the old tensors
         for tensors in (self.keys, self.values):
             for layer in range(len(tensors)):
                 tensors[layer] = f(tensors[layer])
 
-    def prefill(self, model, prompts, slots):
-        """Reads prompts[i] into slots[i] -> (B', D) residual stream at their last tokens. What all prompts begin with (a chat
-        template) is read once, and so are equal neighbours."""
-        groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
-        shared = min(len(os.path.commonprefix(prompts)), min(map(len, prompts)) - 1)
-        packed = Packed(
-            [(prompts[0][:shared], [prompt[shared:] for prompt, _ in groups])], self.lengths.device
-        )
-        ends = list(accumulate((len(prompt) - shared for prompt, _ in groups), initial=shared))
-        spans = [
-            [*range(shared), *range(a, b)] for (_, n), (a, b) in zip(groups, pairwise(ends)) for _ in range(n)
-        ]  # where each slot's tokens are
-        token, column, slot = (
-            torch.tensor(x, dtype=torch.int64, device=self.lengths.device)
-            for x in (
-                [t for span in spans for t in span],
-                [c for span in spans for c in range(len(span))],
-                [s for span, s in zip(spans, slots.tolist()) for _ in span],
-            )
-        )
-        self.make_room(max(map(len, prompts)))
+    def prefill(self, prompts, slots):
+        """Reads prompts[i] into slots[i] -> (B', D), the residual stream at their last tokens.
 
-        def attend(layer, q, k, v):
-            self.keys[layer][slot, :, column], self.values[layer][slot, :, column] = k[0, token], v[0, token]
+        The prefix that all prompts share (a chat template) is read once, and so are equal neighbours.
+        """
+        device = self.lengths.device
+        lengths = [len(prompt) for prompt in prompts]
+        shared = min(len(os.path.commonprefix(prompts)), min(lengths) - 1)
+        distinct = [(prompt, len(list(copies))) for prompt, copies in groupby(prompts)]
+        prefix, rests = prompts[0][:shared], [prompt[shared:] for prompt, _ in distinct]
+        packed = Packed([(prefix, rests)], device, self.flex)
+        places, end = [], shared  # for each prompt: where its tokens are in the packed row
+        for prompt, copies in distinct:
+            start, end = end, end + len(prompt) - shared
+            places += copies * [[*range(shared), *range(start, end)]]
+        tokens = _int64([place for tokens in places for place in tokens], device)
+        columns = _int64([column for length in lengths for column in range(length)], device)
+        rows = slots.repeat_interleave(_int64(lengths, device))
+        self.make_room(max(lengths))
+
+        def store_and_attend(layer, q, k, v):
+            self.keys[layer][rows, :, columns] = k[0, tokens]
+            self.values[layer][rows, :, columns] = v[0, tokens]
             return packed.attend(layer, q, k, v)
 
-        self.lengths[slots] = torch.tensor([len(prompt) for prompt in prompts], device=self.lengths.device)
-        return model(packed.ids, packed.positions, attend)[0, [span[-1] for span in spans]]
+        self.lengths[slots] = _int64(lengths, device)
+        x = self.model(packed.ids, packed.positions, store_and_attend)  # (1, N, D)
+        return x[0, [tokens[-1] for tokens in places]]
 
-    def attend(self, layer, q, k, v):
-        """One new token a slot: stores its k, v and attends to the slot's own past. q (1, B, H/tp, E), k, v (1, B, K/tp, E)"""
-        keys, values = self.keys[layer], self.values[layer]  # (B, K/tp, S, E)
-        keys.view(-1, keys.shape[-1])[self.places], values.view(-1, keys.shape[-1])[self.places] = (
-            k[0].flatten(0, 1),
-            v[0].flatten(0, 1),
-        )
-        grouped, n = (
-            q[0].unflatten(1, (k.shape[2], -1)),
-            self.seen.shape[-1],
-        )  # (B, K/tp, H/K, E): a kv head's queries side by side
-        return F.scaled_dot_product_attention(
-            grouped, keys[:, :, :n], values[:, :, :n], attn_mask=self.seen
-        ).reshape(q.shape)
-
-    def step(self, model, tokens):
-        """Reads one more token a slot. tokens (B,) int64 -> (B, D) residual stream, which the next step may overwrite"""
+    def step(self, tokens):
+        """Reads one more token per slot. tokens (B,) int64 -> (B, D), which the next step may overwrite"""
         unit = self.spare if self.graphs else 8  # odd widths are slow
         width = -(-(int(self.lengths.max()) + 1) // unit) * unit
         self.make_room(width)
         if not self.graphs:
-            return self._step(model, width, tokens)
+            return self._step(width, tokens)
         if width not in self.recorded:
-            self.recorded[width] = record(partial(self._step, model, width), tokens)
+            self.recorded[width] = record(partial(self._step, width), tokens)
         return self.recorded[width](tokens)
 
-    def _step(self, model, width, tokens):
+    def _step(self, width, tokens):
         _, heads, columns, _ = self.keys[0].shape
-        self.places = (
-            (torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads) * columns)
-            + self.lengths[:, None]
-        ).flatten()
+        rows = torch.arange(len(tokens) * heads, device=tokens.device).view(
+            -1, heads
+        )  # one per slot and head
+        self.places = (rows * columns + self.lengths[:, None]).flatten()  # (B * K/tp,) of the new keys
         unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, width)
-        self.seen = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys[0].dtype).masked_fill_(
-            unseen, -torch.inf
-        )[:, None, None]
-        return model(tokens[None], self.lengths[None], self.attend)[0]
+        mask = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys[0].dtype)
+        self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, width)
+        return self.model(tokens[None], self.lengths[None], self.attend)[0]
+
+    def attend(self, layer, q, k, v):
+        """Stores one new k and v per slot, and attends to the slot's own past.
+
+        q (1, B, H/tp, E), k, v (1, B, K/tp, E) -> (1, B, H/tp, E)
+        """
+        keys, values = self.keys[layer], self.values[layer]  # (B, K/tp, S, E)
+        keys.view(-1, keys.shape[-1])[self.places] = k[0].flatten(0, 1)
+        values.view(-1, values.shape[-1])[self.places] = v[0].flatten(0, 1)
+        width = self.mask.shape[-1]
+        grouped = q[0].unflatten(1, (k.shape[2], -1))  # (B, K/tp, H/K, E): queries of a kv head side by side
+        y = F.scaled_dot_product_attention(
+            grouped, keys[:, :, :width], values[:, :, :width], attn_mask=self.mask
+        )
+        return y.reshape(q.shape)
+
+
+def _int64(numbers, device):
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 def record(f, x):
-    """f(x) as a CUDA graph -> a function of a new x. What f reads besides must stay where it is; its answer is overwritten by the next call."""
+    """f(x) as a CUDA graph -> a function of a new x, whose answer the next call overwrites.
+
+    Every other tensor that f reads must stay where it is.
+    """
     x, graph = x.clone(), torch.cuda.CUDAGraph()
-    f(x)  # once for real: what is made at the first call must not be recorded
+    f(x)  # a real call first: one-time initialisation must not be recorded
     with torch.cuda.graph(graph):
         y = f(x)
 
@@ -128,71 +147,100 @@ def record(f, x):
     return replay
 
 
-@torch.inference_mode()
-def generate(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0, batch_size=256):
-    """Samples one answer a prompt; ids in, ids out, so that what is scored later is exactly what was sampled.
+# ---------------------------------------------------------------------------------------- decoding
 
-    prompts       list of id lists          stop_ids    ends an answer and belongs to it
-    temperature   0 is greedy               seed        prompt i, step t always get the same uniform number
-    batch_size    answers in the making at a time; a finished one makes room for the next prompt
-    -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
-    Raises BadInput for a prompt without tokens.
+
+class Slots:
+    """Which prompt each slot of the cache answers, and how far it is.
+
+    prompt   (B,) int64: index of the prompt; n, which is none, for a free slot
+    step     (B,) int64: tokens sampled so far
+    going    (B,) bool: False for a free slot
+    x        (B, D) residual stream at the token that was read last
     """
-    if not all(prompts):
-        raise BadInput("a prompt has no tokens; expected at least one")
+
+    def __init__(self, policy, prompts, slots, graphs):
+        device, n = policy.grid.device, len(prompts)
+        self.prompts = prompts
+        self.waiting = sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i]))  # the last one is next
+        self.cache = KVCache(policy, slots, graphs, spare=256 if graphs else 64)  # each growth records anew
+        dtype = policy.head_weight.dtype
+        self.x = torch.zeros(slots, policy.cfg.hidden_size, device=device, dtype=dtype)
+        self.prompt = torch.full((slots,), n, device=device)
+        self.step = torch.zeros_like(self.prompt)
+        self.going = torch.zeros_like(self.prompt, dtype=torch.bool)
+        self.busy = False  # whether any slot is going
+
+    def refill(self):
+        """Gives free slots to waiting prompts, or drops them when no prompt waits; many at a time.
+
+        Prompts are read more cheaply in bulk, and dropping a slot copies the cache.
+        """
+        free = (~self.going).nonzero()[:, 0]
+        if self.waiting and len(free) * 8 >= len(self.going):
+            free = free[: len(self.waiting)]
+            taken = [self.waiting.pop() for _ in free]
+            self.x[free] = self.cache.prefill([self.prompts[i] for i in taken], free)
+            self.prompt[free] = _int64(taken, free.device)
+            self.step[free] = 0
+            self.going[free] = True
+        elif len(free) * (2 if self.cache.graphs else 4) >= len(self.going):
+            kept = self.going.nonzero()[:, 0]
+            self.cache.keep_slots(kept)
+            self.x, self.prompt = self.x[kept], self.prompt[kept]
+            self.step, self.going = self.step[kept], self.going[kept]
+
+    def advance(self, tokens, ended):
+        """Frees the slots whose answer has ended, reads the others' new tokens. tokens, ended (B,)"""
+        self.going = self.going & ~ended
+        self.prompt = self.prompt.where(self.going, len(self.prompts))
+        self.step = (self.step + 1).where(self.going, 0)
+        self.busy = bool(self.going.any())
+        if self.busy:
+            self.x = self.cache.step(tokens)
+            self.cache.lengths.add_(1).mul_(self.going)  # in place: a recorded step reads it there
+
+
+@torch.inference_mode()
+def generate(
+    policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0, batch_size=256, graphs=False
+):
+    """Samples one answer per prompt; ids in, ids out, so that exactly what was sampled is scored later.
+
+    prompts       list of id lists          stop_ids    end an answer and belong to it
+    temperature   0 is greedy               seed        prompt i, step t always use the same uniform number
+    batch_size    answers decoded concurrently; a finished one makes room for the next prompt
+    graphs        replay CUDA graphs (CUDA only): helps when launch overhead dominates a decoding step
+    -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
+    Raises BadInput for a prompt without tokens. The same answers as model.generate_plainly.
+    """
+    require(all(prompts), "a prompt has no tokens; expected at least one")
     device, n = policy.grid.device, len(prompts)
-    uniforms = torch.rand(n + 1, max_new_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
-    waiting, slots = (
-        sorted(range(n), key=lambda i: (-len(prompts[i]), prompts[i])),
-        min(batch_size, n),
-    )  # taken from the end
-    cache = KVCache(policy, slots)
-    stops, tokens = (
-        torch.tensor(stop_ids, device=device),
-        torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device),
-    )
-    x = torch.zeros(
-        slots, policy.cfg.hidden_size, device=device, dtype=policy.head_weight.dtype
-    )  # what each slot has read last
-    row = torch.full(
-        (slots,), n, device=device
-    )  # the prompt that a slot answers; n is none (tokens and uniforms have such a row)
-    step, lengths, going = (
-        torch.zeros_like(row),
-        torch.zeros(n + 1, dtype=torch.int64, device=device),
-        torch.zeros_like(row, dtype=torch.bool),
-    )
-    busy = False
-    with reordered_weights(
-        [policy.head_weight, *(layer.weight for layer in policy.modules() if isinstance(layer, LoRALinear))]
-    ):
-        while waiting or busy:
-            free = (~going).nonzero()[:, 0]
-            if waiting and len(free) * 8 >= slots:  # many at a time: reading prompts pays in bulk
-                free, taken = free[: len(waiting)], [waiting.pop() for _ in free[: len(waiting)]]
-                x[free] = cache.prefill(policy.model, [prompts[i] for i in taken], free)
-                row[free], step[free], going[free] = torch.tensor(taken, device=device), 0, True
-            elif len(free) * (2 if cache.graphs else 4) >= len(
-                row
-            ):  # nobody waits: finished slots are dropped, again many at a time, for that copies the cache
-                rows = going.nonzero()[:, 0]
-                cache.keep(rows)
-                x, row, step, going = x[rows], row[rows], step[rows], going[rows]
-            logits = gather_shards(policy.logits(x).float(), 1, policy.cfg.vocab_size, policy.grid)  # (B, V)
-            new = (
-                sample_tokens(logits.div_(temperature).softmax(-1), uniforms[row, step])
-                if temperature
-                else logits.argmax(-1)
-            )  # (B,)
-            tokens[row, step] = new
-            step, lengths[row] = step + 1, step + 1
-            going = going & ~torch.isin(new, stops) & (step < max_new_tokens)
-            row, step = row.where(going, n), step.where(going, 0)
-            if busy := bool(going.any()):
-                x = cache.step(policy.model, new)
-                cache.lengths.add_(1).mul_(going)  # in place: a recorded step reads it there
-    responses = [row[:k] for row, k in zip(tokens[:n].tolist(), lengths.tolist())]
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(n + 1, max_new_tokens, generator=generator).to(device)  # row n is for free slots
+    tokens = torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device)
+    lengths = torch.zeros(n + 1, dtype=torch.int64, device=device)
+    stops = torch.tensor(stop_ids, device=device)
+    slots = Slots(policy, prompts, min(batch_size, n), graphs)
+    layers = [layer for layer in policy.modules() if isinstance(layer, ParallelLinear)]
+    with reordered_weights([policy.head_weight, *(layer.weight for layer in layers)]):
+        while slots.waiting or slots.busy:
+            slots.refill()
+            logits = policy.logits(slots.x).float()  # (B, V/tp)
+            logits = gather_shards(logits, 1, policy.cfg.vocab_size, policy.grid)  # (B, V)
+            if temperature:
+                probs = logits.div_(temperature).softmax(-1)
+                new = sample_tokens(probs, uniforms[slots.prompt, slots.step])  # (B,)
+            else:
+                new = logits.argmax(-1)
+            tokens[slots.prompt, slots.step] = new
+            lengths[slots.prompt] = slots.step + 1
+            slots.advance(new, torch.isin(new, stops) | (slots.step + 1 == max_new_tokens))
+    responses = [row[:length] for row, length in zip(tokens[:n].tolist(), lengths.tolist())]
     return responses, [response[-1] not in stop_ids for response in responses]
+
+
+# ---------------------------------------------------------------------------------------- reordered weights
 
 
 REORDERS = (
@@ -204,16 +252,26 @@ REORDERS = (
 
 @contextlib.contextmanager
 def reordered_weights(weights, at_least=2**16):
-    """For many small forwards, such as decoding on a CPU: fp32 matrices of `at_least` numbers get a copy in the layout of oneDNN's
-    kernels (so they are there twice). F.linear arranges a matrix anew for each call, which for 2 to 16 rows can cost as much as
-    the product. The weights must not change inside. Elsewhere (CUDA, other processors, a torch without these) nothing happens."""
-    here = lambda w: w.device.type == "cpu" and w.dtype == torch.float32 and w.numel() >= at_least
-    weights, done = {w for w in weights if REORDERS and here(w)}, []
+    """Inside, parallel.linear multiplies by a copy of these weights in the memory layout of oneDNN's kernels.
+
+    F.linear reorders a matrix at each call, which for 2 to 16 rows can cost as much as the product itself.
+    Only fp32 matrices on the CPU with `at_least` numbers are copied (they take twice the memory then), and
+    they must not change inside. Elsewhere (CUDA, other processors, a torch without these operations) this
+    does nothing.
+    """
+    marked = []
     try:
-        for w in weights:
-            w.reordered = torch.ops.mkldnn._reorder_linear_weight(w.detach())
-            done.append(w)
+        for weight in set(weights):
+            fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+            if REORDERS and fits and weight.numel() >= at_least:
+                reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+                weight.fast_product = partial(_reordered_product, reordered)
+                marked.append(weight)
         yield
     finally:
-        for w in done:
-            del w.reordered
+        for weight in marked:
+            del weight.fast_product
+
+
+def _reordered_product(weight, x, bias):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

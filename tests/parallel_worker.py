@@ -189,8 +189,7 @@ def whole(model, tensors=None):
     """{name: whole tensor} of a model's parameters, or of slices that belong to them."""
     tensors = tensors or dict(model.named_parameters())
     return {
-        n: gather_shards(x.detach(), model.shard_dim(n), model.full_size(n), model.grid)
-        for n, x in tensors.items()
+        name: gather_shards(x.detach(), *model.sharding(name), model.grid) for name, x in tensors.items()
     }
 
 

@@ -39,7 +39,7 @@ MUTANTS = {
         ("(-i / cfg", "(i / cfg"),
         ("torch.arange(0, cfg.head_dim, 2,", "torch.arange(0, cfg.head_dim // 2,"),
         ("freqs / s.factor", "freqs * s.factor"),
-        ("keep * freqs + (1 - keep)", "(1 - keep) * freqs + keep"),
+        ("kept * freqs + (1 - kept)", "(1 - kept) * freqs + kept"),
         (".clamp(0, 1)", ""),
         (" / (2 * torch.pi)", ""),
         ("turns - s.low_freq_factor", "turns - s.high_freq_factor"),
@@ -57,7 +57,7 @@ MUTANTS = {
     "1.4": [
         ("is_causal=True, ", ""),
         ("is_causal=True", "scale=1.0, is_causal=True"),
-        (").transpose(1, 2)", ")"),
+        ("y.transpose(1, 2)", "y"),
         ("(q, k, v, is", "(q, v, k, is"),
         (
             "(q, k, v, is",
@@ -124,7 +124,7 @@ MUTANTS = {
         ("shard_range(d_in", "shard_range(d_out"),
         ("(stop - start, d_out", "(d_in, stop - start"),
         ("(stop - start, d", "(d_in // grid.tp_size, d"),
-        ("d_out, grid)", "d_out, grid, True)"),
+        ("bias=False", "bias=True"),
         ("(stop - start, d", "(d_in, d"),
         ("grid.tp_rank", "0"),
     ],
@@ -391,10 +391,10 @@ MUTANTS = {
         ("at_states(critic, ids, response_mask)", "critic.model(ids[:, 1:])[response_mask]"),
         ("critic.scalars(at", "-critic.scalars(at"),
         (
-            "in_place(response_mask, critic.scalars(at_states(critic, ids, response_mask)))",
+            "scatter_to_mask(response_mask, critic.scalars(at_states(critic, ids, response_mask)))",
             "critic.scalars(critic.model(ids[:, :-1]))",
         ),
-        ("in_place(response_mask, c", "in_place(response_mask.roll(1, 0), c"),
+        ("scatter_to_mask(response_mask, c", "scatter_to_mask(response_mask.roll(1, 0), c"),
         ("response_mask)))", "response_mask))).detach()"),
     ],
     "6.2": [

@@ -24,6 +24,7 @@ from model import (
     add_lora,
     apply_rope,
     build_model,
+    generate_plainly,
     init_weights,
     load_model,
     response_log_softmax,
@@ -319,20 +320,26 @@ def test_sample_tokens_at_the_ends_of_the_unit_interval():
     assert (ends < 50_000 - 7).all() and (ends > 49_000).all()
 
 
-def generate_slowly(policy, prompts, max_new_tokens, stop_ids, temperature, uniforms):
-    """No cache, no batch: the whole sequence is read again for every token."""
-    responses = []
-    for prompt, row in zip(prompts, uniforms):
-        response = []
-        while len(response) < max_new_tokens and not (response and response[-1] in stop_ids):
-            logits = policy.logits(policy.model(torch.tensor([prompt + response])))[0, -1:]
+@pytest.mark.parametrize("temperature", [0, 1.0, 1.6])
+def test_the_plain_loop_draws_by_hand(temperature):
+    """Token by token: the interval of the cumulated probabilities that the prompt's uniform number falls into."""
+    policy = random_model(LanguageModel, small_config())
+    prompts = [[3, 1, 4], [1], [5, 9, 2, 6]]
+    responses, truncated = generate_plainly(policy, prompts, 6, [0, 4, 9], temperature, seed=5)
+    uniforms = torch.rand(3, 6, generator=torch.Generator().manual_seed(5))
+    for prompt, row, response, cut in zip(prompts, uniforms, responses, truncated):
+        for t, token in enumerate(response):
+            logits = decode_slowly(policy, torch.tensor(prompt + response[:t]))[-1]  # (D,) fp64
+            norm = F.rms_norm(logits, (20,), policy.model.norm.weight.double(), policy.cfg.rms_norm_eps)
+            logits = policy.head_weight.double() @ norm  # (V,)
             if temperature:
-                token = sample_tokens((logits / temperature).softmax(-1), row[len(response)].view(1))
+                cdf = (logits / temperature).softmax(0).cumsum(0)
+                assert (cdf[token - 1] if token else 0.0) <= row[t] < cdf[token]
             else:
-                token = logits.argmax(-1)
-            response.append(token.item())
-        responses.append(response)
-    return responses
+                assert token == logits.argmax()
+        stopped = [t for t, token in enumerate(response) if token in (0, 4, 9)]
+        assert cut == (not stopped)
+        assert len(response) == (6 if cut else stopped[0] + 1)
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0, 1.6])
@@ -340,12 +347,13 @@ def generate_slowly(policy, prompts, max_new_tokens, stop_ids, temperature, unif
 def test_generate_with_its_cache_is_the_full_forward(temperature, kv_heads, monkeypatch):
     policy = random_model(LanguageModel, small_config(num_key_value_heads=kv_heads), seed=kv_heads)
     prompts = [random_ids(1 + (5 * i) % 11, seed=i).tolist() for i in range(14)]
-    drops, keep = [], KVCache.keep
-    monkeypatch.setattr(KVCache, "keep", lambda self, rows: (drops.append(len(rows)), keep(self, rows)))
+    drops, keep_slots = [], KVCache.keep_slots
+    monkeypatch.setattr(
+        KVCache, "keep_slots", lambda self, slots: (drops.append(len(slots)), keep_slots(self, slots))
+    )
     stop_ids = [0, 4, 9, 11, 17, 22]
     responses, truncated = generate(policy, prompts, 12, stop_ids, temperature, seed=5)
-    uniforms = torch.rand(14, 12, generator=torch.Generator().manual_seed(5))
-    assert responses == generate_slowly(policy, prompts, 12, stop_ids, temperature, uniforms)
+    assert (responses, truncated) == generate_plainly(policy, prompts, 12, stop_ids, temperature, seed=5)
     assert truncated == [r[-1] not in stop_ids for r in responses]
     if temperature:
         assert len(drops) >= 2 and len({len(r) for r in responses}) >= 4  # rows really left the cache
@@ -371,10 +379,11 @@ def counting_policy():
     return policy
 
 
+@pytest.mark.parametrize("decode", [generate, generate_plainly])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_each_stop_id_ends_an_answer_and_belongs_to_it(temperature):
+def test_each_stop_id_ends_an_answer_and_belongs_to_it(temperature, decode):
     prompts = [[5], [3, 9, 10], [13, 0], [4], [9, 8], [1, 2, 3], [13]]  # a stop id in a prompt ends nothing
-    responses, truncated = generate(counting_policy(), prompts, 5, [9, 13], temperature)
+    responses, truncated = decode(counting_policy(), prompts, 5, [9, 13], temperature)
     assert responses == [
         [6, 7, 8, 9],
         [11, 12, 13],
@@ -387,9 +396,10 @@ def test_each_stop_id_ends_an_answer_and_belongs_to_it(temperature):
     assert truncated == [False, False, True, False, False, True, True]
 
 
-def test_generate_without_stop_ids_or_prompts():
-    assert generate(counting_policy(), [[3], [1, 14]], 3, [], 0) == ([[4, 5, 6], [15, 0, 1]], [True, True])
-    assert generate(counting_policy(), [], 3, [9], 0) == ([], [])
+@pytest.mark.parametrize("decode", [generate, generate_plainly])
+def test_generate_without_stop_ids_or_prompts(decode):
+    assert decode(counting_policy(), [[3], [1, 14]], 3, [], 0) == ([[4, 5, 6], [15, 0, 1]], [True, True])
+    assert decode(counting_policy(), [], 3, [9], 0) == ([], [])
 
 
 def test_generate_stops_reading_when_the_last_answer_is_done():

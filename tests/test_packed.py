@@ -18,7 +18,9 @@ from model import (
     add_lora,
     at_actions,
     at_states,
+    build_model,
     causal_attention,
+    init_weights,
     response_log_softmax,
     rope_frequencies,
     sample_tokens,
@@ -134,11 +136,14 @@ def test_pads_and_ids_behind_the_answer_are_not_read():
 def test_flex_attention_has_the_same_numbers():
     """Its mask, forward: on the CPU it has no backward."""
     model, (ids, mask) = random_model(ScalarModel, small_config()), collate(EXAMPLES)
-    packed = Packed.of(ids, mask)
-    with torch.no_grad():
-        plain = model.model(packed.ids, packed.positions, packed.attend)
-        packed.flex = True
-        near(model.model(packed.ids, packed.positions, packed.attend), plain)
+    flex = build_model(ScalarModel, model.cfg, Grid(), flex=True)
+    flex.load_state_dict(model.state_dict())
+    assert Packed.of(ids, mask, flex=True).flex and not Packed.of(ids, mask).flex
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        plain = [at_states(model, ids, mask), at_actions(model, ids, mask)]
+        patch.setattr("model.causal_attention", None)  # not used any more
+        near(at_states(flex, ids, mask), plain[0])
+        near(at_actions(flex, ids, mask), plain[1])
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -193,9 +198,11 @@ def kept_bytes(work, model):
 
 
 def test_remat_trades_memory_for_time():
-    model, (ids, mask) = random_model(ScalarModel, small_config(num_hidden_layers=6)), collate(EXAMPLES * 4)
+    start, (ids, mask) = random_model(ScalarModel, small_config(num_hidden_layers=6)), collate(EXAMPLES * 4)
     found = []
-    for model.model.remat in (False, True):
+    for remat in (False, True):
+        model = build_model(ScalarModel, start.cfg, Grid(), remat=remat)
+        model.load_state_dict(start.state_dict())
         calls = []
         handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
         loss, size = kept_bytes(lambda: reward_model_loss(model, ids, mask, Reward())[0], model)
@@ -203,6 +210,16 @@ def test_remat_trades_memory_for_time():
         handle.remove()
     (plain, much, once), (again, little, twice) = found
     assert torch.equal(plain, again) and (once, twice) == (1, 2) and little < much / 3
+
+
+def test_adapters_keep_how_the_model_computes():
+    """And nothing is set for other models: flex and remat belong to the one that they were given to."""
+    for flex, remat in ((True, False), (False, True)):
+        base = init_weights(build_model(LanguageModel, small_config(), Grid(), flex=flex, remat=remat), seed=0)
+        for model in (base, add_lora(base, rank=2, seed=1)):
+            assert (model.flex, model.model.remat) == (flex, remat)
+    other = random_model(ScalarModel, small_config())
+    assert not other.flex and not other.model.remat
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_the_vocabulary():
@@ -273,15 +290,20 @@ def watch(policy, monkeypatch):
     monkeypatch.setattr(
         KVCache,
         "prefill",
-        lambda self, model, prompts, slots: (
-            prefills.append(len(prompts)),
-            prefill(self, model, prompts, slots),
-        )[1],
+        lambda self, prompts, slots: (prefills.append(len(prompts)), prefill(self, prompts, slots))[1],
     )
     monkeypatch.setattr(
-        KVCache, "step", lambda self, model, tokens: (steps.append(len(tokens)), step(self, model, tokens))[1]
+        KVCache, "step", lambda self, tokens: (steps.append(len(tokens)), step(self, tokens))[1]
     )
     return prefills, steps
+
+
+def narrow_caches(monkeypatch):
+    """generate's caches grow by 8 columns, so that a short test sees them grow."""
+    monkeypatch.setattr(
+        "support.sampling.KVCache",
+        lambda policy, slots, graphs, spare: KVCache(policy, slots, graphs, spare=8),
+    )
 
 
 def test_recorded_steps_sample_the_same_tokens(monkeypatch):
@@ -291,7 +313,7 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
     def record(f, x):
         x, cache = x.clone(), f.func.__self__
         y, there = f(x), [t.data_ptr() for t in (*cache.keys, *cache.values, cache.lengths)]
-        made.append((len(x), f.args[1]))
+        made.append((len(x), f.args[0]))
 
         def replay(new):
             assert there == [t.data_ptr() for t in (*cache.keys, *cache.values, cache.lengths)]
@@ -307,10 +329,9 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
         for temperature in (1.0, 0.0)
     ]
     monkeypatch.setattr("support.sampling.record", record)
-    monkeypatch.setattr(KVCache, "graphs", True)
-    monkeypatch.setattr(KVCache, "spare", 8)
+    narrow_caches(monkeypatch)
     assert expected == [
-        generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8)
+        generate(policy, prompts, 20, [0, 4, 9], temperature, seed=3, batch_size=8, graphs=True)
         for temperature in (1.0, 0.0)
     ]
     assert (
@@ -321,13 +342,12 @@ def test_recorded_steps_sample_the_same_tokens(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_cuda_graphs_sample_the_same_tokens(monkeypatch):
+def test_cuda_graphs_sample_the_same_tokens():
     policy = random_model(LanguageModel, small_config()).cuda()
     policy.grid = Grid(torch.device("cuda"))
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(20)]
     expected = generate(policy, prompts, 20, [0, 4, 9], 0.0, batch_size=8)
-    monkeypatch.setattr(KVCache, "graphs", True)
-    assert generate(policy, prompts, 20, [0, 4, 9], 0.0, batch_size=8) == expected
+    assert generate(policy, prompts, 20, [0, 4, 9], 0.0, batch_size=8, graphs=True) == expected
 
 
 def test_attention_may_answer_in_any_memory_layout(monkeypatch):
@@ -406,13 +426,13 @@ def test_the_cache_grows_with_its_longest_answer(monkeypatch):
     """Not with what answers might need."""
     policy, seen, step = random_model(LanguageModel, small_config()), [], KVCache.step
 
-    def spy(self, model, tokens):
-        x = step(self, model, tokens)
+    def spy(self, tokens):
+        x = step(self, tokens)
         seen.append((int(self.lengths.max()) + 1, self.keys[0].shape[2], self.values[-1].shape[2]))
         return x
 
     monkeypatch.setattr(KVCache, "step", spy)
-    monkeypatch.setattr(KVCache, "spare", 8)
+    narrow_caches(monkeypatch)
     prompts = [random_ids(2 + i % 5, seed=i).tolist() for i in range(6)]
     responses, _ = generate(policy, prompts, 2_000, [0], 1.0, seed=3, batch_size=3)
     assert 40 < max(map(len, responses)) < 1_000 and all(
@@ -437,7 +457,7 @@ def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
     ]
 
     def spy(x, weight, bias=None):
-        used.append(hasattr(weight, "reordered"))
+        used.append(hasattr(weight, "fast_product"))
         read.add(weight)
         return linear(x, weight, bias)
 
@@ -451,7 +471,7 @@ def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
     assert (
         all(used)
         and len(read) == 7 * policy.cfg.num_hidden_layers + 1
-        and not any(hasattr(p, "reordered") for p in policy.parameters())
+        and not any(hasattr(p, "fast_product") for p in policy.parameters())
     )
 
 
@@ -465,9 +485,9 @@ def test_reordered_weights_are_left_behind_and_never_differentiated():
     expected = torch.nn.functional.linear(x, weight, bias)
     with pytest.raises(KeyError), reordered_weights([weight, weight, small, half]):
         assert (
-            weight.reordered is not None
-            and not hasattr(small, "reordered")
-            and not hasattr(half, "reordered")
+            hasattr(weight, "fast_product")
+            and not hasattr(small, "fast_product")
+            and not hasattr(half, "fast_product")
         )
         with torch.no_grad():
             near(linear(x, weight, bias), expected)

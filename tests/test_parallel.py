@@ -19,8 +19,12 @@ from model import LanguageModel, ScalarModel
 from parallel import (
     ColumnLinear,
     Grid,
+    KeyValueLinear,
     Optimizer,
+    ParallelLinear,
     RowLinear,
+    VocabEmbedding,
+    add_lora_factors,
     all_reduce,
     all_sum,
     check_divisible,
@@ -108,21 +112,45 @@ def test_a_model_says_so_when_it_cannot_be_shared():
 @pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize("label", worker.MODELS)
 def test_slices_put_together_are_the_model(label, tp_size):
-    """No communication: the slices of all ranks, joined along shard_dim, are the parameters of one process."""
+    """No communication: the slices of all ranks, joined along the cut, are the parameters of one process."""
     cfg = worker.MODELS[label]
     one = worker.filled(LanguageModel, cfg, Grid())
     ranks = [worker.filled(LanguageModel, cfg, Grid(tp_rank=r, tp_size=tp_size)) for r in range(tp_size)]
     cut = set()
     for name, p in one.named_parameters():
-        slices, dim = [dict(m.named_parameters())[name] for m in ranks], ranks[0].shard_dim(name)
-        assert one.shard_dim(name) is None and ranks[0].full_shape(name, slices[0].shape) == tuple(p.shape)
-        assert (
-            all(torch.equal(x, p) for x in slices) if dim is None else torch.equal(torch.cat(slices, dim), p)
-        )
-        cut |= {name.split(".")[-2]} if dim is not None else set()
+        slices = [dict(m.named_parameters())[name] for m in ranks]
+        dim, full = ranks[0].sharding(name)
+        assert one.full_shape(name, p.shape) == ranks[0].full_shape(name, slices[0].shape) == tuple(p.shape)
+        assert torch.equal(one.my_slice(name, p), p)
+        if dim is None:
+            assert all(torch.equal(x, p) for x in slices)
+        else:
+            assert full == p.shape[dim] and torch.equal(torch.cat(slices, dim), p)
+            cut.add(name.split(".")[-2])
     few = {"k_proj", "v_proj"} if cfg.num_key_value_heads < tp_size else set()
     matrices = {name.split(".")[-2] for name, p in one.named_parameters() if p.dim() == 2}
     assert cut == matrices - few
+
+
+def test_a_layer_says_how_it_is_cut():
+    """By hand: W (d_out, d_in), a bias with its rows, LoRA's A (rank, d_in) with its columns, B (d_out, rank) with its rows."""
+    grid = Grid(tp_rank=1, tp_size=3)
+    rows = {"weight": (0, 12), "bias": (0, 12), "lora_A": None, "lora_B": (0, 12)}
+    columns = {"weight": (1, 12), "lora_A": (1, 12), "lora_B": None}
+    for layer, expected in (
+        (ColumnLinear(5, 12, grid, bias=True), rows),
+        (RowLinear(12, 5, grid), columns),
+        (KeyValueLinear(5, 3, 4, grid, bias=True), rows),
+        (KeyValueLinear(5, 1, 12, grid, bias=True), dict.fromkeys(rows)),  # fewer heads than ranks
+        (VocabEmbedding(12, 5, grid), {"weight": (0, 12)}),
+    ):
+        if isinstance(layer, ParallelLinear):
+            add_lora_factors(layer, rank=2, alpha=2)
+        assert {name for name, _ in layer.named_parameters()} == set(expected)
+        for leaf, param in layer.named_parameters():
+            dim, full = layer.sharding(leaf)
+            assert (None if dim is None else (dim, full)) == expected[leaf]
+            assert dim is None or param.shape[dim] == 4  # a third of 12
 
 
 def test_layers_of_one_process_are_nn_linear():
