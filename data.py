@@ -21,7 +21,7 @@ from support.files import BadInput, at_line, read_jsonl, require
 from support.graders import gsm8k_label
 from support.tokenizers import build_tokenizer, is_conversation
 
-# ---------------------------------------------------------------------------------------- JSON lines
+# -------------------------------------------------------------------------------- JSON lines
 
 
 KEYS = {
@@ -94,7 +94,7 @@ def load_rows(path, needs, limit=0, optional=()):
     return rows
 
 
-# ---------------------------------------------------------------------------------------- rows to tensors
+# -------------------------------------------------------------------------------- rows to tensors
 
 
 class Example(NamedTuple):
@@ -207,7 +207,7 @@ def batch_indices(n, batch_size, step, seed):
     return [int(_permutation(n, seed, p // n)[p % n]) for p in places]
 
 
-# ---------------------------------------------------------------------------------------- the built-in task
+# -------------------------------------------------------------------------------- the built-in task
 
 
 NAMES = ("Tom", "Ann", "Ben", "Eva")

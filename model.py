@@ -47,7 +47,7 @@ from parallel import (
 )
 from support.files import BadInput, read_json, require, write_atomically
 
-# ---------------------------------------------------------------------------------------- configuration
+# -------------------------------------------------------------------------------- configuration
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _rope_scaling(rope):
     )
 
 
-# ---------------------------------------------------------------------------------------- the block
+# -------------------------------------------------------------------------------- the block
 
 
 class RMSNorm(nn.Module):
@@ -346,7 +346,7 @@ class Decoder(nn.Module):
         return x
 
 
-# ---------------------------------------------------------------------------------------- two heads
+# -------------------------------------------------------------------------------- two heads
 
 
 class _Model(nn.Module):
@@ -431,7 +431,7 @@ class ScalarModel(_Model):
         return F.linear(self.model.norm(x).float(), self.score.weight.float()).squeeze(-1)
 
 
-# ---------------------------------------------------------------------------------------- packed rows
+# -------------------------------------------------------------------------------- packed rows
 
 
 @lru_cache
@@ -552,7 +552,7 @@ def scatter_to_mask(response_mask, values):
     return zeros.masked_scatter(response_mask, values)
 
 
-# ---------------------------------------------------------------------------------------- log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 LOGITS = 3 * 2**22  # computed at a time, per rank
@@ -695,7 +695,7 @@ def token_logits(policy, ids, response_mask):
     return scatter_to_mask(response_mask, picked)
 
 
-# ---------------------------------------------------------------------------------------- sampling
+# -------------------------------------------------------------------------------- sampling
 
 
 # exercise 1.7 (4 lines): sampling by the inverse CDF
@@ -735,7 +735,7 @@ def generate_plainly(policy, prompts, max_new_tokens, stop_ids, temperature=1.0,
     return responses, [response[-1] not in stop_ids for response in responses]
 
 
-# ---------------------------------------------------------------------------------------- weights
+# -------------------------------------------------------------------------------- weights
 
 
 @torch.no_grad()
@@ -788,7 +788,7 @@ def build_model(model_class, cfg, grid, dtype=torch.float32, *, flex=False, rema
     return model.to(dtype).to_empty(device=grid.device)
 
 
-# ---------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------- files
 
 
 def read_config(directory):

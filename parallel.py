@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from support.files import require
 
-# ---------------------------------------------------------------------------------------- the grid
+# -------------------------------------------------------------------------------- the grid
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def all_sum(sums, grid, group="dp"):
     return dict(zip(sums, everywhere.tolist()))
 
 
-# ---------------------------------------------------------------------------------------- f and g
+# -------------------------------------------------------------------------------- f and g
 
 
 # exercise 2.1 (3 lines): f, before work that differs between ranks
@@ -154,7 +154,7 @@ def reduce_from_tp(x, grid):
     return _ReduceFromTP.apply(x, grid.tp_group) if grid.tp_size > 1 else x
 
 
-# ---------------------------------------------------------------------------------------- shards
+# -------------------------------------------------------------------------------- shards
 
 
 def shard_range(size, rank, parts):
@@ -199,7 +199,7 @@ def gather_shards(x, dim, full, grid):
     return torch.cat(parts).transpose(0, dim)  # (full, ...), then back to x's order of dimensions
 
 
-# ---------------------------------------------------------------------------------------- layers
+# -------------------------------------------------------------------------------- layers
 
 
 def linear(x, weight, bias=None):
@@ -312,7 +312,7 @@ class VocabEmbedding(nn.Module):
         return reduce_from_tp(rows, self.grid)
 
 
-# ---------------------------------------------------------------------------------------- vocabulary-parallel
+# -------------------------------------------------------------------------------- vocabulary-parallel
 
 
 # exercise 2.6 (6 lines): log softmax over a vocabulary that is cut
@@ -351,7 +351,7 @@ def vocab_sum(x, grid):
     return reduce_from_tp(x.sum(-1), grid)
 
 
-# ---------------------------------------------------------------------------------------- LoRA
+# -------------------------------------------------------------------------------- LoRA
 
 
 def add_lora_factors(layer, rank, alpha):
@@ -386,7 +386,7 @@ def merged_weight(layer):
     return (layer.weight.float() + layer.lora_scale * layer.lora_B @ layer.lora_A).to(layer.weight.dtype)
 
 
-# ---------------------------------------------------------------------------------------- optimizer
+# -------------------------------------------------------------------------------- optimizer
 
 
 class Optimizer:
@@ -539,7 +539,7 @@ class Update:
         return {**sums, "grad_norm": norm}
 
 
-# ---------------------------------------------------------------------------------------- results on disk
+# -------------------------------------------------------------------------------- results on disk
 
 
 def say(grid, text):

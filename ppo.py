@@ -22,7 +22,7 @@ from reinforce import (
     standardize,
 )
 
-# ------------------------------------------------------------------------------------------------ equations
+# -------------------------------------------------------------------------------- equations
 
 
 # exercise 6.1 (1 line): the critic's position
@@ -109,7 +109,7 @@ def explained_variance(values, returns, response_mask, grid):
     return 1.0 - variance(returns - values) / total if total > 1e-12 else 0.0
 
 
-# ------------------------------------------------------------------------------------------------ the update
+# -------------------------------------------------------------------------------- the update
 
 
 def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, critic_lr):

@@ -18,7 +18,7 @@ REWARD_MODELS = ("qrm", "plain", "logit", "orm", "prm", "dpo")  # what --stage r
 POLICY_LIKE = ("logit", "dpo")  # of these, what is a language model; the others have a scalar head
 
 
-# ------------------------------------------------------------------------------------------------ the method
+# -------------------------------------------------------------------------------- the method
 
 
 # exercise 4.1 (1 line): where the score of a token is read
@@ -126,7 +126,7 @@ def token_shares(response_mask):
     )[response_mask]
 
 
-# ------------------------------------------------------------------------------------------------ the other reward models
+# -------------------------------------------------------------------------------- the other reward models
 
 
 # exercise 4.6 (1 line): where an outcome reward stands
@@ -227,7 +227,7 @@ def logit_reward(policy):
     return lambda ids, mask: token_logits(policy, ids, mask)
 
 
-# ------------------------------------------------------------------------------------------------ by name
+# -------------------------------------------------------------------------------- by name
 
 
 def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(), errors=None):
@@ -285,7 +285,7 @@ def sequence_score(kind, scores):
     return scores.sum().item() / spoken
 
 
-# ------------------------------------------------------------------------------------------------ how good is it
+# -------------------------------------------------------------------------------- how good is it
 
 
 # exercise 4.12 (10 lines): does a score know where the answer went wrong?

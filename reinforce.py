@@ -19,7 +19,7 @@ from parallel import Update, all_sum, shard_range
 from support.files import BadInput
 from support.sampling import generate
 
-# ------------------------------------------------------------------------------------------------ the rollout
+# -------------------------------------------------------------------------------- the rollout
 
 
 @dataclass
@@ -110,7 +110,7 @@ def collect_rollout(policy, reference, reward_fn, prompts, stop_ids, cfg, seed, 
     return rollout
 
 
-# ------------------------------------------------------------------------------------------------ rewards to advantages
+# -------------------------------------------------------------------------------- rewards to advantages
 
 
 # exercise 5.2 (9 lines): standardised rewards
@@ -202,7 +202,7 @@ def advantages(rollout, cfg, grid):
     return returns_to_go(rewards, mask, cfg.gamma) if cfg.advantage == "return" else rewards
 
 
-# ------------------------------------------------------------------------------------------------ the update
+# -------------------------------------------------------------------------------- the update
 
 
 # exercise 5.5 (1 line): the policy gradient

@@ -50,7 +50,7 @@ from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import REWARD_MODELS, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
-from support.checkpoints import Training, fingerprints
+from support.checkpoints import Training, fingerprints, out_of_date, run_path, sources
 from support.evaluate import (
     count_right,
     eval_policy,
@@ -86,7 +86,7 @@ from support.settings import (
     unread_flags,
 )
 
-# ------------------------------------------------------------------------------------------------ the stages
+# -------------------------------------------------------------------------------- the stages
 
 
 def stage_sft(cfg, grid):
@@ -113,7 +113,8 @@ def stage_sft(cfg, grid):
 
 
 def stage_rm(cfg, grid):
-    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py), or another one's."""
+    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py), or another
+    one's."""
     tokenizer = load_tokenizer(cfg.model, cfg)
     pairs = load_pairs(cfg, tokenizer, grid)
     kind = REWARD_MODELS[cfg.reward]
@@ -135,6 +136,8 @@ def stage_rm(cfg, grid):
                 update.backward(*reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors))
             training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
     training.publish(model, tokenizer, reward=cfg.reward, reference=cfg.model)
+    if cfg.heldout:
+        say_accuracy(cfg, grid)
 
 
 def stage_rl(cfg, grid):
@@ -175,7 +178,7 @@ def stage_rl(cfg, grid):
     training.publish(policy, tokenizer, extra={"critic": critic} if cfg.stage == "ppo" else None)
 
 
-# ------------------------------------------------------------------------------------------------ their parts
+# -------------------------------------------------------------------------------- their parts
 
 
 def lr_at(step, steps, peak, cfg):
@@ -238,6 +241,14 @@ def response_tokens(rows):
     return sum(len(example.response_ids) for (example,) in rows)
 
 
+def say_accuracy(cfg, grid):
+    """The new reward model's accuracy on the pairs of --heldout."""
+    result = eval_reward_model(out_path(cfg), dataclasses.replace(cfg, data=cfg.heldout, limit=0), grid)
+    low, high = result["pair_accuracy_95"]
+    accuracy = f"{result['pair_accuracy']:.3f} ({low:.3f} to {high:.3f})"
+    say(grid, f"rm: pair accuracy {accuracy} on {result['n_pairs']} held-out pairs of {cfg.heldout}")
+
+
 def load_pairs(cfg, tokenizer, grid):
     """[(chosen, rejected)] as Examples; for prm followed by the index of the first wrong token of each."""
     rows = load_rows(cfg.data, ("prompt", "chosen", "rejected"))
@@ -291,7 +302,7 @@ def with_advantage(cfg, reward):
     return dataclasses.replace(cfg, advantage=cfg.advantage or default)
 
 
-# ------------------------------------------------------------------------------------------------ pairs
+# -------------------------------------------------------------------------------- pairs
 
 
 def stage_pairs(cfg, grid):
@@ -322,6 +333,9 @@ def sample_pairs(policy, tokenizer, rows, path, cfg, grid):
             found += [(row["line"], pair) for pair in make_pairs(row, answers, cfg.pairs_per_prompt)]
     correct = all_sum({"correct": correct}, grid)["correct"]
     written = write_rows(path, found, grid)
+    if grid.is_main:
+        run = {"config": dataclasses.asdict(cfg), "made_from": sources(cfg)}
+        write_atomically(run_path(path), json.dumps(run, indent=1))
     require(
         written,
         f"{cfg.data}: no prompt has both a right and a wrong answer;"
@@ -335,8 +349,7 @@ def sample_pairs(policy, tokenizer, rows, path, cfg, grid):
     )
 
 
-# ------------------------------------------------------------------------------------------------ eval,
-# score, grade
+# -------------------------------------------------------------------------------- eval, score, grade
 
 
 def stage_eval(cfg, grid):
@@ -398,20 +411,45 @@ def stage_grade(cfg, grid):
     say(grid, f"grade: {out_path(cfg)}: {correct} of {len(written)} correct")
 
 
-# ------------------------------------------------------------------------------------------------ the
-# built-in task
+# -------------------------------------------------------------------------------- the built-in task
+
+
+DEMO = {  # what the demo runs, in order
+    "sft": "a policy, fine-tuned on an author's answers, mistakes included",
+    "pairs": "its samples, right ones paired with wrong ones",
+    "rm": "the reward model, from these pairs alone",
+    "reinforce": "REINFORCE with its token scores",
+    "ppo": "PPO with its token scores",
+    "eval": "all of them on held-out prompts",
+}
 
 
 def stage_demo(cfg, grid):
-    """The whole path on the built-in task: what is there already is kept, the rest is made."""
-    for stage in ("sft", "pairs", "rm", "reinforce", "ppo"):
-        result_of(stage, cfg, grid)
-    run_stage(stage_config(cfg, "eval"), grid)
+    """The whole path on the built-in task: what is there and up to date is kept, the rest is made."""
+    for number, (stage, about) in enumerate(DEMO.items(), 1):
+        say(grid, f"\nstage {number} of {len(DEMO)}: {about}")
+        if stage == "eval":
+            run_stage(stage_config(cfg, stage), grid)
+        else:
+            result_of(stage, cfg, grid)
     if grid.is_main:
+        say(grid, accuracy_table(cfg))
         report = Path(__file__).parent / "classroom" / "report.py"  # course material: nothing imports it
         subprocess.run([sys.executable, report, cfg.run_dir], check=True)
         say(grid, f"demo: results are in {cfg.run_dir}; open {Path(cfg.run_dir) / 'report.html'}")
     barrier(grid)
+
+
+def accuracy_table(cfg):
+    """The policies of a run side by side: accuracy with its standard error, in percent."""
+    lines = ["", f"{'policy':<11}{'greedy':>14}{'sampled':>14}{'best of k':>14}"]
+    for name in ("sft", "reinforce", "ppo"):
+        path = Path(cfg.run_dir) / name / "eval.json"
+        result = json.loads(path.read_text(encoding="utf-8"))
+        shares = [result["pass@1"], result["pass@k"]["1"], result["best_of_k"]]
+        cells = [f"{100 * p:.1f} +- {100 * (p * (1 - p) / result['n_prompts']) ** 0.5:.1f}" for p in shares]
+        lines.append(f"{name:<11}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join([*lines, f"percent of {result['n_prompts']} held-out prompts, with standard errors", ""])
 
 
 def prepare(cfg, grid):
@@ -445,6 +483,7 @@ def task_files(cfg, grid):
         paths["heldout"] = arith_file("test", max(limit // 5, 1), cfg.seed + 1, cfg, grid)
     elif cfg.stage == "rm":
         paths["data"] = result_of("pairs", cfg, grid)
+        paths["heldout"] = str(heldout_path(stage_config(cfg, "pairs")))
     elif cfg.stage in POLICY_GRADIENT:
         paths["data"] = arith_file("train", 8192, cfg.seed + 2, cfg, grid)
         paths["heldout"] = arith_file("test", limit, 0, cfg, grid)
@@ -474,14 +513,16 @@ def judge_files(cfg, grid):
 
 
 def result_of(stage, cfg, grid):
-    """Path of a stage's result in --run_dir; if it is missing, the main rank makes it, as one process
-    would."""
+    """Path of a stage's result in --run_dir; if missing or out of date, the main rank makes it first."""
     earlier = stage_config(cfg, stage)
     path = out_path(earlier)
     barrier(grid)
-    if grid.is_main and not path.exists():
-        if cfg.stage != "demo":
-            say(grid, f"{cfg.stage} needs {path}: running --stage {stage} first")
+    changed = out_of_date(path) if grid.is_main and path.exists() else []
+    if changed:
+        say(grid, f"{path} is out of date: {changed[0]} has changed since; running --stage {stage} again")
+    elif grid.is_main and not path.exists() and cfg.stage != "demo":
+        say(grid, f"{cfg.stage} needs {path}: running --stage {stage} first")
+    if grid.is_main and (changed or not path.exists()):
         run_stage(earlier, Grid(grid.device))
     barrier(grid)
     return str(path)
@@ -541,7 +582,7 @@ def run_stage(cfg, grid):
     STAGE_FUNCTIONS[cfg.stage](prepare(cfg, grid), grid)
 
 
-# ------------------------------------------------------------------------------------------------ the process
+# -------------------------------------------------------------------------------- the process
 
 
 def main(argv=None):

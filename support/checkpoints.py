@@ -17,8 +17,10 @@ from tqdm import tqdm
 
 from model import save_adapter, save_model
 from parallel import all_sum, barrier, say
-from support.files import BadInput, flush, require, write_atomically
+from support.files import BadInput, flush, read_json, require, write_atomically
 from support.settings import out_path
+
+IN_THE_BAR = ("loss", "pair_accuracy", "reward", "pass@1")  # metrics that the progress bar shows
 
 # Flags that change speed, memory or what is saved, but no result: a run can be resumed with other values.
 NOT_IDENTITY = {
@@ -32,9 +34,10 @@ NOT_IDENTITY = {
     "max_skipped",
     "flex",
     "graphs",
+    "verbose",
 }
 
-# ------------------------------------------------------------------------------------------------ the steps
+# -------------------------------------------------------------------------------- the steps
 
 
 class Training:
@@ -57,9 +60,10 @@ class Training:
     def __init__(self, cfg, grid, steps, trained, inputs):
         require(
             cfg.batch_size >= grid.dp_size,
-            f"--batch_size {cfg.batch_size} gives some of the {grid.dp_size} data-parallel processes nothing to do",
+            f"--batch_size {cfg.batch_size} leaves some of the {grid.dp_size} data-parallel ranks without work",
         )
         self.cfg, self.grid, self.steps = cfg, grid, steps
+        self.made_from = sources(cfg)
         self.optimizers = [optimizer for _, optimizer in trained.values()]
         self.work = Workdir(cfg, out_path(cfg), grid, trained, inputs)
 
@@ -75,8 +79,11 @@ class Training:
         """Yields the steps still to do; after each one it saves, stops or goes on."""
         first = self.work.first_step
         hidden = None if self.grid.is_main else True  # None: hidden where stderr is no terminal
-        bar = tqdm(range(first, self.steps), self.cfg.stage, initial=first, total=self.steps, disable=hidden)
-        for self.step in bar:
+        self.bar = tqdm(
+            range(first, self.steps), self.cfg.stage, initial=first, total=self.steps, disable=hidden
+        )
+        for step in self.bar:
+            self.step = step
             self.began = time.perf_counter()
             self.skipped_before = self.skipped()
             yield self.step
@@ -98,7 +105,20 @@ class Training:
             row = row | {"skipped": new}
             save_bad_inputs(self.work, self.step)
         seconds = time.perf_counter() - self.began
-        self.work.log({"step": self.step, **row, "tokens": tokens, "tokens_per_s": tokens / seconds})
+        row = {"step": self.step, **row, "tokens": tokens, "tokens_per_s": tokens / seconds}
+        self.work.log(row)
+        if self.grid.is_main:
+            self.show(row)
+
+    def show(self, row):
+        """A step on the terminal: in the progress bar; where there is none, a line for every tenth of the
+        steps."""
+        tenth = max(self.steps // 10, 1)
+        due = (self.step + 1) % tenth == 0 or self.step + 1 == self.steps or "skipped" in row
+        if self.cfg.verbose or (self.bar.disable and due):
+            tqdm.write(in_words(row))
+        else:
+            self.bar.set_postfix_str(in_words({name: row[name] for name in IN_THE_BAR if name in row}))
 
     def stop_if_diverged(self):
         """BadInput after --max_skipped updates in a row without a finite loss and gradient."""
@@ -130,10 +150,16 @@ class Training:
         if self.grid.is_main:
             tokenizer.save(path)
             run["config"] = dataclasses.asdict(self.cfg)
+            run["made_from"] = self.made_from
             run["tokenizer"] = tokenizer.fingerprint
             run["torch"] = torch.__version__
             write_atomically(path / "run.json", json.dumps(run, indent=1))
         self.work.publish()
+
+
+def in_words(row):
+    """A row of metrics as one line."""
+    return "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
 @contextlib.contextmanager
@@ -189,8 +215,46 @@ def fingerprints(tokenizer, path):
     }
 
 
-# ------------------------------------------------------------------------------------------------ the
-# directory
+# -------------------------------------------------------------------------------- out of date?
+
+
+def sources(cfg):
+    """{field: {"path", "sha256"}} of the files and model directories that a result is made from."""
+    paths = {name: getattr(cfg, name) for name in ("model", "data", "reward_model")}
+    return {name: {"path": path, "sha256": digest(path)} for name, path in paths.items() if path}
+
+
+def digest(path):
+    """sha256 of a file, or of what identifies a model directory: config.json and both ends of its weights."""
+    path = Path(path)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256((path / "config.json").read_bytes())
+    for weights in sorted(path.glob("*.safetensors")):
+        size = weights.stat().st_size
+        with open(weights, "rb") as file:
+            found.update(f"{weights.name} {size}".encode() + file.read(2**20))
+            file.seek(max(size - 2**20, 0))
+            found.update(file.read())
+    return found.hexdigest()
+
+
+def run_path(result):
+    """Where a result says what it was made from: run.json in a directory, <name>.run.json beside a file."""
+    result = Path(result)
+    return result / "run.json" if result.is_dir() else result.with_name(result.name + ".run.json")
+
+
+def out_of_date(result):
+    """The paths that a result was made from and that have changed since; a source that is gone tells
+    nothing."""
+    path = run_path(result)
+    made_from = read_json(path, path.read_bytes()).get("made_from", {}) if path.exists() else {}
+    there = [source for source in made_from.values() if Path(source["path"]).exists()]
+    return [source["path"] for source in there if digest(source["path"]) != source["sha256"]]
+
+
+# -------------------------------------------------------------------------------- the directory
 
 
 class Workdir:
@@ -218,6 +282,10 @@ class Workdir:
             say(grid, f"--resume: no checkpoint in {self.state.parent}; starting from step 0")
         elif cfg.resume:
             self._restore()
+        elif self.state.exists():
+            say(
+                grid, f"note: the unfinished run in {self.path} is replaced; --resume would have continued it"
+            )
         barrier(self.grid)  # every rank has looked before the main one touches anything
         if grid.is_main:
             self._start_metrics()
@@ -245,11 +313,9 @@ class Workdir:
         write_atomically(self.path / "metrics.jsonl", "".join(lines))
 
     def log(self, row):
-        """One line on the terminal, the same row in metrics.jsonl; a number that is not finite is null
-        there."""
+        """A row of metrics.jsonl; a number that is not finite is null there."""
         if not self.grid.is_main:
             return
-        tqdm.write("  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")

@@ -46,7 +46,7 @@ from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
 from support.tokenizers import Tokenizer
 
-# ------------------------------------------------------------------------------------------------ loading
+# -------------------------------------------------------------------------------- loading
 
 
 def load(model_class, directory, cfg, grid):
@@ -146,7 +146,7 @@ def reward_of_run(cfg, tokenizer, rows, grid):
     return load_reward(name, cfg.reward_model, tokenizer, cfg, grid)
 
 
-# ------------------------------------------------------------------------------------------------ answers
+# -------------------------------------------------------------------------------- answers
 
 
 class Answer(NamedTuple):
@@ -226,8 +226,7 @@ def hash_seed(*parts):
     return stable_hash(repr(parts))
 
 
-# ------------------------------------------------------------------------------------------------ graded
-# rewards
+# -------------------------------------------------------------------------------- graded rewards
 
 
 def graded_reward(name, tokenizer, rows, cfg):
@@ -267,7 +266,7 @@ def split_rows(ids, response_mask):
         yield tuple(row[: start + 1]), row[start + 1 : start + 1 + n], start
 
 
-# ------------------------------------------------------------------------------------------------ eval
+# -------------------------------------------------------------------------------- eval
 
 
 @torch.no_grad()
@@ -405,7 +404,7 @@ def log_to(grid):
     return lambda text: say(grid, text)
 
 
-# ------------------------------------------------------------------------------------------------ rows out
+# -------------------------------------------------------------------------------- rows out
 
 
 def write_rows(path, rows, grid):

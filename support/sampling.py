@@ -16,7 +16,7 @@ from model import Packed, sample_tokens
 from parallel import ParallelLinear, gather_shards
 from support.files import require
 
-# ---------------------------------------------------------------------------------------- the cache
+# -------------------------------------------------------------------------------- the cache
 
 
 class KVCache:
@@ -147,7 +147,7 @@ def record(f, x):
     return replay
 
 
-# ---------------------------------------------------------------------------------------- decoding
+# -------------------------------------------------------------------------------- decoding
 
 
 class Slots:
@@ -240,7 +240,7 @@ def generate(
     return responses, [response[-1] not in stop_ids for response in responses]
 
 
-# ---------------------------------------------------------------------------------------- reordered weights
+# -------------------------------------------------------------------------------- reordered weights
 
 
 REORDERS = (

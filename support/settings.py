@@ -30,7 +30,7 @@ POLICY_GRADIENT = ("reinforce", "ppo")
 PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce")
 GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
 
-# ------------------------------------------------------------------------------------------------ the fields
+# -------------------------------------------------------------------------------- the fields
 
 
 def flag(default, help, *, choices=None, above=None, least=None, stages=None):
@@ -65,8 +65,8 @@ class Run:
     heldout: str = flag(
         "",
         "pairs: prompts for <out>-heldout.jsonl; reinforce, ppo: prompts with labels, for pass@1;"
-        " eval: pairs for reward models",
-        stages=("pairs", "reinforce", "ppo", "eval"),
+        " rm, eval: pairs to measure a reward model on",
+        stages=("pairs", "rm", "reinforce", "ppo", "eval"),
     )
     reward_model: str = flag(
         "", "a reward model's directory (eval: it ranks best-of-k)", stages=("reinforce", "ppo", "eval")
@@ -88,6 +88,7 @@ class Run:
     date: str = flag(
         "", 'with --chat llama3: the date in the system block of Llama 3.1 and 3.2, e.g. "26 Jul 2024"'
     )
+    verbose: bool = flag(False, "print every step's metrics, which metrics.jsonl holds in any case")
     max_seq_len: int = flag(
         1024, "tokens of prompt and response; longer rows are dropped and counted", above=0
     )
@@ -229,7 +230,7 @@ STAGES_OF = {
     f.name: f.metadata["stages"] or group.stages for group in GROUPS for f in dataclasses.fields(group)
 }
 
-# ------------------------------------------------------------------------------------ defaults and presets
+# -------------------------------------------------------------------------------- defaults and presets
 
 # What the built-in task needs instead: 0.15 M parameters learn at rates that would ruin a large model.
 ARITH_RL = dict(
@@ -246,7 +247,8 @@ ARITH = {
 }
 NOT_TRAINING = ("task", "limit", "k", "max_new_tokens")  # what of it also fits someone's own model
 
-# The runs of Chen et al. 2025 ("paper"), of the authors' "scripts" and "code"; "ours" is what they leave open.
+# The runs of Chen et al. 2025 ("paper"), of the authors' "scripts" and "code"; "ours" is what they leave
+# open.
 PAPER = dict(
     chat="llama3",
     date="26 Jul 2024",  # code: written into it, for every model
@@ -320,7 +322,7 @@ def defaults_of(given):
     return task | preset
 
 
-# ------------------------------------------------------------------------------------------ the command line
+# -------------------------------------------------------------------------------- the command line
 
 
 def given_flags(argv):
@@ -423,7 +425,7 @@ def unread_flags(argv):
     return [name for name in given if stage != "demo" and stage not in STAGES_OF[name]]
 
 
-# ------------------------------------------------------------------------------------------------ refusals
+# -------------------------------------------------------------------------------- refusals
 
 
 def check_combinations(cfg):

@@ -105,7 +105,7 @@ def command(capsys):
 
     def call(*words):
         capsys.readouterr()
-        status = train.main([*map(str, words), "--device", "cpu"])
+        status = train.main([*map(str, words), "--device", "cpu", "--verbose"])
         return status, *capsys.readouterr()
 
     return call

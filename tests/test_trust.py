@@ -145,7 +145,7 @@ def command(capsys):
 
     def call(*given):
         capsys.readouterr()
-        status = train.main([*map(str, given), "--device", "cpu"])
+        status = train.main([*map(str, given), "--device", "cpu", "--verbose"])
         return status, *capsys.readouterr()
 
     return call
