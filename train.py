@@ -45,7 +45,7 @@ from model import (
 )
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
-from qrm import POLICY_LIKE, reward_model_loss, token_reward
+from qrm import REWARD_MODELS, response_scores, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
 from support.checkpoints import (
     Workdir,
@@ -287,13 +287,13 @@ def stage_rm(cfg, grid):
     directory = str(cfg.model or need("sft", cfg, grid))
     path = cfg.data or need("pairs", cfg, grid)
     tokenizer = load_tokenizer(directory, cfg)
-    base = load(LanguageModel if cfg.reward in POLICY_LIKE else ScalarModel, directory, cfg, grid)
+    base = load(REWARD_MODELS[cfg.reward].base, directory, cfg, grid)
     model = adapted(base, cfg, cfg.lora_rank)
     rows = load_rows(path, ("prompt", "chosen", "rejected"))
     pairs, rows = encode(
         rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text)
     )
-    if cfg.reward == "prm":
+    if REWARD_MODELS[cfg.reward].needs_steps:
         if cfg.task != "arith":
             raise BadInput(
                 "--reward prm learns from step labels, which only the built-in task (--task arith) knows"
@@ -302,7 +302,7 @@ def stage_rm(cfg, grid):
             with at_line(path, row["line"]):
                 pairs[i] += tuple(error_places(tokenizer, row["prompt"], pairs[i]))
     reference = None
-    if cfg.reward == "dpo":
+    if REWARD_MODELS[cfg.reward].needs_reference:
         reference = base if cfg.lora_rank else load(LanguageModel, directory, cfg, grid).requires_grad_(False)
     step_ids = tokenizer.ids_with("\n")
 
@@ -373,9 +373,9 @@ def stage_rl(cfg, grid):
         raise BadInput(
             f"--reward {cfg.reward}: {judge} was trained as {kind!r}; expected the reward that it was trained for, or none"
         )
-    reward_fn, reward_mask_fn, is_q = load_reward(kind, judge, tokenizer, cfg, grid, rows)
+    reward = load_reward(kind, judge, tokenizer, cfg, grid, rows)
     if not cfg.advantage:
-        cfg = dataclasses.replace(cfg, advantage="token" if is_q else "gae" if is_ppo else "return")
+        cfg = dataclasses.replace(cfg, advantage="token" if reward.is_q else "gae" if is_ppo else "return")
     settings = dict(weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
     optimizers = {"policy": (policy, Optimizer(policy, grid, cfg.lr, **settings))}
     if is_ppo:  # the critic starts from the reward model, with a new head
@@ -394,9 +394,7 @@ def stage_rl(cfg, grid):
             grid.dp_rank :: grid.dp_size
         ]
         seed = hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank)
-        rollout = collect_rollout(
-            policy, reference, reward_fn, batch, tokenizer.stop_ids, cfg, seed, reward_mask_fn
-        )
+        rollout = collect_rollout(policy, reference, reward, batch, tokenizer.stop_ids, cfg, seed)
         if is_ppo:
             critic_lr = lr_at(step, dataclasses.replace(cfg, lr=cfg.critic_lr), steps)  # the same schedule
             stats = ppo_step(
@@ -446,7 +444,7 @@ def stage_eval(cfg, grid):
             d for d in sorted(Path(cfg.run).iterdir()) if (d / "config.json").exists() and d.suffix == ""
         ]
     for directory in map(Path, directories):
-        judges = is_reward_model(directory) or reward_kind(directory) in POLICY_LIKE
+        judges = is_reward_model(directory) or REWARD_MODELS[reward_kind(directory)].base is LanguageModel
         if judges:
             path = cfg.data or (need("pairs", cfg, grid), heldout_pairs(stage_config(cfg, "pairs")))[1]
             result = eval_reward_model(directory, dataclasses.replace(cfg, data=str(path)), grid)
@@ -487,7 +485,9 @@ def stage_score(cfg, grid):
     )
     kept, rows, written = kept[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size], []
     numbers = score_examples(
-        token_reward(model) if scalar else lambda ids, mask: token_logprobs(model, ids, mask)[0],
+        lambda ids, mask: (
+            response_scores(model, ids, mask) if scalar else token_logprobs(model, ids, mask)[0]
+        ),
         [e for (e,) in kept],
         cfg,
         grid,

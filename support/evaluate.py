@@ -1,13 +1,18 @@
-"""Sampling and grading answers, eval, score and show."""
+"""Sampling and grading answers, eval, score and show, and the rewards that need no model."""
 
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
+import numbers
 import os
 import re
+import reprlib
 import resource
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -28,18 +33,20 @@ from data import (
     stable_hash,
 )
 from model import LanguageModel, ScalarModel, load_model, read_config
-from parallel import Grid, all_sum, say
+from parallel import Grid, all_reduce, all_sum, say
 from qrm import (
-    POLICY_LIKE,
     REWARD_MODELS,
+    Reward,
+    at_every_token,
+    at_last_token,
+    bind_reward,
     credit_counts,
-    last_token_mask,
-    reward_function,
-    sequence_score,
-    token_reward,
+    mean_of_rewards,
+    response_scores,
+    sum_of_rewards,
 )
 from reinforce import standardize
-from support.files import BadInput, at_line, read_json, write_atomically
+from support.files import BadInput, at_line, read_json, require, write_atomically
 from support.graders import MAX_CHARS, extract_answer, grade, meaning
 from support.sampling import generate
 from support.settings import ARITH, out_path, stage_config
@@ -103,36 +110,6 @@ def greedy_pass(policy, tokenizer, rows, cfg, grid):
     return all_sum({"right": sum(row[0][2] for row in answers)}, grid)["right"] / len(rows)
 
 
-def graded_reward(kind, tokenizer, rows, cfg):
-    """A reward_fn that knows the truth: it looks up the prompts of `rows` and grades the answers.
-
-    outcome   1 or 0 at the last token; an answer without its stop token is wrong
-    oracle    1 before the first wrong token and 0 from there on (the built-in task knows the one right answer)
-    """
-    known = {tuple(tokenizer.encode_prompt(row["prompt"])): row for row in rows}
-
-    def reward_fn(ids, response_mask):
-        out = torch.zeros(response_mask.shape, device=ids.device)
-        for i, (row_ids, mask) in enumerate(zip(ids.tolist(), response_mask.tolist())):
-            start, n = (
-                mask.index(True),
-                sum(mask),
-            )  # targets[start] = ids[start + 1] is the first response token
-            row, response = known[tuple(row_ids[: start + 1])], row_ids[start + 1 : start + 1 + n]
-            text = tokenizer.decode([t for t in response if t not in tokenizer.stop_ids])
-            correct = (
-                response[-1] in tokenizer.stop_ids and grade(text, row["label"], cfg.task, cfg.grader)[1]
-            )
-            if kind == "outcome":
-                out[i, start + n - 1] = float(correct)
-            else:
-                right = n if correct else error_places(tokenizer, row["prompt"], [Example([], response)])[0]
-                out[i, start : start + right] = 1.0
-        return out
-
-    return reward_fn
-
-
 def load(kind, directory, cfg, grid):
     """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
     model = load_model(kind, directory, grid, getattr(torch, cfg.dtype))
@@ -194,33 +171,30 @@ def reward_kind(directory, otherwise="qrm"):
 
 
 def load_reward(kind, directory, tokenizer, cfg, grid, rows=()):
-    """-> reward_fn, reward_mask_fn (None: every response token), whether the reward is a token's own Q.
+    """The Reward of a run.
 
-    outcome and oracle grade the answers to `rows`; the others are models from `directory`.
+    kind   outcome, oracle: graded_reward of the answers to `rows`; FILE.py:FUNCTION: user_reward, also of `rows`;
+           a key of REWARD_MODELS: the model in `directory`, which must have the policy's tokenizer
     """
     if kind in ("outcome", "oracle"):
-        return (
-            graded_reward(kind, tokenizer, rows, cfg),
-            (lambda ids, mask: last_token_mask(mask)) if kind == "outcome" else None,
-            kind == "oracle",
-        )
+        return graded_reward(kind, tokenizer, rows, cfg)
+    if kind not in REWARD_MODELS:
+        return user_reward(kind, tokenizer, rows, grid)
     own = load_tokenizer(directory, cfg)
     if own.fingerprint != tokenizer.fingerprint:
         raise BadInput(
             f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids"
         )
     reference = None
-    if kind == "dpo":
+    if REWARD_MODELS[kind].needs_reference:
         path = Path(directory) / "run.json"
         if not isinstance(reference := read_json(path, path.read_bytes()).get("reference"), str):
             raise BadInput(
                 f"{path}: reference is {reference!r}, expected the directory of the model that DPO started from"
             )
         reference = load(LanguageModel, reference, cfg, grid).requires_grad_(False)
-    model = load(LanguageModel if kind in POLICY_LIKE else ScalarModel, directory, cfg, grid).requires_grad_(
-        False
-    )
-    return reward_function(kind, model, reference, tokenizer.ids_with("\n"))
+    model = load(REWARD_MODELS[kind].base, directory, cfg, grid).requires_grad_(False)
+    return bind_reward(kind, model, reference, tokenizer.ids_with("\n"))
 
 
 def is_reward_model(directory):
@@ -229,12 +203,15 @@ def is_reward_model(directory):
 
 
 @torch.no_grad()
-def score_examples(reward_fn, examples, cfg, grid):
-    """One number per response token of each example, in chunks: list of (n_i,) fp32 tensors on the CPU."""
+def score_examples(token_numbers, examples, cfg, grid):
+    """One number per response token of each example, in chunks: list of (n_i,) fp32 tensors on the CPU.
+
+    token_numbers   (ids (B, T+1), response_mask (B, T)) -> (B, T)
+    """
     out = []
     for a, b in spans(list(map(sequence_length, examples)), cfg.micro_tokens):
         ids, mask = collate(examples[a:b], grid.device)
-        out += [row[m].cpu() for row, m in zip(reward_fn(ids, mask), mask)]
+        out += [row[m].cpu() for row, m in zip(token_numbers(ids, mask), mask)]
     return out
 
 
@@ -247,17 +224,16 @@ def wilson(right, n, z=1.96):
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is known."""
     kind, tokenizer = reward_kind(directory), load_tokenizer(directory, cfg)
-    reward_fn, _, _ = load_reward(kind, directory, tokenizer, cfg, grid)
+    reward = load_reward(kind, directory, tokenizer, cfg, grid)
+    read_tokens = reward.rewards
     path = cfg.data
     rows = load_rows(path, ("prompt", "chosen", "rejected"), cfg.limit)
     pairs, rows = encode(
         rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), str(path), lambda text: say(grid, text)
     )
     mine, n = pairs[grid.dp_rank :: grid.dp_size], len(pairs)
-    scores = score_examples(reward_fn, [example for pair in mine for example in pair], cfg, grid)
-    right = sum(
-        float(sequence_score(kind, w) > sequence_score(kind, l)) for w, l in zip(scores[0::2], scores[1::2])
-    )
+    scores = score_examples(read_tokens, [example for pair in mine for example in pair], cfg, grid)
+    right = sum(float(reward.total(w) > reward.total(l)) for w, l in zip(scores[0::2], scores[1::2]))
     shorter = sum((len(w) < len(l)) + 0.5 * (len(w) == len(l)) for w, l in zip(scores[0::2], scores[1::2]))
     counts = {"right": right, "shorter": shorter}
     known = (
@@ -265,8 +241,8 @@ def eval_reward_model(directory, cfg, grid):
     )  # the built-in task has one right answer a prompt, so the first wrong token is known
     if known:
         if kind in ("orm", "prm"):  # their head read at every token, trained there or not
-            reward_fn = token_reward(load(ScalarModel, directory, cfg, grid))
-            scores = score_examples(reward_fn, [example for pair in mine for example in pair], cfg, grid)
+            read_tokens = functools.partial(response_scores, load(ScalarModel, directory, cfg, grid))
+            scores = score_examples(read_tokens, [example for pair in mine for example in pair], cfg, grid)
         errors, repaired = [], []
         for row, (_, rejected) in zip(rows[grid.dp_rank :: grid.dp_size], mine):
             with at_line(path, row["line"]):
@@ -278,7 +254,7 @@ def eval_reward_model(directory, cfg, grid):
             repaired.append(
                 rejected._replace(response_ids=[*rejected.response_ids[: errors[-1]], solution[errors[-1]]])
             )
-        counts |= credit_counts(scores[1::2], errors, score_examples(reward_fn, repaired, cfg, grid))
+        counts |= credit_counts(scores[1::2], errors, score_examples(read_tokens, repaired, cfg, grid))
     c = all_sum(counts, grid)
     out = {
         "n_pairs": n,
@@ -307,8 +283,7 @@ def eval_policy(directory, cfg, grid):
     ):
         judge = str(own)  # of the same run
     if judge:
-        kind = reward_kind(judge)
-        reward_fn, _, _ = load_reward(kind, judge, tokenizer, cfg, grid)
+        reward = load_reward(reward_kind(judge), judge, tokenizer, cfg, grid)
     rows = (
         load_rows(cfg.data, ("prompt", "label"), cfg.limit)
         if cfg.data
@@ -333,8 +308,8 @@ def eval_policy(directory, cfg, grid):
             for row, answers in zip(mine, samples)
             for a in answers
         ]
-        scores = score_examples(reward_fn, examples, cfg, grid)
-        ranks = [sequence_score(kind, z) for z in scores]
+        scores = score_examples(reward.rewards, examples, cfg, grid)
+        ranks = [reward.total(z) for z in scores]
         best = [max(range(cfg.k), key=lambda j: ranks[i * cfg.k + j]) for i in range(len(mine))]
         counts.append(sum(samples[i][j][2] for i, j in enumerate(best)))
     counts = list(all_sum(dict(enumerate(counts)), grid).values())
@@ -386,3 +361,180 @@ def show_tokens(cfg, tokenizer, key):
                 else f"{'✗' * (i == error)}{plain(text)}[{x:+.1f}] "
             )
             print(shown, end="\n" if "\n" in text or i + 1 == len(tokens) else "")
+
+
+# -------------------------------------------------------------------------------- rewards without a model
+
+
+def rows_by_prompt(tokenizer, rows):
+    """{prompt ids: row}: how a reward finds the row of the data that a sampled answer belongs to.
+
+    Of several rows with one prompt the first counts. Raises BadInput if their labels differ.
+    """
+    known = {}
+    for row in rows:
+        first = known.setdefault(tuple(tokenizer.encode_prompt(row["prompt"])), row)
+        require(
+            first.get("label") == row.get("label"),
+            f"lines {first['line']} and {row['line']} have the same prompt and different labels, found "
+            f"{first.get('label')!r} and {row.get('label')!r}; expected one label per prompt",
+        )
+    return known
+
+
+def answers_in(ids, response_mask, known):
+    """Yields (row of the batch, column of its first response token, row of the data, response ids).
+
+    ids (B, T+1), response_mask (B, T); known as from rows_by_prompt
+    """
+    for i, (row_ids, mask) in enumerate(zip(ids.tolist(), response_mask.tolist())):
+        start = mask.index(True)  # targets[start] = ids[start + 1] is the first response token
+        prompt_ids = row_ids[: start + 1]
+        response_ids = row_ids[start + 1 : start + 1 + sum(mask)]
+        yield i, start, known[tuple(prompt_ids)], response_ids
+
+
+def answer_text(tokenizer, response_ids):
+    """The text of an answer, without its stop token."""
+    return tokenizer.decode([t for t in response_ids if t not in tokenizer.stop_ids])
+
+
+def graded_reward(kind, tokenizer, rows, cfg):
+    """A Reward that knows the truth: it grades the answers to the prompts of `rows`.
+
+    outcome   1 or 0 at the last token; an answer without its stop token is wrong
+    oracle    1 before the first wrong token and 0 from there on (the built-in task knows the one right answer)
+    """
+    known = rows_by_prompt(tokenizer, rows)
+
+    def rewards(ids, response_mask):
+        out = torch.zeros(response_mask.shape, device=ids.device)
+        for i, start, row, response_ids in answers_in(ids, response_mask, known):
+            n = len(response_ids)
+            ended = response_ids[-1] in tokenizer.stop_ids
+            text = answer_text(tokenizer, response_ids)
+            correct = ended and grade(text, row["label"], cfg.task, cfg.grader)[1]
+            if kind == "outcome":
+                out[i, start + n - 1] = float(correct)
+            elif correct:
+                out[i, start : start + n] = 1.0
+            else:
+                error = error_places(tokenizer, row["prompt"], [Example([], response_ids)])[0]
+                out[i, start : start + error] = 1.0
+        return out
+
+    if kind == "outcome":
+        return Reward(rewards, at_last_token, is_q=False, total=sum_of_rewards)
+    return Reward(rewards, at_every_token, is_q=True, total=mean_of_rewards)
+
+
+def load_function(spec):
+    """The FUNCTION of FILE.py:FUNCTION; BadInput if the file cannot be run or has no such function."""
+    path, _, name = spec.rpartition(":")
+    require(path.endswith(".py") and name.isidentifier(), f"--reward {spec}: expected FILE.py:FUNCTION")
+    require(Path(path).is_file(), f"--reward {spec}: no file {path}; expected a Python file")
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(describe_error(path, error)) from error
+    function = getattr(module, name, None)
+    require(callable(function), f"--reward {spec}: {path} has no function {name}")
+    return function
+
+
+def describe_error(path, error):
+    """ "FILE.py, line N: ZeroDivisionError: ..." of an exception in a user's file."""
+    lines = [
+        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+    ]
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines.append(error.lineno)
+    place = (
+        f"{path}, line {lines[-1]}" if lines else path
+    )  # no line: it was called with arguments it does not take
+    return f"{place}: {type(error).__name__}: {error}"
+
+
+def check_value(value, n, where):
+    """A user's reward as a float, or a list of n floats; BadInput for anything else, naming `where`."""
+    value = value.tolist() if hasattr(value, "tolist") else value  # numpy, torch
+    is_list = isinstance(value, (list, tuple))
+    values = value if is_list else [value]
+    largest = torch.finfo(torch.float32).max
+    require(
+        all(isinstance(x, numbers.Real) for x in values) and (len(values) == n or not is_list),
+        f"{where}: found {reprlib.repr(value)}; expected a number, or a list of {n}, one per response token",
+    )
+    require(
+        all(abs(x) <= largest for x in values),  # False for nan
+        f"{where}: found {reprlib.repr(value)}; expected finite numbers",
+    )
+    return [float(x) for x in values] if is_list else float(value)
+
+
+def user_reward(spec, tokenizer, rows, grid=Grid()):
+    """The Reward that a user's own function gives: --reward FILE.py:FUNCTION, for reinforce and ppo.
+
+    FUNCTION(prompt, response, ids, row, truncated) is called once per answer:
+
+        prompt      as in the data: a text, or a list of {"role", "content"} messages
+        response    the text of the answer, without its stop token
+        ids         list of its n token ids, with its stop token
+        row         the prompt's row of the data, a dict with all of its keys
+        truncated   True if the answer has no stop token: it reached --max_new_tokens
+
+    It returns a number, which becomes the reward of the last response token, or a list of n numbers, one per
+    response token; one of the two for all answers. They count as rewards to be accumulated (--advantage return,
+    or gae with ppo) unless --advantage says otherwise. With tensor parallelism every rank calls it, and the value
+    of the first one counts. For example, with --reward length_penalty.py:reward
+
+        # length_penalty.py: a right answer earns 1, and every token after the 64th costs 0.01
+        from support.graders import grade
+
+        FREE, PRICE = 64, 0.01
+
+
+        def reward(prompt, response, ids, row, truncated):
+            answer, correct = grade(response, row["label"], "arith")
+            earned = 1.0 if correct and not truncated else 0.0
+            return earned - PRICE * max(len(ids) - FREE, 0)
+
+    rows   the prompts' rows, as from load_rows
+    Raises BadInput, when called or in the Reward: the file or function cannot be loaded, the function raises, or
+    it returns another type or length, or a number that is not finite in fp32.
+    """
+    function = load_function(spec)
+    known = rows_by_prompt(tokenizer, rows)
+    per_token = None  # whether FUNCTION returns lists: the first answer tells
+
+    def value_of(row, response_ids):
+        text = answer_text(tokenizer, response_ids)
+        truncated = response_ids[-1] not in tokenizer.stop_ids
+        try:
+            value = function(row["prompt"], text, list(response_ids), dict(row.get("raw", row)), truncated)
+        except Exception as error:
+            path = spec.rpartition(":")[0]
+            raise BadInput(f"{describe_error(path, error)} (data line {row['line']})") from error
+        return check_value(value, len(response_ids), f"--reward {spec}, data line {row['line']}")
+
+    def rewards(ids, response_mask):
+        nonlocal per_token
+        out = torch.zeros(response_mask.shape, device=ids.device)
+        for i, start, row, response_ids in answers_in(ids, response_mask, known):
+            value = value_of(row, response_ids)
+            is_list = isinstance(value, list)
+            per_token = is_list if per_token is None else per_token
+            require(
+                is_list == per_token,
+                f"--reward {spec}: returned a number for one answer and a list for another; expected one of the two",
+            )
+            last = start + len(response_ids) - 1
+            out[i, start if is_list else last : last + 1] = torch.tensor(value)
+        return all_reduce(out if grid.tp_rank == 0 else torch.zeros_like(out), grid.tp_group)
+
+    def speaks(ids, response_mask):
+        return at_every_token(ids, response_mask) if per_token else at_last_token(ids, response_mask)
+
+    return Reward(rewards, speaks, is_q=False, total=sum_of_rewards)
