@@ -1,10 +1,11 @@
 """PPO with token rewards: REINFORCE plus a critic, the ratio to the policy that sampled, and the clip.
 
-    Rollout ─ values (critic) ─ advantages: Z_std - KL - V, or GAE ─ for epoch, minibatch: ppo_loss, value_loss ─ step
+    Rollout ─ values (critic) ─ ppo_advantages: Z_std - KL - V, or GAE
+            ─ for epoch, minibatch: ppo_loss, value_loss ─ step
 
 Source: Chen et al. 2025, Algorithm 1; Schulman et al. 2017 (clip), 2016 (GAE).
 
-B trajectories of this process · T positions
+B trajectories of this process · T positions · N response tokens
 """
 
 import torch
@@ -12,26 +13,21 @@ import torch.distributed as dist
 
 from model import at_states, scatter_to_mask, token_logprobs
 from parallel import Update, all_reduce, all_sum
-from reinforce import advantages as policy_advantages
-from reinforce import (
-    eos_to_mean,
-    kl_penalty,
-    mean_stats,
-    micro_batches,
-    minibatches,
-    standardize,
-)
+from reinforce import by_parts, mean_stats, micro_batches, minibatches, reinforce_advantages, shape_rewards
 
 # -------------------------------------------------------------------------------- equations
 
 
 # exercise 6.1 (1 line): the critic's position
 def state_values(critic, ids, response_mask):
-    """V(s_t), read where the state ends and before the action is seen: at inputs[:, t]; 0 outside the mask. -> (B, T) fp32"""
+    """V(s_t), read at inputs[:, t], where the state ends and before the action is seen.
+
+    ids (B, T+1) int64, response_mask (B, T) bool -> values (B, T) fp32, 0 outside the mask
+    """
     return scatter_to_mask(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
 
-# exercise 6.2 (7 lines): generalised advantage estimation
+# exercise 6.2 (10 lines): generalised advantage estimation
 def gae(rewards, values, response_mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, Eq. 16).
 
@@ -42,51 +38,52 @@ def gae(rewards, values, response_mask, gamma, lam):
     response_mask     (B, T) bool
     -> advantages, returns   (B, T) float, 0 outside response_mask; returns = advantages + values
     """
-    rewards, values = rewards.masked_fill(~response_mask, 0.0), values.masked_fill(~response_mask, 0.0)
-    out, running, next_value = (
-        torch.zeros_like(rewards),
-        torch.zeros_like(rewards[:, 0]),
-        torch.zeros_like(rewards[:, 0]),
-    )
+    rewards = rewards.masked_fill(~response_mask, 0.0)
+    values = values.masked_fill(~response_mask, 0.0)
+    out = torch.zeros_like(rewards)
+    running = next_value = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         running = torch.where(response_mask[:, t], delta + gamma * lam * running, 0.0)
-        next_value, out[:, t] = values[:, t], running
+        out[:, t] = running
+        next_value = values[:, t]
     return out, (out + values).masked_fill(~response_mask, 0.0)
 
 
-# exercise 6.3 (10 lines): Algorithm 1's advantage
+# exercise 6.3 (7 lines): Algorithm 1's advantage
 def ppo_advantages(rollout, values, cfg, grid):
-    """Advantages for the policy and targets for the critic, both (B, T).
+    """Advantages for the policy and targets for the critic, both (B, T), 0 outside the mask.
 
-        token         A = Z_std - kl_coef * KL - baseline_weight * V,  target Z_std (without KL): Algorithm 1. No discount,
-                      no GAE: the score already is a Q, and V is its mean over actions, up to a constant (Prop. 3.4)
-        gae           rewards at the ends that the reward model speaks at, minus kl_coef * KL on every token
-        other         the critic-free advantages of reinforce.py; the critic learns Z_std but is not used
-    Z_std is `standardize` of the rollout's scores (then `eos_to_mean`, where cfg.eos_to_mean says so), KL is `kl_penalty`.
+        token    A = Z_std - kl_coef * KL - baseline_weight * V, target Z_std (without KL): Algorithm 1. No
+                 discount, no GAE: the reward already is a Q, and V is its mean over actions, up to a
+                 constant (Prop. 3.4)
+        gae      generalised advantages and returns of the rewards Z_std - kl_coef * KL
+        other    the critic-free advantages of reinforce.py; the critic learns Z_std but is not used
+
+    shape_rewards gives both Z_std and Z_std - kl_coef * KL.
     """
-    mask = rollout.response_mask
-    z_std = standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)
-    if cfg.eos_to_mean:
-        z_std = eos_to_mean(z_std, mask)
-    penalty = cfg.kl_coef * kl_penalty(rollout, cfg.kl)
+    response_mask = rollout.response_mask
+    z_std, rewards = shape_rewards(rollout, cfg, grid)
     if cfg.advantage == "gae":
-        return gae(z_std - penalty, values, mask, cfg.gamma, cfg.lam)
+        return gae(rewards, values, response_mask, cfg.gamma, cfg.lam)
     if cfg.advantage == "token":
-        return (z_std - penalty - cfg.baseline_weight * values).masked_fill(~mask, 0.0), z_std
-    return policy_advantages(rollout, cfg, grid), z_std
+        return (rewards - cfg.baseline_weight * values).masked_fill(~response_mask, 0.0), z_std
+    return reinforce_advantages(rollout, cfg, grid), z_std
 
 
-# exercise 6.4 (5 lines): the clipped loss
+# exercise 6.4 (6 lines): the clipped loss
 def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
-    """-mean over response tokens of min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi(a_t | s_t) / pi_old(a_t | s_t).
+    """PPO's clipped objective (Schulman et al. 2017, Eq. 7), a mean over response tokens.
 
-    All (B, T); only logprobs carries a gradient. At rho = 1 that gradient is REINFORCE's; a token whose ratio has left
-    the interval in the direction that its advantage asks for gives none.
+        rho = pi(a_t | s_t) / pi_old(a_t | s_t)        loss = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
+
+    logprobs, old_logprobs, advantages (B, T); clip is eps. Only logprobs carries a gradient. At rho = 1 it is
+    REINFORCE's; a token whose ratio has left the interval in the direction of its advantage has none.
     -> loss (scalar), {"clip_frac": share of such tokens, "ratio_max"}
     """
     log_ratio = (logprobs - old_logprobs.detach())[response_mask]  # (N,)
-    ratio, A = log_ratio.clamp(-20, 20).exp(), advantages.detach()[response_mask]
+    ratio = log_ratio.clamp(-20, 20).exp()
+    A = advantages.detach()[response_mask]
     loss = -torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A).mean()
     clipped = ((ratio > 1 + clip) & (A > 0)) | ((ratio < 1 - clip) & (A < 0))
     return loss, {"clip_frac": clipped.float().mean().item(), "ratio_max": ratio.max().item()}
@@ -98,13 +95,16 @@ def value_loss(values, returns, response_mask):
 
 
 def explained_variance(values, returns, response_mask, grid):
-    """1 - Var(returns - V) / Var(returns) over all ranks: 1 is a perfect critic, 0 no better than a constant (or the targets are one)."""
+    """1 - Var(returns - V) / Var(returns) over all ranks; (B, T) each -> float
+
+    1 is a perfect critic; 0 is no better than a constant, or the returns are constant themselves.
+    """
 
     def variance(x):
         sums = all_sum({"n": x.numel(), "total": x.sum().item(), "squares": x.square().sum().item()}, grid)
         return sums["squares"] / sums["n"] - (sums["total"] / sums["n"]) ** 2
 
-    values, returns = values[response_mask].double(), returns[response_mask].double()
+    values, returns = values[response_mask].double(), returns[response_mask].double()  # (N,), (N,)
     total = variance(returns)
     return 1.0 - variance(returns - values) / total if total > 1e-12 else 0.0
 
@@ -113,39 +113,48 @@ def explained_variance(values, returns, response_mask, grid):
 
 
 def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, critic_lr):
-    """The updates of one rollout: cfg.ppo_epochs passes, one update of policy and critic a minibatch.
+    """The updates of one rollout: cfg.ppo_epochs passes, one update of policy and critic per minibatch.
 
-    The critic is read and trained at the same place, with the one head it was given at the start.
     -> {"loss", "grad_norm", "clip_frac", "ratio_max", "value_loss", "explained_variance"}
     """
-    grid, mask = policy.grid, rollout.response_mask
-    cuts, values = minibatches(rollout.lengths(), cfg), torch.zeros(mask.shape, device=grid.device)
-    with torch.no_grad():
-        for a, b in (span for minibatch in cuts for span in minibatch):
-            chunk = rollout.rows(a, b)
-            values[a:b, : chunk.response_mask.shape[1]] = state_values(critic, chunk.ids, chunk.response_mask)
-    weights, returns = ppo_advantages(rollout, values, cfg, grid)
+    grid = policy.grid
+    cuts = minibatches(rollout.lengths(), cfg)
+    values = old_values(critic, rollout, cuts)  # (B, T)
+    advantages, returns = ppo_advantages(rollout, values, cfg, grid)
     steps, value_steps, ratio_max = [], [], 0.0
 
     for _ in range(cfg.ppo_epochs):
         for minibatch in cuts:
-            update = Update(optimizer, micro_batches(rollout, weights, minibatch))
-            for chunk, weight in update:
+            update = Update(optimizer, micro_batches(rollout, advantages, minibatch))
+            for chunk, chunk_advantages in update:
                 logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
-                loss, stats = ppo_loss(logprobs, chunk.old_logprobs, weight, chunk.response_mask, cfg.clip)
+                loss, stats = ppo_loss(
+                    logprobs, chunk.old_logprobs, chunk_advantages, chunk.response_mask, cfg.clip
+                )
                 ratio_max = max(ratio_max, stats.pop("ratio_max"))  # a maximum, not a mean
                 update.backward(loss, stats)
             steps.append(update.step(lr))
+
             update = Update(critic_optimizer, micro_batches(rollout, returns, minibatch))
-            for chunk, target in update:
-                values_now = state_values(critic, chunk.ids, chunk.response_mask)
-                update.backward(*value_loss(values_now, target, chunk.response_mask))
+            for chunk, chunk_returns in update:
+                new_values = state_values(critic, chunk.ids, chunk.response_mask)
+                loss, stats = value_loss(new_values, chunk_returns, chunk.response_mask)
+                update.backward(loss, stats)
             value_steps.append(update.step(critic_lr))
-    ratio_max = all_reduce(
-        torch.tensor([ratio_max], device=grid.device), grid.dp_group, dist.ReduceOp.MAX
-    ).item()
+
+    ratio_max = torch.tensor([ratio_max], device=grid.device)
     return mean_stats(steps) | {
-        "ratio_max": ratio_max,
+        "ratio_max": all_reduce(ratio_max, grid.dp_group, dist.ReduceOp.MAX).item(),
         "value_loss": mean_stats(value_steps)["loss"],
-        "explained_variance": explained_variance(values, returns, mask, grid),
+        "explained_variance": explained_variance(values, returns, rollout.response_mask, grid),
     }
+
+
+@torch.no_grad()
+def old_values(critic, rollout, cuts):
+    """V(s_t) before the first update, in the micro-batches of the updates: (B, T)"""
+
+    def values(ids, response_mask):
+        return {"values": state_values(critic, ids, response_mask)}
+
+    return by_parts(values, rollout.ids, rollout.response_mask, cuts)["values"]

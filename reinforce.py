@@ -1,10 +1,11 @@
-"""REINFORCE with token rewards: sample, score every token, standardise, and push log-probabilities up or down.
+"""REINFORCE with token rewards: sample, score every token, standardise, push log-probabilities up or down.
 
-    prompts ─ generate(ids only) ─ collate ─ token_logprobs(old, reference) ─ reward_fn ─► Rollout
-    Rollout ─ standardize ─ advantages ─ for each minibatch: token_logprobs ─ reinforce_loss ─ step
+    prompts ─ generate(ids only) ─ collate ─ token_logprobs(old, reference) ─ reward ─► Rollout
+    Rollout ─ reinforce_advantages ─ for each minibatch: token_logprobs ─ reinforce_loss ─ step
 
-A reward model is any `reward_fn(ids (B, T+1), response_mask (B, T)) -> (B, T)`: ids go in, never text.
-Source: Chen et al. 2025, section 3.4, Algorithm 2; Williams 1992. PPO (ppo.py) is this plus ratio, clip and critic.
+A reward is any object with `rewards` and `speaks`, both of (ids (B, T+1), response_mask (B, T)) -> (B, T):
+ids go in, never text.
+Source: Chen et al. 2025, section 3.4, Algorithm 2; Williams 1992. PPO (ppo.py) adds ratio, clip and critic.
 
 B trajectories of this process · T positions · N response tokens · V vocabulary
 """
@@ -12,6 +13,7 @@ B trajectories of this process · T positions · N response tokens · V vocabula
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from data import Example, collate, spans
 from model import exact_kl, token_logprobs
@@ -22,13 +24,11 @@ from support.sampling import generate
 # -------------------------------------------------------------------------------- the rollout
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Rollout:
-    """What was sampled, and what was known about it then. All (B, T) in the place of targets, 0 outside the mask."""
+    """Sampled answers, and what the models said of them then; (B, T) is aligned with targets, else 0."""
 
-    ids: (
-        torch.Tensor
-    )  # (B, T+1) int64: prompt, sampled response (its stop token included, if it has one), pad
+    ids: torch.Tensor  # (B, T+1) int64: prompt, sampled response with its stop token unless truncated, pad
     response_mask: torch.Tensor  # (B, T) bool
     truncated: torch.Tensor  # (B,) bool: no stop token within max_new_tokens
     old_logprobs: torch.Tensor  # (B, T) nats, by the training forward
@@ -36,78 +36,123 @@ class Rollout:
     kl_k1: torch.Tensor  # (B, T) nats: log pi - log ref; unbiased, of either sign
     kl_k3: torch.Tensor  # (B, T) nats: ref/pi - 1 + log pi - log ref; unbiased, never negative
     kl_exact: torch.Tensor  # (B, T) nats: sum over the vocabulary; zeros unless asked for
-    scores: torch.Tensor  # (B, T) raw rewards of the reward model
+    scores: torch.Tensor  # (B, T) raw rewards
     reward_mask: (
         torch.Tensor
-    )  # (B, T) bool: where the reward model speaks (all tokens, step ends, or the last token)
+    )  # (B, T) bool: where rewards are given (all tokens, step ends, or the last token)
 
     def lengths(self):
         """Tokens of prompt and response, row by row: list of int"""
-        places = torch.arange(self.response_mask.shape[1], device=self.ids.device)
-        return ((self.response_mask * places).amax(1) + 2).tolist()
+        places = torch.arange(self.response_mask.shape[1], device=self.ids.device)  # (T,)
+        last_target = (self.response_mask * places).amax(1)  # (B,)
+        return (last_target + 2).tolist()  # targets[t] is ids[t + 1], and ids count from 0
 
     def rows(self, start, stop):
-        """Rows [start, stop) of all fields, without the columns that only longer rows need."""
-        used = int(self.response_mask[start:stop].any(0).nonzero().max()) + 1
-        cut = {
-            k: v[start:stop, : used + (k == "ids")] if v.dim() == 2 else v[start:stop]
-            for k, v in vars(self).items()
-        }
-        return Rollout(**cut)
+        """Rows [start, stop) of every field, without the columns that only longer rows need."""
+        T = used_columns(self.response_mask[start:stop])
+        part = {}
+        for name, x in vars(self).items():
+            if name == "truncated":
+                part[name] = x[start:stop]
+            elif name == "ids":
+                part[name] = x[start:stop, : T + 1]
+            else:
+                part[name] = x[start:stop, :T]
+        return Rollout(**part)
+
+
+def used_columns(response_mask):
+    """Columns up to the last response token of any row: (B, T) bool -> int"""
+    return int(response_mask.any(0).nonzero().max()) + 1
+
+
+def minibatches(lengths, cfg):
+    """Cuts this process's rows: [[(start, stop) of each micro-batch] of each minibatch].
+
+    Every process gets the same number of minibatches. Old and new log-probabilities use the same cut, so the
+    first ratio is exactly 1.
+
+    lengths   tokens of each row     cfg   has batch_size, minibatch, micro_tokens
+    """
+    n = -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
+    cuts = []
+    for i in range(n):
+        start, stop = shard_range(len(lengths), i, n)
+        parts = spans(lengths[start:stop], cfg.micro_tokens)
+        cuts.append([(start + a, start + b) for a, b in parts])
+    return cuts
+
+
+def by_parts(f, ids, response_mask, cuts):
+    """Runs f on one micro-batch at a time. -> {name: (B, T) fp32}, 0 in the columns that f did not see
+
+    f      (ids (b, t+1), response_mask (b, t)) -> {name: (b, t)}; columns only longer rows need are left out
+    cuts   as minibatches returns them: together they cover all rows in order
+    """
+    T, parts = response_mask.shape[1], {}
+    for start, stop in (span for minibatch in cuts for span in minibatch):
+        t = used_columns(response_mask[start:stop])
+        results = f(ids[start:stop, : t + 1], response_mask[start:stop, :t])
+        for name, x in results.items():
+            parts.setdefault(name, []).append(F.pad(x.float(), (0, T - t)))  # (b, t) -> (b, T)
+    return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
 # exercise 5.1 (2 lines): KL from one sampled token
 def kl_estimates(logprobs, ref_logprobs):
-    """Per-token estimates of KL(pi || ref) from one sampled token (Schulman 2020): k1 = log pi - log ref, and
-    k3 = exp(-k1) - 1 + k1. Both have the KL as their expectation under pi. (...) nats -> two (...)"""
+    """Per-token estimates of KL(pi || ref) from one sampled token (Schulman 2020); both are unbiased.
+
+        k1 = log pi - log ref        k3 = exp(-k1) - 1 + k1
+
+    logprobs, ref_logprobs (...) nats -> k1, k3 (...) nats
+    """
     k1 = logprobs - ref_logprobs
     return k1, torch.expm1(-k1) + k1
 
 
 @torch.no_grad()
-def _score_chunk(policy, reference, chunk, cfg):
-    """Fills a chunk's old_logprobs, entropy and KL in place; its forward is the one that training will run."""
-    what = chunk.ids, chunk.response_mask, cfg.temperature
-    chunk.old_logprobs[:], chunk.entropy[:] = token_logprobs(policy, *what)
-    chunk.kl_k1[:], chunk.kl_k3[:] = kl_estimates(chunk.old_logprobs, token_logprobs(reference, *what)[0])
-    if cfg.kl == "exact":
-        chunk.kl_exact[:] = exact_kl(policy, reference, *what)
+def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed):
+    """Samples cfg.group_size answers per prompt and scores every token.
 
-
-def minibatches(lengths, cfg):
-    """How this process's rows are cut: [[(start, stop) of each micro-batch] of each minibatch], the same number of minibatches
-    on every process. Old and new log-probabilities use the same cut, so the first ratio is exactly 1. lengths: tokens a row"""
-    n = -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
-    cuts = [shard_range(len(lengths), i, n) for i in range(n)]
-    return [
-        [(a + start, b + start) for a, b in spans(lengths[start:stop], cfg.micro_tokens)]
-        for start, stop in cuts
-    ]
-
-
-@torch.no_grad()
-def collect_rollout(policy, reference, reward_fn, prompts, stop_ids, cfg, seed, reward_mask_fn=None):
-    """Samples cfg.group_size answers a prompt and scores every token.
-
-    prompts          list of id lists: this dp rank's (all ranks of a tp group pass the same)
-    reward_fn        (ids (B, T+1), response_mask (B, T)) -> (B, T) float
-    reward_mask_fn   the same arguments -> (B, T) bool: where reward_fn speaks; None is every response token
+    reward     reward.rewards(ids (b, t+1), response_mask (b, t)) -> (b, t) float, called on micro-batches;
+               then reward.speaks(ids (B, T+1), response_mask (B, T)) -> (B, T) bool: where rewards are given
+    prompts    list of id lists: this dp rank's (all ranks of a tp group pass the same)
+    stop_ids   ids that end an answer and belong to it
+    cfg        has group_size, batch_size, minibatch, micro_tokens, max_new_tokens, temperature, kl
     """
     device = policy.grid.device
-    prompts = [p for p in prompts for _ in range(cfg.group_size)]
+    prompts = [prompt for prompt in prompts for _ in range(cfg.group_size)]
     responses, truncated = generate(
         policy, prompts, cfg.max_new_tokens, stop_ids, cfg.temperature, seed, graphs=cfg.graphs
     )
-    ids, mask = collate([Example(p, r) for p, r in zip(prompts, responses)], device)
-    blank = [torch.zeros(mask.shape, device=device) for _ in range(6)]
-    rollout = Rollout(ids, mask, torch.tensor(truncated, device=device), *blank, mask)
-    for span in (span for minibatch in minibatches(rollout.lengths(), cfg) for span in minibatch):
-        chunk = rollout.rows(*span)
-        _score_chunk(policy, reference, chunk, cfg)
-        chunk.scores[:] = reward_fn(chunk.ids, chunk.response_mask).masked_fill(~chunk.response_mask, 0.0)
-    if reward_mask_fn:
-        rollout.reward_mask = reward_mask_fn(ids, mask)
-    return rollout
+    examples = [Example(prompt, response) for prompt, response in zip(prompts, responses)]
+    ids, response_mask = collate(examples, device)  # (B, T+1), (B, T)
+
+    def score(ids, response_mask):  # by the forward that training will run, in the same micro-batches
+        old_logprobs, entropy = token_logprobs(policy, ids, response_mask, cfg.temperature)
+        ref_logprobs, _ = token_logprobs(reference, ids, response_mask, cfg.temperature)
+        kl_k1, kl_k3 = kl_estimates(old_logprobs, ref_logprobs)
+        kl_exact = torch.zeros_like(kl_k1)
+        if cfg.kl == "exact":
+            kl_exact = exact_kl(policy, reference, ids, response_mask, cfg.temperature)
+        return {
+            "old_logprobs": old_logprobs,
+            "entropy": entropy,
+            "kl_k1": kl_k1,
+            "kl_k3": kl_k3,
+            "kl_exact": kl_exact,
+            "scores": reward.rewards(ids, response_mask).masked_fill(~response_mask, 0.0),
+        }
+
+    lengths = [len(example.prompt_ids) + len(example.response_ids) for example in examples]
+    scored = by_parts(score, ids, response_mask, minibatches(lengths, cfg))
+    return Rollout(
+        ids=ids,
+        response_mask=response_mask,
+        truncated=torch.tensor(truncated, device=device),
+        reward_mask=reward.speaks(ids, response_mask) & response_mask,
+        **scored,
+    )
 
 
 # -------------------------------------------------------------------------------- rewards to advantages
@@ -118,8 +163,8 @@ def standardize(rewards, reward_mask, how, grid):
     """Z_std = (Z - mu) / sigma with the moments over all rewards of the rollout, on all ranks (section 3.4).
 
     rewards (B, T) float, reward_mask (B, T) bool -> (B, T), 0 outside the mask
-    how   "mean_std": the paper. "std": only divided by sigma, as in the authors' code; a non-zero mean then rewards
-          length as such. "none": raw. Equal rewards everywhere give 0 (or stay as they are), never NaN.
+    how   "mean_std": the paper. "std": only divided by sigma, as in the authors' code; a non-zero mean then
+          rewards length as such. "none": raw. Equal rewards give 0 (or remain as they are), never NaN.
     """
     if how == "none":
         return rewards.masked_fill(~reward_mask, 0.0)
@@ -133,28 +178,38 @@ def standardize(rewards, reward_mask, how, grid):
 
 
 def eos_to_mean(rewards, response_mask):
-    """The authors' REINFORCE variant: the last token's reward becomes the mean over its sequence, itself included."""
+    """The authors' REINFORCE variant: the last token's reward becomes its sequence's mean, itself included.
+
+    rewards, response_mask (B, T) -> (B, T)
+    """
     means = rewards.masked_fill(~response_mask, 0.0).sum(1) / response_mask.sum(1)  # (B,)
-    last = response_mask & ~torch.nn.functional.pad(response_mask, (0, 1))[:, 1:]
+    last = response_mask & ~F.pad(response_mask, (0, 1))[:, 1:]  # (B, T)
     return torch.where(last, means[:, None], rewards)
 
 
-# exercise 5.3 (5 lines): rewards to go
+# exercise 5.3 (6 lines): rewards to go
 def returns_to_go(rewards, response_mask, gamma):
-    """G_t = r_t + gamma G_(t+1): what an outcome or step reward needs to become a token's weight. (B, T) -> (B, T)"""
-    out, running = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    """G_t = r_t + gamma G_(t+1): turns an outcome or step reward into a weight for each token.
+
+    rewards (B, T) float, response_mask (B, T) bool -> (B, T), 0 outside the mask
+    """
+    out = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):
         running = torch.where(response_mask[:, t], rewards[:, t] + gamma * running, running)
         out[:, t] = running
     return out.masked_fill(~response_mask, 0.0)
 
 
-# exercise 5.4 (7 lines): RLOO and GRPO
+# exercise 5.4 (9 lines): RLOO and GRPO
 def group_advantages(sequence_rewards, group_size, how):
-    """One advantage a trajectory from its group of samples of one prompt: (B,) -> (B,), groups are neighbours.
+    """One advantage per trajectory, relative to the other samples of the same prompt.
 
-    "rloo"   R_i - mean of the others (Ahmadian et al. 2024)      "grpo"   (R_i - mean) / (std + 1e-6) (Shao et al. 2024)
-    The std is the sample's, over group_size - 1. Raises BadInput for a group of one.
+    "rloo"   R_i - mean of the others              (Ahmadian et al. 2024)
+    "grpo"   (R_i - mean) / (std + 1e-6)           (Shao et al. 2024); the std divides by group_size - 1
+
+    sequence_rewards (B,): groups are group_size neighbours -> (B,)
+    Raises BadInput for a group of one.
     """
     if group_size < 2:
         raise BadInput(
@@ -170,36 +225,51 @@ def group_advantages(sequence_rewards, group_size, how):
 def kl_penalty(rollout, kl):
     """The per-token penalty (B, T), nats, that a config's `kl` names.
 
-    "exact", as Algorithm 1 has it, depends on the state alone: where rewards are not accumulated over time it is a mere
-    baseline, and the expected policy gradient does not feel it. "k1" does depend on the action, and its gradient is that
-    of the KL at each state: it is the default. "abs" is the authors' |k1|, which punishes both directions.
+    "exact", as in Algorithm 1, depends on the state alone: unless rewards are accumulated over time it is
+    only a baseline, and leaves the expected policy gradient unchanged. "k1" does depend on the action, and
+    its gradient is that of the KL at each state: it is the default. "abs" is the authors' |k1|, which
+    punishes both directions.
     """
-    return {"k1": rollout.kl_k1, "k3": rollout.kl_k3, "exact": rollout.kl_exact, "abs": rollout.kl_k1.abs()}[
-        kl
-    ]
+    if kl == "abs":
+        return rollout.kl_k1.abs()
+    return {"k1": rollout.kl_k1, "k3": rollout.kl_k3, "exact": rollout.kl_exact}[kl]
 
 
-def advantages(rollout, cfg, grid):
-    """A (B, T), without critic, 0 outside the mask.
+def shape_rewards(rollout, cfg, grid):
+    """Rewards to learn from, made of the rollout's raw scores; the same for REINFORCE and PPO.
 
-    token         Z_std - kl_coef * KL                         the reward model's score already is a Q (the paper)
-    return        reward-to-go of (reward_std - kl_coef * KL)  for outcome and step rewards
-    rloo, grpo    the trajectory's mean reward against its group's, on every token, - kl_coef * KL
+        z_std   = standardize(scores), then eos_to_mean if cfg.eos_to_mean
+        rewards = z_std - kl_coef * KL
+
+    -> z_std, rewards   (B, T) each, 0 outside the mask
     """
+    response_mask = rollout.response_mask
+    z_std = standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)
+    if cfg.eos_to_mean:
+        z_std = eos_to_mean(z_std, response_mask)
+    rewards = z_std - cfg.kl_coef * kl_penalty(rollout, cfg.kl)
+    return z_std, rewards.masked_fill(~response_mask, 0.0)
+
+
+def reinforce_advantages(rollout, cfg, grid):
+    """A (B, T), without a critic, 0 outside the mask.
+
+    token         Z_std - kl_coef * KL                         the reward already is a Q (the paper)
+    return        reward-to-go of (Z_std - kl_coef * KL)       for outcome and step rewards
+    rloo, grpo    the trajectory's mean score relative to its group, at every token, - kl_coef * KL
+    Raises BadInput for gae.
+    """
+    response_mask = rollout.response_mask
     if cfg.advantage == "gae":
         raise BadInput("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
-    mask, penalty = rollout.response_mask, cfg.kl_coef * kl_penalty(rollout, cfg.kl)
     if cfg.advantage in ("rloo", "grpo"):
-        means = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1) / rollout.reward_mask.sum(
-            1
-        ).clamp(min=1)  # (B,)
-        weights = group_advantages(means, cfg.group_size, cfg.advantage)[:, None].expand(mask.shape)
-        return (weights - penalty).masked_fill(~mask, 0.0)
-    rewards = standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)
-    if cfg.eos_to_mean:
-        rewards = eos_to_mean(rewards, mask)
-    rewards = (rewards - penalty).masked_fill(~mask, 0.0)
-    return returns_to_go(rewards, mask, cfg.gamma) if cfg.advantage == "return" else rewards
+        sums = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1)  # (B,)
+        means = sums / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)
+        relative = group_advantages(means, cfg.group_size, cfg.advantage)  # (B,)
+        penalty = cfg.kl_coef * kl_penalty(rollout, cfg.kl)  # (B, T)
+        return (relative[:, None] - penalty).masked_fill(~response_mask, 0.0)
+    _, rewards = shape_rewards(rollout, cfg, grid)
+    return returns_to_go(rewards, response_mask, cfg.gamma) if cfg.advantage == "return" else rewards
 
 
 # -------------------------------------------------------------------------------- the update
@@ -207,42 +277,51 @@ def advantages(rollout, cfg, grid):
 
 # exercise 5.5 (1 line): the policy gradient
 def reinforce_loss(logprobs, advantages, response_mask):
-    """loss = -mean over response tokens of A_t log pi(a_t | s_t); its gradient is the policy gradient (Williams 1992).
+    """loss = -mean over response tokens of A_t log pi(a_t | s_t): its gradient is the policy gradient.
 
-    All (B, T); A carries no gradient; what stands outside the mask changes nothing. -> loss (scalar), {}
+    All (B, T); A carries no gradient; values outside the mask have no effect. -> loss (scalar), {}
+    Source: Williams 1992.
     """
     return -(advantages.detach()[response_mask] * logprobs[response_mask]).mean(), {}
 
 
 def reinforce_step(policy, optimizer, rollout, cfg, lr):
-    """The updates of one rollout: one a minibatch. -> {"loss", "grad_norm"}: means over the minibatches"""
-    weights, steps = advantages(rollout, cfg, policy.grid), []
-
+    """The updates of one rollout, one per minibatch. -> {"loss", "grad_norm"}: means over the minibatches"""
+    advantages = reinforce_advantages(rollout, cfg, policy.grid)  # (B, T)
+    steps = []
     for minibatch in minibatches(rollout.lengths(), cfg):
-        update = Update(optimizer, micro_batches(rollout, weights, minibatch))
-        for chunk, weight in update:
+        update = Update(optimizer, micro_batches(rollout, advantages, minibatch))
+        for chunk, chunk_advantages in update:
             logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
-            update.backward(*reinforce_loss(logprobs, weight, chunk.response_mask))
+            loss, stats = reinforce_loss(logprobs, chunk_advantages, chunk.response_mask)
+            update.backward(loss, stats)
         steps.append(update.step(lr))
     return mean_stats(steps)
 
 
-def micro_batches(rollout, weights, spans):
-    """[(response tokens, (chunk of the rollout, its weights))] for parallel.update: the loss is a mean over tokens."""
-    chunks = [rollout.rows(*span) for span in spans]
-    return [
-        (int(c.response_mask.sum()), (c, weights[a:b, : c.response_mask.shape[1]]))
-        for c, (a, b) in zip(chunks, spans)
-    ]
+def micro_batches(rollout, per_token, minibatch):
+    """The micro-batches of one minibatch for parallel.Update, weighted by tokens: losses are means over them.
+
+    per_token   (B, T): advantages, or the critic's targets
+    minibatch   [(start, stop)] of its micro-batches
+    -> [(response tokens, (chunk of the rollout, chunk of per_token))]
+    """
+    parts = []
+    for start, stop in minibatch:
+        chunk = rollout.rows(start, stop)
+        T = chunk.response_mask.shape[1]
+        n_tokens = int(chunk.response_mask.sum())
+        parts.append((n_tokens, (chunk, per_token[start:stop, :T])))
+    return parts
 
 
 def mean_stats(steps):
     """The mean of each figure over the updates of a rollout."""
-    return {k: sum(s[k] for s in steps) / len(steps) for k in steps[0]}
+    return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
 def rollout_stats(rollout, grid):
-    """What every RL log line reports about a rollout, over all ranks: raw reward, KL, entropy, length, truncation."""
+    """The figures of every RL log line, over all ranks: raw reward, KL, entropy, length, truncation."""
     sums = all_sum(
         {
             "tokens": rollout.response_mask.sum().item(),

@@ -51,7 +51,7 @@ from model import (
     token_logprobs,
 )
 from parallel import Grid, Optimizer, Update, make_grid
-from qrm import fused_qrm_loss, qrm_loss, reward_model_loss, token_scores
+from qrm import Reward, fused_qrm_loss, qrm_loss, reward_model_loss, token_scores
 from reinforce import collect_rollout, reinforce_step
 from support import tokenizers
 from support.sampling import generate
@@ -615,10 +615,10 @@ def bench_rl(path, rounds, device, prompts=4, group=4, new_tokens=64):
     )
     optimizer = Optimizer(policy, Grid(device), LR)
 
+    reward = Reward(lambda ids, mask: (ids[:, 1:] % 2).float())
+
     def ours():
-        rollout = collect_rollout(
-            policy, reference, lambda ids, mask: (ids[:, 1:] % 2).float(), texts, (), cfg, 0
-        )
+        rollout = collect_rollout(policy, reference, reward, texts, (), cfg, 0)
         reinforce_step(policy, optimizer, rollout, cfg, LR)
 
     works = {"ours": ours}

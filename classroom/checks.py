@@ -666,16 +666,15 @@ def check_4_9(m):
 
 
 def check_4_10(m):
-    """Return a function of (ids, mask). Inside: response_scores, zero everywhere but at last_token_mask; for every_token its sum
-    over a row, times the mask."""
+    """response_scores, zero everywhere but at last_token_mask; for every_token the sum over its row, times the mask."""
     net, (ids, mask) = small_model(model, "ScalarModel"), rows()
     last, every = torch.zeros(4, 6), torch.zeros(4, 6)
     for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS)):
         last[i, p + r - 2] = net.scalars(net.model(ids[i : i + 1, : p + r]))[0, -1].detach()
         every[i, p - 1 : p + r - 1] = last[i, p + r - 2]
-    expect(m.outcome_reward(net)(ids, mask), last, "the score at the last token, 0 elsewhere", rtol=1e-4)
+    expect(m.outcome_rewards(net, ids, mask), last, "the score at the last token, 0 elsewhere", rtol=1e-4)
     expect(
-        m.outcome_reward(net, every_token=True)(ids, mask),
+        m.outcome_rewards(net, ids, mask, every_token=True),
         every,
         "the same score on every response token",
         rtol=1e-4,
@@ -694,7 +693,7 @@ def check_4_11(m):
             )
             expected[i, t - 1] = 0.3 * (log_pi - log_ref)
     expect(
-        m.dpo_reward(policy, reference, 0.3)(ids, mask),
+        m.dpo_rewards(policy, reference, ids, mask, 0.3),
         expected,
         "beta (log pi - log ref), token by token",
         rtol=1e-4,
@@ -878,12 +877,21 @@ def check_6_2(m):
 
 
 def check_6_3(m):
-    """Z_std and the penalty kl_coef * kl_penalty first. For "token" it is one line, and the critic's target is Z_std without the
-    penalty; "gae" hands both to gae; everything else asks reinforce.py, which is imported as policy_advantages."""
+    """shape_rewards gives Z_std and the rewards, Z_std minus the penalty. For "token" it is one line, and the critic's target is
+    Z_std without the penalty; "gae" hands the rewards to gae; everything else asks reinforce_advantages."""
     (ids, mask), scores, k1, values = rows(), draw(4, 6), draw(4, 6, seed=1), draw(4, 6, seed=2)
     blank = torch.zeros(4, 6)
     rollout = reinforce.Rollout(
-        ids, mask, blank[:, 0].bool(), blank, blank, k1 * mask, k1.abs() * mask, blank, scores * mask, mask
+        ids=ids,
+        response_mask=mask,
+        truncated=blank[:, 0].bool(),
+        old_logprobs=blank,
+        entropy=blank,
+        kl_k1=k1 * mask,
+        kl_k3=k1.abs() * mask,
+        kl_exact=blank,
+        scores=scores * mask,
+        reward_mask=mask,
     )
     cfg = dict(
         standardize="mean_std",

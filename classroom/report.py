@@ -27,7 +27,14 @@ from data import encode_prompts
 from model import LanguageModel, ScalarModel, load_model, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import ppo_advantages, ppo_step, state_values
-from reinforce import Rollout, advantages, collect_rollout, minibatches, reinforce_step, standardize
+from reinforce import (
+    Rollout,
+    collect_rollout,
+    minibatches,
+    reinforce_advantages,
+    reinforce_step,
+    standardize,
+)
 from support import evaluate, files, graders, settings, tokenizers
 
 EXAMPLES, PAIRS, SAMPLED = (
@@ -285,11 +292,11 @@ def score_pairs(run):
         error = data.error_places(tokenizer, rows[j // 2]["prompt"], [example])[0]
         answers.append(Answer(example.response_ids, error, {}, {}))
     for name in judges:
-        reward_fn, mask_fn, _ = evaluate.load_reward(
+        reward = evaluate.load_reward(
             evaluate.reward_kind(run / name), run / name, tokenizer, settings.Config(), Grid()
         )
-        scores = torch.cat([reward_fn(*part) for part in zip(ids.split(64), mask.split(64))])  # (2P, T)
-        spoken = mask_fn(ids, mask) if mask_fn else mask
+        scores = torch.cat([reward.rewards(*part) for part in zip(ids.split(64), mask.split(64))])  # (2P, T)
+        spoken = reward.speaks(ids, mask)
         scaled = standardize(scores, spoken, "mean_std", Grid())  # (2P, T), as REINFORCE does with a rollout
         for j, answer in enumerate(answers):
             for out, numbers in ((answer.z, scores), (answer.z_std, scaled)):
@@ -441,7 +448,7 @@ def sample(run, stages):
         tokenizers.Tokenizer.load(run / "sft"),
         load_model(LanguageModel, run / "sft", Grid()),
     )
-    reward_fn, mask_fn, _ = evaluate.load_reward(
+    reward = evaluate.load_reward(
         evaluate.reward_kind(run / "rm"), run / "rm", tokenizer, settings.Config(), Grid()
     )
     rows, found = data.arith_rows("test", SAMPLED, 1), {}
@@ -462,12 +469,11 @@ def sample(run, stages):
         rollout = collect_rollout(
             policy,
             reference,
-            reward_fn,
+            reward,
             encode_prompts(rows, tokenizer, cfg.data or "built-in task"),
             tokenizer.stop_ids,
             cfg,
             seed,
-            mask_fn,
         )
         answers = [ids[1:][mask].tolist() for ids, mask in zip(rollout.ids, rollout.response_mask)]
         spoken = [tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids]) for ids in answers]
@@ -554,7 +560,7 @@ def one_update(run, name, sampled):
             cfg.critic_lr,
         )
     else:
-        weights = advantages(rollout, cfg, policy.grid)
+        weights = reinforce_advantages(rollout, cfg, policy.grid)
         reinforce_step(policy, optimizer, rollout, cfg, cfg.lr)
     with torch.no_grad():
         logprobs = token_logprobs(policy, rollout.ids, rollout.response_mask, cfg.temperature)[0]

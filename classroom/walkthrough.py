@@ -31,16 +31,23 @@ from model import (
 from parallel import Grid, Optimizer, Update
 from ppo import ppo_advantages, ppo_loss, ppo_step, state_values, value_loss
 from qrm import (
+    bind_reward,
     credit_counts,
     fused_qrm_loss,
     masked_mean,
     qrm_loss,
     reward_model_loss,
-    token_reward,
     token_scores,
     token_shares,
 )
-from reinforce import advantages, collect_rollout, minibatches, reinforce_loss, rollout_stats, standardize
+from reinforce import (
+    collect_rollout,
+    minibatches,
+    reinforce_advantages,
+    reinforce_loss,
+    rollout_stats,
+    standardize,
+)
 from support.evaluate import make_pairs, sample_graded
 from support.settings import Config
 
@@ -319,9 +326,9 @@ section("13. A rollout")
 # The policy samples, the reward model scores every token of what was sampled (ids, never text again), and the policy's
 # log-probabilities are kept as `old_logprobs`. At the start the policy is its own reference, so both KL estimates are 0.
 reference = copy.deepcopy(policy).requires_grad_(False)
-reward_fn = token_reward(reward_model.requires_grad_(False))
+reward = bind_reward("qrm", reward_model.requires_grad_(False))
 prompts = [tokenizer.encode_prompt(row["prompt"]) for row in random.Random(0).sample(rows, cfg.batch_size)]
-rollout = collect_rollout(policy, reference, reward_fn, prompts, tokenizer.stop_ids, cfg, seed=7)
+rollout = collect_rollout(policy, reference, reward, prompts, tokenizer.stop_ids, cfg, seed=7)
 for name, value in vars(rollout).items():
     print(f"  {name:<14}{str(tuple(value.shape)):<12}{str(value.dtype).removeprefix('torch.')}")
 print("  " + "  ".join(f"{k} {v:.3f}" for k, v in rollout_stats(rollout, grid).items()))
@@ -341,7 +348,7 @@ print(
 # %%
 section("15. Advantages, without a critic")
 # A_t = Z_std - kl_coef * KL_t. One sampled answer, token by token:
-A = advantages(rollout, cfg, grid)  # (B, T)
+A = reinforce_advantages(rollout, cfg, grid)  # (B, T)
 i = z_std.min(1).values.argmin().item()  # the answer with the token that is liked least
 m, response = mask[i], rollout.ids[i, 1:][mask[i]].tolist()
 print(repr(tokenizer.decode(rollout.ids[i, : m.nonzero()[0] + 1].tolist())))
@@ -396,7 +403,8 @@ section("18. PPO's advantages")
 # A = Z_std - kl_coef * KL - V, and the critic's target is Z_std (Algorithm 1 of the paper). With V = 0 it is REINFORCE's advantage.
 A, value_targets = ppo_advantages(rollout, values, cfg, grid)  # (B, T) each
 print(
-    f"largest difference from REINFORCE's advantage: {(A - advantages(rollout, cfg, grid)).abs().max():.0f}"
+    "largest difference from REINFORCE's advantage: "
+    f"{(A - reinforce_advantages(rollout, cfg, grid)).abs().max():.0f}"
 )
 print(
     f"the critic's loss: {value_loss(values, value_targets, mask)[0]:.4f} (targets of variance 1, predicted as 0)"
@@ -442,7 +450,7 @@ print(
 section("21. Did it help?")
 # The same prompts again, by the updated policy. (Real runs do this a dozen times or more: `python train.py`.)
 again = rollout_stats(
-    collect_rollout(policy, reference, reward_fn, prompts, tokenizer.stop_ids, cfg, seed=8), grid
+    collect_rollout(policy, reference, reward, prompts, tokenizer.stop_ids, cfg, seed=8), grid
 )
 print(
     f"mean Z {rollout_stats(rollout, grid)['reward']:+.3f} -> {again['reward']:+.3f}; KL to the reference {again['kl_k1']:.4f} (k1), {again['kl_k3']:.4f} (k3) nats per token"

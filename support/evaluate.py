@@ -29,19 +29,11 @@ from data import (
 )
 from model import LanguageModel, ScalarModel, load_model, read_config
 from parallel import Grid, all_sum, say
-from qrm import (
-    REWARD_MODELS,
-    Reward,
-    at_every_token,
-    at_last_token,
-    bind_reward,
-    credit_counts,
-    mean_of_rewards,
-    response_scores,
-)
+from qrm import REWARD_MODELS, bind_reward, credit_counts, response_scores
 from reinforce import standardize
 from support.files import BadInput, at_line, read_json, require, write_atomically
 from support.graders import MAX_CHARS, extract_answer, grade, meaning
+from support.rewards import graded_reward, user_reward
 from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
 from support.tokenizers import Tokenizer
@@ -136,7 +128,7 @@ def reward_of_run(cfg, tokenizer, rows, grid):
     if cfg.reward in GRADED_REWARDS:
         return graded_reward(cfg.reward, tokenizer, rows, cfg)
     if cfg.reward not in REWARD_MODELS:
-        return user_reward(cfg.reward, tokenizer, rows)
+        return user_reward(cfg.reward, tokenizer, rows, grid)
     name = reward_name(cfg.reward_model, cfg.reward)
     require(
         cfg.reward in ("qrm", "plain", name),
@@ -224,46 +216,6 @@ def majority_is_right(answers, cfg):
 def hash_seed(*parts):
     """A sampling seed that depends on all of `parts` and on nothing else: no generator state to save."""
     return stable_hash(repr(parts))
-
-
-# -------------------------------------------------------------------------------- graded rewards
-
-
-def graded_reward(name, tokenizer, rows, cfg):
-    """A Reward that knows the truth: it looks up the prompts in `rows` and grades the answers.
-
-    outcome   1 or 0 at the last token; an answer without its stop token is wrong
-    oracle    1 before the first wrong token and 0 from there on (the built-in task knows the one right
-    answer)
-    """
-    known = {tuple(tokenizer.encode_prompt(row["prompt"])): row for row in rows}
-
-    def rewards(ids, response_mask):
-        out = torch.zeros(response_mask.shape, device=ids.device)
-        for i, (prompt, response, start) in enumerate(split_rows(ids, response_mask)):
-            row = known[prompt]
-            text = tokenizer.decode([t for t in response if t not in tokenizer.stop_ids])
-            ended = response[-1] in tokenizer.stop_ids
-            correct = ended and grade(text, row["label"], cfg.task, cfg.grader)[1]
-            n = len(response)
-            if name == "outcome":
-                out[i, start + n - 1] = float(correct)
-            else:
-                example = Example([], response)
-                right = n if correct else error_places(tokenizer, row["prompt"], [example])[0]
-                out[i, start : start + right] = 1.0
-        return out
-
-    if name == "outcome":
-        return Reward(rewards, at_last_token, is_q=False)
-    return Reward(rewards, at_every_token, is_q=True, total=mean_of_rewards)
-
-
-def split_rows(ids, response_mask):
-    """Yields (prompt ids, response ids, first response position in targets) of each row of a batch."""
-    for row, mask in zip(ids.tolist(), response_mask.tolist()):
-        start, n = mask.index(True), sum(mask)  # targets[start] = ids[start + 1] is the first response token
-        yield tuple(row[: start + 1]), row[start + 1 : start + 1 + n], start
 
 
 # -------------------------------------------------------------------------------- eval

@@ -234,9 +234,12 @@ MUTANTS = {
         ("r.pow(3)", "r.pow(2)"),
         ("/ -x.shape[-1]", "/ x.shape[-1]"),
         ("ctx.beta * ", ""),
-        ("(s * w).to(norm_weight), (s * g)", "(s * g).to(norm_weight), (s * w)"),
+        (
+            "d_norm = (s * w).to(norm_weight)\n        d_head = (s * g)",
+            "d_norm = (s * g).to(norm_weight)\n        d_head = (s * w)",
+        ),
         ("-grad_loss * ", "-"),
-        ("a, b = dz * r,", "a, b = dz,"),
+        ("a = dz * r", "a = dz"),
         ("dot / -x.shape[-1]", "-dot"),
         ("dm[pairs]", "dm.mean()"),
     ],
@@ -282,38 +285,32 @@ MUTANTS = {
         ("[:, :-1]", "[:, 1:]"),
     ],
     "4.10": [
-        ("last_token_mask(mask)", "mask"),
-        ("* mask if", "* last_token_mask(mask) if"),
+        ("last_token_mask(response_mask)", "response_mask"),
+        ("* response_mask if", "* last_token_mask(response_mask) if"),
         ("last.sum(1, keepdim=True)", "last.mean(1, keepdim=True)"),
         ("if every_token else", "if not every_token else"),
-        ("response_scores(reward_model, ids, mask)", "response_scores(reward_model, ids, mask).roll(1, 1)"),
-        ("response_scores(reward_model, ids, mask)", "response_scores(reward_model, ids, mask).sigmoid()"),
-        (" * mask if", " + 0 * mask if"),
+        ("(reward_model, ids, response_mask)", "(reward_model, ids, response_mask).roll(1, 1)"),
+        ("(reward_model, ids, response_mask)", "(reward_model, ids, response_mask).sigmoid()"),
+        (" * response_mask if", " + 0 * response_mask if"),
     ],
     "4.11": [
-        ("[0] - token", "[0] + token"),
+        ("logprobs - ref_logprobs", "logprobs + ref_logprobs"),
         ("beta * (", "("),
-        (
-            "token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0]",
-            "token_logprobs(reference, ids, mask)[0] - token_logprobs(policy, ids, mask)[0]",
-        ),
-        ("policy, ids, mask)[0]", "policy, ids, mask)[1]"),
-        (
-            "(token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0])",
-            "(token_logprobs(policy, ids, mask)[0] - token_logprobs(reference, ids, mask)[0]).roll(-1, 1)",
-        ),
-        (" - token_logprobs(reference, ids, mask)[0]", ""),
-        ("mask: beta * (", "mask: beta * torch.exp("),
+        ("logprobs - ref_logprobs", "ref_logprobs - logprobs"),
+        ("logprobs, _ = token_logprobs(policy", "_, logprobs = token_logprobs(policy"),
+        ("(logprobs - ref_logprobs)", "(logprobs - ref_logprobs).roll(-1, 1)"),
+        (" - ref_logprobs", ""),
+        ("beta * (", "beta * torch.exp("),
     ],
     "4.12": [
         ("before > at", "before < at"),
         (" + 0.5 * (before == at).sum().item()", ""),
-        ("+ 1 == error", "== error"),
+        (".item() + 1", ".item()"),
         ("argmin", "argmax"),
         ("z[:error]", "z[: error + 1]"),
         ("right[error] > at", "right[error] < at"),
         ('["comparisons"] += error', '["comparisons"] += 1'),
-        ("        if error:", "        if error is not None:"),
+        ("if error == 0:", "if error is None:"),
         ('counts["n_errors"] += 1', 'counts["n_errors"] = 1'),
         ("float(right[error] > at) +", "float(right[error] >= at) +"),
     ],
@@ -407,23 +404,32 @@ MUTANTS = {
             "torch.where(response_mask[:, t], delta + gamma * lam * running, 0.0)",
             "delta + gamma * lam * running",
         ),
-        (", values.masked_fill(~response_mask, 0.0)", ", values"),
+        ("values = values.masked_fill(~response_mask, 0.0)", "values = values"),
         ("(out + values)", "out"),
         ("(out + values)", "(rewards + values)"),
-        ("out[:, t] = values[:, t], running", "out[:, t] = values[:, t], delta"),
+        ("out[:, t] = running", "out[:, t] = delta"),
     ],
     "6.3": [
-        ("z_std - penalty - cfg.baseline_weight", "z_std - penalty + cfg.baseline_weight"),
-        ("z_std - penalty - cfg.b", "z_std + penalty - cfg.b"),
+        ("rewards - cfg.baseline_weight", "rewards + cfg.baseline_weight"),
+        ("rewards - cfg.b", "2 * z_std - rewards - cfg.b"),  # the penalty with the wrong sign
         ("cfg.baseline_weight * values", "values"),
-        ("masked_fill(~mask, 0.0), z_std", "masked_fill(~mask, 0.0), z_std - penalty"),
-        ("cfg.kl_coef * ", ""),
-        ("gae(z_std - penalty", "gae(z_std"),
+        ("masked_fill(~response_mask, 0.0), z_std", "masked_fill(~response_mask, 0.0), rewards"),
+        (
+            "shape_rewards(rollout, cfg, grid)",
+            "shape_rewards(rollout, type(cfg)(**vars(cfg) | dict(kl_coef=1.0)), grid)",
+        ),
+        ("gae(rewards", "gae(z_std"),
         ("cfg.gamma, cfg.lam", "cfg.lam, cfg.gamma"),
-        (".masked_fill(~mask, 0.0), z_std", ", z_std"),
-        ("return policy_advantages(rollout, cfg, grid), z_std", "return z_std - penalty, z_std"),
-        ("z_std = eos_to_mean(z_std, mask)", "pass"),
-        ("standardize(rollout.scores, rollout.reward_mask, cfg.standardize, grid)", "rollout.scores"),
+        (".masked_fill(~response_mask, 0.0), z_std", ", z_std"),
+        ("return reinforce_advantages(rollout, cfg, grid), z_std", "return rewards, z_std"),
+        (
+            "shape_rewards(rollout, cfg, grid)",
+            "shape_rewards(rollout, type(cfg)(**vars(cfg) | dict(eos_to_mean=False)), grid)",
+        ),
+        (
+            "shape_rewards(rollout, cfg, grid)",
+            "shape_rewards(rollout, type(cfg)(**vars(cfg) | dict(standardize='none')), grid)",
+        ),
     ],
     "6.4": [
         ("torch.minimum", "torch.maximum"),
@@ -472,10 +478,8 @@ OTHERS = {
         out.append(order[p % n])
     return out""",
     "4.10": """
-    def reward_fn(ids, mask):
-        last = torch.where(last_token_mask(mask), token_scores(reward_model, ids), 0.0)
-        return torch.where(mask, last.sum(1, keepdim=True), 0.0) if every_token else last
-    return reward_fn""",
+    last = torch.where(last_token_mask(response_mask), token_scores(reward_model, ids), 0.0)
+    return torch.where(response_mask, last.sum(1, keepdim=True), 0.0) if every_token else last""",
     "5.2": """
     x = rewards[reward_mask].double()
     sums = all_sum({"n": x.numel(), "total": x.sum().item(), "squares": x.square().sum().item()}, grid)
@@ -704,7 +708,7 @@ def test_nothing_takes_the_grader_down(tmp_path):
     head, body = source_of(EXERCISES["4.7"])
     put(tmp_path, "4.7", f"{head}    print('FAIL  4.7')\n{body}")
     path = tmp_path / "qrm.py"
-    path.write_text(path.read_text().replace("def dpo_reward(", "def dpo_rewards("))
+    path.write_text(path.read_text().replace("def dpo_rewards(", "def dpo_reward("))
     path = tmp_path / "ppo.py"  # does not parse
     path.write_text(
         path.read_text().replace(
@@ -736,7 +740,7 @@ def test_nothing_takes_the_grader_down(tmp_path):
         "4.4": "the process ended by itself (exit code -11)",
         "4.6": "SystemExit: PASS",
         "4.8": "NameError: name 'helper' is not defined",
-        "4.11": "qrm.py has no dpo_reward",
+        "4.11": "qrm.py has no dpo_rewards",
         "5.5": "UnicodeDecodeError: ",
         "6.2": "SyntaxError: ",
     }

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
-SUPPORT = ("checkpoints", "evaluate", "files", "graders", "sampling", "settings", "tokenizers")
+SUPPORT = ("checkpoints", "evaluate", "files", "graders", "rewards", "sampling", "settings", "tokenizers")
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
     "support.tokenizers": ("support.files",),

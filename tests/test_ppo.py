@@ -1,4 +1,4 @@
-"""PPO: the clip case by case, GAE against its definition, the critic's place, and the update against plain autograd."""
+"""PPO: the clip by cases, GAE by its definition, the critic's place, the update against plain autograd."""
 
 import dataclasses
 import math
@@ -20,21 +20,29 @@ from test_reinforce import (
     hand_made,
     poisoned,
     ragged,
+    says_token_3,
     tensor,
 )
 
 from model import ScalarModel, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import explained_variance, gae, ppo_advantages, ppo_loss, ppo_step, state_values, value_loss
-from reinforce import advantages as policy_advantages
-from reinforce import collect_rollout, eos_to_mean, minibatches, reinforce_loss, standardize
+from qrm import Reward
+from reinforce import (
+    collect_rollout,
+    eos_to_mean,
+    minibatches,
+    reinforce_advantages,
+    reinforce_loss,
+    standardize,
+)
 
 
 def a_critic(seed=60, vocab=7):
     return random_model(ScalarModel, small_config(vocab_size=vocab, num_hidden_layers=1), seed)
 
 
-# ------------------------------------------------------------------------------------------------ the critic's place
+# -------------------------------------------------------------------------------- the critic's place
 
 
 EVERY = torch.ones(1, 4, dtype=torch.bool)  # all but the first token count as the response
@@ -59,7 +67,7 @@ def test_a_value_is_what_the_critic_says_of_the_state():
         near(values[:, t], critic.scalars(critic.model(ids[:, : t + 1]))[:, -1] * mask[:, t])
 
 
-# ------------------------------------------------------------------------------------------------ GAE
+# -------------------------------------------------------------------------------- GAE
 
 
 @pytest.mark.parametrize(
@@ -96,7 +104,7 @@ def test_gae_by_hand():
     assert advantages.tolist() == [[0, -2, 0, -4, 0]] and returns.tolist() == [[0, 2, 2, 2, 0]]
 
 
-# ------------------------------------------------------------------------------------------------ advantages and targets
+# -------------------------------------------------------------------------------- advantages and targets
 
 
 def test_ppo_advantages_of_token_rewards():
@@ -129,12 +137,12 @@ def test_ppo_advantages_of_rewards_at_the_ends():
     near(found, expected[0], 1e-6)
     near(returns, expected[1], 1e-6)
     assert found[0, 1] != 0 and not torch.allclose(
-        found, policy_advantages(rollout, config(advantage="return", kl_coef=0.2), Grid())
+        found, reinforce_advantages(rollout, config(advantage="return", kl_coef=0.2), Grid())
     )
     for changes in (dict(advantage="return"), dict(advantage="rloo", group_size=3)):
         cfg = config(kl_coef=0.2, **changes)
         found, targets = ppo_advantages(rollout, values, cfg, Grid())
-        assert torch.equal(found, policy_advantages(rollout, cfg, Grid()))
+        assert torch.equal(found, reinforce_advantages(rollout, cfg, Grid()))
         assert torch.equal(targets, standardize(scores, last, "mean_std", Grid()))
 
 
@@ -150,7 +158,7 @@ def test_what_stands_outside_the_mask_changes_nothing(how):
         assert torch.equal(x, y) and x[MASK].all() and not x[~MASK].any()
 
 
-# ------------------------------------------------------------------------------------------------ the losses
+# -------------------------------------------------------------------------------- the losses
 
 
 @pytest.mark.parametrize(
@@ -254,7 +262,7 @@ def test_explained_variance_is_numpys():
     assert math.isfinite(explained_variance(returns, torch.ones(3, 6), MASK, Grid()))
 
 
-# ------------------------------------------------------------------------------------------------ the update
+# -------------------------------------------------------------------------------- the update
 
 
 @pytest.mark.parametrize("kl", ["k1", "exact"])
@@ -349,14 +357,12 @@ def test_the_critic_learns_its_targets():
 
 
 def test_ppo_learns_to_say_a_token():
-    """One state, one action, reward 1 for token 3; the critic learns the standardised reward's mean, 0, on the way."""
+    """One state, one action, reward 1 for token 3; the critic learns the mean of the standardised reward, 0."""
     policy, critic = a_policy(), a_critic()
     cfg, chances = config(batch_size=64, group_size=64, max_new_tokens=1, ppo_epochs=2), []
     optimizers = [Optimizer(m, Grid(), lr=0.01) for m in (policy, critic)]
     for step in range(12):
-        rollout = collect_rollout(
-            policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step
-        )
+        rollout = collect_rollout(policy, policy, Reward(says_token_3), [[1, 2]], [STOP], cfg, seed=step)
         chances.append(rollout.scores.sum().item() / 64)
         ppo_step(policy, critic, *optimizers, rollout, cfg, lr=0.01, critic_lr=0.02)
     assert 0 < chances[0] < 0.5 and chances[-1] > 0.95, chances

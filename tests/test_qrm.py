@@ -1,4 +1,4 @@
-"""The Q-RM objective: where a score stands, what the loss says on numbers made by hand, and the fused head against autograd."""
+"""The Q-RM objective: the place of a score, losses computed by hand, and the fused head against autograd."""
 
 import math
 
@@ -13,20 +13,20 @@ from parallel import Grid, Optimizer
 from qrm import (
     credit_counts,
     dpo_loss,
-    dpo_reward,
+    dpo_rewards,
     fused_qrm_loss,
     last_token_mask,
     masked_mean,
     orm_loss,
     outcome_loss,
-    outcome_reward,
+    outcome_rewards,
     pairwise_loss,
     plackett_luce_loss,
     qrm_loss,
+    response_scores,
     step_end_mask,
     step_loss,
-    step_reward,
-    token_reward,
+    step_rewards,
     token_scores,
     token_shares,
 )
@@ -58,7 +58,7 @@ def grow(shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-# ------------------------------------------------------------------------------------------------ where a score stands
+# -------------------------------------------------------------------------------- where a score stands
 
 
 def test_a_score_stands_in_the_place_of_its_target():
@@ -102,7 +102,7 @@ def test_masked_mean():
     near(x.grad, tensor([1 / 3, 1 / 3, 1 / 3, 0], [0, 1, 0, 0], [0, 0, 0, 0]), 1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ the loss by hand
+# -------------------------------------------------------------------------------- the loss by hand
 
 
 def test_the_first_loss_and_its_gradient():
@@ -161,15 +161,15 @@ def test_the_loss_does_not_depend_on_length():
     assert stats2["score_gap"] == pytest.approx(stats["score_gap"], rel=1e-5)
     by_hand = 0.0
     for chosen, rejected in ((0, 1), (2, 3)):
-        w, l = (
+        good, bad = (
             [scores[row, t].item() for t in range(mask.shape[1]) if mask[row, t]]
             for row in (chosen, rejected)
         )
-        by_hand += math.log1p(math.exp(2 - 0.2 * (sum(w) / len(w) - sum(l) / len(l)))) / 2
-    assert len(w) == 3 and len(l) == 6 and loss.item() == pytest.approx(by_hand, rel=1e-6)
+        by_hand += math.log1p(math.exp(2 - 0.2 * (sum(good) / len(good) - sum(bad) / len(bad)))) / 2
+    assert len(good) == 3 and len(bad) == 6 and loss.item() == pytest.approx(by_hand, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ the fused head
+# -------------------------------------------------------------------------------- the fused head
 
 
 def plain_qrm_loss(x, norm_weight, head_weight, mask, beta=0.2, margin=2.0, eps=1e-5):
@@ -306,7 +306,7 @@ def test_pads_change_neither_loss_nor_gradients():
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-# ------------------------------------------------------------------------------------------------ edges
+# -------------------------------------------------------------------------------- edges
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -366,7 +366,7 @@ def test_a_new_reward_model_is_neutral():
         assert loss.item() == pytest.approx(FIRST_LOSS, rel=2e-7)  # one unit in the last place of fp32
 
 
-# ------------------------------------------------------------------------------------------------ does it learn
+# -------------------------------------------------------------------------------- does it learn
 
 
 def test_a_small_model_learns_twenty_random_pairs_by_heart():
@@ -389,7 +389,7 @@ def test_a_small_model_learns_twenty_random_pairs_by_heart():
     assert stats["pair_accuracy"] == 1.0 and stats["score_gap"] > 2
 
 
-# ------------------------------------------------------------------------------------------------ the other reward models
+# -------------------------------------------------------------------------------- the other reward models
 
 
 def test_masks_of_the_last_token_and_of_step_ends():
@@ -397,7 +397,7 @@ def test_masks_of_the_last_token_and_of_step_ends():
     mask = tensor([0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], dtype=torch.bool)
     assert last_token_mask(mask).int().tolist() == [[0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]
     assert not last_token_mask(torch.zeros(2, 3, dtype=torch.bool)).any()
-    # targets 9 1 5 9 2 0 and 4 9 4 9 9 9: a 9 ends a step, and so does the last token; the prompt's 9 does not
+    # targets 9 1 5 9 2 0 and 4 9 4 9 9 9: a 9 ends a step, and so does the last token, but no 9 of a prompt
     assert step_end_mask(ids, mask, [9]).int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 1, 0, 1, 1, 1]]
 
 
@@ -452,11 +452,11 @@ def test_plackett_luce_by_hand():
 
 def test_rewards_stand_where_they_are_earned():
     ids, mask = collate([Example([7, 8], [1, 9, 6]), Example([5], [4, 3])])  # targets 8 1 9 6 and 4 3 . .
-    assert token_reward(Echo())(ids, mask).tolist() == [[0, 1, 9, 6], [4, 3, 0, 0]]
-    assert outcome_reward(Echo())(ids, mask).tolist() == [[0, 0, 0, 6], [0, 3, 0, 0]]
-    assert outcome_reward(Echo(), every_token=True)(ids, mask).tolist() == [[0, 6, 6, 6], [3, 3, 0, 0]]
+    assert response_scores(Echo(), ids, mask).tolist() == [[0, 1, 9, 6], [4, 3, 0, 0]]
+    assert outcome_rewards(Echo(), ids, mask).tolist() == [[0, 0, 0, 6], [0, 3, 0, 0]]
+    assert outcome_rewards(Echo(), ids, mask, every_token=True).tolist() == [[0, 6, 6, 6], [3, 3, 0, 0]]
     steps = [[0, 0, math.tanh(9), math.tanh(6)], [0, math.tanh(3), 0, 0]]
-    near(step_reward(Echo(), [9])(ids, mask), torch.tensor(steps), 1e-6)
+    near(step_rewards(Echo(), ids, mask, [9]), torch.tensor(steps), 1e-6)
 
 
 def test_dpo_reward_is_the_log_ratio_at_its_token():
@@ -465,7 +465,7 @@ def test_dpo_reward_is_the_log_ratio_at_its_token():
         random_model(LanguageModel, small_config(), 1),
     )
     ids, mask = collate(EXAMPLES)
-    rewards = dpo_reward(policy, reference, beta=0.3)(ids, mask)
+    rewards = dpo_rewards(policy, reference, ids, mask, beta=0.3)
     for b in range(4):
         for t in range(mask.shape[1]):
             log_pi = [
@@ -476,7 +476,7 @@ def test_dpo_reward_is_the_log_ratio_at_its_token():
             assert rewards[b, t].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ how good is it
+# -------------------------------------------------------------------------------- how good is it
 
 
 def test_credit_counts_by_hand():

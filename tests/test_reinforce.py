@@ -1,4 +1,4 @@
-"""REINFORCE: the gradient against enumeration of every answer, the rollout token by token, advantages by hand."""
+"""REINFORCE: the gradient against every answer enumerated, the rollout token by token, advantages by hand."""
 
 import dataclasses
 import math
@@ -12,20 +12,22 @@ import reinforce
 from data import Example, collate
 from model import LanguageModel, ScalarModel, token_logprobs
 from parallel import Grid, Optimizer
-from qrm import token_reward
+from qrm import Reward, bind_reward, token_scores
 from reinforce import (
     Rollout,
-    advantages,
+    by_parts,
     collect_rollout,
     eos_to_mean,
     group_advantages,
     kl_estimates,
     kl_penalty,
     minibatches,
+    reinforce_advantages,
     reinforce_loss,
     reinforce_step,
     returns_to_go,
     rollout_stats,
+    shape_rewards,
     standardize,
 )
 from support.settings import Config
@@ -63,12 +65,19 @@ def gradient(loss, model):
     )
 
 
-def a_rollout(policy, cfg, n=8, reward_fn=None, seed=0, **kwargs):
+def a_rollout(policy, cfg, n=8, reward=None, seed=0):
     """Answers of many lengths to prompts of 1 to 3 tokens; STOP ends them."""
     prompts = [random_ids(1 + i % 3, vocab=policy.cfg.vocab_size, seed=i).tolist() for i in range(n)]
     reference = random_model(LanguageModel, policy.cfg, seed=50)
-    reward_fn = reward_fn or token_reward(random_model(ScalarModel, policy.cfg, seed=51))
-    return collect_rollout(policy, reference, reward_fn, prompts, [STOP], cfg, seed, **kwargs)
+    reward = reward or bind_reward("qrm", random_model(ScalarModel, policy.cfg, seed=51))
+    return collect_rollout(policy, reference, reward, prompts, [STOP], cfg, seed)
+
+
+CONSTANT = Reward(lambda ids, mask: mask.float())
+
+
+def says_token_3(ids, mask):
+    return (ids[:, 1:] == 3).float()
 
 
 def a_policy(seed=1, vocab=7):
@@ -87,14 +96,14 @@ class Recorder(Optimizer):
         return super().step(lr, *loss)
 
 
-# ------------------------------------------------------------------------------------------------ the policy gradient, exactly
+# -------------------------------------------------------------------------------- the exact policy gradient
 
 
 PROMPT, VOCAB, LONGEST = [2, 1], 4, 3
 
 
 def every_answer():
-    """All 40 that a policy can give: those that STOP ends after 1, 2 or 3 tokens, and those that are cut off at 3."""
+    """All 40 answers of a policy: those that STOP ends after 1, 2 or 3 tokens, and those cut off at 3."""
     going, done = [[]], []
     for _ in range(LONGEST):
         longer = [answer + [token] for answer in going for token in range(VOCAB)]
@@ -104,7 +113,7 @@ def every_answer():
 
 
 class Enumerated:
-    """Every answer as one rollout; weighed by its probability, a sum over its rows is an exact expectation."""
+    """Every answer as one rollout: weighted by probability, a sum over its rows is an exact expectation."""
 
     def __init__(self, monkeypatch, kl="k1"):
         cfg, self.answers = small_config(vocab_size=VOCAB, num_hidden_layers=1), every_answer()
@@ -117,7 +126,7 @@ class Enumerated:
         )
         prompts = [PROMPT] * len(self.answers)
         self.rollout = collect_rollout(
-            self.policy, self.reference, token_reward(self.scorer), prompts, [STOP], config(kl=kl), 0
+            self.policy, self.reference, bind_reward("qrm", self.scorer), prompts, [STOP], config(kl=kl), 0
         )
         self.mask = self.rollout.response_mask
         # the reference: no token_logprobs, no rollout, only a softmax at every state
@@ -145,7 +154,7 @@ class Enumerated:
         return self.scorer.scalars(self.scorer.model(torch.tensor([PROMPT + list(prefix)])))[0, -1].detach()
 
     def expected_gradient(self, weights):
-        """E[sum_t A_t grad log pi(a_t | s_t)], by reinforce_loss: it is a mean over tokens, so a row counts p * tokens."""
+        """E[sum_t A_t grad log pi(a_t | s_t)] by reinforce_loss, a mean over tokens: a row counts p * tokens."""
         logprobs, _ = token_logprobs(self.policy, self.rollout.ids, self.mask)
         share = torch.stack(self.probability).detach()[:, None] * self.mask.sum()
         return -gradient(reinforce_loss(logprobs, weights * share, self.mask)[0], self.policy)
@@ -163,7 +172,7 @@ class Enumerated:
 
 def test_returns_give_the_gradient_of_the_expected_reward(monkeypatch):
     world = Enumerated(monkeypatch)
-    weights = advantages(world.rollout, config(advantage="return", standardize="none"), Grid())
+    weights = reinforce_advantages(world.rollout, config(advantage="return", standardize="none"), Grid())
     rewards = [sum(world.score(a[: t + 1]) for t in range(len(a))) for a in world.answers]
     exact = gradient(sum(p * r for p, r in zip(world.probability, rewards)), world.policy)
     near(world.expected_gradient(weights), exact)
@@ -175,13 +184,13 @@ def test_returns_give_the_gradient_of_the_expected_reward(monkeypatch):
 
 def test_token_rewards_give_the_gradient_at_each_state(monkeypatch):
     world = Enumerated(monkeypatch)
-    weights = advantages(world.rollout, config(standardize="none"), Grid())
+    weights = reinforce_advantages(world.rollout, config(standardize="none"), Grid())
     near(world.expected_gradient(weights), gradient(world.per_state(world.q_value), world.policy))
 
 
 def test_a_baseline_leaves_the_gradient_unchanged(monkeypatch):
     world = Enumerated(monkeypatch, kl="exact")
-    weights = advantages(world.rollout, config(standardize="none"), Grid())
+    weights = reinforce_advantages(world.rollout, config(standardize="none"), Grid())
     plain = world.expected_gradient(weights)
     near(world.expected_gradient(weights + 3.0), plain, 3e-5)
     values = world.scorer.scalars(
@@ -194,7 +203,9 @@ def test_a_baseline_leaves_the_gradient_unchanged(monkeypatch):
     ].detach()  # a function of the action is none
     assert (world.expected_gradient(weights - acting) - plain).norm() > 0.3 * plain.norm()
     # so, without accumulation, the penalty by the exact KL of the state is not felt, whatever its weight
-    penalised = advantages(world.rollout, config(standardize="none", kl="exact", kl_coef=5.0), Grid())
+    penalised = reinforce_advantages(
+        world.rollout, config(standardize="none", kl="exact", kl_coef=5.0), Grid()
+    )
     assert (penalised - weights).abs().max() > 1
     near(world.expected_gradient(penalised), plain, 3e-5)
 
@@ -204,7 +215,7 @@ def test_k1_has_the_gradient_of_the_kl(monkeypatch):
     zeros = {"standardize": "none", "kl_coef": 1.0}
     world.rollout.scores.zero_()
     near(
-        world.expected_gradient(advantages(world.rollout, config(**zeros), Grid())),
+        world.expected_gradient(reinforce_advantages(world.rollout, config(**zeros), Grid())),
         -gradient(world.per_state(world.kl), world.policy),
     )
     # accumulated, it is that of the KL between the distributions over whole answers
@@ -213,16 +224,18 @@ def test_k1_has_the_gradient_of_the_kl(monkeypatch):
     ]
     whole = sum(p * (p.log() - q) for p, q in zip(world.probability, log_ref))
     near(
-        world.expected_gradient(advantages(world.rollout, config(advantage="return", **zeros), Grid())),
+        world.expected_gradient(
+            reinforce_advantages(world.rollout, config(advantage="return", **zeros), Grid())
+        ),
         -gradient(whole, world.policy),
     )
     # k3 has the KL as its mean, but not its gradient
-    k3 = world.expected_gradient(advantages(world.rollout, config(kl="k3", **zeros), Grid()))
+    k3 = world.expected_gradient(reinforce_advantages(world.rollout, config(kl="k3", **zeros), Grid()))
     kl = gradient(world.per_state(world.kl), world.policy)
     assert (k3 + kl).norm() > 0.1 * kl.norm()
 
 
-# ------------------------------------------------------------------------------------------------ the rollout
+# -------------------------------------------------------------------------------- the rollout
 
 
 @pytest.mark.parametrize("kl", ["k1", "exact"])
@@ -233,10 +246,10 @@ def test_a_rollout_token_by_token(temperature, kl):
 
     def reward_fn(ids, mask):  # what a reward model says about prompts and pads is nobody's business
         given.append((ids, mask))
-        return poisoned(token_reward(scorer)(ids, mask), mask)
+        return poisoned(token_scores(scorer, ids).detach(), mask)
 
     cfg = config(temperature=temperature, kl=kl, batch_size=12, micro_tokens=30, group_size=2)
-    rollout = a_rollout(policy, cfg, n=6, reward_fn=reward_fn)
+    rollout = a_rollout(policy, cfg, n=6, reward=Reward(reward_fn))
     reference = random_model(LanguageModel, policy.cfg, seed=50)
     lengths = rollout.response_mask.sum(1).tolist()
     assert len(set(lengths)) > 2 and rollout.truncated.any() and not rollout.truncated.all()
@@ -301,6 +314,28 @@ def test_training_starts_from_the_very_bits_of_the_rollout(kl):
         assert logprobs.requires_grad and torch.equal(logprobs, chunk.old_logprobs)
 
 
+def test_by_parts_is_f_on_each_row_alone():
+    """f sees rows in order, without columns that only longer rows need; the results are (B, T), else 0."""
+    examples = [Example([5, 6], [7] * n) for n in (3, 1, 4, 2, 6, 1)]
+    ids, mask = collate(examples)
+    seen = []
+
+    def f(ids, mask):
+        seen.append((tuple(ids.shape), tuple(mask.shape)))
+        return {"targets": ids[:, 1:].double() + 1, "mask": mask}
+
+    found = by_parts(f, ids, mask, [[(0, 2), (2, 3)], [(3, 6)]])
+    longest = (3, 4, 6)  # answers of each part; prompts have 2 tokens
+    rows = (2, 1, 3)
+    assert seen == [((b, 2 + n), (b, 1 + n)) for b, n in zip(rows, longest)]
+    for x in found.values():
+        assert x.shape == mask.shape and x.dtype == torch.float32
+    assert list(found) == ["targets", "mask"]
+    assert torch.equal(found["mask"], mask.float())
+    widths = torch.tensor([4, 4, 5, 7, 7, 7])[:, None]
+    assert torch.equal(found["targets"], (ids[:, 1:] + 1.0) * (torch.arange(7) < widths))
+
+
 def test_rows_keep_their_content():
     rollout = a_rollout(a_policy(), config(), n=8)
     widths = set()
@@ -347,7 +382,7 @@ def test_answers_are_as_frequent_as_their_old_logprobs_say(temperature):
     n, answers = 6000, every_answer()
     policy = random_model(LanguageModel, small_config(vocab_size=VOCAB, num_hidden_layers=1), seed=3)
     cfg = config(temperature=temperature, group_size=n, batch_size=n, max_new_tokens=LONGEST)
-    rollout = collect_rollout(policy, policy, lambda ids, mask: mask.float(), [PROMPT], [STOP], cfg, seed=1)
+    rollout = collect_rollout(policy, policy, CONSTANT, [PROMPT], [STOP], cfg, seed=1)
     counts, claimed = dict.fromkeys(map(tuple, answers), 0), {}
     for ids, length, logprob in zip(
         rollout.ids.tolist(), rollout.response_mask.sum(1).tolist(), rollout.old_logprobs.sum(1).tolist()
@@ -388,16 +423,13 @@ def test_rollout_stats_by_hand():
         }.items()
     }
     rollout = Rollout(
-        torch.zeros(2, 4),
-        mask,
-        torch.tensor([True, False]),
-        mask * 1.0,
-        x["entropy"],
-        x["kl_k1"],
-        x["kl_k3"],
-        mask * 9.0,
-        x["scores"],
-        spoken,
+        ids=torch.zeros(2, 4),
+        response_mask=mask,
+        truncated=torch.tensor([True, False]),
+        old_logprobs=mask * 1.0,
+        kl_exact=mask * 9.0,
+        reward_mask=spoken,
+        **x,
     )
     assert rollout_stats(rollout, Grid()) == {
         "reward": 3,
@@ -409,7 +441,7 @@ def test_rollout_stats_by_hand():
     }
 
 
-# ------------------------------------------------------------------------------------------------ KL
+# -------------------------------------------------------------------------------- KL
 
 
 def test_k1_and_k3_have_the_kl_as_their_mean():
@@ -432,7 +464,7 @@ def test_a_policy_is_at_distance_0_from_itself(kl):
     rollout = collect_rollout(
         policy,
         policy,
-        lambda ids, mask: mask.float(),
+        CONSTANT,
         [[1, 2], [3]],
         [STOP],
         config(kl=kl, batch_size=2),
@@ -454,7 +486,7 @@ def test_kl_penalty_is_the_one_that_is_named():
     assert (rollout.kl_k1 < 0).any() and (rollout.kl_k3 >= 0).all() and (rollout.kl_exact >= 0).all()
 
 
-# ------------------------------------------------------------------------------------------------ rewards to advantages
+# -------------------------------------------------------------------------------- rewards to advantages
 
 
 MASK = ragged((1, 4), (0, 6), (2, 3), width=6)
@@ -527,19 +559,19 @@ def test_group_advantages_by_hand():
             group_advantages(rewards, 1, how)
 
 
-def hand_made(scores, reward_mask=MASK, kl=0.0):
-    zeros = torch.zeros(3, 6)
+def hand_made(scores, reward_mask=MASK, kl=0.0, response_mask=MASK):
+    zeros = torch.zeros(response_mask.shape)
     return Rollout(
-        torch.zeros(3, 7, dtype=torch.int64),
-        MASK,
-        torch.zeros(3, dtype=torch.bool),
-        zeros,
-        zeros,
-        zeros + kl,
-        zeros,
-        zeros,
-        scores,
-        reward_mask,
+        ids=torch.zeros(len(zeros), zeros.shape[1] + 1, dtype=torch.int64),
+        response_mask=response_mask,
+        truncated=zeros[:, 0] > 0,
+        old_logprobs=zeros,
+        entropy=zeros,
+        kl_k1=zeros + kl,
+        kl_k3=zeros,
+        kl_exact=zeros,
+        scores=scores,
+        reward_mask=reward_mask,
     )
 
 
@@ -547,7 +579,7 @@ def test_advantages_by_hand():
     last = ragged((3, 4), (5, 6), (2, 3), width=6)
     scores = tensor([0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 3], [0, 0, 5, 0, 0, 0])
     outcome, z = hand_made(scores, last, kl=0.5), 1.5**0.5
-    returns = advantages(outcome, config(advantage="return", kl_coef=0.2), Grid())
+    returns = reinforce_advantages(outcome, config(advantage="return", kl_coef=0.2), Grid())
     near(
         returns,
         tensor(
@@ -557,40 +589,42 @@ def test_advantages_by_hand():
         ),
         1e-6,
     )
-    halved = advantages(outcome, config(advantage="return", standardize="none", gamma=0.5), Grid())
+    halved = reinforce_advantages(outcome, config(advantage="return", standardize="none", gamma=0.5), Grid())
     near(
         halved,
         tensor([0, 0.25, 0.5, 1, 0, 0], [3 / 32, 3 / 16, 3 / 8, 0.75, 1.5, 3], [0, 0, 5, 0, 0, 0]),
         1e-6,
     )
     token = hand_made(tensor([9, 1, 2, 6, 9, 9], [1, 2, 3, 4, 5, 9], [9, 9, 7, 9, 9, 9]), kl=0.5)
-    eos = advantages(
+    eos = reinforce_advantages(
         token, config(standardize="none", eos_to_mean=True, kl_coef=2.0), Grid()
     )  # the penalty comes after the mean
     assert eos.tolist() == [[0, 0, 1, 2, 0, 0], [0, 1, 2, 3, 4, 3], [0, 0, 6, 0, 0, 0]]
     with pytest.raises(ValueError, match="gae"):
-        advantages(token, config(advantage="gae"), Grid())
+        reinforce_advantages(token, config(advantage="gae"), Grid())
+
+
+@pytest.mark.parametrize("eos", [False, True])
+def test_shaped_rewards_are_the_three_steps_one_by_one(eos):
+    scores = 5 + 2 * grow(3, 6)
+    z_std, rewards = shape_rewards(hand_made(scores, kl=0.5), config(kl_coef=0.3, eos_to_mean=eos), Grid())
+    for i in range(3):
+        picked = scores[MASK].double()
+        row = ((scores[i][MASK[i]].double() - picked.mean()) / picked.std(correction=0)).tolist()
+        row = row[:-1] + [sum(row) / len(row)] if eos else row
+        near(z_std[i][MASK[i]], torch.tensor(row), 1e-6)
+        near(rewards[i][MASK[i]], torch.tensor(row) - 0.15, 1e-6)
+    assert not z_std[~MASK].any() and not rewards[~MASK].any()
 
 
 @pytest.mark.parametrize("how", ["rloo", "grpo"])
 def test_group_advantages_stand_on_every_token(how):
     mask = ragged((1, 4), (0, 6), (2, 3), (0, 2), width=6)
-    zeros, scores = torch.zeros(4, 6), 2 * grow(4, 6)
+    scores = 2 * grow(4, 6)
     last = ragged((3, 4), (5, 6), (2, 3), (1, 2), width=6)
     for reward_mask in (mask, last):
-        rollout = Rollout(
-            torch.zeros(4, 7),
-            mask,
-            zeros[:, 0] > 0,
-            zeros,
-            zeros,
-            zeros + 3,
-            zeros,
-            zeros,
-            scores,
-            reward_mask,
-        )
-        out = advantages(rollout, config(advantage=how, group_size=2, kl_coef=0.1), Grid())
+        rollout = hand_made(scores, reward_mask, 3, mask)
+        out = reinforce_advantages(rollout, config(advantage=how, group_size=2, kl_coef=0.1), Grid())
         means = [np.mean([scores[i, t].item() for t in range(6) if reward_mask[i, t]]) for i in range(4)]
         for i in range(4):
             other = means[i ^ 1]
@@ -616,15 +650,15 @@ def test_what_stands_outside_the_mask_changes_no_advantage(changes):
     cfg, clean = config(kl_coef=0.3, **changes), hand_made(grow(3, 6) * MASK, kl=0.5)
     dirty = hand_made(poisoned(clean.scores, MASK))
     dirty.kl_k1 = poisoned(clean.kl_k1, MASK)
-    expected = advantages(clean, cfg, Grid())
+    expected = reinforce_advantages(clean, cfg, Grid())
     assert (
-        torch.equal(advantages(dirty, cfg, Grid()), expected)
+        torch.equal(reinforce_advantages(dirty, cfg, Grid()), expected)
         and expected[MASK].all()
         and not expected[~MASK].any()
     )
 
 
-# ------------------------------------------------------------------------------------------------ the update
+# -------------------------------------------------------------------------------- the update
 
 
 def test_reinforce_loss_and_its_gradient_by_hand():
@@ -645,7 +679,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(minibatch):
     policy = a_policy()
     cfg = config(temperature=0.7, kl_coef=0.1, minibatch=minibatch)
     rollout = a_rollout(policy, cfg)
-    weights = advantages(rollout, cfg, Grid())
+    weights = reinforce_advantages(rollout, cfg, Grid())
     expected, losses = [], []
     for rows in (
         (slice(0, 8),) if not minibatch else (slice(0, 4), slice(4, 8))
@@ -673,9 +707,7 @@ def test_reinforce_learns_to_say_a_token():
     policy, cfg = a_policy(), config(batch_size=64, group_size=64, max_new_tokens=1)
     optimizer, chances = Optimizer(policy, Grid(), lr=0.01), []
     for step in range(8):
-        rollout = collect_rollout(
-            policy, policy, lambda ids, mask: (ids[:, 1:] == 3).float(), [[1, 2]], [STOP], cfg, seed=step
-        )
+        rollout = collect_rollout(policy, policy, Reward(says_token_3), [[1, 2]], [STOP], cfg, seed=step)
         chances.append(rollout.scores.sum().item() / 64)
         reinforce_step(policy, optimizer, rollout, cfg, lr=0.01)
     assert 0 < chances[0] < 0.5 and chances[-1] > 0.95, chances

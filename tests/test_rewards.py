@@ -1,7 +1,9 @@
-"""Rewards of real models on three tokens: each stands at its token, whatever pads follow; losses against torch and loops."""
+"""Rewards of models, graders and users' functions: each at its token, whatever pads follow; their losses."""
 
 import itertools
 import math
+import textwrap
+from functools import partial
 
 import pytest
 import torch
@@ -9,31 +11,32 @@ import torch.nn.functional as F
 from conftest import near, random_model, small_config
 from test_reinforce import a_policy, a_rollout, config, gradient, grow, poisoned, ragged, tensor
 
-from data import Example, collate
-from model import LanguageModel, ScalarModel
+import reinforce
+from data import Example, arith_rows, arith_tokenizer, collate
+from model import LanguageModel, ScalarModel, token_logits
 from parallel import Grid
 from qrm import (
-    POLICY_LIKE,
     REWARD_MODELS,
+    bind_reward,
     dpo_loss,
-    dpo_reward,
+    dpo_rewards,
     last_token_mask,
-    logit_reward,
     orm_loss,
     outcome_loss,
-    outcome_reward,
+    outcome_rewards,
     pairwise_loss,
     plackett_luce_loss,
     qrm_loss,
-    reward_function,
+    response_scores,
     reward_model_loss,
-    sequence_score,
     step_end_mask,
     step_loss,
-    step_reward,
-    token_reward,
+    step_rewards,
 )
-from reinforce import advantages
+from reinforce import collect_rollout, reinforce_advantages
+from support.evaluate import graded_reward, rows_by_prompt, user_reward
+from support.files import BadInput
+from support.settings import Config
 
 STOP, LINE, OTHER_LINE = 2, 7, 9  # two tokens end a line
 PROMPT = [3, LINE, 11]  # its line end is none of the answer's steps
@@ -46,7 +49,7 @@ def scorer():
 
 
 def z_alone(model, answer):
-    """Z of each token: what the model says when the answer ends there, without pads and without what comes later"""
+    """Z of each token: the model's last scalar when the answer ends there, without pads or later tokens."""
     return [
         model.scalars(model.model(torch.tensor([PROMPT + answer[: t + 1]])))[0, -1].item()
         for t in range(len(answer))
@@ -65,10 +68,10 @@ def log_ratios(policy, reference, answer):
     return out
 
 
-def check(reward_fn, expected, pad_id):
-    """`expected`: one list of rewards an answer; in the batch of all answers they begin at the last prompt token's column."""
+def check(rewards_of, expected, pad_id):
+    """`expected`: one list of rewards per answer; in a batch they begin at the last prompt token's column."""
     ids, mask = collate([Example(PROMPT, a) for a in ANSWERS], pad_id=pad_id)
-    rewards = reward_fn(ids, mask).detach()
+    rewards = rewards_of(ids, mask).detach()
     wanted = torch.zeros(mask.shape)
     for row, numbers in zip(wanted, expected):
         row[len(PROMPT) - 1 : len(PROMPT) - 1 + len(numbers)] = torch.tensor(numbers)
@@ -76,13 +79,13 @@ def check(reward_fn, expected, pad_id):
     near(rewards, wanted, 3e-5)
 
 
-# ------------------------------------------------------------------------------------------------ where rewards stand
+# -------------------------------------------------------------------------------- where rewards stand
 
 
 @pytest.mark.parametrize("pad_id", PADS)
 def test_token_reward(pad_id):
     model = scorer()
-    check(token_reward(model), [z_alone(model, a) for a in ANSWERS], pad_id)
+    check(partial(response_scores, model), [z_alone(model, a) for a in ANSWERS], pad_id)
 
 
 @pytest.mark.parametrize("pad_id", PADS)
@@ -90,8 +93,10 @@ def test_outcome_reward_is_at_the_last_real_token(pad_id):
     model = (
         scorer()
     )  # an answer that was cut off is given no stop token: it is scored at the token that it ends with
-    check(outcome_reward(model), [[0.0] * (len(a) - 1) + z_alone(model, a)[-1:] for a in ANSWERS], pad_id)
-    check(outcome_reward(model, every_token=True), [z_alone(model, a)[-1:] * len(a) for a in ANSWERS], pad_id)
+    rewards_of = partial(outcome_rewards, model)
+    check(rewards_of, [[0.0] * (len(a) - 1) + z_alone(model, a)[-1:] for a in ANSWERS], pad_id)
+    rewards_of = partial(outcome_rewards, model, every_token=True)
+    check(rewards_of, [z_alone(model, a)[-1:] * len(a) for a in ANSWERS], pad_id)
 
 
 @pytest.mark.parametrize("pad_id", PADS)
@@ -99,7 +104,7 @@ def test_step_reward_is_at_the_ends_of_lines_and_of_the_answer(pad_id):
     model = scorer()
     ends = [[0, 1, 1], [0, 0, 1], [1, 0, 0, 1, 0, 1], [1]]
     expected = [[math.tanh(z) * end for z, end in zip(z_alone(model, a), e)] for a, e in zip(ANSWERS, ends)]
-    check(step_reward(model, [LINE, OTHER_LINE]), expected, pad_id)
+    check(partial(step_rewards, model, step_ids=[LINE, OTHER_LINE]), expected, pad_id)
     check(lambda ids, mask: step_end_mask(ids, mask, [LINE, OTHER_LINE]).float(), ends, pad_id)
     check(
         lambda ids, mask: last_token_mask(mask).float(),
@@ -112,39 +117,36 @@ def test_step_reward_is_at_the_ends_of_lines_and_of_the_answer(pad_id):
 def test_dpo_reward_is_at_its_own_token(pad_id):
     policy, reference = (random_model(LanguageModel, small_config(), seed) for seed in (0, 1))
     expected = [[0.3 * r for r in log_ratios(policy, reference, a)] for a in ANSWERS]
-    check(dpo_reward(policy, reference, beta=0.3), expected, pad_id)
+    check(partial(dpo_rewards, policy, reference, beta=0.3), expected, pad_id)
     late = [numbers[1:] + [0.0] for numbers in expected]  # the authors' shift by one is far from it
     with pytest.raises(AssertionError):
-        check(dpo_reward(policy, reference, beta=0.3), late, pad_id)
-    check(dpo_reward(policy, policy), [[0.0] * len(a) for a in ANSWERS], pad_id)
+        check(partial(dpo_rewards, policy, reference, beta=0.3), late, pad_id)
+    check(partial(dpo_rewards, policy, policy), [[0.0] * len(a) for a in ANSWERS], pad_id)
 
 
 def test_a_rollout_is_rewarded_where_the_reward_model_speaks():
     policy = a_policy(vocab=29)
     model, cfg = random_model(ScalarModel, policy.cfg, seed=51), config(max_new_tokens=8)
-    speaks = lambda ids, mask: step_end_mask(ids, mask, list(range(0, 29, 4)))
-    rollout = a_rollout(
-        policy, cfg, reward_fn=step_reward(model, list(range(0, 29, 4))), reward_mask_fn=speaks
-    )
+    rollout = a_rollout(policy, cfg, reward=bind_reward("prm", model, step_ids=list(range(0, 29, 4))))
     assert torch.equal(rollout.reward_mask, rollout.scores != 0) and rollout.reward_mask.sum(1).max() > 1
     assert (rollout.reward_mask & ~last_token_mask(rollout.response_mask)).any() and not (
         rollout.reward_mask & ~rollout.response_mask
     ).any()
     spoken = rollout.scores[rollout.reward_mask].double()
     z = (spoken - spoken.mean()) / spoken.std(correction=0)
-    found = advantages(rollout, cfg, Grid())
+    found = reinforce_advantages(rollout, cfg, Grid())
     near(found[rollout.reward_mask], z, 1e-5)
     assert (found[~rollout.reward_mask] == 0).all()  # silence is not the reward 0, standardised
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# -------------------------------------------------------------------------------- losses
 
 
 PAIRS = ragged((1, 4), (1, 6), (0, 2), (0, 1), (2, 5), (2, 6), width=6)  # chosen and rejected of three pairs
 
 
 def grads_agree(loss_fn, reference_fn, scores, outside=True):
-    """Value and gradient, the gradient of what stands outside the mask included: zero, though the score there is nan"""
+    """Value and gradient; outside the mask, where the scores are nan, the gradient is 0."""
     mine, plain = (
         (poisoned(scores, PAIRS) if outside else scores.clone()).requires_grad_(),
         scores.clone().requires_grad_(),
@@ -250,7 +252,7 @@ def test_every_prompt_weighs_the_same_in_plackett_luce():
     assert plackett_luce_loss(tensor([-1000, 0, 1000]))[0].item() == pytest.approx((2000 + 1000) / 2)
 
 
-# ------------------------------------------------------------------------------------------------ by name
+# -------------------------------------------------------------------------------- by name
 
 
 def test_reward_functions_by_name():
@@ -260,25 +262,28 @@ def test_reward_functions_by_name():
     )
     ids, mask = collate([Example(PROMPT, a) for a in ANSWERS])
     lines = [LINE, OTHER_LINE]
-    for kind, fn, speaks, is_q in (
-        ("qrm", token_reward(model), mask, True),
-        ("orm", outcome_reward(model), last_token_mask(mask), False),
-        ("prm", step_reward(model, lines), step_end_mask(ids, mask, lines), False),
-        ("dpo", dpo_reward(policy, reference), mask, True),
-        ("logit", logit_reward(policy), mask, True),
-    ):
-        reward_fn, reward_mask_fn, q = reward_function(
-            kind, policy if kind in POLICY_LIKE else model, reference, lines
-        )
-        assert torch.equal(reward_fn(ids, mask), fn(ids, mask)) and q == is_q
-        assert torch.equal(reward_mask_fn(ids, mask) if reward_mask_fn else mask, speaks)
+    expected = {
+        "qrm": (response_scores(model, ids, mask), mask, True),
+        "plain": (response_scores(model, ids, mask), mask, True),
+        "orm": (outcome_rewards(model, ids, mask), last_token_mask(mask), False),
+        "prm": (step_rewards(model, ids, mask, lines), step_end_mask(ids, mask, lines), False),
+        "dpo": (dpo_rewards(policy, reference, ids, mask), mask, True),
+        "logit": (token_logits(policy, ids, mask), mask, True),
+    }
+    assert expected.keys() == REWARD_MODELS.keys()
+    for kind, (rewards, speaks, is_q) in expected.items():
+        base = REWARD_MODELS[kind].base
+        assert base is (LanguageModel if kind in ("dpo", "logit") else ScalarModel)
+        reward = bind_reward(kind, policy if base is LanguageModel else model, reference, lines)
+        assert torch.equal(reward.rewards(ids, mask), rewards) and reward.is_q == is_q
+        assert torch.equal(reward.speaks(ids, mask), speaks)
 
 
 @pytest.mark.parametrize("kind", REWARD_MODELS)
 def test_the_training_loss_of_each_reward_model(kind):
     """Against each answer read alone, at its own length; answers 0 and 2 are the chosen ones."""
-    Kind = LanguageModel if kind in POLICY_LIKE else ScalarModel
-    model, reference = random_model(Kind, small_config(), 8), random_model(Kind, small_config(), 9)
+    base = REWARD_MODELS[kind].base
+    model, reference = random_model(base, small_config(), 8), random_model(base, small_config(), 9)
     ids, mask = collate([Example(PROMPT, a) for a in ANSWERS], pad_id=LINE)
     errors, lines = torch.tensor([3, 1, 2, 0]), [LINE, OTHER_LINE]  # the first wrong token; answer 0 has none
     cfg = config(reward=kind, beta=0.7, margin=0.5)
@@ -326,7 +331,202 @@ def test_the_training_loss_of_each_reward_model(kind):
 
 
 def test_one_number_for_an_answer():
-    assert sequence_score("qrm", torch.tensor([1.0, 0.0, 5.0])) == 2
-    assert sequence_score("prm", torch.tensor([0.0, 0.5, 0.0, -0.25])) == 0.125  # only where a step ends
-    assert sequence_score("orm", torch.tensor([0.0, 0.0, 5.0])) == 5
-    assert sequence_score("dpo", torch.tensor([1.0, 0.0, 5.0])) == 6
+    total = {kind: entry.total for kind, entry in REWARD_MODELS.items()}
+    assert total["qrm"](torch.tensor([1.0, 0.0, 5.0])) == 2
+    assert total["logit"](torch.tensor([1.0, 0.0, 5.0])) == 2
+    assert total["prm"](torch.tensor([0.0, 0.5, 0.0, -0.25])) == 0.125  # only where a step ends
+    assert total["orm"](torch.tensor([0.0, 0.0, 5.0])) == 5
+    assert total["dpo"](torch.tensor([1.0, 0.0, 5.0])) == 6
+
+
+# -------------------------------------------------------------------------------- a user's own function
+
+
+class Letters:
+    """A tokenizer of one id per character, as far as a reward needs one."""
+
+    stop_ids = (STOP,)
+    text = "<_$abcdefghijklmnopqrstuvwxyz"  # id 2, the dollar sign, is the stop token
+
+    def encode_prompt(self, prompt):
+        return [self.text.index(c) for c in prompt]
+
+    def decode(self, ids):
+        return "".join(self.text[i] for i in ids)
+
+
+def reward_file(directory, source):
+    path = directory / "mine.py"
+    path.write_text(source, encoding="utf-8")
+    return f"{path}:reward"
+
+
+ROWS = [{"prompt": "one", "line": 3, "raw": {"id": "x"}}, {"prompt": "twice", "line": 7, "raw": {"id": "y"}}]
+SAYS = {"one": [5, 20, STOP], "twice": [4, 6, 6, 6]}  # ids; the second answer is cut off
+
+
+def user_rollout(monkeypatch, directory, source):
+    """The Reward of `source`, and a rollout of the answers in SAYS with it."""
+    tokenizer, policy = Letters(), random_model(LanguageModel, small_config(vocab_size=len(Letters.text)))
+    answers = [SAYS[row["prompt"]] for row in ROWS]
+    monkeypatch.setattr(reinforce, "generate", lambda *_: (answers, [a[-1] != STOP for a in answers]))
+    reward = user_reward(reward_file(directory, source), tokenizer, ROWS)
+    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in ROWS]
+    cfg = config(batch_size=2, micro_tokens=4)  # a micro-batch per answer
+    return reward, collect_rollout(policy, policy, reward, prompts, [STOP], cfg, 0)
+
+
+def test_the_example_of_a_length_penalty(monkeypatch, tmp_path):
+    """The text in user_reward's docstring, on the built-in task: a right, a wrong and an endless answer."""
+    source = user_reward.__doc__.split("length_penalty.py:reward\n")[1].split("\n    rows ")[0]
+    tokenizer, rows = arith_tokenizer(), arith_rows("train", 3, 0)
+    right = tokenizer.encode_response(rows[0]["solution"])
+    wrong = tokenizer.encode_response("9999")
+    endless = tokenizer.encode_response("1")[:1] * 70
+    answers = [right, wrong, endless]
+    assert len(right) < 64
+    policy = random_model(LanguageModel, small_config(vocab_size=tokenizer.vocab_size))
+    monkeypatch.setattr(reinforce, "generate", lambda *_: (answers, [False, False, True]))
+    reward = user_reward(reward_file(tmp_path, textwrap.dedent(source)), tokenizer, rows)
+    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
+    rollout = collect_rollout(policy, policy, reward, prompts, tokenizer.stop_ids, config(batch_size=3), 0)
+    assert torch.equal(rollout.reward_mask, last_token_mask(rollout.response_mask))
+    near(rollout.scores[rollout.reward_mask], torch.tensor([1.0, 0.0, -0.06]), 1e-6)  # 6 of 70 tokens cost
+    assert not rollout.scores[~rollout.reward_mask].any() and not reward.is_q
+
+
+def test_what_a_users_function_is_given(monkeypatch, tmp_path):
+    """Prompt, text, ids, row and truncation of its answer; the ids and the row are copies."""
+    source = """
+def reward(prompt, response, ids, row, truncated):
+    expected = {
+        "one": ("cr", [5, 20, 2], {"id": "x"}, False),
+        "twice": ("bddd", [4, 6, 6, 6], {"id": "y"}, True),
+    }
+    assert expected[prompt] == (response, ids, row, truncated)
+    row.clear(), ids.clear()
+    return len(prompt)
+"""
+    _, rollout = user_rollout(monkeypatch, tmp_path, source)
+    assert rollout.scores[rollout.reward_mask].tolist() == [3.0, 5.0]
+    assert ROWS[0]["raw"] == {"id": "x"} and SAYS["one"] == [5, 20, STOP]
+
+
+@pytest.mark.parametrize("kind", ["list", "tuple", "torch.tensor", "numpy.array"])
+def test_a_number_for_each_token(monkeypatch, tmp_path, kind):
+    source = f"""
+import numpy, torch
+def reward(prompt, response, ids, row, truncated):
+    return {kind}([i / 8 for i in ids])
+"""
+    reward, rollout = user_rollout(monkeypatch, tmp_path, source)
+    for i, answer in enumerate(SAYS.values()):
+        assert rollout.scores[i][rollout.response_mask[i]].tolist() == [x / 8 for x in answer]
+    assert torch.equal(rollout.reward_mask, rollout.response_mask) and not reward.is_q
+    assert reward.total(torch.tensor([1.0, 2.5])) == 3.5
+
+
+@pytest.mark.parametrize("value, found", [("True", 1.0), ("7", 7.0), ("numpy.float32(0.5)", 0.5)])
+def test_a_number_for_each_answer(monkeypatch, tmp_path, value, found):
+    source = f"import numpy\ndef reward(prompt, response, ids, row, truncated):\n    return {value}\n"
+    _, rollout = user_rollout(monkeypatch, tmp_path, source)
+    assert rollout.scores[rollout.reward_mask].tolist() == [found, found]
+    assert torch.equal(rollout.reward_mask, last_token_mask(rollout.response_mask))
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return 1 / 0", r"mine\.py, line 2: ZeroDivisionError: division by zero \(data line 3\)$"),
+        ("return row['label']", r"mine\.py, line 2: KeyError: 'label' \(data line 3\)$"),
+        ("return int('x')", r"mine\.py, line 2: ValueError: .*'x' \(data line 3\)$"),
+        ("return 'good'", r"mine\.py:reward, data line 3: found 'good'; expected a number, or a list of 3,"),
+        ("return None", r"data line 3: found None; expected a number"),
+        (
+            "return [1.0]",
+            r"data line 3: found \[1\.0\]; expected a number, or a list of 3, one per response token$",
+        ),
+        ("return [1, 2, 'x']", r"data line 3: found \[1, 2, 'x'\]"),
+        ("return [1, 2, [3]]", r"data line 3: found \[1, 2, \[3\]\]"),
+        ("return float('nan')", r"data line 3: found nan; expected finite numbers$"),
+        ("return [0, 0, -float('inf')]", r"data line 3: found \[0, 0, -inf\]; expected finite numbers$"),
+        ("return 1e39", r"data line 3: found 1e\+39; expected finite numbers$"),  # infinite in fp32
+        ("return 10 ** 400", r"data line 3: found 1000.*; expected finite numbers$"),
+        ("return 1j", r"data line 3: found 1j; expected a number"),
+        (
+            "return 0 if prompt == 'one' else [0] * len(ids)",
+            r"a number for one answer and a list for another",
+        ),
+    ],
+)
+def test_a_users_mistake_is_one_line(monkeypatch, tmp_path, body, message):
+    source = f"def reward(prompt, response, ids, row, truncated):\n    {body}\n"
+    with pytest.raises(BadInput, match=message) as raised:
+        user_rollout(monkeypatch, tmp_path, source)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("x = 1", r"mine\.py has no function reward$"),
+        ("reward = 1", r"mine\.py has no function reward$"),
+        ("def reward(:", r"mine\.py, line 1: SyntaxError: "),
+        ("\nimport absent_module", r"mine\.py, line 2: ModuleNotFoundError: .*absent_module"),
+        (
+            "def reward(prompt, response): return 1",
+            r"mine\.py: TypeError: reward\(\) takes 2 .* \(data line 3\)$",
+        ),
+    ],
+)
+def test_a_file_that_is_no_reward(monkeypatch, tmp_path, source, message):
+    with pytest.raises(BadInput, match=message) as raised:
+        user_rollout(monkeypatch, tmp_path, source)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("spec", ["mine.py", "mine.txt:reward", "mine.py:", "mine.py:a-b", ":reward"])
+def test_what_names_no_function(spec):
+    with pytest.raises(BadInput, match=f"^--reward {spec}: expected FILE.py:FUNCTION$"):
+        user_reward(spec, Letters(), ROWS)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(BadInput, match=r"no file .*mine\.py; expected a Python file$"):
+        user_reward(f"{tmp_path}/mine.py:reward", Letters(), ROWS)
+
+
+def test_one_prompt_with_two_labels_is_refused():
+    rows = [{"prompt": "one", "label": label, "line": line} for line, label in ((2, "5"), (5, "5"), (9, "6"))]
+    assert len(rows_by_prompt(Letters(), rows[:2])) == 1
+    with pytest.raises(BadInput, match="lines 2 and 9 have the same prompt .* found '5' and '6'"):
+        rows_by_prompt(Letters(), rows)
+
+
+# -------------------------------------------------------------------------------- rewards that grade
+
+
+@pytest.mark.parametrize("kind", ["outcome", "oracle"])
+def test_graded_rewards(monkeypatch, kind):
+    """A right answer, one that is wrong from its third token on, and a right one without its stop token."""
+    tokenizer, rows = arith_tokenizer(), arith_rows("train", 3, 0)
+    texts = [row["solution"] for row in rows]
+    assert texts[1][:3] == "0+2" and texts[1][-3:] == "# 1"
+    texts[1] = "0+7" + texts[1][3:-1] + "9"
+    answers = [tokenizer.encode_response(text) for text in texts]
+    answers[2].pop()
+    policy = random_model(LanguageModel, small_config(vocab_size=tokenizer.vocab_size))
+    monkeypatch.setattr(reinforce, "generate", lambda *_: (answers, [False, False, True]))
+    reward = graded_reward(kind, tokenizer, rows, Config(task="arith"))
+    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
+    rollout = collect_rollout(policy, policy, reward, prompts, tokenizer.stop_ids, config(batch_size=3), 0)
+    found = [row[mask].tolist() for row, mask in zip(rollout.scores, rollout.response_mask)]
+    n = [len(answer) for answer in answers]
+    if kind == "outcome":
+        assert found == [[0.0] * (n[0] - 1) + [1.0], [0.0] * n[1], [0.0] * n[2]]
+        assert torch.equal(rollout.reward_mask, last_token_mask(rollout.response_mask))
+        assert not reward.is_q and reward.total(torch.tensor([0.0, 0.0, 1.0])) == 1.0
+    else:
+        assert found == [[1.0] * n[0], [1.0, 1.0] + [0.0] * (n[1] - 2), [1.0] * n[2]]
+        assert torch.equal(rollout.reward_mask, rollout.response_mask)
+        assert reward.is_q and reward.total(torch.tensor([1.0, 0.0])) == 0.5

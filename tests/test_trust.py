@@ -641,12 +641,16 @@ def test_extreme_rewards_and_lengths_give_finite_numbers(kind, lengths):
         ), name
     rewards = x.detach()
     rollout = reinforce.Rollout(
-        torch.zeros(4, T + 1, dtype=torch.int64),
-        mask,
-        torch.zeros(4, dtype=torch.bool),
-        *[zero] * 5,
-        rewards,
-        mask,
+        ids=torch.zeros(4, T + 1, dtype=torch.int64),
+        response_mask=mask,
+        truncated=torch.zeros(4, dtype=torch.bool),
+        old_logprobs=zero,
+        entropy=zero,
+        kl_k1=zero,
+        kl_k3=zero,
+        kl_exact=zero,
+        scores=rewards,
+        reward_mask=mask,
     )
     for how in ("token", "return", "rloo", "grpo"):
         for standardize in ("mean_std", "std", "none"):
@@ -654,7 +658,7 @@ def test_extreme_rewards_and_lengths_give_finite_numbers(kind, lengths):
                 cfg = settings.Config(
                     advantage=how, standardize=standardize, eos_to_mean=eos_to_mean, group_size=2
                 )
-                A = reinforce.advantages(rollout, cfg, Grid())
+                A = reinforce.reinforce_advantages(rollout, cfg, Grid())
                 assert torch.isfinite(A).all() and not A[~mask].any(), (how, standardize, eos_to_mean)
                 if kind == "all equal" and standardize == "mean_std" and 0 not in lengths:
                     assert A.abs().max() < 1e-5
@@ -687,7 +691,7 @@ def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch)
         prompt = torch.randint(97, (3 + seed,), generator=torch.Generator().manual_seed(seed)).tolist()
         rl = settings.Config(max_new_tokens=40, temperature=0.8)
         rollout = reinforce.collect_rollout(
-            policy, policy, lambda ids, mask: mask.float(), [prompt], (5,), rl, seed
+            policy, policy, qrm.Reward(lambda ids, mask: mask.float()), [prompt], (5,), rl, seed
         )
         then = rollout.old_logprobs[rollout.response_mask]
         errors.append((torch.tensor(seen[: len(then)]) - then).abs().exp())
