@@ -45,7 +45,7 @@ class Exercise(NamedTuple):
     title: str
 
 
-# ------------------------------------------------------------------------------------------------ cutting
+# -------------------------------------------------------------------------------- cutting
 
 
 def functions(source):
@@ -123,7 +123,7 @@ def blank(directory):
     )
 
 
-# ------------------------------------------------------------------------------------------------ one function of a student's
+# -------------------------------------------------------------------------------- one function of a student's
 
 
 def cut_out(source, function, file):
@@ -180,7 +180,7 @@ def check(exercise, source, alone=False):
     checks.CHECKS[exercise.id](as_module(exercise.file, source, alone))
 
 
-# ------------------------------------------------------------------------------------------------ grading
+# -------------------------------------------------------------------------------- grading
 
 
 def worker(directory, exercise, result):

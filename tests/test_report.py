@@ -287,9 +287,9 @@ def test_scores_are_those_of_the_models_and_standardised_together(run):
 def test_profile_by_hand():
     answer = lambda ids, error, z: report.Answer(ids, error, {}, {"rm": z, "rm-orm": [None, None, z[-1]]})
     right, wrong = answer([1, 2, 3], 3, [0.5, 1.0, 3.0]), answer([1, 9, 4], 1, [0.5, -2.0, -1.0])
-    page = report.profile(
-        [("p", right, wrong), ("p", wrong, wrong)], {"rm": "Q-RM", "rm-orm": "outcome"}
-    )  # the second's "right" answer has an error itself: no twin
+    # The second pair's "right" answer has an error itself, so the pair is no twin.
+    scored = [report.ScoredPair("p", right, wrong), report.ScoredPair("p", wrong, wrong)]
+    page = report.profile(scored, {"rm": "Q-RM", "rm-orm": "outcome"})
     cells = [[cell.split("<")[0] for cell in row.split("<td>")[1:]] for row in page.split("<tr>")[2:]]
     assert cells == [["+0.33", "+1.00"], ["+0.50", "–"], ["-2.00", "–"], ["-1.00", "-1.00"], ["100 %", "–"]]
     assert "<small>n 1</small>" in page
@@ -396,8 +396,8 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
         shutil.rmtree(part / name)
     page = page_of(part)
     assert (
-        f"python train.py --stage rm --run {part} --reward dpo --beta 0.1" in page
-        and f"--run {part} --reward prm" in page
+        f"python train.py --stage rm --run_dir {part} --reward dpo --beta 0.1" in page
+        and f"--run_dir {part} --reward prm" in page
         and "--reward orm" not in page
     )
     assert "What one more update of reinforce does" in page and "baseline V" not in page
