@@ -1,8 +1,8 @@
-"""What each exercise is graded by (exercises.py), in the order of the ladder: check_4_3 belongs to exercise 4.3.
+"""The checks that grade the exercises (exercises.py), in its order: check_4_3 grades exercise 4.3.
 
-A check gets the module `m` that holds the student's function; all else in it, and all other files, are the given ones. It
-compares with hand-computed numbers, a slow loop, autograd or the unsharded model, never with the solution. The docstring is
-the student's hint.
+A check gets the module `m` that holds the student's function; all else in it, and all other files, are the
+given ones. It compares with hand-computed numbers, a slow loop, autograd or the unsharded model, never with
+the solution. The docstring is the student's hint.
 """
 
 import cmath
@@ -43,7 +43,9 @@ def draw(*shape, seed=0):
 
 
 def rows():
-    """ids (4, 7) and response_mask (4, 6), made by loops: two pairs of unequal lengths, ids below 29, pads that are a real id."""
+    """ids (4, 7) and response_mask (4, 6), made by loops: two pairs of unequal lengths, ids below 29, pads
+    that are a real id.
+    """
     ids, mask = torch.full((4, 7), 5), torch.zeros(4, 6, dtype=torch.bool)
     for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS)):
         for t in range(p + r):
@@ -73,7 +75,9 @@ def small_model(m, kind, grid=Grid(), seed=0):
 
 
 def on_ranks(size, work, group="tp"):
-    """[work(grid) of each rank]: the ranks are threads of this process, and all-reduce waits until all have made the same call."""
+    """[work(grid) of each rank]: the ranks are threads of this process, and all-reduce waits until all have
+    made the same call.
+    """
     calls, finished, news, place = [[] for _ in range(size)], set(), threading.Condition(), threading.local()
 
     def all_reduce(x, op=dist.ReduceOp.SUM, group=None):
@@ -107,12 +111,13 @@ def gradients(value, *inputs):
     return torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
 
 
-# ------------------------------------------------------------------------------------------------ 1: the model
+# -------------------------------------------------------------------------------- 1: the model
 
 
 def check_1_1(m):
-    """Square, mean over the last dimension with keepdim=True, add eps, torch.rsqrt. Do it in fp32 (x.float()), go back to
-    x's dtype, and multiply with the weight last."""
+    """Square, mean over the last dimension with keepdim=True, add eps, torch.rsqrt. Do it in fp32
+    (x.float()), go back to x's dtype, and multiply with the weight last.
+    """
     norm = m.RMSNorm(4, eps=0.0)
     norm.weight.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
     expect(
@@ -139,8 +144,9 @@ def check_1_1(m):
 
 
 def check_1_2(m):
-    """i runs 0, 2, 4, ... E - 2, so the powers are torch.arange(0, E, 2) / E. For the scaling: C/w = C f / (2 pi) turns; the
-    share to keep is (turns - low) / (high - low), clamped to 0..1."""
+    """i runs 0, 2, 4, ... E - 2, so the powers are torch.arange(0, E, 2) / E. For the scaling: C/w = C f / (2
+    pi) turns; the share to keep is (turns - low) / (high - low), clamped to 0..1.
+    """
     cfg = dict(
         vocab_size=8,
         hidden_size=8,
@@ -203,8 +209,9 @@ def slow_attention(q, k, v):
 
 
 def check_1_4(m):
-    """F.scaled_dot_product_attention wants (B, heads, T, E), so transpose(1, 2) in and out. is_causal=True is the mask,
-    enable_gqa=True lets neighbouring query heads share a key/value head."""
+    """F.scaled_dot_product_attention wants (B, heads, T, E), so transpose(1, 2) in and out. is_causal=True is
+    the mask, enable_gqa=True lets neighbouring query heads share a key/value head.
+    """
     q, k, v = draw(2, 5, 4, 6), draw(2, 5, 2, 6, seed=1), draw(2, 5, 2, 6, seed=2)
     expect(m.causal_attention(0, q, k, v), slow_attention(q, k, v), "four query heads, two key/value heads")
     expect(
@@ -238,8 +245,9 @@ def check_sublayer(m, name, expected):
 
 
 def check_1_5(m):
-    """proj(x) is (B, T, heads * E): unflatten its last dimension into heads of width E, rotate q and k (not v), ask `attend`, and
-    flatten the heads again. f comes once before the three projections, g after o_proj."""
+    """proj(x) is (B, T, heads * E): unflatten its last dimension into heads of width E, rotate q and k (not
+    v), ask `attend`, and flatten the heads again. f comes once before the three projections, g after o_proj.
+    """
 
     def expected(net, attention, x):
         split = lambda y: y.view(*y.shape[:2], -1, attention.head_dim)
@@ -254,7 +262,9 @@ def check_1_5(m):
 
 
 def check_1_6(m):
-    """F.silu on the gate, times up, then down. One f before both column-parallel layers, one g after the row-parallel one."""
+    """F.silu on the gate, times up, then down. One f before both column-parallel layers, one g after the
+    row-parallel one.
+    """
     silu = lambda z: z / (1 + (-z).exp())
     check_sublayer(
         m,
@@ -266,8 +276,9 @@ def check_1_6(m):
 
 
 def check_1_7(m):
-    """cumsum of the probabilities; the uniform times the last entry of that sum (it is not exactly 1) is a height, and
-    torch.searchsorted(..., right=True) finds the first entry above it."""
+    """cumsum of the probabilities; the uniform times the last entry of that sum (it is not exactly 1) is a
+    height, and torch.searchsorted(..., right=True) finds the first entry above it.
+    """
     p = torch.tensor([0.1, 0.2, 0.3, 0.4])
     sample = lambda p, u: m.sample_tokens(p.expand(len(u), -1), torch.tensor(u)).tolist()
     found, expected = sample(p, [0.0, 0.05, 0.15, 0.35, 0.65, 0.99]), [0, 0, 1, 2, 3, 3]
@@ -292,12 +303,13 @@ def check_1_7(m):
     )
 
 
-# ------------------------------------------------------------------------------------------------ 2: tensor parallelism
+# -------------------------------------------------------------------------------- 2: tensor parallelism
 
 
 def check_2_1(m):
-    """Forward keeps the group in ctx and hands x on; backward all-reduces the gradient. A backward returns one value per
-    argument of forward: None for the group."""
+    """Forward keeps the group in ctx and hands x on; backward all-reduces the gradient. A backward returns
+    one value per argument of forward: None for the group.
+    """
     x, weights = draw(2, 3), [draw(2, 3, seed=1 + r) for r in range(3)]
 
     def run(grid):
@@ -330,8 +342,9 @@ def slices(m, size, parts):
 
 
 def check_2_3(m):
-    """shard_range(d_out, ...) says which output features are mine; nn.Linear's own constructor (super) makes a layer with
-    that many of them."""
+    """shard_range(d_out, ...) says which output features are mine; nn.Linear's own constructor (super) makes
+    a layer with that many of them.
+    """
     A, b, x = draw(10, 6), draw(10, seed=1), draw(2, 6, seed=2)
     parts = []
     for r, own in enumerate(slices(m, 10, 3)):  # 3, 3 and 4 features
@@ -348,7 +361,9 @@ def check_2_3(m):
 
 
 def check_2_4(m):
-    """shard_range(d_in, ...) says which input features are mine. No bias: the sum over the ranks would add it tp times."""
+    """shard_range(d_in, ...) says which input features are mine. No bias: the sum over the ranks would add it
+    tp times.
+    """
     A, x = draw(6, 10), draw(2, 10, seed=2)
     total = 0
     for r, own in enumerate(slices(m, 10, 3)):
@@ -366,8 +381,9 @@ def check_2_4(m):
 
 
 def check_2_5(m):
-    """Which ids are mine? Look up id - start, with 0 in the place of the others so that the index is valid; set their rows
-    to zero, and sum over the ranks with g. One process needs none of it."""
+    """Which ids are mine? Look up id - start, with 0 in the place of the others so that the index is valid;
+    set their rows to zero, and sum over the ranks with g. One process needs none of it.
+    """
     table, ids, weights = draw(10, 4), torch.tensor([[0, 2, 3, 9], [5, 6, 6, 1]]), draw(2, 4, 4, seed=1)
 
     def run(grid):
@@ -395,7 +411,9 @@ def check_2_5(m):
 
 
 def split_vocabulary(m, logits, weights, work):
-    """Runs work(slice of logits, its range, grid) on 3 ranks. -> outputs, the gradient of sum(output * weights) in all logits"""
+    """Runs work(slice of logits, its range, grid) on 3 ranks. -> outputs, the gradient of sum(output *
+    weights) in all logits
+    """
 
     def run(grid):
         own = slice(*m.shard_range(logits.shape[-1], grid.tp_rank, grid.tp_size))
@@ -409,8 +427,9 @@ def split_vocabulary(m, logits, weights, work):
 
 
 def check_2_6(m):
-    """Three steps: the maximum over all ranks (all_reduce with ReduceOp.MAX), the sum of exponentials over all ranks (g), and
-    its logarithm, through f, from each logit."""
+    """Three steps: the maximum over all ranks (all_reduce with ReduceOp.MAX), the sum of exponentials over
+    all ranks (g), and its logarithm, through f, from each logit.
+    """
     logits, weights = draw(2, 10), draw(2, 10, seed=1)
     expected = torch.stack([row - sum(v.exp() for v in row).log() for row in logits])
     parts, grad = split_vocabulary(m, logits, weights, m.vocab_log_softmax)
@@ -429,7 +448,9 @@ def check_2_6(m):
 
 
 def check_2_7(m):
-    """As in the embedding: look up target - start where the target is mine, answer zero elsewhere, sum over the ranks (g)."""
+    """As in the embedding: look up target - start where the target is mine, answer zero elsewhere, sum over
+    the ranks (g).
+    """
     logprobs, targets, weights = draw(2, 2, 10), torch.tensor([[0, 2], [3, 9]]), draw(2, 2, seed=1)
     parts, grad = split_vocabulary(
         m, logprobs, weights, lambda mine, grid: m.vocab_pick(mine, targets, 10, grid)
@@ -444,12 +465,13 @@ def check_2_7(m):
     expect(m.vocab_pick(logprobs, targets, 10, Grid()), expected, "one process")
 
 
-# ------------------------------------------------------------------------------------------------ 3: the data
+# -------------------------------------------------------------------------------- 3: the data
 
 
 def check_3_1(m):
-    """Make ids full of pad_id and a mask of zeros, one column shorter, and fill them row by row. Response token r0 stands in
-    ids at len(prompt), so in targets = ids[:, 1:] it stands one place earlier."""
+    """Make ids full of pad_id and a mask of zeros, one column shorter, and fill them row by row. Response
+    token r0 stands in ids at len(prompt), so in targets = ids[:, 1:] it stands one place earlier.
+    """
     short, long, one = (
         m.Example([10, 11, 12], [20, 21, 1]),
         m.Example([10], [20, 22, 23, 24, 25, 1]),
@@ -472,8 +494,9 @@ def check_3_1(m):
 
 
 def check_3_2(m):
-    """Number all rows that are ever read: batch `step` takes the places step * batch_size and on. Place p is in epoch p // n,
-    at position p % n of that epoch's permutation."""
+    """Number all rows that are ever read: batch `step` takes the places step * batch_size and on. Place p is
+    in epoch p // n, at position p % n of that epoch's permutation.
+    """
     places = lambda n, size, steps, seed: [
         i for step in range(steps) for i in m.batch_indices(n, size, step, seed)
     ]
@@ -493,12 +516,13 @@ def check_3_2(m):
     )
 
 
-# ------------------------------------------------------------------------------------------------ 4: reward models
+# -------------------------------------------------------------------------------- 4: reward models
 
 
 def check_4_1(m):
-    """The model reads all T+1 ids; the scalar at position t+1, where targets[:, t] is the input, is that token's score. So one
-    position is dropped: which end?"""
+    """The model reads all T+1 ids; the scalar at position t+1, where targets[:, t] is the input, is that
+    token's score. So one position is dropped: which end?
+    """
     net, (ids, _) = small_model(model, "ScalarModel"), rows()
     scores = m.token_scores(net, ids)
     for t in range(6):
@@ -512,7 +536,9 @@ def check_4_1(m):
 
 
 def check_4_2(m):
-    """masked_fill, not a product: NaN * 0 is NaN. Divide by the number of positions in the mask, but by at least 1."""
+    """masked_fill, not a product: NaN * 0 is NaN. Divide by the number of positions in the mask, but by at
+    least 1.
+    """
     x, mask = (
         torch.tensor([[1.0, 2.0, 6.0, 9.0], [5.0, 7.0, 8.0, 4.0], [3.0, 3.0, 3.0, 3.0]]),
         torch.zeros(3, 4, dtype=torch.bool),
@@ -527,8 +553,9 @@ def check_4_2(m):
 
 
 def check_4_3(m):
-    """F.logsigmoid(z) stays finite where log(sigmoid(z)) does not. The margin is subtracted from the scaled gap: a pair costs
-    something until beta * gap exceeds it."""
+    """F.logsigmoid(z) stays finite where log(sigmoid(z)) does not. The margin is subtracted from the scaled
+    gap: a pair costs something until beta * gap exceeds it.
+    """
     zeros, chosen, rejected = (
         torch.zeros(3),
         torch.tensor([1.0, 5.0, -2.0, 3.0]),
@@ -566,7 +593,9 @@ def check_4_3(m):
 
 
 def check_4_4(m):
-    """masked_mean row by row, then even rows against odd ones: means[0::2], means[1::2]. Hand beta and margin on."""
+    """masked_mean row by row, then even rows against odd ones: means[0::2], means[1::2]. Hand beta and margin
+    on.
+    """
     scores, (_, mask) = draw(4, 6) * 5, rows()
     loss = 0
     for pair in (0, 1):
@@ -585,8 +614,9 @@ def check_4_4(m):
 
 
 def check_4_5(m):
-    """The docstring of fused_qrm_loss derives every line. dm_p = -grad_loss sigmoid(-m_p) / P first, then dz_t = beta dm_p c_t,
-    then dx_t = dz_t dZ_t/dx_t and s = sum_t dz_t r_t x_t."""
+    """The docstring of fused_qrm_loss derives every line. dm_p = -grad_loss sigmoid(-m_p) / P first, then
+    dz_t = beta dm_p c_t, then dx_t = dz_t dZ_t/dx_t and s = sum_t dz_t r_t x_t.
+    """
     (_, mask), beta, margin, eps = rows(), 0.7, 1.5, 0.1
     x, g, w = (
         draw(*shape, seed=i).double() for i, shape in enumerate([(sum(RESPONSE_LENGTHS), 8), (8,), (1, 8)])
@@ -610,7 +640,9 @@ def check_4_5(m):
 
 
 def check_4_6(m):
-    """A position is the last one if it is in the mask and its right neighbour is not. F.pad puts a False behind the end."""
+    """A position is the last one if it is in the mask and its right neighbour is not. F.pad puts a False
+    behind the end.
+    """
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).bool()
     found = m.last_token_mask(mask)
     assert found.dtype == torch.bool, f"found {found.dtype}, expected torch.bool"
@@ -618,7 +650,9 @@ def check_4_6(m):
 
 
 def check_4_7(m):
-    """The masked_mean over last_token_mask picks the score at the last token; F.binary_cross_entropy_with_logits does the rest."""
+    """The masked_mean over last_token_mask picks the score at the last token;
+    F.binary_cross_entropy_with_logits does the rest.
+    """
     scores, (_, mask), correct = 3 * draw(4, 6), rows(), torch.tensor([1, 0, 0, 1])
     scores[3, 3] = 0.2  # the last of row 3: right, but not by much
     last = [scores[i, p + r - 2].item() for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS))]
@@ -637,7 +671,9 @@ def check_4_7(m):
 
 
 def check_4_8(m):
-    """Sums over the response, not means; ref is subtracted from the policy. The result is a pairwise_loss without margin."""
+    """Sums over the response, not means; ref is subtracted from the policy. The result is a pairwise_loss
+    without margin.
+    """
     logprobs, ref, (_, mask) = draw(4, 6), draw(4, 6, seed=1), rows()
     logprobs[~mask] = float("nan")
     sums = [sum((logprobs[i, t] - ref[i, t]).item() for t in range(6) if mask[i, t]) for i in range(4)]
@@ -649,8 +685,9 @@ def check_4_8(m):
 
 
 def check_4_9(m):
-    """rest_k = log sum_(j >= k) exp(s_j) is a logcumsumexp from the right: flip, sum, flip. At the last rank nothing is left to
-    choose, so its term is always 0: leave it out of the mean."""
+    """rest_k = log sum_(j >= k) exp(s_j) is a logcumsumexp from the right: flip, sum, flip. At the last rank
+    nothing is left to choose, so its term is always 0: leave it out of the mean.
+    """
     ranked = 2 * draw(3, 4)
     terms = [
         math.log(sum(math.exp(s) for s in row[k:])) - row[k] for row in ranked.tolist() for k in range(3)
@@ -666,7 +703,9 @@ def check_4_9(m):
 
 
 def check_4_10(m):
-    """response_scores, zero everywhere but at last_token_mask; for every_token the sum over its row, times the mask."""
+    """response_scores, zero everywhere but at last_token_mask; for every_token the sum over its row, times
+    the mask.
+    """
     net, (ids, mask) = small_model(model, "ScalarModel"), rows()
     last, every = torch.zeros(4, 6), torch.zeros(4, 6)
     for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS)):
@@ -682,7 +721,9 @@ def check_4_10(m):
 
 
 def check_4_11(m):
-    """token_logprobs gives (logprobs, entropy), already in the place of targets: no shift, and zeros outside the mask."""
+    """token_logprobs gives (logprobs, entropy), already in the place of targets: no shift, and zeros outside
+    the mask.
+    """
     (policy, reference), (ids, mask) = (small_model(model, "LanguageModel", seed=s) for s in (0, 1)), rows()
     expected = torch.zeros(4, 6)
     for i, (p, r) in enumerate(zip(PROMPT_LENGTHS, RESPONSE_LENGTHS)):
@@ -701,8 +742,9 @@ def check_4_11(m):
 
 
 def check_4_12(m):
-    """Only answers with something before the error count. For the hits: z.diff()[i] is Z_(i+1) - Z_i, so the drop at the error is
-    entry error - 1. Ties give a half."""
+    """Only answers with something before the error count. For the hits: z.diff()[i] is Z_(i+1) - Z_i, so the
+    drop at the error is entry error - 1. Ties give a half.
+    """
     z, fixed = torch.tensor([3.0, 1.0, 1.0, 2.0, -4.0]), torch.tensor([3.0, 1.0, 1.0, 5.0])
     count = lambda *arguments: m.credit_counts(*arguments)
     a = count([z], [3], [fixed])  # Z = 2 at the error; 3, 1, 1 before it; the largest drop is at 4
@@ -723,11 +765,13 @@ def check_4_12(m):
     )
 
 
-# ------------------------------------------------------------------------------------------------ 5: REINFORCE
+# -------------------------------------------------------------------------------- 5: REINFORCE
 
 
 def check_5_1(m):
-    """k3 = (ratio - 1) - log ratio with ratio = ref / pi = exp(-k1). torch.expm1 keeps the digits that exp(x) - 1 loses."""
+    """k3 = (ratio - 1) - log ratio with ratio = ref / pi = exp(-k1). torch.expm1 keeps the digits that exp(x)
+    - 1 loses.
+    """
     log_pi, log_ref = draw(7).log_softmax(0), draw(7, seed=1).log_softmax(0)
     kl = sum(p.exp() * (p - q) for p, q in zip(log_pi, log_ref))
     k1, k3 = m.kl_estimates(log_pi, log_ref)
@@ -744,8 +788,9 @@ def check_5_1(m):
 
 
 def check_5_2(m):
-    """The moments over the rewards in the mask alone, and with all_sum over all ranks: count and sum first, then the squares of
-    what is left after the mean. The variance is divided by the count, not by one less."""
+    """The moments over the rewards in the mask alone, and with all_sum over all ranks: count and sum first,
+    then the squares of what is left after the mean. The variance is divided by the count, not by one less.
+    """
     rewards, mask = (
         torch.tensor([[99.0, 1.0, 3.0], [6.0, 10.0, 99.0]]),
         torch.tensor([[0, 1, 1], [1, 1, 0]]).bool(),
@@ -782,7 +827,9 @@ def check_5_2(m):
 
 
 def check_5_3(m):
-    """From the last token to the first with one running number a row: r_t + gamma * running. The result is 0 outside the mask."""
+    """From the last token to the first with one running number a row: r_t + gamma * running. The result is 0
+    outside the mask.
+    """
     rewards, (_, mask) = draw(4, 6), rows()
     rewards[~mask] = 50.0
     for gamma in (1.0, 0.8):
@@ -794,7 +841,9 @@ def check_5_3(m):
 
 
 def check_5_4(m):
-    """View the rewards as (prompts, group). R_i minus the mean of the OTHERS is (R_i - mean of all) * n / (n - 1)."""
+    """View the rewards as (prompts, group). R_i minus the mean of the OTHERS is (R_i - mean of all) * n / (n
+    - 1).
+    """
     rewards = torch.tensor([1.0, 0.0, 5.0, 2.0, 2.0, 2.0])  # two prompts, three samples each
     others = [1 - 5 / 2, 0 - 6 / 2, 5 - 1 / 2, 0, 0, 0]
     expect(m.group_advantages(rewards, 3, "rloo"), others, "rloo: R_i - mean of the others")
@@ -812,8 +861,9 @@ def check_5_4(m):
 
 
 def check_5_5(m):
-    """Pick the response tokens of both, with the advantages detached; the mean is over tokens, and the sign turns ascent into
-    descent."""
+    """Pick the response tokens of both, with the advantages detached; the mean is over tokens, and the sign
+    turns ascent into descent.
+    """
     logprobs, advantages, (_, mask) = draw(4, 6).requires_grad_(), draw(4, 6, seed=1).requires_grad_(), rows()
     n = sum(RESPONSE_LENGTHS)
     with torch.no_grad():
@@ -829,12 +879,13 @@ def check_5_5(m):
     expect(by_advantages, torch.zeros(4, 6), "advantages carry no gradient")
 
 
-# ------------------------------------------------------------------------------------------------ 6: PPO
+# -------------------------------------------------------------------------------- 6: PPO
 
 
 def check_6_1(m):
-    """V(s_t) may not have seen a_t = targets[:, t]: at_states gives the residual stream where s_t ends, critic.scalars the numbers,
-    and scatter_to_mask puts them at t."""
+    """V(s_t) may not have seen a_t = targets[:, t]: at_states gives the residual stream where s_t ends,
+    critic.scalars the numbers, and scatter_to_mask puts them at t.
+    """
     critic, (ids, mask) = small_model(model, "ScalarModel"), rows()
     values = m.state_values(critic, ids, mask)
     for t in range(6):
@@ -849,8 +900,9 @@ def check_6_1(m):
 
 
 def check_6_2(m):
-    """Set both inputs to 0 outside the mask, then go from the last token to the first with two running numbers a row: the
-    advantage and the value to the right. Outside the mask both are 0."""
+    """Set both inputs to 0 outside the mask, then go from the last token to the first with two running
+    numbers a row: the advantage and the value to the right. Outside the mask both are 0.
+    """
     rewards, values, (_, mask) = draw(4, 6), draw(4, 6, seed=1), rows()
     rewards[~mask], values[~mask] = 50.0, -70.0
 
@@ -877,8 +929,10 @@ def check_6_2(m):
 
 
 def check_6_3(m):
-    """shape_rewards gives Z_std and the rewards, Z_std minus the penalty. For "token" it is one line, and the critic's target is
-    Z_std without the penalty; "gae" hands the rewards to gae; everything else asks reinforce_advantages."""
+    """shape_rewards gives Z_std and the rewards, Z_std minus the penalty. For "token" it is one line, and the
+    critic's target is Z_std without the penalty; "gae" hands the rewards to gae; everything else asks
+    reinforce_advantages.
+    """
     (ids, mask), scores, k1, values = rows(), draw(4, 6), draw(4, 6, seed=1), draw(4, 6, seed=2)
     blank = torch.zeros(4, 6)
     rollout = reinforce.Rollout(
@@ -935,8 +989,10 @@ def check_6_3(m):
 
 
 def check_6_4(m):
-    """ratio = exp(new - old). The minimum of the plain and the clipped product is pessimistic: gains are cut at 1 +- clip, losses
-    are not. A token counts as clipped when its ratio is outside on the side that its advantage asks for."""
+    """ratio = exp(new - old). The minimum of the plain and the clipped product is pessimistic: gains are cut
+    at 1 +- clip, losses are not. A token counts as clipped when its ratio is outside on the side that its
+    advantage asks for.
+    """
     (_, mask), old = rows(), draw(4, 6, seed=1)
     A, change = draw(4, 6, seed=2), 0.6 * draw(4, 6, seed=3)
     new = (old + change).requires_grad_()

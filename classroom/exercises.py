@@ -5,8 +5,9 @@
     python classroom/exercises.py grade DIR [ID ...]        PASS or FAIL for each exercise [--json FILE] [--timeout SECONDS]
     python classroom/exercises.py hint ID                   one or two sentences
 
-An exercise is a function or method, or a class with all its methods, below a line such as "# exercise 4.3 (3 lines): ...".
-Its checks are in classroom/checks.py, and their docstrings are the hints. An ID may be a whole chapter, such as 4.
+An exercise is a function or method, or a class with all its methods, below a line such as "# exercise 4.3 (3
+lines): ...". Its checks are in classroom/checks.py, and their docstrings are the hints. An ID may be a whole
+chapter, such as 4.
 """
 
 import argparse
@@ -45,11 +46,13 @@ class Exercise(NamedTuple):
     title: str
 
 
-# ------------------------------------------------------------------------------------------------ cutting
+# -------------------------------------------------------------------------------- cutting
 
 
 def functions(source):
-    """{name: (first line, node)} of a file's functions and classes, and "Class.method"; decorators belong to a function."""
+    """{name: (first line, node)} of a file's functions and classes, and "Class.method"; decorators belong to
+    a function.
+    """
     nodes = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -64,7 +67,9 @@ def functions(source):
 
 
 def ladder(root=ROOT):
-    """All exercises of a project, in the order of their ids; ValueError for a marker with no function right below it."""
+    """All exercises of a project, in the order of their ids; ValueError for a marker with no function right
+    below it.
+    """
     found = []
     for path in sorted(root.glob("*.py")):
         source = path.read_text(encoding="utf-8")
@@ -97,7 +102,9 @@ def blanked(source, exercises):
 
 
 def blank(directory):
-    """Writes a student's copy of the project, outside of it (or the next copy, and the tests, would find this one)."""
+    """Writes a student's copy of the project, outside of it (or the next copy, and the tests, would find this
+    one).
+    """
     if ROOT in directory.resolve().parents:
         raise ValueError(f"{directory}: lies inside the project; expected another place, such as ../student")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -123,11 +130,13 @@ def blank(directory):
     )
 
 
-# ------------------------------------------------------------------------------------------------ one function of a student's
+# -------------------------------------------------------------------------------- one function of a student's
 
 
 def cut_out(source, function, file):
-    """The text of one function. Where the file does not parse: from its def to the next line that is not indented deeper."""
+    """The text of one function. Where the file does not parse: from its def to the next line that is not
+    indented deeper.
+    """
     lines = source.split("\n")
     try:
         if function not in (found := functions(source)):
@@ -165,7 +174,9 @@ def with_function(source, function, text):
 
 
 def as_module(file, source, alone=False):
-    """Source as a module of its own; what it imports from the project are the given files. alone: to import itself finds itself, no solution."""
+    """Source as a module of its own; what it imports from the project are the given files. alone: to import
+    itself finds itself, no solution.
+    """
     module = ModuleType(file.removesuffix(".py"))
     if alone:
         sys.modules[module.__name__] = module
@@ -174,13 +185,15 @@ def as_module(file, source, alone=False):
 
 
 def check(exercise, source, alone=False):
-    """Runs an exercise's checks on a module's source; AssertionError, or whatever the student's code raises, if it fails."""
+    """Runs an exercise's checks on a module's source; AssertionError, or whatever the student's code raises,
+    if it fails.
+    """
     import checks
 
     checks.CHECKS[exercise.id](as_module(exercise.file, source, alone))
 
 
-# ------------------------------------------------------------------------------------------------ grading
+# -------------------------------------------------------------------------------- grading
 
 
 def worker(directory, exercise, result):
@@ -224,7 +237,9 @@ def grade_one(directory, exercise, timeout, context):
 
 
 def grade(directory, ids, json_file, timeout):
-    """Grades each exercise alone: the given project with one function from `directory` in it. -> whether all passed"""
+    """Grades each exercise alone: the given project with one function from `directory` in it. -> whether all
+    passed
+    """
     exercises = ladder()
     unknown = [id for id in ids if not any(matches(e, id) for e in exercises)]
     if unknown:
@@ -236,7 +251,8 @@ def grade(directory, ids, json_file, timeout):
             raise ValueError(
                 f"{path} is a student's; grade with the exercises.py of the project that the copy was made from"
             )
-    # A forked worker finds torch and the given files imported already; a spawned one (Windows) imports them again.
+    # A forked worker finds torch and the given files imported already; a spawned one (Windows) imports them
+    # again.
     context = multiprocessing.get_context(
         "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     )

@@ -1,12 +1,14 @@
 """The study: which token rewards help, by how much, and which of the disputed choices matter.
 
     python classroom/study.py [--minutes 40] [--seeds 5] [--out runs/study] [--fast | --quick]
-    python classroom/study.py --curves runs/arith       PPO on that run's reward model, healthy and with three mistakes: <out>/curves.png
+    python classroom/study.py --curves runs/arith       PPO on that run's reward model, healthy and with three
+                                                        mistakes: <out>/curves.png
 
-    per seed   sft ─► pairs (train | validation | test) ─► reward models ─► REINFORCE and PPO ─► curves, tables, figure
+    per seed   sft ─► pairs (train | validation | test) ─► reward models ─► REINFORCE, PPO ─► tables, figure
 
-Every step is a command of train.py, in one of --workers processes with one thread each. A finished run is one line of
-<out>/runs.jsonl; a restart does what is missing. Results: <out>/study.md, study.json and study.png.
+Every step is a command of train.py, in one of --workers processes with one thread each. A finished run is one
+line of <out>/runs.jsonl, and a restart runs only those that are missing. Results: <out>/study.md, study.json
+and study.png.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import multiprocessing
 import shutil
@@ -23,6 +26,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -49,14 +53,14 @@ REWARDS = {
 }
 ALGORITHMS = {"ppo": "PPO", "reinforce": "REINFORCE"}
 GRADED = ("oracle", "outcome")  # need no reward model
-VALIDATION = (
-    1000  # seed of the held-out prompts that learning rates are chosen on; the curves are those of seed 0's
-)
+VALIDATION = 1000  # seed of the held-out prompts that select learning rates; the curves use those of seed 0
 
-# "long" has more verbs to unlearn, more of them in a problem, and longer answers: the outcome says less about a token.
+# "long" has more verbs to unlearn, more of them per problem, and longer answers: the outcome says less about
+# a token.
 TASKS = {"demo": data.Arith(), "long": data.Arith(steps=(6, 8), operand=1, verbs=16, misread=8)}
 
-# The choices on which the paper and its code differ, and controls: {label: (algorithm, reward, flags that differ from part 2)}
+# Choices on which the paper and its code differ, and controls: {label: (algorithm, reward, flags that part 2
+# has not)} "one epoch, no baseline" is REINFORCE with PPO's ratio and clip.
 DISPUTED = {
     "std only": ("ppo", "qrm", {"standardize": "std"}),
     "baseline weight 0.01": ("ppo", "qrm", {"baseline_weight": 0.01}),
@@ -64,11 +68,7 @@ DISPUTED = {
     "absolute k1": ("ppo", "qrm", {"kl": "abs"}),
     "exact KL (Algorithm 1)": ("ppo", "qrm", {"kl": "exact"}),
     "one epoch": ("ppo", "qrm", {"ppo_epochs": 1}),
-    "one epoch, no baseline": (
-        "ppo",
-        "qrm",
-        {"ppo_epochs": 1, "baseline_weight": 0.0},
-    ),  # REINFORCE with PPO's ratio and clip
+    "one epoch, no baseline": ("ppo", "qrm", {"ppo_epochs": 1, "baseline_weight": 0.0}),
     "std only, REINFORCE": ("reinforce", "qrm", {"standardize": "std"}),
     "no KL (Algorithm 2)": ("reinforce", "qrm", {"kl_coef": 0.0}),
     "sequence mean on every token": ("reinforce", "qrm", {"advantage": "grpo", "group_size": 8}),
@@ -77,40 +77,47 @@ DISPUTED = {
 }
 
 
+RL_LRS = {"ppo": (1e-4, 3e-4, 1e-3), "reinforce": (3e-5, 1e-4, 3e-4)}
+ARMS = tuple((a, r) for r in REWARDS for a in ALGORITHMS if r != "logit" or a == "ppo")
+
+
 @dataclass(frozen=True)
 class Plan:
     seeds: int = 5  # each with its own SFT policy, pairs, reward models and RL runs
-    rl_lrs: dict = field(
-        default_factory=lambda: {"ppo": (1e-4, 3e-4, 1e-3), "reinforce": (3e-5, 1e-4, 3e-4)}
-    )  # grid of every RL arm, on seed 0
+    rl_lrs: dict = field(default_factory=RL_LRS.copy)  # grid of every RL arm, on seed 0
     rm_lrs: tuple = (2e-4, 7e-4, 2e-3)  # grid of every reward model, on seed 0
     task: str = "long"  # of parts 1 to 3: the one on which token credit can show, see part 0
     ceilings: tuple = tuple(TASKS)  # tasks of part 0
-    arms: tuple = tuple(
-        (a, r) for r in REWARDS for a in ALGORITHMS if r != "logit" or a == "ppo"
-    )  # of part 2
+    arms: tuple = ARMS  # of part 2
     disputed: tuple = tuple(DISPUTED)  # of part 3
-    flags: dict = field(
-        default_factory=dict
-    )  # {stage: what differs from train.py's defaults for the built-in task}
+    flags: dict = field(default_factory=dict)  # {stage: flags that differ from the built-in task's defaults}
 
 
-_RL = {"limit": 300, "eval_every": 2}
-FULL = Plan(flags={"rm": {"steps": 400}, "eval": {"limit": 300, "k": 1}, "reinforce": _RL, "ppo": _RL})
-_RL = {"steps": 1, "batch_size": 16, "minibatch": 8, "limit": 8, "eval_every": 1, "max_new_tokens": 40}
-_LRS = {"ppo": (1e-4,), "reinforce": (1e-4,)}
+FULL_RL = {"limit": 300, "eval_every": 2}
+FULL = Plan(
+    flags={"rm": {"steps": 400}, "eval": {"limit": 300, "k": 1}, "reinforce": FULL_RL, "ppo": FULL_RL}
+)
+ONE_LR = {"ppo": (1e-4,), "reinforce": (1e-4,)}
 FAST = dataclasses.replace(
     FULL,
-    rl_lrs=_LRS,
+    rl_lrs=ONE_LR,
     rm_lrs=(2e-3,),
     ceilings=(),
     disputed=(),
     arms=tuple(("ppo", r) for r in ("oracle", "outcome", "qrm", "orm")),
 )
+QUICK_RL = {
+    "steps": 1,
+    "batch_size": 16,
+    "minibatch": 8,
+    "limit": 8,
+    "eval_every": 1,
+    "max_new_tokens": 40,
+}
 QUICK = Plan(
-    1,
-    _LRS,
-    (2e-3,),
+    seeds=1,
+    rl_lrs=ONE_LR,
+    rm_lrs=(2e-3,),
     ceilings=(),
     arms=(("ppo", "outcome"), ("ppo", "qrm"), ("reinforce", "qrm"), ("ppo", "orm")),
     disputed=("exact KL (Algorithm 1)", "std only, REINFORCE"),
@@ -119,17 +126,20 @@ QUICK = Plan(
         "pairs": {"limit": 100, "max_new_tokens": 40},
         "rm": {"steps": 2},
         "eval": {"limit": 8, "k": 1, "max_new_tokens": 40},
-        "reinforce": _RL,
-        "ppo": _RL,
+        "reinforce": QUICK_RL,
+        "ppo": QUICK_RL,
     },
 )
 
-# ------------------------------------------------------------------------------------------------ jobs, in a worker
+# -------------------------------------------------------------------------------- jobs, in a worker
 
 
 def call(stage, **flags):
-    """train.py --stage ... with its defaults for the built-in task (which --model and --data would switch off), silently."""
-    argv, log = ["--stage", stage], io.StringIO()
+    """train.py --stage ..., silently, with the built-in task's defaults (which --model and --data would
+    switch off).
+    """
+    argv = ["--stage", stage]
+    log = io.StringIO()
     for name, value in {**settings.ARITH.get(stage, {}), "device": "cpu", **flags}.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
@@ -151,14 +161,16 @@ def write_lines(path, rows):
 
 
 def make_policy(home, seed, flags):
-    """The SFT policy, and its greedy pass@1 on the prompts of the curves."""
+    """Trains the SFT policy and returns its greedy pass@1 on the prompts of the curves."""
     call("sft", run=home, seed=seed, **flags.get("sft", {}))
     call("eval", run=home, model=home / "sft", out=home / "start", **flags["eval"])
     return read_json(home / "start" / "eval.json")["pass@1"]
 
 
 def make_pairs(home, seed, flags):
-    """Pairs; the held-out ones are cut in two halves that share no prompt."""
+    """Makes pairs, cuts the held-out ones into halves that share no prompt, and returns the number to train
+    on.
+    """
     call("pairs", run=home, seed=seed, **flags.get("pairs", {}))
     rows = read_lines(home / "pairs-heldout.jsonl")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
@@ -169,59 +181,52 @@ def make_pairs(home, seed, flags):
 
 
 def make_untrained(home, seed, flags):
-    """What there is to know before training -> {name: what eval says}: the SFT policy's trunk under a random head (training starts
-    from a head of zeros), read as Q-RM and as ORM, and the policy's own logits. (DPO-RM starts at log pi/pi = 0, and ranks nothing.)"""
-    model, tokenizer, out = (
-        load_model(ScalarModel, home / "sft", Grid()),
-        tokenizers.Tokenizer.load(home / "sft", "none"),
-        {},
-    )
+    """How well each reward ranks before training -> {name: its eval.json}.
+
+    The SFT policy's trunk under a random head (training starts from a head of zeros), read as Q-RM and as
+    ORM, and the policy's own logits. DPO-RM starts at log pi/pi = 0, and ranks nothing.
+    """
+    model = load_model(ScalarModel, home / "sft", Grid())
     model.score.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+    tokenizer = tokenizers.Tokenizer.load(home / "sft", "none")
+    eval_flags = {**flags["eval"], "limit": 0}
+    out = {}
     for reward in ("qrm", "orm", "logit"):
         directory = home / f"untrained-{reward}"
         directory.mkdir(exist_ok=True)
         save_model(load_model(LanguageModel, home / "sft", Grid()) if reward == "logit" else model, directory)
         tokenizer.save(directory)
         (directory / "run.json").write_text(json.dumps({"reward": reward}), encoding="utf-8")
-        call(
-            "eval", run=home, model=directory, data=home / "pairs-test.jsonl", **{**flags["eval"], "limit": 0}
-        )
+        call("eval", run=home, model=directory, data=home / "pairs-test.jsonl", **eval_flags)
         out[reward] = read_json(directory / "eval.json")
     return out
 
 
 def make_reward_model(home, seed, flags, reward, lr):
-    """-> {"validation" and "test": what train.py's eval says on that half of the held-out pairs}"""
+    """-> {"validation", "test": the eval.json of that half of the held-out pairs}"""
     directory = home / f"rm-{reward}-{lr:g}"
     beta = {"beta": 0.1} if reward == "dpo" else {}  # the paper's
     call("rm", run=home, seed=seed, out=directory, reward=reward, lr=lr, **beta, **flags.get("rm", {}))
+    eval_flags = {**flags["eval"], "limit": 0}
     for part in ("validation", "test"):
-        call(
-            "eval",
-            run=home,
-            model=directory,
-            data=home / f"pairs-{part}.jsonl",
-            out=directory / part,
-            **{**flags["eval"], "limit": 0},
-        )
+        pairs = home / f"pairs-{part}.jsonl"
+        call("eval", run=home, model=directory, data=pairs, out=directory / part, **eval_flags)
     return {part: read_json(directory / part / "eval.json") for part in ("validation", "test")}
 
 
 def make_rl(home, seed, flags, algorithm, reward, lr, rm_lr, options):
-    """-> {"curve": [[trajectories, pass@1, KL k1 in nats a token]], "validation": final pass@1 on the other prompts}"""
-    directory = (
-        home / "rl" / "-".join([algorithm, reward, f"{lr:g}", *(f"{k}={v}" for k, v in options.items())])
-    )
+    """-> {"curve": [[trajectories, pass@1, KL k1 in nats per token]], "validation": final pass@1 on other
+    prompts}
+    """
+    name = "-".join([algorithm, reward, f"{lr:g}", *(f"{k}={v}" for k, v in options.items())])
+    directory = home / "rl" / name
     judge = {"reward": reward} if reward in GRADED else {"reward_model": home / f"rm-{reward}-{rm_lr:g}"}
     call(algorithm, run=home, seed=seed, out=directory, lr=lr, **judge, **{**flags[algorithm], **options})
     call("eval", run=home, model=directory, out=directory, seed=VALIDATION, **flags["eval"])
-    curve = [
-        [row[k] for k in ("trajectories", "pass@1", "kl_k1")]
-        for row in read_lines(directory / "metrics.jsonl")
-        if "pass@1" in row
-    ]
+    evaluated = [row for row in read_lines(directory / "metrics.jsonl") if "pass@1" in row]
+    curve = [[row["trajectories"], row["pass@1"], row["kl_k1"]] for row in evaluated]
     result = {"curve": curve, "validation": read_json(directory / "eval.json")["pass@1"]}
-    shutil.rmtree(directory)  # the curve is what is kept
+    shutil.rmtree(directory)  # only the curve is kept
     return result
 
 
@@ -243,32 +248,35 @@ ARITH_ROWS = functools.lru_cache(data.arith_rows)  # every run of a seed reads t
 
 
 def perform(out, job):
-    """One job in a worker process -> result, seconds of its core."""
+    """One job in a worker process -> result, CPU seconds"""
     torch.set_num_threads(1)
     data.arith_rows = functools.partial(
         ARITH_ROWS, task=TASKS[job["task"]]
-    )  # all stages take the built-in task's rows from it
-    arguments, began = {k: v for k, v in job.items() if k not in ("kind", "task")}, time.process_time()
-    return KINDS[job["kind"]](
-        out / job["task"] / f"seed{job['seed']}", **arguments
-    ), time.process_time() - began
+    )  # where all stages take rows from
+    home = out / job["task"] / f"seed{job['seed']}"
+    arguments = {key: value for key, value in job.items() if key not in ("kind", "task")}
+    began = time.process_time()
+    result = KINDS[job["kind"]](home, **arguments)
+    return result, time.process_time() - began
 
 
-# ------------------------------------------------------------------------------------------------ jobs, in order
+# -------------------------------------------------------------------------------- jobs, in order
 
 
 class Study:
-    """What has been run, {job as JSON: record}, as in runs.jsonl; and what should be, {job as JSON: job}."""
+    """The jobs that are done, as in runs.jsonl, and those that were asked for."""
 
     def __init__(self, out, plan, minutes, pool, workers):
-        self.workers = workers
-        self.out, self.plan, self.pool, self.deadline = Path(out), plan, pool, time.monotonic() + 60 * minutes
-        self.log, self.asked = self.out / "runs.jsonl", {}
+        self.out, self.plan = Path(out), plan
+        self.pool, self.workers = pool, workers
+        self.deadline = time.monotonic() + 60 * minutes
+        self.asked = {}  # {job as JSON: job}
+        self.log = self.out / "runs.jsonl"
         self.out.mkdir(parents=True, exist_ok=True)
         text = self.log.read_text(encoding="utf-8") if self.log.exists() else ""
-        self.log.write_text(
-            text[: text.rfind("\n") + 1], encoding="utf-8"
-        )  # a line without its end was cut off by a crash
+        whole = text[: text.rfind("\n") + 1]  # a line without its end was cut off by a crash
+        self.log.write_text(whole, encoding="utf-8")
+        # {job as JSON: record}
         self.done = {json.dumps(record["job"]): record for record in read_lines(self.log)}
 
     def job(self, kind, seed, task="", **arguments):
@@ -282,11 +290,12 @@ class Study:
         return self.done.get(json.dumps(job), {}).get("result")
 
     def run(self, title, jobs):
-        """Runs what is not there yet, --workers at a time and in this order; starts nothing after the deadline."""
+        """Runs the missing jobs, --workers at a time and in this order; starts none after the deadline."""
         jobs = {json.dumps(job): job for job in jobs}
         self.asked |= jobs
         waiting = [job for job in jobs.values() if self.result(job) is None]
-        bar, running = tqdm(total=len(waiting), desc=title, disable=not waiting or None), {}
+        bar = tqdm(total=len(waiting), desc=title, disable=not waiting or None)
+        running = {}
         while waiting or running:
             while waiting and len(running) < self.workers and time.monotonic() < self.deadline:
                 job = waiting.pop(0)
@@ -298,16 +307,15 @@ class Study:
                 bar.update()
                 if future.exception():
                     tqdm.write(f"failed: {json.dumps(job)}: {future.exception()}")
-                    continue
-                result, seconds = future.result()
-                record = self.done[json.dumps(job)] = {
-                    "job": job,
-                    "result": result,
-                    "seconds": round(seconds, 1),
-                }
-                with open(self.log, "a", encoding="utf-8") as f:
-                    f.write(json.dumps(record) + "\n")
+                else:
+                    self.record(job, *future.result())
         bar.close()
+
+    def record(self, job, result, seconds):
+        record = {"job": job, "result": result, "seconds": round(seconds, 1)}
+        self.done[json.dumps(job)] = record
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     @property
     def missing(self):
@@ -315,15 +323,30 @@ class Study:
 
 
 def best_lr(scores):
-    """{lr: validation score} -> the best lr, of equals the smaller; None while one of them has not been run"""
-    return None if None in scores.values() else max(scores, key=lambda lr: (scores[lr], -lr))
+    """{lr: validation score} -> the best lr, the smaller of equals; None while one of them is missing"""
+    if None in scores.values():
+        return None
+    return max(scores, key=lambda lr: (scores[lr], -lr))
+
+
+def best_lrs(grid, measure):
+    """{what: {lr: result or None}} -> {what: best lr by result[measure]}, for those whose whole grid has been
+    run
+    """
+    chosen = {}
+    for what, results in grid.items():
+        lr = best_lr({lr: measure(result) if result else None for lr, result in results.items()})
+        if lr is not None:
+            chosen[what] = lr
+    return chosen
 
 
 def part_policies(study, task, seeds):
     """-> {seed: pass@1 at the start}"""
     jobs = {seed: study.job("policy", seed, task) for seed in range(seeds)}
     study.run(f"policies, {task}", jobs.values())
-    return {seed: r for seed, job in jobs.items() if (r := study.result(job)) is not None}
+    results = {seed: study.result(job) for seed, job in jobs.items()}
+    return {seed: result for seed, result in results.items() if result is not None}
 
 
 def part_reward_models(study, starts, kinds):
@@ -332,23 +355,40 @@ def part_reward_models(study, starts, kinds):
     for kind in ("pairs", "untrained"):
         study.run(kind, [study.job(kind, seed) for seed in starts])
     ready = [seed for seed in starts if study.result(study.job("pairs", seed))]
-    study.run(
-        "reward models, learning rates", [study.rm(r, 0, lr) for r in kinds for lr in lrs if 0 in ready]
-    )
+    tried = itertools.product(kinds, lrs) if 0 in ready else []
+    study.run("reward models, learning rates", [study.rm(reward, 0, lr) for reward, lr in tried])
     grid = {r: {lr: study.result(study.rm(r, 0, lr)) for lr in lrs} for r in kinds}
-    chosen = {
-        r: best_lr({lr: x and x["validation"]["pair_accuracy"] for lr, x in grid[r].items()}) for r in kinds
-    }
-    chosen = {r: lr for r, lr in chosen.items() if lr is not None}
+    chosen = best_lrs(grid, lambda result: result["validation"]["pair_accuracy"])
     study.run("reward models", [study.rm(r, seed, lr) for r, lr in chosen.items() for seed in ready])
-    return chosen, {
-        r: [x["test"] for seed in starts if (x := study.result(study.rm(r, seed, lr)))]
-        for r, lr in chosen.items()
-    }
+    metrics = {}
+    for reward, lr in chosen.items():
+        results = [study.result(study.rm(reward, seed, lr)) for seed in starts]
+        metrics[reward] = [result["test"] for result in results if result]
+    return chosen, metrics
+
+
+def curves_from(starts, study, jobs):
+    """{seed: job} -> {seed: curve with its start}, for the runs that are there"""
+    curves = {}
+    for seed, job in jobs.items():
+        result = study.result(job)
+        if result:
+            curves[seed] = [[0, starts[seed], 0.0], *result["curve"]]
+    return curves
+
+
+def has_reward(study, rm_lrs, reward, seed):
+    """Whether a reward needs no model, or its model has been trained."""
+    if reward in GRADED:
+        return True
+    return reward in rm_lrs and bool(study.result(study.rm(reward, seed, rm_lrs[reward])))
 
 
 def part_rl(study, starts, rm_lrs, arms, task=""):
-    """The learning rate of each (algorithm, reward) on seed 0, then the other seeds -> {arm: lr}, {arm: {seed: curve}}"""
+    """Tunes the learning rate of each (algorithm, reward) on seed 0, then runs the other seeds.
+
+    -> {arm: lr}, {arm: {seed: curve}}
+    """
 
     def job(algorithm, reward, seed, lr):
         return study.job(
@@ -356,60 +396,56 @@ def part_rl(study, starts, rm_lrs, arms, task=""):
         )
 
     def ready(reward, seed):
-        return seed in starts and (
-            reward in GRADED or reward in rm_lrs and study.result(study.rm(reward, seed, rm_lrs[reward]))
-        )
+        return seed in starts and has_reward(study, rm_lrs, reward, seed)
 
-    study.run(
-        "RL, learning rates",
-        [job(*arm, 0, lr) for arm in arms if ready(arm[1], 0) for lr in study.plan.rl_lrs[arm[0]]],
-    )
-    grid = {arm: {lr: study.result(job(*arm, 0, lr)) for lr in study.plan.rl_lrs[arm[0]]} for arm in arms}
-    chosen = {arm: best_lr({lr: r and r["validation"] for lr, r in grid[arm].items()}) for arm in arms}
-    chosen = {arm: lr for arm, lr in chosen.items() if lr is not None}
-    study.run(
-        "RL, seeds", [job(*arm, s, lr) for arm, lr in chosen.items() for s in starts if ready(arm[1], s)]
-    )
-    found = {
-        arm: {s: r["curve"] for s in starts if (r := study.result(job(*arm, s, lr)))}
-        for arm, lr in chosen.items()
-    }
-    return chosen, {
-        arm: {s: [[0, starts[s], 0.0], *curve] for s, curve in curves.items()}
-        for arm, curves in found.items()
-    }
+    lrs = study.plan.rl_lrs
+    tried = []
+    for algorithm, reward in arms:
+        if ready(reward, 0):
+            tried += [job(algorithm, reward, 0, lr) for lr in lrs[algorithm]]
+    study.run("RL, learning rates", tried)
+    grid = {arm: {lr: study.result(job(*arm, 0, lr)) for lr in lrs[arm[0]]} for arm in arms}
+    chosen = best_lrs(grid, lambda result: result["validation"])
+    jobs = {arm: {seed: job(*arm, seed, lr) for seed in starts} for arm, lr in chosen.items()}
+    wanted = []
+    for (_, reward), by_seed in jobs.items():
+        wanted += [one for seed, one in by_seed.items() if ready(reward, seed)]
+    study.run("RL, seeds", wanted)
+    return chosen, {arm: curves_from(starts, study, by_seed) for arm, by_seed in jobs.items()}
 
 
 def part_disputed(study, starts, rm_lrs, rl_lrs):
     """-> {label: {seed: curve}}; the learning rate is that of the arm in part 2, not tuned again."""
-    jobs = {
-        (label, seed): study.job(
-            "rl", seed, algorithm=a, reward=r, lr=rl_lrs[a, r], rm_lr=rm_lrs.get(r), options=options
-        )
-        for seed in starts
-        for label in study.plan.disputed
-        for a, r, options in [DISPUTED[label]]
-        if (a, r) in rl_lrs and (r in GRADED or r in rm_lrs and study.result(study.rm(r, seed, rm_lrs[r])))
-    }
-    study.run("disputed choices", jobs.values())
-    found = {key: r["curve"] for key, job in jobs.items() if (r := study.result(job))}
-    return {
-        label: {s: [[0, starts[s], 0.0], *curve] for (name, s), curve in found.items() if name == label}
-        for label in study.plan.disputed
-    }
+    jobs = {label: {} for label in study.plan.disputed}
+    for seed in starts:
+        for label, by_seed in jobs.items():
+            algorithm, reward, options = DISPUTED[label]
+            if (algorithm, reward) in rl_lrs and has_reward(study, rm_lrs, reward, seed):
+                by_seed[seed] = study.job(
+                    "rl",
+                    seed,
+                    algorithm=algorithm,
+                    reward=reward,
+                    lr=rl_lrs[algorithm, reward],
+                    rm_lr=rm_lrs.get(reward),
+                    options=options,
+                )
+    in_order = [by_seed[seed] for seed in starts for by_seed in jobs.values() if seed in by_seed]
+    study.run("disputed choices", in_order)
+    return {label: curves_from(starts, study, by_seed) for label, by_seed in jobs.items()}
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# -------------------------------------------------------------------------------- tables
 
 
 def spread(values, digits=2):
     """mean (lowest to highest)"""
     if not values:
         return "not run"
-    low, high = min(values), max(values)
-    return f"{statistics.fmean(values):.{digits}f}" + (
-        f" ({low:.{digits}f} to {high:.{digits}f})" if len(values) > 1 else ""
-    )
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 def mean_curve(curves):
@@ -418,7 +454,8 @@ def mean_curve(curves):
 
 
 def reach(curve, target):
-    """Trajectories at which a curve first reaches the target, on a straight line between evaluations; None if never.
+    """Trajectories at which a curve first reaches the target, on a straight line between evaluations; None if
+    never.
 
     >>> reach([(0, 0.2), (512, 0.4), (1024, 0.3)], 0.3)
     256.0
@@ -426,32 +463,43 @@ def reach(curve, target):
     before = curve[0]
     for now in curve:
         if now[1] >= target:
-            return (
-                float(now[0])
-                if now[1] == before[1]
-                else before[0] + (now[0] - before[0]) * (target - before[1]) / (now[1] - before[1])
-            )
+            if now[1] == before[1]:
+                return float(now[0])
+            share = (target - before[1]) / (now[1] - before[1])
+            return before[0] + (now[0] - before[0]) * share
         before = now
     return None
 
 
 def reached(curves, target):
-    """Of the mean curve; then of the seeds the median (lowest to highest) and how many ever do."""
+    """Trajectories to the target: of the mean curve; of the seeds the median, the range, and how many reach
+    it.
+    """
     last = next(iter(curves.values()))[-1][0]
-    seeds = [reach(c, target) for c in curves.values()]
-    show = lambda x: f">{last}" if x is None or x > last else f"{x:.0f}"
+    seeds = [reach(curve, target) for curve in curves.values()]
+
+    def show(x):
+        return f">{last}" if x is None or x > last else f"{x:.0f}"
+
     in_order = [show(x) for x in sorted(last + 1 if x is None else x for x in seeds)]
-    return f"{show(reach(mean_curve(curves), target))}; {in_order[len(seeds) // 2]} ({in_order[0]} to {in_order[-1]}), {sum(x is not None for x in seeds)}/{len(seeds)}"
+    median = in_order[len(seeds) // 2]
+    n_reached = sum(x is not None for x in seeds)
+    mean = show(reach(mean_curve(curves), target))
+    return f"{mean}; {median} ({in_order[0]} to {in_order[-1]}), {n_reached}/{len(seeds)}"
 
 
 def rate(lr, grid):
-    return f"{lr:g}" + (", edge" if len(grid) > 1 and lr in (grid[0], grid[-1]) else "")
+    at_edge = len(grid) > 1 and lr in (grid[0], grid[-1])
+    return f"{lr:g}, edge" if at_edge else f"{lr:g}"
 
 
 def tuning(grid, by):
     if len(grid) == 1:
         return f"The learning rate, {grid[0]:g}, is not tuned."
-    return f"Tuned: the learning rate, {len(grid)} values for every row, on seed 0, by {by}; the other seeds run at the best ('edge': an end of the grid)."
+    return (
+        f"Tuned: the learning rate, {len(grid)} values for every row, on seed 0, by {by}; the other seeds "
+        "run at the best ('edge': an end of the grid)."
+    )
 
 
 def results(curves):
@@ -464,52 +512,52 @@ def results(curves):
     ]
 
 
+class Part(NamedTuple):
+    task: str
+    lrs: dict  # {(algorithm, reward): learning rate}
+    curves: dict  # {(algorithm, reward): {seed: curve}}
+    rewards: tuple  # the rows of each algorithm
+
+
+def rl_rows(study, part, algorithm, base):
+    """The rows of one algorithm; the best mean pass@1 of the `base` reward is the target of all."""
+    target = None
+    if part.curves.get((algorithm, base)):
+        target = max(y for _, y in mean_curve(part.curves[algorithm, base]))
+    rows = []
+    for reward in part.rewards:
+        arm = algorithm, reward
+        curves = part.curves.get(arm)
+        row = [part.task, ALGORITHMS[algorithm], REWARDS[reward]]
+        if curves:
+            lr = rate(part.lrs[arm], study.plan.rl_lrs[algorithm])
+            goal = ["", ""] if target is None else [f"{target:.2f}", reached(curves, target)]
+            rows.append([*row, lr, len(curves), *results(curves), *goal])
+        elif arm in study.plan.arms:
+            rows.append([*row, "not run", *[""] * 6])
+    return rows
+
+
 def rl_table(study, title, base, parts):
-    """parts: [(label of the task, {arm: lr}, {arm: {seed: curve}}, rewards)]; base: the arm whose best mean pass@1 is the target"""
-    rows = [
-        [
-            "task",
-            "algorithm",
-            "reward",
-            "lr",
-            "seeds",
-            "best pass@1",
-            "final pass@1",
-            "final KL",
-            "target",
-            "trajectories to it",
-        ]
-    ]
-    for task, chosen, curves, rewards in parts:
-        for a in sorted({arm[0] for arm in curves}, key=list(ALGORITHMS).index):
-            target = (
-                max((y for _, y in mean_curve(curves[a, base])), default=None)
-                if curves.get((a, base))
-                else None
-            )
-            for r in rewards:
-                if c := curves.get((a, r)):
-                    goal = ["", ""] if target is None else [f"{target:.2f}", reached(c, target)]
-                    rows.append(
-                        [
-                            task,
-                            ALGORITHMS[a],
-                            REWARDS[r],
-                            rate(chosen[a, r], study.plan.rl_lrs[a]),
-                            len(c),
-                            *results(c),
-                            *goal,
-                        ]
-                    )
-                elif (a, r) in study.plan.arms:
-                    rows.append([task, ALGORITHMS[a], REWARDS[r], "not run", *[""] * 6])
+    head = (
+        "task, algorithm, reward, lr, seeds, best pass@1, final pass@1, final KL, target, trajectories to it"
+    )
+    rows = [head.split(", ")]
+    for part in parts:
+        for algorithm in ALGORITHMS:
+            if any(arm[0] == algorithm for arm in part.curves):
+                rows += rl_rows(study, part, algorithm, base)
     text = (
-        f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. {tuning(study.plan.rl_lrs['ppo'], 'final pass@1 on other held-out prompts')} "
-        f"Not tuned: KL k1 with coefficient {settings.ARITH['ppo']['kl_coef']} (where rewards are summed over time, as for outcome and steps, so is the KL), epochs, clip, minibatch; "
-        f"gamma 1 and lambda {settings.Config().lam} for PPO on outcome and steps (token rewards have neither). The critic starts from the reward model, or from the policy where there is none of its kind. "
-        "Final KL is that of the last rollout, before its update. Best is the best of each seed's evaluations. Target: the best "
-        f"point of the {REWARDS[base]} arm's mean curve, same algorithm; trajectories to it: of the mean curve; of the seeds the median (lowest to "
-        "highest) and how many reach it. (The target's own arm is measured at its peak, which lets the others look fast.)"
+        f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. "
+        f"{tuning(study.plan.rl_lrs['ppo'], 'final pass@1 on other held-out prompts')} Not tuned: KL k1 with "
+        f"coefficient {settings.ARITH['ppo']['kl_coef']} (where rewards are summed over time, as for outcome "
+        f"and steps, so is the KL), epochs, clip, minibatch; gamma 1 and lambda {settings.Config().lam} for "
+        "PPO on outcome and steps (token rewards have neither). The critic starts from the reward model, or "
+        "from the policy where there is none of its kind. Final KL is that of the last rollout, before its "
+        f"update. Best is the best of each seed's evaluations. Target: the best point of the {REWARDS[base]} "
+        "arm's mean curve, same algorithm; trajectories to it: of the mean curve; of the seeds the median "
+        "(lowest to highest) and how many reach it. (The target's own arm is measured at its peak, which "
+        "lets the others look fast.)"
     )
     return {"title": title, "text": text, "rows": rows}
 
@@ -517,125 +565,116 @@ def rl_table(study, title, base, parts):
 def reward_model_table(study, chosen, metrics):
     columns = ("pair_accuracy", "error_auc", "first_error_choice", "first_error_hit")
     rows = [["reward", "lr", "seeds", "pair accuracy", "error AUC", "choice", "drop hit"]]
-    for r, found in metrics.items():
-        rows.append(
-            [
-                REWARDS[r],
-                rate(chosen[r], study.plan.rm_lrs),
-                len(found),
-                *(spread([m[c] for m in found]) for c in columns),
-            ]
-        )
-    starts = [r for s in range(study.plan.seeds) if (r := study.result(study.job("untrained", s)))]
+    for reward, found in metrics.items():
+        lr = rate(chosen[reward], study.plan.rm_lrs)
+        rows.append([REWARDS[reward], lr, len(found), *spreads(found, columns)])
+    untrained = [study.result(study.job("untrained", seed)) for seed in range(study.plan.seeds)]
+    untrained = [result for result in untrained if result]
     for key, label in (
         ("qrm", "untrained trunk, random head, mean (Q-RM, step PRM)"),
         ("orm", "untrained trunk, random head, last token (ORM)"),
         ("logit", "untrained: the policy's own logits, mean"),
     ):
-        rows.append([label, "", len(starts), *(spread([s[key][c] for s in starts]) for c in columns)])
-    lengths = [m["length_baseline"] for m in metrics.get("qrm", [])]
-    rows.append(["the shorter answer", "", len(lengths), spread(lengths), "", "", ""])
+        found = [result[key] for result in untrained]
+        rows.append([label, "", len(found), *spreads(found, columns)])
+    qrm_metrics = metrics.get("qrm", [])
+    length_baseline, n_pairs = spreads(qrm_metrics, ("length_baseline", "n_pairs"), (2, 0))
+    rows.append(["the shorter answer", "", len(qrm_metrics), length_baseline, "", "", ""])
     text = (
-        f"Per seed one SFT policy, its own pairs, one training run; {spread([m['n_pairs'] for m in metrics.get('qrm', [])], 0)} test pairs. "
-        f"{tuning(study.plan.rm_lrs, 'pair accuracy on the validation half of the held-out pairs')} The rows are the test half. "
-        "AUC: Z at the first wrong token against tokens before it (.5 is blind). Choice: there, the right token scores higher than the wrong one. "
-        "Hit: the largest drop of Z is there. The step PRM learns from exact step "
-        "labels, the others from pairs. DPO-RM starts at 0 everywhere."
+        f"Per seed one SFT policy, its own pairs, one training run; {n_pairs} test pairs. "
+        f"{tuning(study.plan.rm_lrs, 'pair accuracy on the validation half of the held-out pairs')} The rows "
+        "are the test half. AUC: Z at the first wrong token against tokens before it (.5 is blind). Choice: "
+        "there, the right token scores higher than the wrong one. Hit: the largest drop of Z is there. The "
+        "step PRM learns from exact step labels, the others from pairs. DPO-RM starts at 0 everywhere."
     )
     return {"title": "1. Reward models", "text": text, "rows": rows}
 
 
+def spreads(found, columns, digits=()):
+    """Mean and range over the seeds of each column of found, a list of dicts."""
+    digits = digits or [2] * len(columns)
+    return [spread([metrics[column] for metrics in found], d) for column, d in zip(columns, digits)]
+
+
 def disputed_table(study, curves, arms):
     rows = [["algorithm", "choice", "seeds", "best pass@1", "final pass@1", "final KL", "change"]]
-    for a, r in dict.fromkeys(DISPUTED[label][:2] for label in study.plan.disputed):
-        base = arms.get((a, r), {})
-        rows.append(
-            [
-                ALGORITHMS[a],
-                f"{REWARDS[r]} as in part 2",
-                len(base),
-                *(results(base) if base else ["not run", "", ""]),
-                "",
-            ]
-        )
-        for label in (label for label in study.plan.disputed if DISPUTED[label][:2] == (a, r)):
-            change = [c[-1][1] - base[s][-1][1] for s, c in curves[label].items() if s in base]
-            rows.append(
-                [
-                    ALGORITHMS[a],
-                    label,
-                    len(curves[label]),
-                    *(results(curves[label]) if curves[label] else ["not run", "", ""]),
-                    spread(change) if change else "",
-                ]
-            )
+
+    def add(algorithm, label, found, change):
+        cells = results(found) if found else ["not run", "", ""]
+        rows.append([ALGORITHMS[algorithm], label, len(found), *cells, change])
+
+    for algorithm, reward in dict.fromkeys(DISPUTED[label][:2] for label in study.plan.disputed):
+        base = arms.get((algorithm, reward), {})
+        add(algorithm, f"{REWARDS[reward]} as in part 2", base, "")
+        for label in study.plan.disputed:
+            if DISPUTED[label][:2] == (algorithm, reward):
+                final = {seed: curve[-1][1] for seed, curve in curves[label].items()}
+                change = [y - base[seed][-1][1] for seed, y in final.items() if seed in base]
+                add(algorithm, label, curves[label], spread(change) if change else "")
     text = (
-        f"Each row changes what it names in part 2 (mean and std, baseline weight 1, stop token as it is, KL k1 at {settings.ARITH['ppo']['kl_coef']}) and keeps its learning "
-        "rate, tuned for the unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The rows with one epoch lie between PPO and REINFORCE. "
-        "'Sequence mean on every token' is GRPO with the same model: the answer's mean score, compared within 8 answers to a prompt, of which there are 32 a rollout. Z as the LM's logit stands in parts 1 and 2."
+        "Each row changes the named setting of part 2 (mean and std, baseline weight 1, stop token as it "
+        f"is, KL k1 at {settings.ARITH['ppo']['kl_coef']}) and keeps its learning rate, tuned for the "
+        "unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The rows with "
+        "one epoch lie between PPO and REINFORCE. 'Sequence mean on every token' is GRPO with the same "
+        "model: the answer's mean score, compared within 8 answers to a prompt, 32 prompts per rollout. Z "
+        "as the LM's logit is in parts 1 and 2."
     )
     return {"title": "3. Disputed choices", "text": text, "rows": rows}
 
 
 def markdown(table):
     head, *rows = [[str(cell) for cell in row] for row in table["rows"]]
-    return "\n".join(
-        [
-            f"## {table['title']}",
-            "",
-            table["text"],
-            "",
-            *("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)),
-            "",
-        ]
-    )
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join([f"## {table['title']}", "", table["text"], "", *lines, ""])
+
+
+def draw_panel(axis, title, lines, ranges):
+    """Mean curves of {label: {seed: curve}}; ranges: shade the range over the seeds."""
+    drawn = {label: curves for label, curves in lines.items() if curves}
+    for i, (label, curves) in enumerate(drawn.items()):
+        style = "--" if "oracle" in label else ":" if i > 9 else "-"
+        axis.plot(*zip(*mean_curve(curves)), f"C{i}", label=f"{label} (n={len(curves)})", linestyle=style)
+        if ranges:
+            points = list(zip(*curves.values()))
+            low = [min(y for _, y, _ in point) for point in points]
+            high = [max(y for _, y, _ in point) for point in points]
+            axis.fill_between([point[0][0] for point in points], low, high, color=f"C{i}", alpha=0.12)
+    axis.set(title=title, xlabel="sampled trajectories")
 
 
 def draw(path, arms, disputed):
-    """Mean curves, and the range over seeds: one panel an algorithm, one for the disputed choices (means only)."""
+    """Mean curves with the range over seeds: one panel per algorithm, one for the disputed choices (means
+    only).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [(ALGORITHMS[a], {REWARDS[r]: c for (b, r), c in arms.items() if b == a}) for a in ALGORITHMS]
-    panels = [
-        (title, lines)
-        for title, lines in [*panels, ("disputed choices (means)", disputed)]
-        if any(lines.values())
-    ]
-    figure, axes = plt.subplots(
-        1, max(len(panels), 1), figsize=(1 + 5 * max(len(panels), 1), 4.5), sharey=True, squeeze=False
-    )
+    panels = []
+    for algorithm, title in ALGORITHMS.items():
+        panels.append((title, {REWARDS[r]: curves for (a, r), curves in arms.items() if a == algorithm}))
+    panels.append(("disputed choices (means)", disputed))
+    panels = [(title, lines) for title, lines in panels if any(lines.values())]
+    columns = max(len(panels), 1)
+    figure, axes = plt.subplots(1, columns, figsize=(1 + 5 * columns, 4.5), sharey=True, squeeze=False)
     axes = axes[0]
     for axis, (title, lines) in zip(axes, panels):
-        for i, (label, curves) in enumerate((label, curves) for label, curves in lines.items() if curves):
-            axis.plot(
-                *zip(*mean_curve(curves)),
-                f"C{i}",
-                label=f"{label} (n={len(curves)})",
-                linestyle="--" if "oracle" in label else ":" if i > 9 else "-",
-            )
-            if lines is not disputed:
-                points = list(zip(*curves.values()))
-                low, high = ([pick(q[1] for q in p) for p in points] for pick in (min, max))
-                axis.fill_between([p[0][0] for p in points], low, high, color=f"C{i}", alpha=0.12)
-        axis.set(title=title, xlabel="sampled trajectories")
+        draw_panel(axis, title, lines, ranges=lines is not disputed)
+        place = dict(loc="upper left", bbox_to_anchor=(1, 1)) if lines is disputed else {}
         if axis.lines:
-            axis.legend(
-                fontsize=7, **(dict(loc="upper left", bbox_to_anchor=(1, 1)) if lines is disputed else {})
-            )
+            axis.legend(fontsize=7, **place)
     axes[0].set_ylabel("greedy pass@1, held-out prompts")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
-# ------------------------------------------------------------------------------------------------ what mistakes look like
+# -------------------------------------------------------------------------------- what mistakes look like
 
 
 def scores_one_late(reward_model, ids, response_mask):
-    """The mistake: Z is read where the state ends, so that every token gets the score of the token before it."""
+    """The mistake: Z is read where the state ends, so every token gets the score of the token before it."""
     return scatter_to_mask(response_mask, reward_model.scalars(at_states(reward_model, ids, response_mask)))
 
 
@@ -662,7 +701,9 @@ METRICS = {
 
 
 def draw_curves(out, run, **flags):
-    """PPO as it should be and with three mistakes, on the policy and the reward model in `run`; a run that is there is kept."""
+    """PPO as it should be and with three mistakes, on the policy and the reward model in `run`; keeps
+    finished runs.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -676,12 +717,8 @@ def draw_curves(out, run, **flags):
             with mock.patch.object(qrm, "response_scores", scores):
                 call("ppo", run=run, out=directory, **flags, **changed)
         for axis, key in zip(axes.flat, METRICS):
-            points = [
-                (row["trajectories"], row[key])
-                for row in read_lines(directory / "metrics.jsonl")
-                if key in row
-            ]
-            axis.plot(*zip(*points), label=name, **style)
+            rows = [row for row in read_lines(directory / "metrics.jsonl") if key in row]
+            axis.plot([row["trajectories"] for row in rows], [row[key] for row in rows], label=name, **style)
     for axis, (key, title) in zip(axes.flat, METRICS.items()):
         axis.set_title(title, fontsize=10)
         axis.set(
@@ -697,12 +734,16 @@ def draw_curves(out, run, **flags):
     return path
 
 
-# ------------------------------------------------------------------------------------------------ main
+# -------------------------------------------------------------------------------- main
 
 
 def write_results(study, tables, arms, disputed):
     done = [study.done[key] for key in study.asked if key in study.done]
-    head = f"{len(done)} runs, {sum(record['seconds'] for record in done) / 60:.0f} core-minutes; {len(study.missing)} not run. Parts 1 to 3: task {study.plan.task}, {TASKS[study.plan.task]}."
+    minutes = sum(record["seconds"] for record in done) / 60
+    head = (
+        f"{len(done)} runs, {minutes:.0f} core-minutes; {len(study.missing)} not run. "
+        f"Parts 1 to 3: task {study.plan.task}, {TASKS[study.plan.task]}."
+    )
     text = "\n".join(["# The study", "", head, "", *map(markdown, tables)])
     (study.out / "study.md").write_text(text, encoding="utf-8")
     curves = {f"{a} {r}": c for (a, r), c in arms.items()} | disputed
@@ -717,41 +758,28 @@ def write_results(study, tables, arms, disputed):
     return text
 
 
-def main(argv=None):
+def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=40,
-        help="no run is started after so many minutes; call again to go on",
-    )
-    parser.add_argument("--seeds", type=int, default=FULL.seeds)
-    parser.add_argument(
-        "--workers", type=int, default=2, help="runs at a time; the numbers do not depend on it"
-    )
-    parser.add_argument(
-        "--task",
-        choices=TASKS,
-        default=FULL.task,
-        help="of parts 1 to 3; the ceiling is measured on all of them",
-    )
-    parser.add_argument("--out", default="runs/study")
-    parser.add_argument(
-        "--fast",
-        action="store_true",
-        help="PPO with the oracles, Q-RM and ORM only, at one untuned learning rate",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="every path with tiny settings: a test, not a result"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--minutes", type=float, default=40, help="start no run after this; call again to continue")
+    add("--seeds", type=int, default=FULL.seeds)
+    add("--workers", type=int, default=2, help="runs at a time; the numbers do not depend on it")
+    add("--task", choices=TASKS, default=FULL.task, help="of parts 1 to 3; the ceiling is measured on all")
+    add("--out", default="runs/study")
+    add("--fast", action="store_true", help="PPO, oracles, Q-RM and ORM only, one untuned learning rate")
+    add("--quick", action="store_true", help="every path with tiny settings: a test, not a result")
+    add(
         "--curves",
         metavar="RUN",
-        help="only the figure of healthy and unhealthy learning curves, from this run of train.py",
+        help="only the figure of healthy and unhealthy learning curves, from this run",
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
     torch.set_num_threads(1)
     if args.curves:
         return print(draw_curves(args.out, args.curves, steps=32, eval_every=2))
@@ -764,35 +792,30 @@ def main(argv=None):
         starts = part_policies(study, plan.task, plan.seeds)
         part_rl(study, starts, {}, [(a, r) for a, r in plan.arms if r in GRADED])
         ceilings = []
-        for task in (t for t in plan.ceilings if t != plan.task):
-            others = part_policies(study, task, plan.seeds)
-            ceilings.append((task, *part_rl(study, others, {}, [("ppo", r) for r in GRADED], task), GRADED))
-        rm_lrs, metrics = part_reward_models(
-            study, starts, [r for r in REWARDS if r not in GRADED and r in {r for _, r in plan.arms}]
-        )
-        rl_lrs, arms = part_rl(
-            study, starts, rm_lrs, [(a, r) for a, r in plan.arms if r in GRADED or r in rm_lrs]
-        )
+        for task in plan.ceilings:
+            if task != plan.task:
+                others = part_policies(study, task, plan.seeds)
+                lrs, curves = part_rl(study, others, {}, [("ppo", r) for r in GRADED], task)
+                ceilings.append(Part(task, lrs, curves, GRADED))
+        used = {reward for _, reward in plan.arms}
+        trained = [reward for reward in REWARDS if reward in used and reward not in GRADED]
+        rm_lrs, metrics = part_reward_models(study, starts, trained)
+        possible = [(a, r) for a, r in plan.arms if r in GRADED or r in rm_lrs]
+        rl_lrs, arms = part_rl(study, starts, rm_lrs, possible)
         disputed = part_disputed(study, starts, rm_lrs, rl_lrs)
+    ceiling = "0. The ceiling: exact token rewards against the exact outcome"
     tables = [
-        rl_table(
-            study,
-            "0. The ceiling: exact token rewards against the exact outcome",
-            "outcome",
-            [(plan.task, rl_lrs, arms, GRADED), *ceilings],
-        ),
+        rl_table(study, ceiling, "outcome", [Part(plan.task, rl_lrs, arms, GRADED), *ceilings]),
         reward_model_table(study, rm_lrs, metrics),
-        rl_table(study, "2. Algorithms and rewards", "orm", [(plan.task, rl_lrs, arms, REWARDS)]),
+        rl_table(study, "2. Algorithms and rewards", "orm", [Part(plan.task, rl_lrs, arms, tuple(REWARDS))]),
         disputed_table(study, disputed, arms),
         theory_table(),
     ]
     print(write_results(study, tables, arms, disputed))
     for job in study.missing:
         print(f"not run: {json.dumps(job)}")
-    print(
-        f"{study.out}: study.md, study.json, study.png"
-        + (f"; {len(study.missing)} runs missing, call again to go on" if study.missing else "")
-    )
+    more = f"; {len(study.missing)} runs missing, call again to continue" if study.missing else ""
+    print(f"{study.out}: study.md, study.json, study.png{more}")
 
 
 if __name__ == "__main__":

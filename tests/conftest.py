@@ -1,4 +1,4 @@
-"""What every test file needs: the project on the path, one thread, small random models, one way to say "near"."""
+"""For every test file: the project on the path, one thread, small random models, one meaning of "near"."""
 
 import sys
 from pathlib import Path
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def small_config(**changes):
-    """Grouped heads, and a head width that is not D / H: a size that is mixed up shows."""
+    """Grouped heads, and a head width that is not D / H, so that a mixed-up size shows."""
     sizes = {
         "vocab_size": 29,
         "hidden_size": 20,
@@ -42,7 +42,7 @@ def small_config(**changes):
 
 
 def random_model(kind, cfg, seed=0):
-    """Norms, biases and the scalar head are random too: with ones and zeros in them half of the mistakes would not show."""
+    """Norms, biases and the scalar head are random too: ones and zeros would hide half of the mistakes."""
     model = init_weights(build_model(kind, cfg, Grid()), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,5 +1,8 @@
-"""Small random checkpoints made by transformers, and what transformers computes with them: `python tests/made_checkpoints.py` writes
-tests/fixtures anew, and where transformers is installed the tests make others of another seed."""
+"""Small random checkpoints made by transformers, and what transformers computes with them.
+
+`python tests/made_checkpoints.py` rewrites tests/fixtures; with transformers installed, the tests also make
+checkpoints of another seed.
+"""
 
 import json
 import shutil
@@ -27,7 +30,8 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=16,
 )
-KINDS = {  # name: (class, dtype on disk, bytes a shard, settings); 271 and 269 rows: no number of processes divides them
+# name: (class, dtype on disk, bytes per shard, settings); 271 and 269 are primes, so no tp divides them
+KINDS = {
     "llama": (
         "LlamaForCausalLM",
         "float32",
@@ -78,7 +82,7 @@ def tokenizer_files():
 
 
 def make(directory, seed):
-    """Writes <directory>/<kind>, model directories each with rows.jsonl and expected.json: one number a response token."""
+    """Writes model directories <directory>/<kind>, with rows.jsonl and expected.json (a number per token)."""
     import transformers
 
     for name, (kind, dtype, shard, settings) in KINDS.items():
@@ -103,47 +107,42 @@ def make(directory, seed):
                 if parameter == "score.bias":
                     x.zero_()
                 else:
-                    x.copy_(
-                        torch.randn(x.shape) * (0.2 if x.dim() == 2 else 0.1)
-                        + (1 if "norm" in parameter else 0)
-                    )
+                    std = 0.2 if x.dim() == 2 else 0.1
+                    mean = 1 if "norm" in parameter else 0
+                    x.copy_(torch.randn(x.shape) * std + mean)
         model.to(getattr(torch, dtype)).save_pretrained(out, max_shard_size=shard)
         if name == "llama-old":  # as transformers 4 wrote it
             raw = json.loads((out / "config.json").read_text())
             raw["rope_theta"] = raw.pop("rope_parameters")["rope_theta"]
-            (out / "config.json").write_text(
-                json.dumps(raw | {"torch_dtype": raw.pop("dtype"), "rope_scaling": None}, indent=1)
-            )
-        model, expected = model_class.from_pretrained(out, dtype=torch.float32).eval(), []
-        for row in ROWS:
-            prompt, response = (
-                tokenizer.encode_prompt(row["prompt"]),
-                tokenizer.encode_response(row["response"]),
-            )
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + response])).logits[0]
-            if name == "reward":
-                expected.append(logits[len(prompt) :, 0].tolist())
-            else:
-                expected.append(
-                    logits.log_softmax(-1)[len(prompt) - 1 : -1]
-                    .gather(1, torch.tensor(response)[:, None])[:, 0]
-                    .tolist()
-                )
+            raw["torch_dtype"] = raw.pop("dtype")
+            raw["rope_scaling"] = None
+            (out / "config.json").write_text(json.dumps(raw, indent=1))
+        model = model_class.from_pretrained(out, dtype=torch.float32).eval()
+        expected = [numbers_of(model, tokenizer, row, scores=name == "reward") for row in ROWS]
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
         (out / "expected.json").write_text(json.dumps([[round(x, 6) for x in row] for row in expected]))
+
+
+@torch.no_grad()
+def numbers_of(model, tokenizer, row, scores):
+    """transformers' score or log-probability of each response token of a row: list of float"""
+    prompt, response = tokenizer.encode_prompt(row["prompt"]), tokenizer.encode_response(row["response"])
+    logits = model(torch.tensor([prompt + response])).logits[0]  # (T, V), or (T, 1)
+    if scores:
+        return logits[len(prompt) :, 0].tolist()
+    logprobs = logits.log_softmax(-1)[len(prompt) - 1 : -1]  # (response, V)
+    return logprobs.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
 
 
 def furthest_from_expected(scored, directory):
     """The largest distance of any number in the rows of `--stage score` from transformers' (nats)."""
     found = [json.loads(line) for line in Path(scored).read_text(encoding="utf-8").split("\n")[:-1]]
     expected = json.loads(Path(directory, "expected.json").read_text())
-    pairs = [
-        (a, b)
-        for row, numbers in zip(found, expected, strict=True)
-        for a, b in zip(row.get("logprobs") or row["scores"], numbers, strict=True)
-    ]
-    return max(abs(a - b) for a, b in pairs)
+    distances = []
+    for row, numbers in zip(found, expected, strict=True):
+        ours = row.get("logprobs") or row["scores"]
+        distances += [abs(a - b) for a, b in zip(ours, numbers, strict=True)]
+    return max(distances)
 
 
 if __name__ == "__main__":

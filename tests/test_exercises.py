@@ -1,5 +1,6 @@
-"""The grader is graded: the solution passes, and so do others; a blank, zeros and at least four plausible mistakes an exercise fail;
-nothing that a student's file does takes the grader down. (This file quotes solutions, so `blank` leaves it out.)"""
+"""The grader is graded: solutions pass, and so do others; blanks, zeros and at least four plausible mistakes per
+exercise fail; nothing in a student's file takes the grader down. `blank` leaves this file out: it quotes solutions.
+"""
 
 import ast
 import json
@@ -61,7 +62,8 @@ MUTANTS = {
         ("(q, k, v, is", "(q, v, k, is"),
         (
             "(q, k, v, is",
-            "(q, k.repeat(1, q.shape[1] // k.shape[1], 1, 1), v.repeat(1, q.shape[1] // v.shape[1], 1, 1), is",
+            "(q, k.repeat(1, q.shape[1] // k.shape[1], 1, 1), "
+            "v.repeat(1, q.shape[1] // v.shape[1], 1, 1), is",
         ),
         ("is_causal=True", "attn_mask=torch.ones(q.shape[2], q.shape[2]).tril(-1).bool()"),
     ],
@@ -106,8 +108,10 @@ MUTANTS = {
         ("return all_reduce(x, group)", "return all_reduce(x, group, dist.ReduceOp.MAX)"),
         ("return grad, None", "return -grad, None"),
         (
-            "return all_reduce(x, group)\n\n    @staticmethod\n    def backward(ctx, grad):\n        return grad, None",
-            "ctx.group = group\n        return all_reduce(x, group)\n\n    @staticmethod\n    def backward(ctx, grad):\n        return all_reduce(grad, ctx.group), None",
+            "return all_reduce(x, group)\n\n    @staticmethod\n"
+            "    def backward(ctx, grad):\n        return grad, None",
+            "ctx.group = group\n        return all_reduce(x, group)\n\n    @staticmethod\n"
+            "    def backward(ctx, grad):\n        return all_reduce(grad, ctx.group), None",
         ),
         ("return all_reduce(x, group)", "dist.all_reduce(x, group=group)\n        return x.view_as(x)"),
     ],
@@ -379,7 +383,8 @@ MUTANTS = {
         ),
         (
             "(advantages.detach()[response_mask] * logprobs[response_mask]).mean()",
-            "((advantages.detach() * logprobs).masked_fill(~response_mask, 0.0).sum(1) / response_mask.sum(1)).mean()",
+            "((advantages.detach() * logprobs).masked_fill(~response_mask, 0.0).sum(1)"
+            " / response_mask.sum(1)).mean()",
         ),
         ("logprobs[response_mask])", "logprobs[response_mask].exp())"),
     ],
@@ -457,7 +462,8 @@ OTHERS = {
     B, T, H, E = q.shape
     k, v = (z.repeat_interleave(H // z.shape[2], 2) for z in (k, v))
     scores = torch.einsum("bthe,bshe->bhts", q, k) / E**0.5
-    return torch.einsum("bhts,bshe->bthe", scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf")).softmax(-1), v)""",
+    future = torch.ones(T, T).triu(1).bool()
+    return torch.einsum("bhts,bshe->bthe", scores.masked_fill(future, float("-inf")).softmax(-1), v)""",
     "1.7": """
     cdf = probs.cumsum(-1)
     return ((uniforms * cdf[:, -1])[:, None] < cdf).float().argmax(-1)""",
@@ -467,9 +473,11 @@ OTHERS = {
     "3.1": """
     rows = [e.prompt_ids + e.response_ids for e in examples]
     T = max(map(len, rows)) - 1
-    prompts, ends = (torch.tensor(x)[:, None] for x in ([len(e.prompt_ids) for e in examples], [len(row) for row in rows]))
+    prompts = torch.tensor([len(e.prompt_ids) for e in examples])[:, None]
+    ends = torch.tensor([len(row) for row in rows])[:, None]
     places = torch.arange(1, T + 1)[None]
-    return torch.tensor([row + [pad_id] * (T + 1 - len(row)) for row in rows]).to(device), ((places >= prompts) & (places < ends)).to(device)""",
+    ids = torch.tensor([row + [pad_id] * (T + 1 - len(row)) for row in rows])
+    return ids.to(device), ((places >= prompts) & (places < ends)).to(device)""",
     "3.2": """
     out = []
     for p in range(step * batch_size, (step + 1) * batch_size):
@@ -486,7 +494,8 @@ OTHERS = {
     n, total, squares = sums.values()
     mean, std = (total / n, max(squares / n - (total / n) ** 2, 0.0) ** 0.5) if how != "none" else (0.0, 1.0)
     out = torch.zeros_like(rewards)
-    out[reward_mask] = ((x - (mean if how == "mean_std" else 0.0)) / (std if std > 1e-6 else 1.0)).to(out.dtype)
+    centre = mean if how == "mean_std" else 0.0
+    out[reward_mask] = ((x - centre) / (std if std > 1e-6 else 1.0)).to(out.dtype)
     return out""",
     "5.4": """
     if group_size == 1:
@@ -500,7 +509,8 @@ OTHERS = {
     "6.4": """
     ratio, A = (logprobs - old_logprobs.detach()).exp()[response_mask], advantages.detach()[response_mask]
     clipped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.min(ratio * A, clipped * A).mean(), {"clip_frac": (clipped * A < ratio * A).float().mean(), "ratio_max": ratio.max()}""",
+    stats = {"clip_frac": (clipped * A < ratio * A).float().mean(), "ratio_max": ratio.max()}
+    return -torch.min(ratio * A, clipped * A).mean(), stats""",
 }
 
 
@@ -527,7 +537,7 @@ def verdict(exercise, text):
 
 
 def zeros_like(value):
-    """The same shape, all zero: tensors, numbers, and what holds them; a function becomes one that returns zeros."""
+    """The same shape, all zero: tensors, containers; a function becomes one that returns zeros."""
     if isinstance(value, torch.Tensor):
         return value * 0 if value.is_floating_point() else torch.zeros_like(value)
     if isinstance(value, (tuple, list)):
@@ -540,7 +550,7 @@ def zeros_like(value):
 
 
 def with_zeros(exercise):
-    """The given module, with an exercise's function returning zeros; a constructor makes a layer of one zero weight."""
+    """The given module with a function that returns zeros; a constructor makes a layer with one weight."""
     module = as_module(exercise.file, SOURCES[exercise.file])
     *owner, name = exercise.function.split(".")
     owner = getattr(module, owner[0]) if owner else module
@@ -559,7 +569,7 @@ def with_zeros(exercise):
     return module
 
 
-# ------------------------------------------------------------------------------------------------ the ladder
+# -------------------------------------------------------------------------------- the ladder
 
 
 def test_the_ladder_and_its_hints():
@@ -612,7 +622,7 @@ def test_mutants_die(capsys):
     assert not survivors, "\n".join(map(str, survivors))
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------- the command
 
 
 def exercises_py(*arguments):

@@ -1,4 +1,4 @@
-"""The page of a tiny run: self-contained, escaped, the first wrong token marked, and drawn from whatever is there."""
+"""The page of a tiny run: self-contained, escaped, the first wrong token marked, even of a partial run."""
 
 import json
 import math
@@ -88,6 +88,19 @@ def run(tmp_path_factory):
         ]
         rows[2]["reward"], rows[3]["pass@1"] = float("nan"), 0.625
         write_lines(root / name / "metrics.jsonl", rows)
+    write_evals(root)
+    write_runs(root)
+    pairs = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS]
+    write_lines(root / "pairs-heldout.jsonl", pairs)
+    for i, name in enumerate(("rm", "rm-orm", "rm-prm", "rm-dpo", "sft", "reinforce", "ppo", "ppo/critic")):
+        (root / name).mkdir(exist_ok=True)
+        arith_tokenizer().save(root / name)
+        is_policy = name in ("rm-dpo", "sft", "reinforce", "ppo")
+        save_model(policy(i) if is_policy else reward_model(i), root / name)
+    return root
+
+
+def write_evals(root):
     for name, passed in (("sft", 0.25), ("reinforce", 0.5), ("ppo", 0.375)):
         result = {"pass@1": passed, "pass@k": {"1": 0.3, "8": 0.875}, "best_of_k": 0.75, "n_prompts": 100}
         (root / name / "eval.json").write_text(json.dumps(result))
@@ -104,6 +117,9 @@ def run(tmp_path_factory):
                 }
             )
         )
+
+
+def write_runs(root):
     for name in ("sft", "rm", "reinforce", "ppo"):
         config = {
             "stage": name,
@@ -120,20 +136,10 @@ def run(tmp_path_factory):
             "minibatch": 8,
         }
         (root / name / "run.json").write_text(json.dumps({"config": config, "torch": HOSTILE}))
-    write_lines(
-        root / "pairs-heldout.jsonl", [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in PAIRS]
-    )
-    for i, name in enumerate(("rm", "rm-orm", "rm-prm", "rm-dpo", "sft", "reinforce", "ppo", "ppo/critic")):
-        (root / name).mkdir(exist_ok=True)
-        arith_tokenizer().save(root / name)
-        save_model(
-            policy(i) if name in ("rm-dpo", "sft", "reinforce", "ppo") else reward_model(i), root / name
-        )
     for kind in ("orm", "prm", "dpo"):
         (root / f"rm-{kind}" / "run.json").write_text(
             json.dumps({"reward": kind, "reference": str(root / "sft")})
         )
-    return root
 
 
 SIZES = ModelConfig(arith_tokenizer().vocab_size, 16, 32, 1, 2, 1, 8)
@@ -150,7 +156,7 @@ def policy(seed):
 
 
 class Tokens(HTMLParser):
-    """Collects what the tokens of each answer say, and whether they are marked; checks that what is opened is closed, in order."""
+    """Collects the labels and marks of each answer's tokens; checks that tags close in order."""
 
     def __init__(self, page):
         super().__init__()
@@ -234,10 +240,8 @@ def test_page_needs_no_network_and_text_is_escaped(run):
 
 
 def test_first_wrong_token_is_marked_and_nothing_else(run):
-    answers, tokenizer = (
-        Tokens(page_of(run)).answers[: 2 * len(PAIRS)],
-        arith_tokenizer(),
-    )  # behind them: those of the update
+    answers = Tokens(page_of(run)).answers[: 2 * len(PAIRS)]  # after them: those of the update
+    tokenizer = arith_tokenizer()
     for (prompt, chosen, rejected, text, index), right, wrong in zip(PAIRS, answers[0::2], answers[1::2]):
         solution = tokenizer.encode_response(arith_solve(prompt))
         assert first_error(tokenizer.encode_response(rejected), solution) == index
@@ -287,9 +291,9 @@ def test_scores_are_those_of_the_models_and_standardised_together(run):
 def test_profile_by_hand():
     answer = lambda ids, error, z: report.Answer(ids, error, {}, {"rm": z, "rm-orm": [None, None, z[-1]]})
     right, wrong = answer([1, 2, 3], 3, [0.5, 1.0, 3.0]), answer([1, 9, 4], 1, [0.5, -2.0, -1.0])
-    page = report.profile(
-        [("p", right, wrong), ("p", wrong, wrong)], {"rm": "Q-RM", "rm-orm": "outcome"}
-    )  # the second's "right" answer has an error itself: no twin
+    # The second pair's "right" answer has an error itself, so the pair is no twin.
+    scored = [report.ScoredPair("p", right, wrong), report.ScoredPair("p", wrong, wrong)]
+    page = report.profile(scored, {"rm": "Q-RM", "rm-orm": "outcome"})
     cells = [[cell.split("<")[0] for cell in row.split("<td>")[1:]] for row in page.split("<tr>")[2:]]
     assert cells == [["+0.33", "+1.00"], ["+0.50", "–"], ["-2.00", "–"], ["-1.00", "-1.00"], ["100 %", "–"]]
     assert "<small>n 1</small>" in page
@@ -323,36 +327,21 @@ def test_update_shows_what_the_algorithms_saw(run):
             values = critic.scalars(critic.model(ids[:, :-1])) if name == "ppo" else torch.zeros(z.shape)
         page = report.inspector(run, tokenizer, rows, {name: sampled})
         told = [label for answer in Tokens(page).answers for label, _ in answer]
-        shown = [
-            i
-            for kind in (True, False)
-            for i in [i for i, c in enumerate(sampled.correct) if c == kind][: report.EXAMPLES]
-        ]
+        right = [i for i, is_right in enumerate(sampled.correct) if is_right][: report.EXAMPLES]
+        wrong = [i for i, is_right in enumerate(sampled.correct) if not is_right][: report.EXAMPLES]
         with torch.no_grad():
-            ratio = (
-                token_logprobs(sampled.policy, ids, mask)[0] - token_logprobs(policy(number), ids, mask)[0]
-            ).exp()
-        expected = torch.cat(
-            [
-                torch.stack([z, z_std, kl, *[values] * (name == "ppo"), z_std - 0.5 * kl - values, ratio])[
-                    :, i, mask[i]
-                ]
-                for i in sorted(shown)
-            ],
-            1,
-        ).T
-        numbers = [
-            [
-                float(x)
-                for x in re.findall(
-                    r"(?:Z|standardised|sft|V|advantage|ratio) ([-+0-9.]+)", label.split(": ", 1)[1]
-                )
-            ]
-            for label in told
-        ]
-        assert len(numbers) == len(expected) and numbers == [
-            pytest.approx(row, abs=0.0051) for row in expected.tolist()
-        ]
+            before = token_logprobs(policy(number), ids, mask)[0]
+            ratio = (token_logprobs(sampled.policy, ids, mask)[0] - before).exp()
+        critic_values = [values] if name == "ppo" else []
+        figures = torch.stack([z, z_std, kl, *critic_values, z_std - 0.5 * kl - values, ratio])
+        expected = torch.cat([figures[:, i, mask[i]] for i in sorted(right + wrong)], 1).T
+        numbers = []
+        for label in told:
+            said = label.split(": ", 1)[1]
+            found_here = re.findall(r"(?:Z|standardised|sft|V|advantage|ratio) ([-+0-9.]+)", said)
+            numbers.append([float(x) for x in found_here])
+        assert len(numbers) == len(expected)
+        assert numbers == [pytest.approx(row, abs=0.0051) for row in expected.tolist()]
         assert (ratio[mask] - 1).abs().max() > 0.01
 
 
@@ -396,8 +385,8 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
         shutil.rmtree(part / name)
     page = page_of(part)
     assert (
-        f"python train.py --stage rm --run {part} --reward dpo --beta 0.1" in page
-        and f"--run {part} --reward prm" in page
+        f"python train.py --stage rm --run_dir {part} --reward dpo --beta 0.1" in page
+        and f"--run_dir {part} --reward prm" in page
         and "--reward orm" not in page
     )
     assert "What one more update of reinforce does" in page and "baseline V" not in page

@@ -1,4 +1,4 @@
-"""The study runs from nothing to its tables and figure, and starts nothing twice (tiny settings: no result is read)."""
+"""The study runs from nothing to its tables and figure and starts nothing twice (tiny settings)."""
 
 import json
 import subprocess
@@ -54,7 +54,7 @@ def test_best_learning_rate():
 
 
 def test_curves_are_runs_with_the_mistake_in_them(tmp_path):
-    """All start from one rollout: the rates and the KL weight are those named, and the late rewards are the neighbours' scores."""
+    """All start from one rollout, at the named rate and KL weight; late rewards are the neighbours' scores."""
     tokenizer, sizes = arith_tokenizer(), ModelConfig(arith_tokenizer().vocab_size, 16, 32, 1, 2, 1, 8)
     for name, kind in (("sft", LanguageModel), ("rm", ScalarModel)):
         (tmp_path / name).mkdir()

@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model
-import parallel
 import ppo
 import qrm
 import reinforce

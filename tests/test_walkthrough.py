@@ -1,4 +1,4 @@
-"""The walk-through runs from top to bottom in less than a minute, and what it says in its comments is what it prints."""
+"""The walk-through runs from top to bottom in less than a minute, and its comments agree with its output."""
 
 import re
 import resource
