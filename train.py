@@ -279,11 +279,11 @@ def short_prompts(rows, tokenizer, cfg, grid):
     kept = [ids for ids in prompts if len(ids) <= room]
     dropped = (
         f"{cfg.data}: dropped {len(prompts) - len(kept)} prompts longer than"
-        f" --max_seq_len {cfg.max_seq_len} - --max_new_tokens {cfg.max_new_tokens}; {len(kept)} left"
+        f" --max_seq_len {cfg.max_seq_len} - --max_new_tokens {cfg.max_new_tokens}"
     )
+    require(kept, f"{dropped}; none is left")
     if len(kept) < len(prompts):
-        say(grid, dropped)
-    require(kept, dropped)
+        say(grid, f"{dropped}; {len(kept)} left")
     cuts = len(minibatches([], cfg))
     mine = cfg.batch_size // cfg.group_size // grid.dp_size * cfg.group_size
     require(
@@ -542,24 +542,28 @@ def arith_file(split, n, seed, cfg, grid):
     return str(path)
 
 
+def arith_shape(tokenizer):
+    """0.15 M parameters; eight heads, so that eight processes can share it."""
+    return ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+    )
+
+
 def start_model(cfg, grid):
-    """Directory of the built-in task's untrained policy: 0.15 M parameters, 8 heads, so that 8 processes can
-    share it."""
+    """Directory of the built-in task's untrained policy."""
     path = Path(cfg.run_dir) / "data" / f"start-seed{cfg.seed}"
     if grid.is_main and not (path / "config.json").exists():
         tokenizer = arith_tokenizer()
-        shape = ModelConfig(
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=64,
-            intermediate_size=176,
-            num_hidden_layers=2,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=16,
-        )
+        policy = init_weights(build_model(LanguageModel, arith_shape(tokenizer), Grid()), cfg.seed)
         path.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
-        save_model(init_weights(build_model(LanguageModel, shape, Grid()), cfg.seed), path)
+        save_model(policy, path)
     barrier(grid)
     return str(path)
 

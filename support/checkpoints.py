@@ -60,7 +60,7 @@ class Training:
     def __init__(self, cfg, grid, steps, trained, inputs):
         require(
             cfg.batch_size >= grid.dp_size,
-            f"--batch_size {cfg.batch_size} leaves some of the {grid.dp_size} data-parallel ranks without work",
+            f"--batch_size {cfg.batch_size} leaves some of the {grid.dp_size} dp ranks without work",
         )
         self.cfg, self.grid, self.steps = cfg, grid, steps
         self.made_from = sources(cfg)

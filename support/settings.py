@@ -225,7 +225,7 @@ class Config(Run, Train, Loss, Sampling, RL, PPO):
 
 
 GROUPS = (Run, Train, Loss, Sampling, RL, PPO)
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+FIELDS = {f.name: f for group in GROUPS for f in dataclasses.fields(group)}
 STAGES_OF = {
     f.name: f.metadata["stages"] or group.stages for group in GROUPS for f in dataclasses.fields(group)
 }
@@ -315,7 +315,7 @@ def defaults_of(given):
     given   {name: text} of the command line
     """
     preset = PRESETS.get(given.get("preset"), {})
-    stage = given.get("stage", preset.get("stage", "demo"))
+    stage = given.get("stage", preset.get("stage"))
     task = {} if given.get("data") else ARITH.get(stage, {})
     if given.get("model"):
         task = {name: value for name, value in task.items() if name in NOT_TRAINING}
@@ -347,7 +347,9 @@ def given_flags(argv):
 
 def unknown_flag(word, name):
     """The message for a word that is no flag."""
-    near = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.6)
+    words = name.replace("_", " ").lower()
+    described = [n for n, f in FIELDS.items() if len(words) > 2 and words in f.metadata["help"].lower()]
+    near = difflib.get_close_matches(name, FIELDS, n=3, cutoff=0.6) or described[:3]
     names = " or ".join(f"--{n}" for n in near)
     return f"{word}: no such flag; " + (f"did you mean {names}?" if near else "--help lists them")
 
@@ -368,7 +370,7 @@ def expected(name):
 def convert(name, text):
     """The value of a flag from its text; BadInput if it takes no such value."""
     about = FIELDS[name].metadata
-    refused = f"--{name} {text!r}: expected {expected(name)}"
+    refused = f"--{name} {text if is_number(text) else repr(text)}: expected {expected(name)}"
     if FIELDS[name].type is bool:
         require(text == "", refused)
         return True
@@ -388,6 +390,15 @@ def convert(name, text):
     return value
 
 
+def is_number(text):
+    """Whether a text reads as a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def parse(argv):
     """argv -> Config. Raises BadInput for an unknown flag, a wrong value, or flags that exclude each other.
 
@@ -396,7 +407,7 @@ def parse(argv):
     given = given_flags(argv)
     defaults = defaults_of(given)
     if "help" in given:
-        print(help_text(given.get("stage"), defaults))
+        print(help_text(given.get("stage", defaults.get("stage")), defaults))
         raise SystemExit(0)
     cfg = Config(**defaults | {name: convert(name, text) for name, text in given.items()})
     check_combinations(cfg)
@@ -439,6 +450,7 @@ def check_combinations(cfg):
         not cfg.preset or (cfg.model and cfg.data),
         f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data",
     )
+    require(not cfg.date or cfg.chat == "llama3", f"--date {cfg.date!r}: only --chat llama3 has a date")
     check_reward(cfg)
     require(
         not rl or cfg.batch_size % cfg.group_size == 0,

@@ -1,8 +1,10 @@
-"""Checks that need several processes: `torchrun --nproc_per_node 2 (or 4; 8 is slow) tests/parallel_worker.py DIRECTORY`.
+"""Checks that need several processes: `torchrun --nproc_per_node 2 (or 4; 8 is slow) tests/parallel_worker.py
+DIRECTORY`.
 
-Starting processes takes seconds and a check takes milliseconds, so one start runs them all. A check gets a grid and returns
-{what: (measured, most allowed)}; DIRECTORY/results.json keeps the worst over the ranks, and test_parallel.py asserts each
-check by its name. Nearly all of them compare with the same model on `Grid()`: one process, as if there were no others.
+Starting processes takes seconds and a check takes milliseconds, so one start runs them all. A check gets a
+grid and returns {what: (measured, most allowed)}; DIRECTORY/results.json keeps the worst over the ranks, and
+test_parallel.py asserts each check by its name. Nearly all of them compare with the same model on `Grid()`:
+one process, as if there were no others.
 
 B rows · T positions · D width · V vocabulary; a size that is cut over tp is written as a fraction: V/tp
 """
@@ -78,7 +80,8 @@ def check(tp_alone):
 
 
 def names(world):
-    """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage only."""
+    """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage
+    only."""
     return {
         f"tp {tp} x dp {dp}: {name}": (tp, dp, function)
         for tp, dp in SHAPES[world]
@@ -87,7 +90,7 @@ def names(world):
     }
 
 
-# ------------------------------------------------------------------------------------------------ measures
+# -------------------------------------------------------------------------------- measures
 
 
 def unequal(a, b):
@@ -130,7 +133,7 @@ def collectives():
         yield sizes
 
 
-# ------------------------------------------------------------------------------------------------ small models, made-up data
+# -------------------------------------------------------------------------------- small models, made-up data
 
 
 def config(**changes):
@@ -161,7 +164,8 @@ def numbers(*shape, seed=0):
 
 
 def filled(kind, cfg, grid, dtype=torch.float32):
-    """init_weights leaves norms 1, biases and the scalar head 0; here these are drawn too, or errors in them would hide."""
+    """init_weights leaves norms 1, biases and the scalar head 0; here these are drawn too, or errors in them
+    would hide."""
     model = init_weights(build_model(kind, cfg, grid, dtype), seed=0)
     for name, p in model.named_parameters():
         if p.dim() == 1 or name == "score.weight":
@@ -196,7 +200,8 @@ def gradients(model):
 
 
 def moments(optimizer, model):
-    """(1 - beta1) * gradient after the first update: shows the gradient's scale, which AdamW's first step does not."""
+    """(1 - beta1) * gradient after the first update: shows the gradient's scale, which AdamW's first step
+    does not."""
     state = optimizer.state_tensors()
     return whole(model, {n: state[f"exp_avg.{n}"].clone() for n in optimizer.names})
 
@@ -232,7 +237,7 @@ def cut(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-# ------------------------------------------------------------------------------------------------ the grid, f and g
+# -------------------------------------------------------------------------------- the grid, f and g
 
 
 @check(tp_alone=False)
@@ -305,7 +310,7 @@ def gather_shards_puts_slices_together(grid):
     return out | {"not cut": unequal(gather_shards(full, None, 0, grid), full)}
 
 
-# ------------------------------------------------------------------------------------------------ layers
+# -------------------------------------------------------------------------------- layers
 
 
 @check(tp_alone=True)
@@ -372,11 +377,12 @@ def vocab_parallel_log_softmax_pick_and_sum(grid):
     }
 
 
-# ------------------------------------------------------------------------------------------------ whole models
+# -------------------------------------------------------------------------------- whole models
 
 
 def same_as_one_process(grid, kind, cfg, make=filled):
-    """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on every rank."""
+    """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on every
+    rank."""
     raw = [whole(add_lora(init_weights(build_model(kind, cfg, g), seed=3), 3, 4)) for g in (grid, Grid())]
     outputs, grads = [], []
     ids, mask = collate([example for pair in made_up_pairs(4) for example in pair])  # (8, T+1), (8, T)
@@ -472,7 +478,8 @@ def saved_models_do_not_depend_on_tp(grid):
 
 @check(tp_alone=False)
 def stage_score_gives_transformers_numbers(grid):
-    """To 2e-4 nats a token, on the stored checkpoints and on those that test_parallel.py made, if it could."""
+    """To 2e-4 nats a token, on the stored checkpoints and on those that test_parallel.py made, if it
+    could."""
     out = {}
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
@@ -520,7 +527,7 @@ def generate_gives_all_ranks_the_tokens_of_one_process(grid):
     return out
 
 
-# ------------------------------------------------------------------------------------------------ optimizer, update, training
+# -------------------------------------------------------------------------------- optimizer, update, training
 
 
 UNEVEN = {1: [0, 8], 2: [0, 3, 8], 4: [0, 1, 3, 7, 8]}  # dp_size: where the rows of the ranks begin
@@ -532,7 +539,8 @@ def my_rows(rows, grid):
 
 @check(tp_alone=False)
 def update_does_not_depend_on_who_has_which_rows(grid):
-    """Ranks with 1 to 5 rows in micro-batches of 2 make the update that one process makes from all 8 in one piece."""
+    """Ranks with 1 to 5 rows in micro-batches of 2 make the update that one process makes from all 8 in one
+    piece."""
     out, pairs = {}, made_up_pairs(8)
     for kind, loss_fn_of, rows, weigh in (
         (ScalarModel, pair_loss_fn, pairs, lambda pair: 1),
@@ -587,7 +595,8 @@ def gradient_norm_and_clipping(grid):
 
 @check(tp_alone=False)
 def a_gradient_that_is_not_finite_stops_every_rank(grid):
-    """On one rank, in a slice or in a parameter that all ranks hold whole: nobody moves, and later steps do not remember."""
+    """On one rank, in a slice or in a parameter that all ranks hold whole: nobody moves, and later steps do
+    not remember."""
     out = {}
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         for bad in (float("nan"), float("inf")):
@@ -622,7 +631,8 @@ def a_gradient_that_is_not_finite_stops_every_rank(grid):
 
 @check(tp_alone=False)
 def a_loss_that_is_not_finite_stops_every_rank(grid):
-    """The loss of the last dp rank is nan, its gradient is not: nobody moves, everyone counts and keeps its inputs; then all go on."""
+    """The loss of the last dp rank is nan, its gradient is not: nobody moves, everyone counts and keeps its
+    inputs; then all go on."""
     out, pairs = {}, made_up_pairs(8)
     model, mine = filled(ScalarModel, config(), grid), my_rows(pairs, grid)
     optimizer, loss_fn = Optimizer(model, grid, 1e-2), pair_loss_fn(model)
@@ -662,8 +672,9 @@ def ranks_without_rows_take_part_in_an_update(grid):
 
 @check(tp_alone=False)
 def twenty_steps_of_stage_rm(grid):
-    """`--stage rm` from files: the validation loss is that of one process, also when one process makes the first 8 steps, is cut off,
-    and all ranks go on. 15 pairs, 3 for validation: no number of ranks divides them. At tp 8 there are fewer key/value heads than ranks."""
+    """`--stage rm` from files: the validation loss is that of one process, also when one process makes the
+    first 8 steps, is cut off, and all ranks go on. 15 pairs, 3 for validation: no number of ranks divides
+    them. At tp 8 there are fewer key/value heads than ranks."""
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
         dist.broadcast_object_list(paths)  # all ranks use the main one's
@@ -818,7 +829,8 @@ def adapters_train_and_are_saved_as_by_one_process(grid):
 
 @check(tp_alone=False)
 def optimizer_state_moves_between_grids(grid):
-    """State gathered after two updates here, cut for one process, goes on to the update made here (rounding apart)."""
+    """State gathered after two updates here, cut for one process, goes on to the update made here (rounding
+    apart)."""
     pairs = made_up_pairs(8)
     model, one = filled(ScalarModel, config(), grid), filled(ScalarModel, config(), Grid())
     optimizer, optimizer1 = Optimizer(model, grid, 1e-2), Optimizer(one, Grid(), 1e-2)
@@ -836,7 +848,7 @@ def optimizer_state_moves_between_grids(grid):
     return {"loaded": same, "next update": furthest(whole(model), whole(one))}
 
 
-# ------------------------------------------------------------------------------------------------ run
+# -------------------------------------------------------------------------------- run
 
 
 def main():

@@ -60,7 +60,7 @@ def file(tmp_path):
     return write
 
 
-# ---------------------------------------------------------------------------------------- JSON lines
+# -------------------------------------------------------------------------------- JSON lines
 
 
 def test_lines_end_at_newlines_only(file):
@@ -191,7 +191,7 @@ def test_files_that_cannot_be_read(file, tmp_path):
             load_rows(path, ("prompt",))
 
 
-# ---------------------------------------------------------------------------------------- rows to tensors
+# -------------------------------------------------------------------------------- rows to tensors
 
 
 def test_alignment_of_the_docstring():
@@ -282,7 +282,7 @@ def test_hashes_do_not_change_from_run_to_run():
     assert stable_hash("a") == int.from_bytes(bytes.fromhex("ca978112ca1bbdca"), "big") >> 1  # sha256 of "a"
 
 
-# ---------------------------------------------------------------------------------------- the built-in task
+# -------------------------------------------------------------------------------- the built-in task
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_prompts_of_other_tasks_have_no_solution(prompt):
         arith_solve(prompt)
 
 
-# ---------------------------------------------------------------------------------------- real data
+# -------------------------------------------------------------------------------- real data
 
 
 @real
@@ -435,7 +435,7 @@ def test_real_labels():
     assert all(grade(row["response"], row["label"], "gsm8k")[1] for row in rows)
 
 
-# ---------------------------------------------------------------------------------------- the repository
+# -------------------------------------------------------------------------------- the repository
 
 
 def imports(path):

@@ -1,5 +1,7 @@
-"""The grader is graded: solutions pass, and so do others; blanks, zeros and at least four plausible mistakes per
-exercise fail; nothing in a student's file takes the grader down. `blank` leaves this file out: it quotes solutions.
+"""The grader is graded: solutions pass, and so do others; blanks, zeros and at least four plausible mistakes
+per
+exercise fail; nothing in a student's file takes the grader down. `blank` leaves this file out: it quotes
+solutions.
 """
 
 import ast

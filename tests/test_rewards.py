@@ -34,8 +34,8 @@ from qrm import (
     step_rewards,
 )
 from reinforce import collect_rollout, reinforce_advantages
-from support.evaluate import graded_reward, rows_by_prompt, user_reward
 from support.files import BadInput
+from support.rewards import graded_reward, rows_by_prompt, user_reward
 from support.settings import Config
 
 STOP, LINE, OTHER_LINE = 2, 7, 9  # two tokens end a line

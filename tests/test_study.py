@@ -54,7 +54,8 @@ def test_best_learning_rate():
 
 
 def test_curves_are_runs_with_the_mistake_in_them(tmp_path):
-    """All start from one rollout, at the named rate and KL weight; late rewards are the neighbours' scores."""
+    """All start from one rollout, at the named rate and KL weight; late rewards are the neighbours'
+    scores."""
     tokenizer, sizes = arith_tokenizer(), ModelConfig(arith_tokenizer().vocab_size, 16, 32, 1, 2, 1, 8)
     for name, kind in (("sft", LanguageModel), ("rm", ScalarModel)):
         (tmp_path / name).mkdir()

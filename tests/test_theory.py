@@ -12,7 +12,8 @@ from theory import backed_up, theory  # noqa: E402
 
 
 def test_backup_is_the_maximum_entropy_policy():
-    """exp(Q - V), multiplied along an answer, must be softmax of the returns over all answers, computed by brute force."""
+    """exp(Q - V), multiplied along an answer, must be softmax of the returns over all answers, computed by
+    brute force."""
     T, A = 3, 2
     rewards = torch.randn(1 + 2 + 4, A, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     Q, log_policy = backed_up(rewards)

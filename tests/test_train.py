@@ -1,6 +1,8 @@
-"""train.py from the command line: what each stage reads and writes, the same again, resume, bad input, several processes.
+"""train.py from the command line: what each stage reads and writes, the same again, resume, bad input,
+several processes.
 
-Commands run in this process, on a built-in run made once with tiny sizes; only what needs it (torchrun, Ctrl-C) is started.
+Commands run in this process, on a built-in run made once with tiny sizes; only what needs it (torchrun,
+Ctrl-C) is started.
 """
 
 import functools
@@ -146,14 +148,17 @@ def pairs_file(tmp_path):
     return write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
 
 
-# ------------------------------------------------------------------------------------------------ what is written
+# -------------------------------------------------------------------------------- what is written
 
 
 def test_demo_leaves_what_the_contract_lists(built):
     assert {p.name for p in built.iterdir()} == {
         "sft",
+        "data",
         "pairs.jsonl",
+        "pairs.jsonl.run.json",
         "pairs-heldout.jsonl",
+        "pairs-heldout.jsonl.run.json",
         "rm",
         "reinforce",
         "ppo",
@@ -277,8 +282,11 @@ def test_a_stage_makes_what_it_needs_first(command, tmp_path):
     assert status == 0 and out.index("running --stage sft first") < out.index("running --stage pairs first")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "sft",
+        "data",
         "pairs.jsonl",
+        "pairs.jsonl.run.json",
         "pairs-heldout.jsonl",
+        "pairs-heldout.jsonl.run.json",
         "rm-orm",
     }
 
@@ -347,7 +355,7 @@ def test_tokens_are_those_of_both_sequences_without_padding(built, command, pair
     )  # log(1 + e^2): a new head is zero
 
 
-# ------------------------------------------------------------------------------------------------ the same again
+# -------------------------------------------------------------------------------- the same again
 
 
 @pytest.mark.parametrize("stage", ["sft", "rm", "reinforce", "ppo"])
@@ -568,7 +576,7 @@ def test_resume_refuses_another_command_and_starts_without_a_checkpoint(
         and [row["step"] for row in untimed(tmp_path / "rm")] == [0, 1, 2, 3]
     )
     status, out, _ = command(*words, "--resume")
-    assert status == 0 and "starting anew" in out and len(untimed(tmp_path / "rm")) == 4
+    assert status == 0 and "starting from step 0" in out and len(untimed(tmp_path / "rm")) == 4
 
 
 def test_a_result_stays_whole_until_the_next_one_is(built, command, pairs_file, tmp_path, monkeypatch):
@@ -599,7 +607,7 @@ def test_a_result_stays_whole_until_the_next_one_is(built, command, pairs_file, 
     assert command(*words, "--seed", 2)[0] == 130 and content() == after
 
 
-# ------------------------------------------------------------------------------------------------ score, grade, eval
+# -------------------------------------------------------------------------------- score, grade, eval
 
 
 @pytest.mark.parametrize("name, key", [("sft", "logprobs"), ("rm", "scores")])
@@ -657,13 +665,14 @@ def test_score(built, command, tmp_path, name, key):
 def test_score_of_the_built_in_task(built, command, tmp_path):
     run = shutil.copytree(built, tmp_path / "run")
     assert command("--stage", "score", "--run", run)[0] == 0
-    assert {"prompt", "response", "prompt_ids", "ids", "tokens", "scores"} == rows_of(run / "score.jsonl")[
-        0
-    ].keys()
+    assert {"prompt", "response", "label", "prompt_ids", "ids", "tokens", "scores"} == rows_of(
+        run / "score.jsonl"
+    )[0].keys()
 
 
 def test_score_shows_coloured_tokens(built, command, tmp_path, monkeypatch):
-    """Colours only on a terminal and without NO_COLOR; standardised over all answers; the first wrong token, found by hand, is underlined."""
+    """Colours only on a terminal and without NO_COLOR; standardised over all answers; the first wrong token,
+    found by hand, is underlined."""
     rows = [
         {"question": "Tom has 2 pens. Tom buys 3. How many?\n", "response": "2-3=5\n#### 5"},
         {"prompt": "Ann has 1 pens. Ann buys 2. How many?\n", "response": "1+2=3\n#### 3"},
@@ -787,12 +796,13 @@ def test_pass_at_k_is_the_mean_over_all_subsets():
     ],
 )
 def test_majority(answers, label, right):
-    graded = [(text, [], graders.grade(text, label, "gsm8k")[1], False) for text in answers]
+    graded = [evaluate.Answer(text, [], graders.grade(text, label, "gsm8k")[1], False) for text in answers]
     assert evaluate.majority_is_right(graded, settings.Config(task="gsm8k")) is right
 
 
 def test_wilson_interval():
-    """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its defining equation."""
+    """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its
+    defining equation."""
     for right, n, low, high in (
         (81, 263, 0.2553, 0.3662),
         (15, 148, 0.0624, 0.1605),
@@ -844,13 +854,14 @@ def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
         assert status == 2 and says in err and not (tmp_path / "r").exists()
     (tmp_path / "rm/run.json").unlink()  # from elsewhere: what --reward says it is
     assert (
-        evaluate.reward_kind(tmp_path / "rm", "orm") == "orm"
-        and evaluate.reward_kind(tmp_path / "rm") == "qrm"
+        evaluate.reward_name(tmp_path / "rm", "orm") == "orm"
+        and evaluate.reward_name(tmp_path / "rm") == "qrm"
     )
 
 
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
-    """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is named."""
+    """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is
+    named."""
     tokenizer, policy = (
         tokenizers.Tokenizer.load(built / "sft"),
         load_model(LanguageModel, built / "sft", Grid()),
@@ -937,7 +948,7 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     }
 
 
-# ------------------------------------------------------------------------------------------------ rows that are dropped, spellings
+# -------------------------------------------------------------------------------- rows that are dropped, spellings
 
 
 def test_dropped_rows_are_counted_in_one_line(built, command, tmp_path):
@@ -1031,7 +1042,7 @@ def test_accepted_spellings_give_the_same_metrics(built, command, tmp_path):
     assert found[1:] == found[:1] * 3
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------- bad input
 
 
 GOOD = json.dumps(PAIRS[0])
@@ -1104,20 +1115,20 @@ def test_bad_rows(built, command, tmp_path, kind):
     [
         (
             ["--stage", "rm", "--learning_rate", "1"],
-            ["--learning_rate", "--lr ", "--batch_size", "--max_new_tokens"],
-        ),  # it lists the flags
+            ["--learning_rate", "did you mean", "--lr"],
+        ),
         (["--step", "1"], ["--step", "--steps"]),  # no abbreviations
         (["extra"], ["extra"]),
-        (["--stage"], ["--stage", "expected one argument"]),
-        (["--steps", "few"], ["--steps", "int", "'few'"]),
-        (["--lr", "fast"], ["--lr", "float", "'fast'"]),
-        (["--k", "1.5"], ["--k", "int"]),
+        (["--stage"], ["--stage", "expected one of demo, sft"]),
+        (["--steps", "few"], ["--steps 'few': expected a whole number, 0 or more"]),
+        (["--lr", "fast"], ["--lr 'fast': expected a number more than 0"]),
+        (["--k", "1.5"], ["--k 1.5: expected a whole number more than 0"]),
         (["--stage", "train"], ["--stage", "'train'", "sft, pairs, rm"]),
         (["--reward", "x"], ["--reward", "qrm, plain, logit"]),
         (["--dtype", "float16"], ["--dtype", "float32, bfloat16"]),
         (["--task", "x"], ["gsm8k, math, arith"]),
         (["--chat", "x"], ["llama3, chatml"]),
-        (["--kl", "k2"], ["exact, k1, k3, abs"]),
+        (["--kl", "k2"], ["k1, k3, exact, abs"]),
         (["--grader", "x"], ["ours, strict"]),
         (["--advantage", "x"], ["rloo"]),
         (["--steps", "-1"], ["--steps -1", "0 or more"]),
@@ -1312,7 +1323,7 @@ def chatty(tiny, tmp_path_factory):
     tokenizer = tokenizers.Tokenizer(
         {name: json.dumps(value).encode() for name, value in files.items()}, "chatty", "chatml"
     )
-    save_model(init_weights(build_model(LanguageModel, train.arith_model(tokenizer), Grid()), 0), run)
+    save_model(init_weights(build_model(LanguageModel, train.arith_shape(tokenizer), Grid()), 0), run)
     tokenizer.save(run)
     pairs, rows = (
         write_jsonl(run / "pairs.jsonl", PAIRS),
@@ -1606,7 +1617,7 @@ def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
     assert command("--preset", preset, *small)[0] == 0 and len(rows_of(tmp_path / "o/metrics.jsonl")) == 1
 
 
-# ------------------------------------------------------------------------------------------------ several processes, Ctrl-C, real data
+# -------------------------------------------------------------------------------- several processes, Ctrl-C, real data
 
 
 def start(*words, program=()):
@@ -1636,7 +1647,8 @@ def tiny_program(tmp_path):
 
 
 def test_two_processes_give_the_losses_of_one(built, command, tmp_path):
-    """tp 2 on a run directory where nothing is yet, as on a fresh clone; dp 2 on the same pairs. Both at once."""
+    """tp 2 on a run directory where nothing is yet, as on a fresh clone; dp 2 on the same pairs. Both at
+    once."""
     fresh = tmp_path / "fresh"
     torchrun, wrapper = TORCHRUN_2, tiny_program(tmp_path)
     words = ["--steps", 5, "--batch_size", 4, "--micro_tokens", 60, "--lr", 1e-2]
@@ -1662,8 +1674,9 @@ def test_two_processes_give_the_losses_of_one(built, command, tmp_path):
 
 
 def test_rl_at_tp_2_follows_tp_1(built, command, tmp_path):
-    """Three rollouts with their updates: the same tokens are sampled, so every figure follows to rounding. The reward is the
-    oracle: the scores of a hardly trained reward model differ by rounding alone, and standardising would blow that up."""
+    """Three rollouts with their updates: the same tokens are sampled, so every figure follows to rounding.
+    The reward is the oracle: the scores of a hardly trained reward model differ by rounding alone, and
+    standardising would blow that up."""
     torchrun = [*TORCHRUN_2, tiny_program(tmp_path)]
     words = [
         "--run",

@@ -1,6 +1,8 @@
-"""What users of such trainers have suffered from, made impossible: each promise of the README's table has its test here.
+"""What users of such trainers have suffered from, made impossible: each promise of the README's table has its
+test here.
 
-A tiny random model stands in for a trained one, so that a command of six steps takes a tenth of a second; long versions are `slow`.
+A tiny random model stands in for a trained one, so that a command of six steps takes a tenth of a second;
+long versions are `slow`.
 """
 
 import ast
@@ -65,7 +67,8 @@ def write_jsonl(path, rows):
 
 @pytest.fixture(scope="module")
 def base(alone, tmp_path_factory):
-    """policy/, rm/ and rows.jsonl, whose rows serve every stage: prompts of the built-in task, right and wrong answers, labels."""
+    """policy/, rm/ and rows.jsonl, whose rows serve every stage: prompts of the built-in task, right and
+    wrong answers, labels."""
     directory, tokenizer = tmp_path_factory.mktemp("base"), data.arith_tokenizer()
     cfg = ModelConfig(
         tokenizer.vocab_size,
@@ -155,7 +158,8 @@ def rows_of(path):
 
 
 def result(directory):
-    """Every weight and every figure but the timings, and the names of all files: equal means the same run, bit for bit."""
+    """Every weight and every figure but the timings, and the names of all files: equal means the same run,
+    bit for bit."""
     rows = [
         {k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows_of(directory / "metrics.jsonl")
     ]
@@ -183,12 +187,13 @@ def straight(base, tmp_path_factory):
     return run
 
 
-# ------------------------------------------------------------------------------------------------ killed anywhere
+# -------------------------------------------------------------------------------- killed anywhere
 
 
 def kill_points(stage, base, directory, into):
-    """Runs a stage over an older result, and copies its directory before every call that flushes, names, renames or deletes something:
-    each copy is what kill -9 at that moment leaves. In every other one the file being written is cut in half. -> the copies"""
+    """Runs a stage over an older result, and copies its directory before every call that flushes, names,
+    renames or deletes something: each copy is what kill -9 at that moment leaves. In every other one the file
+    being written is cut in half. -> the copies"""
     out, points = directory / "out", []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -219,7 +224,8 @@ def kill_points(stage, base, directory, into):
 
 
 def survives(point, home, stage, base, command, expected, older):
-    """A result is whole before anything runs again; --resume goes on from the last checkpoint and ends with the uninterrupted run's result."""
+    """A result is whole before anything runs again; --resume goes on from the last checkpoint and ends with
+    the uninterrupted run's result."""
     shutil.rmtree(home)
     point.rename(home)
     out, state = home / "out", home / "out.partial/state/state.json"
@@ -329,7 +335,8 @@ READ_ONLY = OSError(errno.EROFS, os.strerror(errno.EROFS))
     ],
 )
 def test_a_full_disk_leaves_the_last_good_checkpoint(base, straight, command, tmp_path, what, error):
-    """Nothing can be written once the fourth step is logged: whatever fails first, the checkpoint of step 3 is still there."""
+    """Nothing can be written once the fourth step is logged: whatever fails first, the checkpoint of step 3
+    is still there."""
     given, log = words("rm", base, tmp_path / "out"), Workdir.log
     home = {"save_file": files, "open": files}.get(what, os)
 
@@ -366,7 +373,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(base, straight, command, tm
 
 
 def test_a_disk_that_is_really_too_small(base, command, tmp_path):
-    """The operating system's own limit on the size of a file, smaller than a checkpoint: one line, and no half-written file."""
+    """The operating system's own limit on the size of a file, smaller than a checkpoint: one line, and no
+    half-written file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
@@ -381,7 +389,8 @@ def test_a_disk_that_is_really_too_small(base, command, tmp_path):
 
 
 def test_resume_refuses_other_data_tokenizer_and_base_model(base, command, tmp_path, monkeypatch):
-    """The paths are the same, what is in them is not; the message names the difference, and the checkpoint stays."""
+    """The paths are the same, what is in them is not; the message names the difference, and the checkpoint
+    stays."""
     mine = tmp_path / "mine"
     shutil.copytree(base, mine)
     given, log = words("rm", mine, tmp_path / "out"), Workdir.log
@@ -480,11 +489,12 @@ def test_nothing_is_executed_or_unpickled():
             assert not forbidden & set(names), (path, names)
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# -------------------------------------------------------------------------------- numbers
 
 
 def poison(patch, stage, at, how):
-    """Makes the updates whose numbers (from 1) are in `at` read a loss or a gradient that is not finite; -> the list of all weights, per update."""
+    """Makes the updates whose numbers (from 1) are in `at` read a loss or a gradient that is not finite; ->
+    the list of all weights, per update."""
     real, seen = Optimizer.step, []
 
     def step(self, lr, loss):
@@ -542,7 +552,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
 
 
 def test_a_run_with_a_skipped_update_resumes_exactly(base, command, tmp_path):
-    """The count of skipped updates in a row is part of the checkpoint, so that the run stops where the uninterrupted one stops."""
+    """The count of skipped updates in a row is part of the checkpoint, so that the run stops where the
+    uninterrupted one stops."""
     for name, cut in (("straight", None), ("cut", 3)):
         with pytest.MonkeyPatch.context() as patch:
             poison(patch, "rm", {3, 4, 5, 6}, "nan gradient")
@@ -603,7 +614,8 @@ EXTREMES = {
 @pytest.mark.parametrize("kind", EXTREMES)
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (0, 3, 2, 0), (4, 1, 0, 2)])
 def test_extreme_rewards_and_lengths_give_finite_numbers(kind, lengths):
-    """Every loss, its gradient, every way to make advantages: one-token and empty responses, equal rewards, margins of 1e4."""
+    """Every loss, its gradient, every way to make advantages: one-token and empty responses, equal rewards,
+    margins of 1e4."""
     T = 6
     mask = torch.tensor([[1 <= t < 1 + n for t in range(T)] for n in lengths])  # (4, T)
     x = EXTREMES[kind](torch.randn(4, T, generator=torch.Generator().manual_seed(0))).requires_grad_()
@@ -698,7 +710,7 @@ def test_sampling_and_training_log_probabilities_agree(dtype, most, monkeypatch)
     assert len(torch.cat(errors)) > 100 and 1 <= torch.cat(errors).mean() < most
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# -------------------------------------------------------------------------------- processes
 
 
 TROUBLE = """
@@ -711,7 +723,8 @@ def step(self, *args):
     if count[0] == 3 and what == "raise" and rank == 1:
         open(when, "w").write(repr(time.time()))
         raise ArithmeticError("rank 1 has a problem of its own")
-    if count[0] == 3 and rank == (what == "stuck"):  # while the other one is in trouble or waits, far from any collective
+    if count[0] == 3 and rank == (what == "stuck"):  # while the other one is in trouble or waits, far from
+    any collective
         time.sleep(100)
     return real(self, *args)
 parallel.Optimizer.step = step
@@ -749,7 +762,8 @@ def trouble(base, tmp_path, what, launcher=(), **env):
 
 
 def test_a_rank_that_raises_ends_all_ranks(base, tmp_path):
-    """Rank 1 raises while rank 0 is busy elsewhere: all end within 10 seconds, with its traceback. (Torchrun's SIGKILL comes after 30.)"""
+    """Rank 1 raises while rank 0 is busy elsewhere: all end within 10 seconds, with its traceback.
+    (Torchrun's SIGKILL comes after 30.)"""
     process = trouble(
         base, tmp_path, "raise", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     )
@@ -775,7 +789,8 @@ def test_a_stuck_rank_is_waited_for_no_longer_than_timeout(base, tmp_path):
 
 
 def test_what_only_another_rank_met_is_said_too(base, command, monkeypatch):
-    """Rank 0 speaks at once, the others after a pause in which torchrun ends them: one line where all met the same, and never none."""
+    """Rank 0 speaks at once, the others after a pause in which torchrun ends them: one line where all met the
+    same, and never none."""
     pauses = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     for rank in ("0", "3"):
@@ -785,7 +800,7 @@ def test_what_only_another_rank_met_is_said_too(base, command, monkeypatch):
     assert pauses == [2]
 
 
-# ------------------------------------------------------------------------------------------------ bad input
+# -------------------------------------------------------------------------------- bad input
 
 
 def raw(name, change):
@@ -850,7 +865,8 @@ def header(change):
 
 
 def every_shard(file):
-    """An index that gives every tensor to one file, and a decoy outside the directory: it must not be opened."""
+    """An index that gives every tensor to one file, and a decoy outside the directory: it must not be
+    opened."""
 
     def hurt(d):
         names = load_file(d / "model.safetensors")
@@ -1368,7 +1384,8 @@ def places(value):
 
 
 def mutated(rng, content, is_json):
-    """A few changes of one kind: bytes flipped, cut, doubled, moved, inserted; or, in JSON, values, keys and entries replaced."""
+    """A few changes of one kind: bytes flipped, cut, doubled, moved, inserted; or, in JSON, values, keys and
+    entries replaced."""
     if is_json and rng.random() < 0.6:
         value = json.loads(content)
         for _ in range(rng.choice((1, 1, 2, 5))):
@@ -1414,7 +1431,8 @@ def mutated(rng, content, is_json):
 
 @pytest.fixture(scope="module")
 def targets(base, tmp_path_factory):
-    """kind -> (directory with good files, the file to spoil, the command that reads it): every reader of somebody else's files."""
+    """kind -> (directory with good files, the file to spoil, the command that reads it): every reader of
+    somebody else's files."""
     home = tmp_path_factory.mktemp("targets")
     (
         shutil.copytree(base / "policy", home / "policy"),
@@ -1478,7 +1496,8 @@ KINDS = (
     [*((kind, 100) for kind in KINDS), *(pytest.param(kind, 1000, marks=pytest.mark.slow) for kind in KINDS)],
 )
 def test_mutated_files(targets, command, kind, n):
-    """Either the file is still good, and the result is whole, or it is refused in one line, and nothing is written. Never a traceback or a hang."""
+    """Either the file is still good, and the result is whole, or it is refused in one line, and nothing is
+    written. Never a traceback or a hang."""
     home, files = targets
     name, given = files[kind]
     good, rng, statuses = (home / name).read_bytes(), random.Random(f"{kind} {n}"), []
@@ -1513,7 +1532,7 @@ def test_mutated_files(targets, command, kind, n):
     assert statuses.count(2) > n / 5
 
 
-# ------------------------------------------------------------------------------------------------ long runs
+# -------------------------------------------------------------------------------- long runs
 
 
 def memory():
@@ -1536,7 +1555,8 @@ def memory():
     ],
 )
 def test_memory_is_flat(base, command, tmp_path, monkeypatch, stage, steps, most):
-    """Looked at six times, from a sixth of the run on: no tensor more, a few megabytes at most for the allocator, and no file more."""
+    """Looked at six times, from a sixth of the run on: no tensor more, a few megabytes at most for the
+    allocator, and no file more."""
     seen, log = [], Workdir.log
     look = lambda self, row: (
         (row["step"] + 1) % (steps // 6) == 0 and seen.append((*memory(), len(list(self.path.rglob("*")))))
@@ -1551,7 +1571,8 @@ def test_memory_is_flat(base, command, tmp_path, monkeypatch, stage, steps, most
 
 
 def test_metrics_and_report_survive_a_crash(base, command, tmp_path, monkeypatch):
-    """Cut off in the middle of a line, before any checkpoint and after one: the page shows what is whole, and --resume leaves no doubled line."""
+    """Cut off in the middle of a line, before any checkpoint and after one: the page shows what is whole, and
+    --resume leaves no doubled line."""
     from classroom import report
 
     for cut in (2, 4):
