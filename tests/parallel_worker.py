@@ -188,9 +188,7 @@ def with_adapters(kind, cfg, grid, dtype=torch.float32):
 def whole(model, tensors=None):
     """{name: whole tensor} of a model's parameters, or of slices that belong to them."""
     tensors = tensors or dict(model.named_parameters())
-    return {
-        name: gather_shards(x.detach(), *model.sharding(name), model.grid) for name, x in tensors.items()
-    }
+    return {name: gather_shards(x.detach(), *model.sharding(name), model.grid) for name, x in tensors.items()}
 
 
 def gradients(model):

@@ -215,7 +215,9 @@ def test_remat_trades_memory_for_time():
 def test_adapters_keep_how_the_model_computes():
     """And nothing is set for other models: flex and remat belong to the one that they were given to."""
     for flex, remat in ((True, False), (False, True)):
-        base = init_weights(build_model(LanguageModel, small_config(), Grid(), flex=flex, remat=remat), seed=0)
+        base = init_weights(
+            build_model(LanguageModel, small_config(), Grid(), flex=flex, remat=remat), seed=0
+        )
         for model in (base, add_lora(base, rank=2, seed=1)):
             assert (model.flex, model.model.remat) == (flex, remat)
     other = random_model(ScalarModel, small_config())
