@@ -1,8 +1,11 @@
-"""Checks that need several processes: `torchrun --nproc_per_node 2 (or 4; 8 is slow) tests/parallel_worker.py DIRECTORY`.
+"""Checks that need several processes.
 
-Starting processes takes seconds and a check takes milliseconds, so one start runs them all. A check gets a grid and returns
-{what: (measured, most allowed)}; DIRECTORY/results.json keeps the worst over the ranks, and test_parallel.py asserts each
-check by its name. Nearly all of them compare with the same model on `Grid()`: one process, as if there were no others.
+    torchrun --nproc_per_node 2 (or 4; 8 is slow) tests/parallel_worker.py DIRECTORY
+
+Starting processes takes seconds and a check takes milliseconds, so one start runs them all. A check gets a
+grid and returns {what: (measured, most allowed)}; DIRECTORY/results.json keeps the worst over the ranks, and
+test_parallel.py asserts each check by its name. Nearly all of them compare with the same model on `Grid()`:
+one process, as if there were no others.
 
 B rows · T positions · D width · V vocabulary; a size that is cut over tp is written as a fraction: V/tp
 """
@@ -78,7 +81,8 @@ def check(tp_alone):
 
 
 def names(world):
-    """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage only."""
+    """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage
+    only."""
     return {
         f"tp {tp} x dp {dp}: {name}": (tp, dp, function)
         for tp, dp in SHAPES[world]
@@ -87,7 +91,7 @@ def names(world):
     }
 
 
-# ------------------------------------------------------------------------------------------------ measures
+# ---------------------------------------------------------------------------------------- measures
 
 
 def unequal(a, b):
@@ -130,7 +134,7 @@ def collectives():
         yield sizes
 
 
-# ------------------------------------------------------------------------------------------------ small models, made-up data
+# -------------------------------------------------------------------------------- small models, made-up data
 
 
 def config(**changes):
@@ -160,9 +164,10 @@ def numbers(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def filled(kind, cfg, grid, dtype=torch.float32):
-    """init_weights leaves norms 1, biases and the scalar head 0; here these are drawn too, or errors in them would hide."""
-    model = init_weights(build_model(kind, cfg, grid, dtype), seed=0)
+def filled(model_class, cfg, grid, dtype=torch.float32):
+    """init_weights leaves norms 1, biases and the scalar head 0; here these are drawn too, or errors in
+    them would hide."""
+    model = init_weights(build_model(model_class, cfg, grid, dtype), seed=0)
     for name, p in model.named_parameters():
         if p.dim() == 1 or name == "score.weight":
             x = model.my_slice(
@@ -172,9 +177,9 @@ def filled(kind, cfg, grid, dtype=torch.float32):
     return model
 
 
-def with_adapters(kind, cfg, grid, dtype=torch.float32):
+def with_adapters(model_class, cfg, grid, dtype=torch.float32):
     """LoRA as it is after some training: B is not zero."""
-    model = add_lora(filled(kind, cfg, grid, dtype), rank=3, seed=1, alpha=6)
+    model = add_lora(filled(model_class, cfg, grid, dtype), rank=3, seed=1, alpha=6)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.copy_(
@@ -196,7 +201,8 @@ def gradients(model):
 
 
 def moments(optimizer, model):
-    """(1 - beta1) * gradient after the first update: shows the gradient's scale, which AdamW's first step does not."""
+    """(1 - beta1) * gradient after the first update: shows the gradient's scale, which AdamW's first step
+    does not."""
     state = optimizer.state_tensors()
     return whole(model, {n: state[f"exp_avg.{n}"].clone() for n in optimizer.names})
 
@@ -232,7 +238,7 @@ def cut(rows, size):
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-# ------------------------------------------------------------------------------------------------ the grid, f and g
+# ---------------------------------------------------------------------------------------- the grid, f and g
 
 
 @check(tp_alone=False)
@@ -305,7 +311,7 @@ def gather_shards_puts_slices_together(grid):
     return out | {"not cut": unequal(gather_shards(full, None, 0, grid), full)}
 
 
-# ------------------------------------------------------------------------------------------------ layers
+# ---------------------------------------------------------------------------------------- layers
 
 
 @check(tp_alone=True)
@@ -372,17 +378,20 @@ def vocab_parallel_log_softmax_pick_and_sum(grid):
     }
 
 
-# ------------------------------------------------------------------------------------------------ whole models
+# ---------------------------------------------------------------------------------------- whole models
 
 
-def same_as_one_process(grid, kind, cfg, make=filled):
-    """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on every rank."""
-    raw = [whole(add_lora(init_weights(build_model(kind, cfg, g), seed=3), 3, 4)) for g in (grid, Grid())]
+def same_as_one_process(grid, model_class, cfg, make=filled):
+    """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on
+    every rank."""
+    raw = [
+        whole(add_lora(init_weights(build_model(model_class, cfg, g), seed=3), 3, 4)) for g in (grid, Grid())
+    ]
     outputs, grads = [], []
     ids, mask = collate([example for pair in made_up_pairs(4) for example in pair])  # (8, T+1), (8, T)
     for g in (grid, Grid()):
-        model = make(kind, cfg, g)
-        if kind is LanguageModel:
+        model = make(model_class, cfg, g)
+        if model_class is LanguageModel:
             logits = gather_shards(model.logits(model.model(ids)), 2, 37, g)  # (8, T+1, V)
             x, entropy = token_logprobs(model, ids, mask, temperature=0.7)  # (8, T)
             with mock.patch(
@@ -403,10 +412,10 @@ def same_as_one_process(grid, kind, cfg, make=filled):
 
 
 for label, cfg in MODELS.items():
-    for kind in (LanguageModel, ScalarModel):
+    for model_class in (LanguageModel, ScalarModel):
         for make in (filled, with_adapters):
-            CHECKS[f"{kind.__name__}, {label}, {make.__name__}"] = (
-                functools.partial(same_as_one_process, kind=kind, cfg=cfg, make=make),
+            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (
+                functools.partial(same_as_one_process, model_class=model_class, cfg=cfg, make=make),
                 True,
             )
 
@@ -439,12 +448,12 @@ def saved_models_do_not_depend_on_tp(grid):
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
         dist.broadcast_object_list(paths)  # all ranks use the main one's
-        for i, (kind, label) in enumerate(
+        for i, (model_class, label) in enumerate(
             [(LanguageModel, "llama tied"), (LanguageModel, "qwen2, 1 kv head"), (ScalarModel, "qwen2")]
         ):
             for max_shard_bytes in (10**9, 4000):  # one file, or several with an index
                 by_one, by_all = (Path(paths[0], f"{by} {i} {max_shard_bytes}") for by in ("one", "all"))
-                one, mine = (filled(kind, MODELS[label], g) for g in (Grid(), grid))
+                one, mine = (filled(model_class, MODELS[label], g) for g in (Grid(), grid))
                 if dist.get_rank() == 0:
                     by_one.mkdir(), by_all.mkdir()
                     save_model(one, by_one, max_shard_bytes)
@@ -455,10 +464,10 @@ def saved_models_do_not_depend_on_tp(grid):
                     {path.name: path.read_bytes() for path in here.iterdir()} for here in (by_one, by_all)
                 ]
                 split, joined = (
-                    load_model(kind, by_one, grid).state_dict(),
-                    load_model(kind, by_all, Grid()).state_dict(),
+                    load_model(model_class, by_one, grid).state_dict(),
+                    load_model(model_class, by_all, Grid()).state_dict(),
                 )
-                what = f"{kind.__name__}, {label}, {max_shard_bytes} bytes"
+                what = f"{model_class.__name__}, {label}, {max_shard_bytes} bytes"
                 out |= {
                     f"{what}, files": max(
                         unequal(*files), unequal(len(files[0]) > 3, max_shard_bytes == 4000)
@@ -472,7 +481,8 @@ def saved_models_do_not_depend_on_tp(grid):
 
 @check(tp_alone=False)
 def stage_score_gives_transformers_numbers(grid):
-    """To 2e-4 nats a token, on the stored checkpoints and on those that test_parallel.py made, if it could."""
+    """To 2e-4 nats a token, on the stored checkpoints and on those that test_parallel.py made, if it
+    could."""
     out = {}
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
@@ -520,7 +530,7 @@ def generate_gives_all_ranks_the_tokens_of_one_process(grid):
     return out
 
 
-# ------------------------------------------------------------------------------------------------ optimizer, update, training
+# -------------------------------------------------------------------------------- optimizer, update, training
 
 
 UNEVEN = {1: [0, 8], 2: [0, 3, 8], 4: [0, 1, 3, 7, 8]}  # dp_size: where the rows of the ranks begin
@@ -532,15 +542,16 @@ def my_rows(rows, grid):
 
 @check(tp_alone=False)
 def update_does_not_depend_on_who_has_which_rows(grid):
-    """Ranks with 1 to 5 rows in micro-batches of 2 make the update that one process makes from all 8 in one piece."""
+    """Ranks with 1 to 5 rows in micro-batches of 2 make the update that one process makes from all 8 in one
+    piece."""
     out, pairs = {}, made_up_pairs(8)
-    for kind, loss_fn_of, rows, weigh in (
+    for model_class, loss_fn_of, rows, weigh in (
         (ScalarModel, pair_loss_fn, pairs, lambda pair: 1),
         (LanguageModel, token_loss_fn, [p[0] for p in pairs], lambda e: len(e.response_ids)),
     ):
         stats, first, weights = [], [], []
         for g, parts in ((grid, cut(my_rows(rows, grid), 2)), (Grid(), [rows])):
-            model = filled(kind, MODELS["llama tied"], g)
+            model = filled(model_class, MODELS["llama tied"], g)
             optimizer = Optimizer(model, g, 1e-2, max_grad_norm=0)
             parts = [(sum(map(weigh, part)), part) for part in parts]
             stats.append(one_update(optimizer, parts, loss_fn_of(model), 1e-2))
@@ -549,11 +560,11 @@ def update_does_not_depend_on_who_has_which_rows(grid):
             weights.append(whole(model))
         values = torch.tensor(list(stats[0].values()), dtype=torch.float64)
         out |= {
-            f"{kind.__name__} names": unequal(list(stats[0]), list(stats[1])),
-            f"{kind.__name__} statistics": max(far(stats[0][k], stats[1][k]) for k in stats[1]),
-            f"{kind.__name__} gradients": furthest(*first),
-            f"{kind.__name__} weights after 2 updates": furthest(*weights),
-            f"{kind.__name__} statistics, ranks": max(
+            f"{model_class.__name__} names": unequal(list(stats[0]), list(stats[1])),
+            f"{model_class.__name__} statistics": max(far(stats[0][k], stats[1][k]) for k in stats[1]),
+            f"{model_class.__name__} gradients": furthest(*first),
+            f"{model_class.__name__} weights after 2 updates": furthest(*weights),
+            f"{model_class.__name__} statistics, ranks": max(
                 spread(values, grid.tp_group), spread(values, grid.dp_group)
             ),
         }
@@ -587,7 +598,8 @@ def gradient_norm_and_clipping(grid):
 
 @check(tp_alone=False)
 def a_gradient_that_is_not_finite_stops_every_rank(grid):
-    """On one rank, in a slice or in a parameter that all ranks hold whole: nobody moves, and later steps do not remember."""
+    """On one rank, in a slice or in a parameter that all ranks hold whole: nobody moves, and later steps do
+    not remember."""
     out = {}
     for name in ("model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
         for bad in (float("nan"), float("inf")):
@@ -622,7 +634,8 @@ def a_gradient_that_is_not_finite_stops_every_rank(grid):
 
 @check(tp_alone=False)
 def a_loss_that_is_not_finite_stops_every_rank(grid):
-    """The loss of the last dp rank is nan, its gradient is not: nobody moves, everyone counts and keeps its inputs; then all go on."""
+    """The loss of the last dp rank is nan, its gradient is not: nobody moves, everyone counts and keeps its
+    inputs; then all go on."""
     out, pairs = {}, made_up_pairs(8)
     model, mine = filled(ScalarModel, config(), grid), my_rows(pairs, grid)
     optimizer, loss_fn = Optimizer(model, grid, 1e-2), pair_loss_fn(model)
@@ -662,8 +675,9 @@ def ranks_without_rows_take_part_in_an_update(grid):
 
 @check(tp_alone=False)
 def twenty_steps_of_stage_rm(grid):
-    """`--stage rm` from files: the validation loss is that of one process, also when one process makes the first 8 steps, is cut off,
-    and all ranks go on. 15 pairs, 3 for validation: no number of ranks divides them. At tp 8 there are fewer key/value heads than ranks."""
+    """`--stage rm` from files: the validation loss is that of one process, even if one process makes the
+    first 8 steps, is cut off, and all ranks go on. 15 pairs, 3 for validation: no number of ranks divides
+    them. At tp 8 there are fewer key/value heads than ranks."""
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
         dist.broadcast_object_list(paths)  # all ranks use the main one's
@@ -818,7 +832,8 @@ def adapters_train_and_are_saved_as_by_one_process(grid):
 
 @check(tp_alone=False)
 def optimizer_state_moves_between_grids(grid):
-    """State gathered after two updates here, cut for one process, goes on to the update made here (rounding apart)."""
+    """State gathered after two updates here, cut for one process, goes on to the update made here (rounding
+    apart)."""
     pairs = made_up_pairs(8)
     model, one = filled(ScalarModel, config(), grid), filled(ScalarModel, config(), Grid())
     optimizer, optimizer1 = Optimizer(model, grid, 1e-2), Optimizer(one, Grid(), 1e-2)
@@ -836,7 +851,7 @@ def optimizer_state_moves_between_grids(grid):
     return {"loaded": same, "next update": furthest(whole(model), whole(one))}
 
 
-# ------------------------------------------------------------------------------------------------ run
+# ---------------------------------------------------------------------------------------- run
 
 
 def main():

@@ -1,4 +1,5 @@
-"""The fast paths against the plain ones: packed rows, chunked log-probabilities, recomputed blocks, refilled slots."""
+"""The fast paths against the plain ones: packed rows, chunked log-probabilities, recomputed blocks,
+refilled slots."""
 
 import itertools
 import json
@@ -32,7 +33,8 @@ from support import tokenizers
 from support.sampling import REORDERS, KVCache, generate, reordered_weights
 from support.settings import Reward
 
-# Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that do not.
+# Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths
+# that do not.
 GROUPS = [([5, 6, 7], [[1, 2, 3, 4], [9]]), ([8], [[1, 2], [3], [4, 5, 6]]), ([9, 8, 7], [[4, 4, 1, 2]])]
 EXAMPLES = [Example(prompt, response) for prompt, responses in GROUPS for response in responses]
 
@@ -43,7 +45,7 @@ def gradients(loss, model):
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-# ------------------------------------------------------------------------------------------------ the layout
+# ---------------------------------------------------------------------------------------- the layout
 
 
 def test_the_layout_by_hand():
@@ -79,7 +81,7 @@ def test_spans_by_hand():
     assert spans([3, 3, 3, 9, 1], 6) == [(0, 2), (2, 3), (3, 4), (4, 5)]
 
 
-# ------------------------------------------------------------------------------------------------ the same numbers
+# ---------------------------------------------------------------------------------------- the same numbers
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
@@ -182,7 +184,7 @@ def test_a_frozen_head_gets_no_gradient():
     assert policy.lm_head.weight.grad is None and policy.model.norm.weight.grad.abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------ less work, less memory
+# -------------------------------------------------------------------------------- less work, less memory
 
 
 def kept_bytes(work, model):
@@ -252,7 +254,8 @@ GSM8K = next(
 
 @pytest.mark.skipif(GSM8K is None, reason="needs data/gsm8k/pairs_test.jsonl")
 def test_a_pair_of_gsm8k_costs_at_most_083_of_its_tokens():
-    """With the recipe's chat template, whose 35 tokens belong to the prompt, and a token for each of the frequent words."""
+    """With the recipe's chat template, whose 35 tokens belong to the prompt, and a token for each of the
+    frequent words."""
     rows = [
         json.loads(line)
         for line in (GSM8K / "pairs_test.jsonl").read_text(encoding="utf-8").split("\n")
@@ -283,7 +286,7 @@ def common_words(text):
     ]
 
 
-# ------------------------------------------------------------------------------------------------ sampling
+# ---------------------------------------------------------------------------------------- sampling
 
 
 def watch(policy, monkeypatch):
@@ -309,7 +312,8 @@ def narrow_caches(monkeypatch):
 
 
 def test_recorded_steps_sample_the_same_tokens(monkeypatch):
-    """What a CUDA graph does to a step, on the CPU: one static input, one static output, and everything else where it was."""
+    """What a CUDA graph does to a step, on the CPU: one static input, one static output, and everything
+    else where it was."""
     made, played = [], []
 
     def record(f, x):

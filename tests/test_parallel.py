@@ -1,4 +1,5 @@
-"""Grid, layers, optimizer and update: alone in this process, then the checks of parallel_worker.py on 2 and 4 processes."""
+"""Grid, layers, optimizer and update: alone in this process, then the checks of parallel_worker.py on 2 and
+4 processes."""
 
 import functools
 import importlib.util
@@ -35,12 +36,13 @@ from parallel import (
 )
 from qrm import qrm_loss, token_scores
 
-# ------------------------------------------------------------------------------------------------ the grid
+# ---------------------------------------------------------------------------------------- the grid
 
 
 @pytest.fixture
 def launcher(monkeypatch):
-    """Sets the variables of torchrun, without starting anything; the number of threads stays this process's own."""
+    """Sets the variables of torchrun, without starting anything; the number of threads stays this process's
+    own."""
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -71,7 +73,7 @@ def test_cuda_that_is_not_there(launcher):
         make_grid(0, "cuda")
 
 
-# ------------------------------------------------------------------------------------------------ who holds what
+# ---------------------------------------------------------------------------------------- who holds what
 
 
 def test_shard_ranges_cover_in_order_and_differ_by_at_most_one():
@@ -133,7 +135,8 @@ def test_slices_put_together_are_the_model(label, tp_size):
 
 
 def test_a_layer_says_how_it_is_cut():
-    """By hand: W (d_out, d_in), a bias with its rows, LoRA's A (rank, d_in) with its columns, B (d_out, rank) with its rows."""
+    """By hand: W (d_out, d_in), a bias with its rows, LoRA's A (rank, d_in) with its columns, B (d_out,
+    rank) with its rows."""
     grid = Grid(tp_rank=1, tp_size=3)
     rows = {"weight": (0, 12), "bias": (0, 12), "lora_A": None, "lora_B": (0, 12)}
     columns = {"weight": (1, 12), "lora_A": (1, 12), "lora_B": None}
@@ -161,7 +164,7 @@ def test_layers_of_one_process_are_nn_linear():
         assert torch.equal(layer(x), same(x))
 
 
-# ------------------------------------------------------------------------------------------------ optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 def far(a, b):
@@ -225,7 +228,7 @@ def test_fp32_masters_keep_steps_that_bf16_loses():
     )
     assert moved(optimizer.masters, masters) > 0.99
     assert moved(plain.parameters(), before) < 0.01
-    for step in range(1, 300):  # small steps add up to one that bf16 can hold
+    for _ in range(1, 300):  # small steps add up to one that bf16 can hold
         set_gradients(ours, 0), set_gradients(plain, 0)
         optimizer.step(1e-6), adamw.step()
     assert moved(ours.parameters(), before) > 10 * moved(plain.parameters(), before)
@@ -275,7 +278,8 @@ def test_a_resumed_optimizer_goes_on_to_the_bit(dtype, saved_after):
 
 
 def test_loaded_state_may_lie_in_memory_in_any_order():
-    """The fused AdamW reads weights and moments as flat memory, so a transposed moment would step the wrong weights."""
+    """The fused AdamW reads weights and moments as flat memory, so a transposed moment would step the wrong
+    weights."""
     ours, theirs = tiny(), tiny()
     optimizers = [Optimizer(m, Grid(), 1e-2) for m in (ours, theirs)]
     set_gradients(ours, 0), optimizers[0].step(1e-2)
@@ -288,7 +292,7 @@ def test_loaded_state_may_lie_in_memory_in_any_order():
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
 
 
-# ------------------------------------------------------------------------------------------------ update
+# ---------------------------------------------------------------------------------------- update
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -326,12 +330,13 @@ def test_update_is_one_step_on_the_mean_loss():
     assert max(far(a, b) for a, b in zip(ours.parameters(), theirs.parameters())) < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ several processes
+# ---------------------------------------------------------------------------------------- several processes
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """world -> (results, what the processes wrote): each number of processes is started once, at its first test."""
+    """world -> (results, what the processes wrote): each number of processes is started once, at its first
+    test."""
 
     @functools.cache
     def launch(world):

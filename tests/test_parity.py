@@ -1,4 +1,5 @@
-"""transformers' checkpoints through train.py, and ours through transformers (on several processes: parallel_worker.py)."""
+"""transformers' checkpoints through train.py, and ours through transformers (on several processes:
+parallel_worker.py)."""
 
 import json
 import logging
@@ -72,7 +73,10 @@ def test_a_dated_system_block_comes_on_request(tmp_path):
         "<|begin_of_text|><|start_header_id|>",
         "user<|end_header_id|>\n\n2 + 3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     )
-    block = "system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>"
+    block = (
+        "system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>"
+    )
     assert texts == [start + asked, start + block + asked]
 
 
@@ -151,7 +155,8 @@ def test_transformers_gives_our_numbers_for_what_we_saved(tmp_path, name, dtype,
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
 def test_pairs_of_a_policy_on_gsm8k_prompts_train_a_reward_model(tmp_path):
-    """OpenAI's rows, and a policy that guesses: among its digits are right ones. Then adapters on those pairs, and their evaluation."""
+    """OpenAI's rows, and a policy that guesses: among its digits are right ones. Then adapters on those
+    pairs, and their evaluation."""
     rows = [
         row
         for row in rows_of(GSM8K / "test.jsonl")
