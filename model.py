@@ -219,8 +219,7 @@ def rope_frequencies(cfg, device=torch.device("cpu")):
     """Radians per position, (E/2,) fp32: theta^(-2i/E), with Llama 3.1's scaling if the config has it.
 
     With wavelength w = 2 pi / f, old length C and factors low, high: w < C/high keeps f, w > C/low divides it
-    by `factor`, and in between the two are interpolated linearly in C/w. Wrong values are invisible on short
-    texts.
+    by `factor`, and in between the two are interpolated linearly in C/w. Short texts do not reveal a mistake.
     """
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64)
     freqs = cfg.rope_theta ** (-i / cfg.head_dim)  # (E/2,)
@@ -352,9 +351,8 @@ class Decoder(nn.Module):
 class _Model(nn.Module):
     """A decoder and a head.
 
-    flex    packed rows use torch's FlexAttention: one kernel for the whole row (CUDA; on the CPU it is slow
-            and
-            has no backward)
+    flex    packed rows use torch's FlexAttention, one kernel for the whole row (CUDA; on the CPU it is
+            slow and has no backward)
     remat   see Decoder
     """
 
@@ -448,8 +446,7 @@ class Packed:
                                                                     sees it and itself, and no sibling
     ids, positions    (1, N) int64
     states, actions   (n,) int64: indices into N of the tokens that end s_t and that are a_t, for all n
-    response
-                      tokens in reading order, i.e. in the order of x[response_mask]
+                      response tokens in reading order, i.e. in the order of x[response_mask]
     """
 
     def __init__(self, groups, device, flex=False):
@@ -507,8 +504,8 @@ class Packed:
             rows = [x.view(len(sequences), sum(lengths), *x.shape[1:]) for x in rows]
             y = causal_attention(layer, *rows)  # (sequences, P + R, H/tp, E)
             prompts, responses = y.split(lengths, 1)
-            for i, (prompt_piece, response_piece) in enumerate(sequences):
-                out[prompt_piece], out[response_piece] = prompts[i], responses[i]
+            for (prompt_piece, response_piece), prompt, response in zip(sequences, prompts, responses):
+                out[prompt_piece], out[response_piece] = prompt, response
         return torch.cat(out)[None]
 
     def attend_flex(self, q, k, v):

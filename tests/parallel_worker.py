@@ -1,5 +1,6 @@
-"""Checks that need several processes: `torchrun --nproc_per_node 2 (or 4; 8 is slow) tests/parallel_worker.py
-DIRECTORY`.
+"""Checks that need several processes.
+
+    torchrun --nproc_per_node 2 (or 4; 8 is slow) tests/parallel_worker.py DIRECTORY
 
 Starting processes takes seconds and a check takes milliseconds, so one start runs them all. A check gets a
 grid and returns {what: (measured, most allowed)}; DIRECTORY/results.json keeps the worst over the ranks, and
@@ -64,7 +65,7 @@ from parallel import (
 from qrm import reward_model_loss
 from support import checkpoints, evaluate, sampling, settings, tokenizers
 from support.sampling import generate
-from support.settings import Reward
+from support.settings import Loss
 
 SHAPES = {
     2: [(2, 1), (1, 2)],
@@ -163,10 +164,10 @@ def numbers(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def filled(kind, cfg, grid, dtype=torch.float32):
-    """init_weights leaves norms 1, biases and the scalar head 0; here these are drawn too, or errors in them
-    would hide."""
-    model = init_weights(build_model(kind, cfg, grid, dtype), seed=0)
+def filled(model_class, cfg, grid, dtype=torch.float32):
+    """init_weights leaves norms 1, biases and the scalar head 0; here these are drawn too, or errors in
+    them would hide."""
+    model = init_weights(build_model(model_class, cfg, grid, dtype), seed=0)
     for name, p in model.named_parameters():
         if p.dim() == 1 or name == "score.weight":
             x = model.my_slice(
@@ -176,9 +177,9 @@ def filled(kind, cfg, grid, dtype=torch.float32):
     return model
 
 
-def with_adapters(kind, cfg, grid, dtype=torch.float32):
+def with_adapters(model_class, cfg, grid, dtype=torch.float32):
     """LoRA as it is after some training: B is not zero."""
-    model = add_lora(filled(kind, cfg, grid, dtype), rank=3, seed=1, alpha=6)
+    model = add_lora(filled(model_class, cfg, grid, dtype), rank=3, seed=1, alpha=6)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             p.data.copy_(
@@ -380,15 +381,17 @@ def vocab_parallel_log_softmax_pick_and_sum(grid):
 # -------------------------------------------------------------------------------- whole models
 
 
-def same_as_one_process(grid, kind, cfg, make=filled):
-    """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on every
-    rank."""
-    raw = [whole(add_lora(init_weights(build_model(kind, cfg, g), seed=3), 3, 4)) for g in (grid, Grid())]
+def same_as_one_process(grid, model_class, cfg, make=filled):
+    """Weights from one seed are the same bits; outputs and every gradient are equal up to rounding, on
+    every rank."""
+    raw = [
+        whole(add_lora(init_weights(build_model(model_class, cfg, g), seed=3), 3, 4)) for g in (grid, Grid())
+    ]
     outputs, grads = [], []
     ids, mask = collate([example for pair in made_up_pairs(4) for example in pair])  # (8, T+1), (8, T)
     for g in (grid, Grid()):
-        model = make(kind, cfg, g)
-        if kind is LanguageModel:
+        model = make(model_class, cfg, g)
+        if model_class is LanguageModel:
             logits = gather_shards(model.logits(model.model(ids)), 2, 37, g)  # (8, T+1, V)
             x, entropy = token_logprobs(model, ids, mask, temperature=0.7)  # (8, T)
             with mock.patch(
@@ -409,10 +412,10 @@ def same_as_one_process(grid, kind, cfg, make=filled):
 
 
 for label, cfg in MODELS.items():
-    for kind in (LanguageModel, ScalarModel):
+    for model_class in (LanguageModel, ScalarModel):
         for make in (filled, with_adapters):
-            CHECKS[f"{kind.__name__}, {label}, {make.__name__}"] = (
-                functools.partial(same_as_one_process, kind=kind, cfg=cfg, make=make),
+            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (
+                functools.partial(same_as_one_process, model_class=model_class, cfg=cfg, make=make),
                 True,
             )
 
@@ -445,12 +448,12 @@ def saved_models_do_not_depend_on_tp(grid):
     with tempfile.TemporaryDirectory() as directory:
         paths = [directory]
         dist.broadcast_object_list(paths)  # all ranks use the main one's
-        for i, (kind, label) in enumerate(
+        for i, (model_class, label) in enumerate(
             [(LanguageModel, "llama tied"), (LanguageModel, "qwen2, 1 kv head"), (ScalarModel, "qwen2")]
         ):
             for max_shard_bytes in (10**9, 4000):  # one file, or several with an index
                 by_one, by_all = (Path(paths[0], f"{by} {i} {max_shard_bytes}") for by in ("one", "all"))
-                one, mine = (filled(kind, MODELS[label], g) for g in (Grid(), grid))
+                one, mine = (filled(model_class, MODELS[label], g) for g in (Grid(), grid))
                 if dist.get_rank() == 0:
                     by_one.mkdir(), by_all.mkdir()
                     save_model(one, by_one, max_shard_bytes)
@@ -461,10 +464,10 @@ def saved_models_do_not_depend_on_tp(grid):
                     {path.name: path.read_bytes() for path in here.iterdir()} for here in (by_one, by_all)
                 ]
                 split, joined = (
-                    load_model(kind, by_one, grid).state_dict(),
-                    load_model(kind, by_all, Grid()).state_dict(),
+                    load_model(model_class, by_one, grid).state_dict(),
+                    load_model(model_class, by_all, Grid()).state_dict(),
                 )
-                what = f"{kind.__name__}, {label}, {max_shard_bytes} bytes"
+                what = f"{model_class.__name__}, {label}, {max_shard_bytes} bytes"
                 out |= {
                     f"{what}, files": max(
                         unequal(*files), unequal(len(files[0]) > 3, max_shard_bytes == 4000)
@@ -542,13 +545,13 @@ def update_does_not_depend_on_who_has_which_rows(grid):
     """Ranks with 1 to 5 rows in micro-batches of 2 make the update that one process makes from all 8 in one
     piece."""
     out, pairs = {}, made_up_pairs(8)
-    for kind, loss_fn_of, rows, weigh in (
+    for model_class, loss_fn_of, rows, weigh in (
         (ScalarModel, pair_loss_fn, pairs, lambda pair: 1),
         (LanguageModel, token_loss_fn, [p[0] for p in pairs], lambda e: len(e.response_ids)),
     ):
         stats, first, weights = [], [], []
         for g, parts in ((grid, cut(my_rows(rows, grid), 2)), (Grid(), [rows])):
-            model = filled(kind, MODELS["llama tied"], g)
+            model = filled(model_class, MODELS["llama tied"], g)
             optimizer = Optimizer(model, g, 1e-2, max_grad_norm=0)
             parts = [(sum(map(weigh, part)), part) for part in parts]
             stats.append(one_update(optimizer, parts, loss_fn_of(model), 1e-2))
@@ -557,11 +560,11 @@ def update_does_not_depend_on_who_has_which_rows(grid):
             weights.append(whole(model))
         values = torch.tensor(list(stats[0].values()), dtype=torch.float64)
         out |= {
-            f"{kind.__name__} names": unequal(list(stats[0]), list(stats[1])),
-            f"{kind.__name__} statistics": max(far(stats[0][k], stats[1][k]) for k in stats[1]),
-            f"{kind.__name__} gradients": furthest(*first),
-            f"{kind.__name__} weights after 2 updates": furthest(*weights),
-            f"{kind.__name__} statistics, ranks": max(
+            f"{model_class.__name__} names": unequal(list(stats[0]), list(stats[1])),
+            f"{model_class.__name__} statistics": max(far(stats[0][k], stats[1][k]) for k in stats[1]),
+            f"{model_class.__name__} gradients": furthest(*first),
+            f"{model_class.__name__} weights after 2 updates": furthest(*weights),
+            f"{model_class.__name__} statistics, ranks": max(
                 spread(values, grid.tp_group), spread(values, grid.dp_group)
             ),
         }
@@ -672,7 +675,7 @@ def ranks_without_rows_take_part_in_an_update(grid):
 
 @check(tp_alone=False)
 def twenty_steps_of_stage_rm(grid):
-    """`--stage rm` from files: the validation loss is that of one process, also when one process makes the
+    """`--stage rm` from files: the validation loss is that of one process, even if one process makes the
     first 8 steps, is cut off, and all ranks go on. 15 pairs, 3 for validation: no number of ranks divides
     them. At tp 8 there are fewer key/value heads than ranks."""
     with tempfile.TemporaryDirectory() as directory:

@@ -1,5 +1,4 @@
-"""The decoder, its heads, sampling and files, against torch's own ops, slow loops and numbers made by
-hand."""
+"""The decoder, its heads, sampling and files, against torch's own ops, slow loops and numbers by hand."""
 
 import copy
 import json
@@ -63,8 +62,7 @@ LLAMA3 = {
 
 
 def chi_square(counts, probs):
-    """Distance of counts from their expectation; about its degrees of freedom when the draws come from
-    probs."""
+    """Distance of counts from their expectation; about its degrees of freedom if the draws are from probs."""
     expected = probs.double() * counts.sum()
     return ((counts - expected).square() / expected).sum().item()
 
@@ -120,8 +118,9 @@ def test_rope_frequencies_by_hand():
 
 
 def test_llama3_frequencies_by_hand():
-    # 1000 f / (2 pi) = 159.15, 1.59155 and 0.0159 turns: more than 4 (kept), between, fewer than 1 (divided
-    # by 8). Between: keep = (1.59155 - 1) / 3 = 0.197183, and 0.01 (0.197183 + 0.802817 / 8) = 0.00297535.
+    # 1000 f / (2 pi) = 159.15, 1.59155 and 0.0159 turns: more than 4 (kept), between, fewer than 1
+    # (divided by 8).
+    # Between: keep = (1.59155 - 1) / 3 = 0.197183, and 0.01 (0.197183 + 0.802817 / 8) = 0.00297535.
     cfg = small_config(rope_theta=1e6, head_dim=6, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 1000))
     for f, by_hand in zip(rope_frequencies(cfg).tolist(), [1.0, 0.00297535, 1.25e-5]):
         assert f == pytest.approx(by_hand, rel=2e-6)
@@ -251,8 +250,7 @@ def test_what_stands_in_the_pad_slots_changes_nothing():
         assert all(torch.equal(a, b) for a, b in zip(runs[0], run))
 
 
-# ------------------------------------------------------------------------------------------------
-# log-probabilities
+# -------------------------------------------------------------------------------- log-probabilities
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -325,8 +323,7 @@ def test_sample_tokens_at_the_ends_of_the_unit_interval():
 
 @pytest.mark.parametrize("temperature", [0, 1.0, 1.6])
 def test_the_plain_loop_draws_by_hand(temperature):
-    """Token by token: the interval of the cumulated probabilities that the prompt's uniform number falls
-    into."""
+    """Token by token: the interval of the cumulated probabilities that holds the uniform number."""
     policy = random_model(LanguageModel, small_config())
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6]]
     responses, truncated = generate_plainly(policy, prompts, 6, [0, 4, 9], temperature, seed=5)
@@ -370,8 +367,8 @@ def test_generate_with_its_cache_is_the_full_forward(temperature, kv_heads, monk
 
 
 def counting_policy():
-    """After token n it says n + 1 (mod 16): nothing in its blocks, one-hot embeddings, a head that turns them
-    by one."""
+    """After token n it says n + 1 (mod 16): nothing in its blocks, one-hot embeddings, a head that turns
+    them by one."""
     cfg = small_config(vocab_size=16, hidden_size=16, tie_word_embeddings=False)
     policy = random_model(LanguageModel, cfg)
     with torch.no_grad():
@@ -645,8 +642,8 @@ print(1024 * before, 1024 * kib("VmHWM:"))"""
 
 
 def memory_of_loading(directory, cfg, dtype, ranks):
-    """-> [(bytes before, highest while loading)] of these ranks of tp 2, side by side; bytes of the model in
-    fp32, as it is loaded."""
+    """-> [(bytes before, highest while loading)] of these ranks of tp 2, side by side; bytes of the model
+    in fp32, as it is loaded."""
     model = build_model(LanguageModel, cfg, Grid(), dtype)
     for param in model.parameters():
         param.data.fill_(0.5)
@@ -854,8 +851,7 @@ def test_a_missing_size_is_named():
         ModelConfig.from_dict({k: RAW[k] for k in RAW if k != "intermediate_size"})
 
 
-# ------------------------------------------------------------------------------------------------
-# transformers
+# -------------------------------------------------------------------------------- transformers
 
 
 @pytest.mark.parametrize(

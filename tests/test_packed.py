@@ -1,5 +1,5 @@
-"""The fast paths against the plain ones: packed rows, chunked log-probabilities, recomputed blocks, refilled
-slots."""
+"""The fast paths against the plain ones: packed rows, chunked log-probabilities, recomputed blocks,
+refilled slots."""
 
 import itertools
 import json
@@ -33,8 +33,8 @@ from support import tokenizers
 from support.sampling import REORDERS, KVCache, generate, reordered_weights
 from support.settings import Reward
 
-# Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths that
-# do not.
+# Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths
+# that do not.
 GROUPS = [([5, 6, 7], [[1, 2, 3, 4], [9]]), ([8], [[1, 2], [3], [4, 5, 6]]), ([9, 8, 7], [[4, 4, 1, 2]])]
 EXAMPLES = [Example(prompt, response) for prompt, responses in GROUPS for response in responses]
 
@@ -312,8 +312,8 @@ def narrow_caches(monkeypatch):
 
 
 def test_recorded_steps_sample_the_same_tokens(monkeypatch):
-    """What a CUDA graph does to a step, on the CPU: one static input, one static output, and everything else
-    where it was."""
+    """What a CUDA graph does to a step, on the CPU: one static input, one static output, and everything
+    else where it was."""
     made, played = [], []
 
     def record(f, x):

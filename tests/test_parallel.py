@@ -1,5 +1,5 @@
-"""Grid, layers, optimizer and update: alone in this process, then the checks of parallel_worker.py on 2 and 4
-processes."""
+"""Grid, layers, optimizer and update: alone in this process, then the checks of parallel_worker.py on 2 and
+4 processes."""
 
 import functools
 import importlib.util
@@ -135,8 +135,8 @@ def test_slices_put_together_are_the_model(label, tp_size):
 
 
 def test_a_layer_says_how_it_is_cut():
-    """By hand: W (d_out, d_in), a bias with its rows, LoRA's A (rank, d_in) with its columns, B (d_out, rank)
-    with its rows."""
+    """By hand: W (d_out, d_in), a bias with its rows, LoRA's A (rank, d_in) with its columns, B (d_out,
+    rank) with its rows."""
     grid = Grid(tp_rank=1, tp_size=3)
     rows = {"weight": (0, 12), "bias": (0, 12), "lora_A": None, "lora_B": (0, 12)}
     columns = {"weight": (1, 12), "lora_A": (1, 12), "lora_B": None}
@@ -228,7 +228,7 @@ def test_fp32_masters_keep_steps_that_bf16_loses():
     )
     assert moved(optimizer.masters, masters) > 0.99
     assert moved(plain.parameters(), before) < 0.01
-    for step in range(1, 300):  # small steps add up to one that bf16 can hold
+    for _ in range(1, 300):  # small steps add up to one that bf16 can hold
         set_gradients(ours, 0), set_gradients(plain, 0)
         optimizer.step(1e-6), adamw.step()
     assert moved(ours.parameters(), before) > 10 * moved(plain.parameters(), before)

@@ -73,7 +73,10 @@ def test_a_dated_system_block_comes_on_request(tmp_path):
         "<|begin_of_text|><|start_header_id|>",
         "user<|end_header_id|>\n\n2 + 3?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
     )
-    block = "system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>"
+    block = (
+        "system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+        "Today Date: 26 Jul 2024\n\n<|eot_id|><|start_header_id|>"
+    )
     assert texts == [start + asked, start + block + asked]
 
 

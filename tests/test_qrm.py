@@ -43,6 +43,8 @@ EXAMPLES = [
 class Echo:
     """A reward model whose score of a token is its id: the position that a score is read at can be seen."""
 
+    flex = False
+
     def model(self, ids, positions=None, attend=None):
         return ids.double()
 

@@ -122,7 +122,7 @@ class Enumerated:
         monkeypatch.setattr(
             reinforce,
             "generate",
-            lambda policy, prompts, *_: (self.answers, [a[-1] != STOP for a in self.answers]),
+            lambda policy, prompts, *_, **__: (self.answers, [a[-1] != STOP for a in self.answers]),
         )
         prompts = [PROMPT] * len(self.answers)
         self.rollout = collect_rollout(
