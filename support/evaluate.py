@@ -165,7 +165,7 @@ def reward_kind(directory, otherwise="qrm"):
     """One of REWARD_MODELS, as the rm stage noted it in run.json; a directory made elsewhere is taken for `otherwise`."""
     path = Path(directory) / "run.json"
     kind = read_json(path, path.read_bytes()).get("reward", otherwise) if path.exists() else otherwise
-    if kind not in REWARD_MODELS:
+    if not isinstance(kind, str) or kind not in REWARD_MODELS:
         raise BadInput(f"{path}: reward is {kind!r}, expected one of {', '.join(REWARD_MODELS)}")
     return "qrm" if kind == "plain" else kind
 
@@ -403,7 +403,7 @@ def graded_reward(kind, tokenizer, rows, cfg):
     """A Reward that knows the truth: it grades the answers to the prompts of `rows`.
 
     outcome   1 or 0 at the last token; an answer without its stop token is wrong
-    oracle    1 before the first wrong token and 0 from there on (the built-in task knows the one right answer)
+    oracle    1 before the first wrong token and 0 from there on (only the built-in task knows the place)
     """
     known = rows_by_prompt(tokenizer, rows)
 
@@ -474,6 +474,18 @@ def check_value(value, n, where):
     return [float(x) for x in values] if is_list else float(value)
 
 
+def call_function(function, spec, tokenizer, row, response_ids):
+    """A user's FUNCTION of one answer to the prompt of `row` -> float, or a list with one per response token"""
+    text = answer_text(tokenizer, response_ids)
+    truncated = response_ids[-1] not in tokenizer.stop_ids
+    try:
+        value = function(row["prompt"], text, list(response_ids), dict(row.get("raw", row)), truncated)
+    except Exception as error:
+        path = spec.rpartition(":")[0]
+        raise BadInput(f"{describe_error(path, error)} (data line {row['line']})") from error
+    return check_value(value, len(response_ids), f"--reward {spec}, data line {row['line']}")
+
+
 def user_reward(spec, tokenizer, rows, grid=Grid()):
     """The Reward that a user's own function gives: --reward FILE.py:FUNCTION, for reinforce and ppo.
 
@@ -486,9 +498,9 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
         truncated   True if the answer has no stop token: it reached --max_new_tokens
 
     It returns a number, which becomes the reward of the last response token, or a list of n numbers, one per
-    response token; one of the two for all answers. They count as rewards to be accumulated (--advantage return,
-    or gae with ppo) unless --advantage says otherwise. With tensor parallelism every rank calls it, and the value
-    of the first one counts. For example, with --reward length_penalty.py:reward
+    response token; the same of the two for all answers. They count as rewards to be accumulated (--advantage
+    return, or gae with ppo) unless --advantage says otherwise. With tensor parallelism every rank calls it,
+    and the value of the first one counts. For example, with --reward length_penalty.py:reward
 
         # length_penalty.py: a right answer earns 1, and every token after the 64th costs 0.01
         from support.graders import grade
@@ -502,33 +514,23 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
             return earned - PRICE * max(len(ids) - FREE, 0)
 
     rows   the prompts' rows, as from load_rows
-    Raises BadInput, when called or in the Reward: the file or function cannot be loaded, the function raises, or
-    it returns another type or length, or a number that is not finite in fp32.
+    Raises BadInput, when called or in the Reward: the file or function cannot be loaded, the function raises,
+    or it returns another type or length, or a number that is not finite in fp32.
     """
     function = load_function(spec)
     known = rows_by_prompt(tokenizer, rows)
-    per_token = None  # whether FUNCTION returns lists: the first answer tells
-
-    def value_of(row, response_ids):
-        text = answer_text(tokenizer, response_ids)
-        truncated = response_ids[-1] not in tokenizer.stop_ids
-        try:
-            value = function(row["prompt"], text, list(response_ids), dict(row.get("raw", row)), truncated)
-        except Exception as error:
-            path = spec.rpartition(":")[0]
-            raise BadInput(f"{describe_error(path, error)} (data line {row['line']})") from error
-        return check_value(value, len(response_ids), f"--reward {spec}, data line {row['line']}")
+    per_token = None  # whether FUNCTION returns lists: decided by the first answer
 
     def rewards(ids, response_mask):
         nonlocal per_token
         out = torch.zeros(response_mask.shape, device=ids.device)
         for i, start, row, response_ids in answers_in(ids, response_mask, known):
-            value = value_of(row, response_ids)
+            value = call_function(function, spec, tokenizer, row, response_ids)
             is_list = isinstance(value, list)
             per_token = is_list if per_token is None else per_token
             require(
                 is_list == per_token,
-                f"--reward {spec}: returned a number for one answer and a list for another; expected one of the two",
+                f"--reward {spec}: found a number for one answer and a list for another; expected one kind",
             )
             last = start + len(response_ids) - 1
             out[i, start if is_list else last : last + 1] = torch.tensor(value)
