@@ -433,7 +433,7 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     require(path.endswith(".py") and name.isidentifier(), f"--reward {spec}: expected FILE.py:FUNCTION")
     require(Path(path).is_file(), f"--reward {spec}: no file {path}; expected a Python file")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, Path(path).absolute())
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -445,16 +445,13 @@ def load_function(spec):
 
 
 def describe_error(path, error):
-    """ "FILE.py, line N: ZeroDivisionError: ..." of an exception in a user's file."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-    ]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    """An exception in a user's file in one line: FILE.py, line N: ZeroDivisionError: division by zero"""
+    file = str(Path(path).absolute())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
         lines.append(error.lineno)
-    place = (
-        f"{path}, line {lines[-1]}" if lines else path
-    )  # no line: it was called with arguments it does not take
-    return f"{place}: {type(error).__name__}: {error}"
+    place = f"{path}, line {lines[-1]}" if lines else path  # no line: called with arguments it does not take
+    return " ".join(f"{place}: {type(error).__name__}: {error}".split())
 
 
 def check_value(value, n, where):
@@ -475,7 +472,7 @@ def check_value(value, n, where):
 
 
 def call_function(function, spec, tokenizer, row, response_ids):
-    """A user's FUNCTION of one answer to the prompt of `row` -> float, or a list with one per response token"""
+    """A user's FUNCTION of one answer to the prompt of `row` -> float, or a list, one per response token"""
     text = answer_text(tokenizer, response_ids)
     truncated = response_ids[-1] not in tokenizer.stop_ids
     try:
