@@ -13,6 +13,7 @@ D model width · n response tokens, in reading order
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -80,14 +81,22 @@ def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
 CHUNK = 4096  # rows of x that are in fp32 at a time: a whole fp32 copy of a bf16 x would double its memory
 
 
+class _Constants(NamedTuple):
+    n_pairs: int
+    beta: float
+    margin: float
+    eps: float  # of the RMSNorm
+
+
 class _FusedQRM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps):
+    def forward(ctx, x, norm_weight, head_weight, shares, pairs, constants):
+        n_pairs, beta, margin, eps = constants
         acc = torch.promote_types(x.dtype, torch.float32)  # accumulates in fp32; in fp64 when the test's x is
         u = norm_weight.to(acc) * head_weight.to(acc).flatten()  # (D,)
-        mean_square = torch.linalg.vector_norm(x, dim=-1, dtype=acc).square() / x.shape[-1]  # (N,)
-        r = (mean_square + eps).rsqrt()  # (N,)
-        dot = torch.cat([chunk.to(acc) @ u for chunk in x.split(CHUNK)])  # (N,) x_t . u
+        mean_square = torch.linalg.vector_norm(x, dim=-1, dtype=acc).square() / x.shape[-1]  # (n,)
+        r = (mean_square + eps).rsqrt()  # (n,)
+        dot = torch.cat([chunk.to(acc) @ u for chunk in x.split(CHUNK)])  # (n,) x_t . u
         gaps = torch.zeros(n_pairs, device=x.device, dtype=acc)
         gaps.index_add_(0, pairs, r * dot * shares)  # (P,)
         m = beta * gaps - margin  # (P,)
@@ -103,18 +112,18 @@ class _FusedQRM(torch.autograd.Function):
         g = norm_weight.to(r.dtype)  # (D,)
         w = head_weight.to(r.dtype).flatten()  # (D,)
         dm = -grad_loss * torch.sigmoid(-m) / len(m)  # (P,)
-        dz = ctx.beta * dm[pairs] * shares  # (N,)
+        dz = ctx.beta * dm[pairs] * shares  # (n,)
         # dL/dx_t = a_t u + b_t x_t, with u = g * w
-        a = dz * r  # (N,)
-        b = dz * r.pow(3) * dot / -x.shape[-1]  # (N,)
-        dx = torch.mul(x, b[:, None].to(x.dtype))  # (N, D)
+        a = dz * r  # (n,)
+        b = dz * r.pow(3) * dot / -x.shape[-1]  # (n,)
+        dx = torch.mul(x, b[:, None].to(x.dtype))  # (n, D)
         dx.addr_(a.to(x.dtype), (g * w).to(x.dtype))
         # s = sum_t a_t x_t
         chunks = zip(x.split(CHUNK), a.split(CHUNK))
         s = sum(chunk.to(r.dtype).T @ part for chunk, part in chunks)  # (D,)
         d_norm = (s * w).to(norm_weight)
         d_head = (s * g).view_as(head_weight).to(head_weight)
-        return dx, d_norm, d_head, None, None, None, None, None, None
+        return dx, d_norm, d_head, None, None, None
 
 
 def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2, margin=2.0, eps=1e-5):
@@ -135,7 +144,8 @@ def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2
     shares, pairs             (n,) c_t (fp32), and the pair 0 .. n_pairs - 1 of each token: see token_shares
     -> loss (scalar, differentiable), gaps (P,) = sum_t c_t Z_t (not differentiable: for metrics)
     """
-    return _FusedQRM.apply(x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps)
+    constants = _Constants(n_pairs, beta, margin, eps)
+    return _FusedQRM.apply(x, norm_weight, head_weight, shares, pairs, constants)
 
 
 def token_shares(response_mask):

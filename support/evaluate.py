@@ -91,7 +91,7 @@ def reward_name(directory, otherwise="qrm"):
     `otherwise`."""
     name = read_run(directory).get("reward", otherwise)
     require(
-        name in REWARD_MODELS,
+        isinstance(name, str) and name in REWARD_MODELS,
         f"{directory}/run.json: reward is {name!r}, expected one of {', '.join(REWARD_MODELS)}",
     )
     return "qrm" if name == "plain" else name

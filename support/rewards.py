@@ -57,8 +57,7 @@ def graded_reward(name, tokenizer, rows, cfg):
     """A Reward that knows the truth: it grades the answers to the prompts of `rows`.
 
     outcome   1 or 0 at the last token; an answer without its stop token is wrong
-    oracle    1 before the first wrong token and 0 from there on (the built-in task knows the one right
-    answer)
+    oracle    1 before the first wrong token and 0 from there on (only the built-in task knows the place)
     """
     known = rows_by_prompt(tokenizer, rows)
 
@@ -91,7 +90,7 @@ def load_function(spec):
     path, _, name = spec.rpartition(":")
     require(path.endswith(".py") and name.isidentifier(), f"--reward {spec}: expected FILE.py:FUNCTION")
     require(Path(path).is_file(), f"--reward {spec}: no file {path}; expected a Python file")
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, Path(path).absolute())
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
@@ -103,13 +102,13 @@ def load_function(spec):
 
 
 def describe_error(path, error):
-    """One line for an exception in a user's file: FILE.py, line N: ZeroDivisionError: ..."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    if isinstance(error, SyntaxError) and error.filename == str(path):
+    """An exception in a user's file in one line: FILE.py, line N: ZeroDivisionError: division by zero"""
+    file = str(Path(path).absolute())
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    if isinstance(error, SyntaxError) and error.filename == file:
         lines.append(error.lineno)
-    place = f"{path}, line {lines[-1]}" if lines else path  # no line: it does not take these arguments
-    return f"{place}: {type(error).__name__}: {error}"
+    place = f"{path}, line {lines[-1]}" if lines else path  # no line: called with arguments it does not take
+    return " ".join(f"{place}: {type(error).__name__}: {error}".split())
 
 
 def check_value(value, n, where):
@@ -130,7 +129,7 @@ def check_value(value, n, where):
 
 
 def call_function(function, spec, tokenizer, row, response_ids):
-    """A user's reward for one answer, checked; BadInput names the file's line and the row's."""
+    """A user's FUNCTION of one answer to the prompt of `row` -> float, or a list, one per response token"""
     text = answer_text(tokenizer, response_ids)
     truncated = response_ids[-1] not in tokenizer.stop_ids
     try:
@@ -153,7 +152,7 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
         truncated   True if the answer has no stop token: it reached --max_new_tokens
 
     It returns a number, which becomes the reward of the last response token, or a list of n numbers, one per
-    response token; one of the two for all answers. They count as rewards to be accumulated (--advantage
+    response token; the same of the two for all answers. They count as rewards to be accumulated (--advantage
     return, or gae with ppo) unless --advantage says otherwise. With tensor parallelism every rank calls it,
     and the value of the first one counts. For example, with --reward length_penalty.py:reward
 
@@ -174,7 +173,7 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
     """
     function = load_function(spec)
     known = rows_by_prompt(tokenizer, rows)
-    per_token = None  # whether FUNCTION returns lists: the first answer tells
+    per_token = None  # whether FUNCTION returns lists: decided by the first answer
 
     def rewards(ids, response_mask):
         nonlocal per_token
@@ -185,7 +184,7 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
             per_token = is_list if per_token is None else per_token
             require(
                 is_list == per_token,
-                f"--reward {spec}: a number for one answer, a list for another; expected one of the two",
+                f"--reward {spec}: found a number for one answer and a list for another; expected one kind",
             )
             last = start + len(response_ids) - 1
             out[i, start if is_list else last : last + 1] = torch.tensor(value)

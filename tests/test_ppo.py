@@ -357,8 +357,7 @@ def test_the_critic_learns_its_targets():
 
 
 def test_ppo_learns_to_say_a_token():
-    """One state, one action, reward 1 for token 3; the critic learns the mean of the standardised reward,
-    0."""
+    """One state and action, reward 1 for token 3; the critic learns the standardised reward's mean, 0."""
     policy, critic = a_policy(), a_critic()
     cfg, chances = config(batch_size=64, group_size=64, max_new_tokens=1, ppo_epochs=2), []
     optimizers = [Optimizer(m, Grid(), lr=0.01) for m in (policy, critic)]

@@ -154,8 +154,7 @@ class Enumerated:
         return self.scorer.scalars(self.scorer.model(torch.tensor([PROMPT + list(prefix)])))[0, -1].detach()
 
     def expected_gradient(self, weights):
-        """E[sum_t A_t grad log pi(a_t | s_t)] by reinforce_loss, a mean over tokens: a row counts p *
-        tokens."""
+        """E[sum_t A_t grad log pi(a_t | s_t)] by reinforce_loss, a mean of tokens: rows count p * tokens."""
         logprobs, _ = token_logprobs(self.policy, self.rollout.ids, self.mask)
         share = torch.stack(self.probability).detach()[:, None] * self.mask.sum()
         return -gradient(reinforce_loss(logprobs, weights * share, self.mask)[0], self.policy)

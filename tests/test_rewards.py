@@ -439,6 +439,7 @@ def test_a_number_for_each_answer(monkeypatch, tmp_path, value, found):
     [
         ("return 1 / 0", r"mine\.py, line 2: ZeroDivisionError: division by zero \(data line 3\)$"),
         ("return row['label']", r"mine\.py, line 2: KeyError: 'label' \(data line 3\)$"),
+        ("raise ValueError('two\\nlines')", r"mine\.py, line 2: ValueError: two lines \(data line 3\)$"),
         ("return int('x')", r"mine\.py, line 2: ValueError: .*'x' \(data line 3\)$"),
         ("return 'good'", r"mine\.py:reward, data line 3: found 'good'; expected a number, or a list of 3,"),
         ("return None", r"data line 3: found None; expected a number"),
@@ -489,6 +490,15 @@ def test_a_file_that_is_no_reward(monkeypatch, tmp_path, source, message):
 def test_what_names_no_function(spec):
     with pytest.raises(BadInput, match=f"^--reward {spec}: expected FILE.py:FUNCTION$"):
         user_reward(spec, Letters(), ROWS)
+
+
+def test_a_file_beside_the_command(monkeypatch, tmp_path):
+    """A relative path, as on the command line, finds the same file and the same line."""
+    reward_file(tmp_path, "def reward(prompt, response, ids, row, truncated):\n    return 1 / 0")
+    monkeypatch.chdir(tmp_path)
+    ids, mask = collate([Example(Letters().encode_prompt("one"), [5, STOP])])
+    with pytest.raises(BadInput, match=r"^mine\.py, line 2: ZeroDivisionError: .* \(data line 3\)$"):
+        user_reward("mine.py:reward", Letters(), ROWS).rewards(ids, mask)
 
 
 def test_a_file_that_is_not_there(tmp_path):
