@@ -219,7 +219,7 @@ def made_up_pairs(n, seed=0):
 def pair_loss_fn(model):
     def loss_fn(pairs):
         ids, mask = collate([example for pair in pairs for example in pair])
-        loss, stats = reward_model_loss(model, ids, mask, Reward())
+        loss, stats = reward_model_loss(model, ids, mask, Loss())
         return loss, {"score_gap": stats["score_gap"]}
 
     return loss_fn

@@ -369,7 +369,7 @@ def user_rollout(monkeypatch, directory, source):
     """The Reward of `source`, and a rollout of the answers in SAYS with it."""
     tokenizer, policy = Letters(), random_model(LanguageModel, small_config(vocab_size=len(Letters.text)))
     answers = [SAYS[row["prompt"]] for row in ROWS]
-    monkeypatch.setattr(reinforce, "generate", lambda *_: (answers, [a[-1] != STOP for a in answers]))
+    monkeypatch.setattr(reinforce, "generate", lambda *_, **__: (answers, [a[-1] != STOP for a in answers]))
     reward = user_reward(reward_file(directory, source), tokenizer, ROWS)
     prompts = [tokenizer.encode_prompt(row["prompt"]) for row in ROWS]
     cfg = config(batch_size=2, micro_tokens=4)  # a micro-batch per answer
@@ -386,7 +386,7 @@ def test_the_example_of_a_length_penalty(monkeypatch, tmp_path):
     answers = [right, wrong, endless]
     assert len(right) < 64
     policy = random_model(LanguageModel, small_config(vocab_size=tokenizer.vocab_size))
-    monkeypatch.setattr(reinforce, "generate", lambda *_: (answers, [False, False, True]))
+    monkeypatch.setattr(reinforce, "generate", lambda *_, **__: (answers, [False, False, True]))
     reward = user_reward(reward_file(tmp_path, textwrap.dedent(source)), tokenizer, rows)
     prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
     rollout = collect_rollout(policy, policy, reward, prompts, tokenizer.stop_ids, config(batch_size=3), 0)
@@ -526,7 +526,7 @@ def test_graded_rewards(monkeypatch, kind):
     answers = [tokenizer.encode_response(text) for text in texts]
     answers[2].pop()
     policy = random_model(LanguageModel, small_config(vocab_size=tokenizer.vocab_size))
-    monkeypatch.setattr(reinforce, "generate", lambda *_: (answers, [False, False, True]))
+    monkeypatch.setattr(reinforce, "generate", lambda *_, **__: (answers, [False, False, True]))
     reward = graded_reward(kind, tokenizer, rows, Config(task="arith"))
     prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows]
     rollout = collect_rollout(policy, policy, reward, prompts, tokenizer.stop_ids, config(batch_size=3), 0)

@@ -930,14 +930,14 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     ]
     assert command(*words)[0] == 0
     found = json.loads((tmp_path / "e/eval.json").read_text())
-    right = sum(w > l for w, l in zip(*means))
+    right = sum(chosen > rejected for chosen, rejected in zip(*means))
     assert found == {
         "n_pairs": 6,
         "pair_accuracy": right / 6,
         "pair_accuracy_95": evaluate.wilson(right, 6),
         "length_baseline": 2 / 6,
     }
-    assert [w < l for w, l in zip(*lengths)] == [False] * 4 + [True] * 2
+    assert [chosen < rejected for chosen, rejected in zip(*lengths)] == [False] * 4 + [True] * 2
     assert (
         command(*words, "--task", "arith")[0] == 0
     )  # prompts of the built-in task; two rejected answers have no error
@@ -948,7 +948,7 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     }
 
 
-# -------------------------------------------------------------------------------- rows that are dropped, spellings
+# -------------------------------------------------------------------------------- rows dropped, spellings
 
 
 def test_dropped_rows_are_counted_in_one_line(built, command, tmp_path):
@@ -1617,7 +1617,7 @@ def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
     assert command("--preset", preset, *small)[0] == 0 and len(rows_of(tmp_path / "o/metrics.jsonl")) == 1
 
 
-# -------------------------------------------------------------------------------- several processes, Ctrl-C, real data
+# -------------------------------------------------------------------------------- processes, Ctrl-C, real data
 
 
 def start(*words, program=()):
@@ -1640,7 +1640,8 @@ def tiny_program(tmp_path):
     """train.py with the settings that `command` runs with in this process."""
     path = tmp_path / "tiny_train.py"
     path.write_text(
-        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\ntrain.ARITH.update({TINY!r})\nrows = train.arith_rows\n"
+        f"import sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nimport train\n"
+        f"train.ARITH.update({TINY!r})\nrows = train.arith_rows\n"
         "train.arith_rows = lambda split, n, seed: rows(split, min(n, 400), seed)\nsys.exit(train.main())\n"
     )
     return path

@@ -279,8 +279,10 @@ def test_a_kill_at_any_moment_loses_nothing(base, straight, command, tmp_path, s
 def test_kill_9(base, straight, command, tmp_path, stage, nth):
     """A real one, at the nth file that is to be renamed."""
     program = (
-        f"import os, signal, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\nreplace, left = os.replace, [{nth}]\n"
-        "def cut_off(*names):\n    left[0] -= 1\n    os.kill(os.getpid(), signal.SIGKILL) if not left[0] else replace(*names)\n"
+        f"import os, signal, sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
+        f"replace, left = os.replace, [{nth}]\n"
+        "def cut_off(*names):\n    left[0] -= 1\n"
+        "    os.kill(os.getpid(), signal.SIGKILL) if not left[0] else replace(*names)\n"
         "os.replace = cut_off\nimport train\nsys.exit(train.main())\n"
     )
     given = [*map(str, words(stage, base, tmp_path / "out")), "--device", "cpu"]
@@ -881,6 +883,12 @@ def put(name, value, where=()):
     return tensors(lambda w: w[name].view(-1).__setitem__(len(w[name].view(-1)) // 2, value))
 
 
+def reverse_merges(tokenizer):
+    """The same merges in the wrong order, which counts unless ignore_merges is set."""
+    tokenizer["model"]["merges"].reverse()
+    tokenizer["model"]["ignore_merges"] = False
+
+
 BAD_MODELS = {  # what is done to a good policy directory: what the one line says
     "weights: empty": (raw("model.safetensors", lambda b: b""), "model.safetensors"),
     "weights: cut in half": (raw("model.safetensors", lambda b: b[: len(b) // 2]), "model.safetensors"),
@@ -1054,7 +1062,7 @@ BAD_MODELS = {  # what is done to a good policy directory: what the one line say
     "tokenizer: merges out of order": (
         edit(
             "tokenizer.json",
-            lambda t: (t["model"]["merges"].reverse(), t["model"].update(ignore_merges=False)) and None,
+            reverse_merges,
         ),
         "tokenizer.json",
     ),
@@ -1187,7 +1195,7 @@ GOOD = {
     "label": "3",
 }
 LONG = 5_000_000  # characters of a line; `slow`: 100 MB
-BAD_LINES = {  # what follows a good line: what the message says. Texts are repeated to LONG where a function is given
+BAD_LINES = {  # what follows a good line: what the message says; a function gives a text of LONG
     "NUL bytes": (b"\0" * 1000, "line 2: not valid JSON"),
     "a NUL byte in a text": (b'{"prompt": "a\0b", "response": "c"}', "line 2: not valid JSON"),
     "a raw lone surrogate": (
