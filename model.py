@@ -708,15 +708,27 @@ def sample_tokens(probs, uniforms):
     return torch.searchsorted(cdf, height, right=True).squeeze(-1).clamp(max=cdf.shape[1] - 1)
 
 
+def sampling_uniforms(seed, numbers, steps):
+    """The random numbers that answers are sampled with: functions of (seed, number of the answer, step).
+
+    So an answer depends on no other prompt, on no rank, and not on the batch it is sampled in.
+    numbers   list of n int >= 0, one per answer -> (n, steps) fp32 in [0, 1)
+    """
+    rows = []
+    for number in numbers:
+        own = zlib.crc32(f"{seed} {number}".encode())  # a generator reads 32 bits
+        rows.append(torch.rand(steps, generator=torch.Generator().manual_seed(own)))
+    return torch.stack(rows)
+
+
 @torch.no_grad()
 def generate_plainly(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0):
     """One answer per prompt, without cache or batch: what support.sampling.generate must give, only faster.
 
-    Prompt i, step t always use the same uniform number, so an answer depends on no other prompt.
     -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
     """
-    generator, device = torch.Generator().manual_seed(seed), policy.grid.device
-    uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator).to(device)
+    device = policy.grid.device
+    uniforms = sampling_uniforms(seed, range(len(prompts)), max_new_tokens).to(device)
     responses = []
     for prompt, row in zip(prompts, uniforms):
         response = []

@@ -111,19 +111,23 @@ def kl_estimates(logprobs, ref_logprobs):
 
 
 @torch.no_grad()
-def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed):
+def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed, places=None):
     """Samples cfg.group_size answers per prompt and scores every token.
 
     reward     reward.rewards(ids (b, t+1), response_mask (b, t)) -> (b, t) float, called on micro-batches;
                then reward.speaks(ids (B, T+1), response_mask (B, T)) -> (B, T) bool: where rewards are given
     prompts    list of id lists: this dp rank's (all ranks of a tp group pass the same)
     stop_ids   ids that end an answer and belong to it
+    places     list of int: each prompt's place in the batch of all dp ranks, which with the seed decides what
+               is sampled; default 0, 1, 2 ...
     cfg        has group_size, batch_size, minibatch, micro_tokens, max_new_tokens, temperature, kl
     """
     device = policy.grid.device
+    places = range(len(prompts)) if places is None else places
+    numbers = [place * cfg.group_size + i for place in places for i in range(cfg.group_size)]
     prompts = [prompt for prompt in prompts for _ in range(cfg.group_size)]
     responses, truncated = generate(
-        policy, prompts, cfg.max_new_tokens, stop_ids, cfg.temperature, seed, graphs=cfg.graphs
+        policy, prompts, cfg.max_new_tokens, stop_ids, cfg.temperature, seed, numbers, graphs=cfg.graphs
     )
     examples = [Example(prompt, response) for prompt, response in zip(prompts, responses)]
     ids, response_mask = collate(examples, device)  # (B, T+1), (B, T)

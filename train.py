@@ -163,8 +163,8 @@ def stage_rl(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [prompts[i] for i in batch_indices(len(prompts), n, step, cfg.seed)]
             mine = batch[grid.dp_rank :: grid.dp_size]
-            seed = hash_seed(cfg.seed, cfg.stage, step, grid.dp_rank)
-            rollout = collect_rollout(policy, reference, reward, mine, tokenizer.stop_ids, cfg, seed)
+            seed, places = hash_seed(cfg.seed, cfg.stage, step), range(grid.dp_rank, n, grid.dp_size)
+            rollout = collect_rollout(policy, reference, reward, mine, tokenizer.stop_ids, cfg, seed, places)
             if cfg.stage == "ppo":
                 critic_lr = lr_at(step, steps, cfg.critic_lr, cfg)
                 stats = ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, critic_lr)
@@ -321,11 +321,10 @@ def stage_pairs(cfg, grid):
 def sample_pairs(policy, tokenizer, rows, path, cfg, grid):
     """Writes the pairs of the prompts in `rows` to `path`."""
     mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
-    split = "test" if path == heldout_path(cfg) else "train"
+    seed = hash_seed(cfg.seed, "pairs")
     chunk = max(1, 1024 // cfg.k)  # prompts decoded at a time
     for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
         part = mine[start : start + chunk]
-        seed = hash_seed(cfg.seed, split, grid.dp_rank, start)
         for row, answers in zip(
             part, sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
         ):

@@ -593,8 +593,7 @@ def our_answers(policy, prompts, lengths, ends):
     """
     most = max(lengths)
     sample = model.sample_tokens
-    generator = torch.Generator().manual_seed(0)
-    uniforms = torch.rand(len(prompts) + 1, most, generator=generator)  # those that generate draws
+    uniforms = model.sampling_uniforms(0, range(len(prompts)), most)  # those that generate draws
     last = uniforms[range(len(prompts)), [n - 1 for n in lengths]].to(policy.grid.device)
 
     def sample_until_the_end(probs, u):

@@ -151,10 +151,15 @@ class Answer(NamedTuple):
 
 
 def sample_graded(policy, tokenizer, rows, cfg, seed, temperature, k):
-    """k answers to each row's prompt, graded -> one list of k Answers per row"""
+    """k answers to each row's prompt, graded -> one list of k Answers per row
+
+    What is sampled is a function of (seed, line of the row, 0 .. k - 1), and of no rank.
+    """
     prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg.data) for _ in range(k)]
+    numbers = [row["line"] * k + i for row in rows for i in range(k)]
+    stop_ids = tokenizer.stop_ids
     responses, truncated = generate(
-        policy, prompts, cfg.max_new_tokens, tokenizer.stop_ids, temperature, seed, graphs=cfg.graphs
+        policy, prompts, cfg.max_new_tokens, stop_ids, temperature, seed, numbers, graphs=cfg.graphs
     )
     answers = []
     for i, (ids, cut) in enumerate(zip(responses, truncated)):
@@ -305,7 +310,7 @@ def eval_policy(directory, cfg, grid):
     mine = rows[grid.dp_rank :: grid.dp_size]
     began = time.perf_counter()
     greedy = sample_graded(policy, tokenizer, mine, cfg, 0, 0.0, 1)
-    seed = hash_seed(cfg.seed, "eval", grid.dp_rank)
+    seed = hash_seed(cfg.seed, "eval")
     samples = sample_graded(policy, tokenizer, mine, cfg, seed, cfg.temperature, cfg.k)
     seconds = time.perf_counter() - began
     ks = sorted({*(2**i for i in range(cfg.k.bit_length())), cfg.k})

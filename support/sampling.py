@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from model import Packed, sample_tokens
+from model import Packed, sample_tokens, sampling_uniforms
 from parallel import ParallelLinear, gather_shards
 from support.files import require
 
@@ -203,12 +203,23 @@ class Slots:
 
 @torch.inference_mode()
 def generate(
-    policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0, batch_size=256, graphs=False
+    policy,
+    prompts,
+    max_new_tokens,
+    stop_ids,
+    temperature=1.0,
+    seed=0,
+    numbers=None,
+    batch_size=256,
+    graphs=False,
 ):
     """Samples one answer per prompt; ids in, ids out, so that exactly what was sampled is scored later.
 
-    prompts       list of id lists          stop_ids    end an answer and belong to it
-    temperature   0 is greedy               seed        prompt i, step t always use the same uniform number
+    prompts       list of id lists
+    stop_ids      end an answer and belong to it
+    temperature   0 is greedy
+    numbers       list of int, one per prompt: an answer depends on its prompt, seed and number alone, and on
+                  no rank (model.sampling_uniforms); default 0, 1, 2 ...
     batch_size    answers decoded concurrently; a finished one makes room for the next prompt
     graphs        replay CUDA graphs (CUDA only): helps when launch overhead dominates a decoding step
     -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
@@ -216,8 +227,8 @@ def generate(
     """
     require(all(prompts), "a prompt has no tokens; expected at least one")
     device, n = policy.grid.device, len(prompts)
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(n + 1, max_new_tokens, generator=generator).to(device)  # row n is for free slots
+    numbers = range(n) if numbers is None else numbers
+    uniforms = sampling_uniforms(seed, [*numbers, 0], max_new_tokens).to(device)  # the last row: free slots
     tokens = torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device)
     lengths = torch.zeros(n + 1, dtype=torch.int64, device=device)
     stops = torch.tensor(stop_ids, device=device)

@@ -673,6 +673,90 @@ def ranks_without_rows_take_part_in_an_update(grid):
     }
 
 
+def shared_directory(directory):
+    """The main rank's directory, on all ranks."""
+    paths = [directory]
+    dist.broadcast_object_list(paths)
+    return Path(paths[0])
+
+
+def untimed_rows(path):
+    """The numbers of a metrics.jsonl, row by row."""
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
+
+
+@check(tp_alone=False)
+def what_is_sampled_does_not_depend_on_the_grid(grid):
+    """pairs, reinforce, ppo and eval: the same samples, so the same files and metrics, as with one process."""
+    with tempfile.TemporaryDirectory() as directory:
+        base = shared_directory(directory)
+        if dist.get_rank() == 0:
+            tokenizer = data.arith_tokenizer()
+            cfg = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 8, 4, 8)
+            for name, model_class in (("lm", LanguageModel), ("rm", ScalarModel)):
+                (base / name).mkdir()
+                tokenizer.save(base / name)
+                save_model(filled(model_class, cfg, Grid()), base / name)
+            rows = data.arith_rows("train", 400, 0)
+            for name, keys in (("sft", ("prompt", "response")), ("prompts", ("prompt", "label"))):
+                kept = rows[:24] if name == "prompts" else rows
+                lines = [json.dumps({key: row[key] for key in keys}) + "\n" for row in kept]
+                (base / f"{name}.jsonl").write_text("".join(lines))
+            sft = dict(data=str(base / "sft.jsonl"), steps=60, lr=1e-2, batch_size=16)  # so that answers end
+            start = settings.Config(stage="sft", model=str(base / "lm"), out=str(base / "sft"), **sft)
+            train.run_stage(start, Grid())
+        dist.barrier()
+        common = dict(
+            model=str(base / "sft"),
+            data=str(base / "prompts.jsonl"),
+            task="arith",
+            max_new_tokens=40,
+            k=4,
+        )
+        learning = dict(
+            reward_model=str(base / "rm"),
+            steps=3,
+            lr=1e-3,
+            critic_lr=1e-3,
+            batch_size=16,
+            minibatch=8,
+            group_size=2,
+            warmup=2,
+            kl_coef=0.1,
+            limit=8,
+            eval_every=2,
+        )
+        stages = {"pairs": {}, "reinforce": learning, "ppo": learning, "eval": {}}
+
+        def run(home, g):
+            for stage, changes in stages.items():
+                out = home / {"pairs": "pairs.jsonl"}.get(stage, stage)
+                cfg = settings.Config(stage=stage, out=str(out), **common | changes)
+                train.run_stage(cfg, g)
+
+        with mock.patch.object(evaluate, "grade", lambda text, *_: (None, len(text) % 2 == 0)):
+            if dist.get_rank() == 0:
+                run(base / "one", Grid())
+            dist.barrier()
+            run(base / "all", grid)
+        dist.barrier()
+        one, all_ranks = base / "one", base / "all"
+        found = {
+            "pairs": unequal((one / "pairs.jsonl").read_text(), (all_ranks / "pairs.jsonl").read_text()),
+        }
+        for stage in ("reinforce", "ppo"):
+            rows = [untimed_rows(home / stage / "metrics.jsonl") for home in (one, all_ranks)]
+            for a, b in zip(*rows, strict=True):
+                found |= {f"{stage}, {name}": far(a[name], b[name]) for name in b}
+        results = [json.loads((home / "eval" / "eval.json").read_text()) for home in (one, all_ranks)]
+        for name in ("pass@1", "maj@k", "n_prompts", "generated_tokens"):
+            found[f"eval, {name}"] = unequal(results[0][name], results[1][name])
+        found["eval, pass@k"] = far(*(list(result["pass@k"].values()) for result in results))
+        dist.barrier()
+    return found
+
+
 @check(tp_alone=False)
 def twenty_steps_of_stage_rm(grid):
     """`--stage rm` from files: the validation loss is that of one process, even if one process makes the

@@ -34,6 +34,7 @@ from model import (
     save_adapter,
     save_model,
     token_logprobs,
+    sampling_uniforms,
 )
 from parallel import Grid
 from support.sampling import KVCache, generate
@@ -327,7 +328,7 @@ def test_the_plain_loop_draws_by_hand(temperature):
     policy = random_model(LanguageModel, small_config())
     prompts = [[3, 1, 4], [1], [5, 9, 2, 6]]
     responses, truncated = generate_plainly(policy, prompts, 6, [0, 4, 9], temperature, seed=5)
-    uniforms = torch.rand(3, 6, generator=torch.Generator().manual_seed(5))
+    uniforms = sampling_uniforms(5, range(3), 6)
     for prompt, row, response, cut in zip(prompts, uniforms, responses, truncated):
         for t, token in enumerate(response):
             logits = decode_slowly(policy, torch.tensor(prompt + response[:t]))[-1]  # (D,) fp64

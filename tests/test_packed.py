@@ -26,12 +26,13 @@ from model import (
     rope_frequencies,
     sample_tokens,
     token_logprobs,
+    sampling_uniforms,
 )
 from parallel import Grid, linear
 from qrm import masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
 from support import tokenizers
 from support.sampling import REORDERS, KVCache, generate, reordered_weights
-from support.settings import Reward
+from support.settings import Loss
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths
 # that do not.
@@ -109,7 +110,7 @@ def test_the_loss_of_packed_pairs_is_the_plain_one():
     model = random_model(ScalarModel, small_config())
     ids, mask = collate([*EXAMPLES[:2], *EXAMPLES[2:4], EXAMPLES[5], EXAMPLES[0]])
     plain, stats = qrm_loss(token_scores(model, ids), mask)
-    loss, found = reward_model_loss(model, ids, mask, Reward())
+    loss, found = reward_model_loss(model, ids, mask, Loss())
     near(loss, plain)
     assert found == pytest.approx(stats, rel=1e-4)
     near(gradients(loss, model), gradients(plain, model))
@@ -207,7 +208,7 @@ def test_remat_trades_memory_for_time():
         model.load_state_dict(start.state_dict())
         calls = []
         handle = model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-        loss, size = kept_bytes(lambda: reward_model_loss(model, ids, mask, Reward())[0], model)
+        loss, size = kept_bytes(lambda: reward_model_loss(model, ids, mask, Loss())[0], model)
         found.append((gradients(loss, model), size, len(calls)))
         handle.remove()
     (plain, much, once), (again, little, twice) = found
@@ -539,7 +540,7 @@ def test_sampled_and_scored_log_probabilities_agree():
         responses, _ = generate(policy, prompts, n, [0], 1.3, seed=5, batch_size=5)
     ids, mask = collate([Example(p, r) for p, r in zip(prompts, responses)])
     scored = token_logprobs(policy, ids, mask, 1.3)[0]
-    uniforms = torch.rand(13, n, generator=torch.Generator().manual_seed(5))
+    uniforms = sampling_uniforms(5, range(12), n)
     sampled = torch.tensor(
         list(
             itertools.chain.from_iterable(
