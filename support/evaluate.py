@@ -23,6 +23,7 @@ from data import (
     error_places,
     first_error,
     load_rows,
+    rows_by_prompt,
     sequence_length,
     spans,
     stable_hash,
@@ -109,7 +110,7 @@ def graded_reward(kind, tokenizer, rows, cfg):
     outcome   1 or 0 at the last token; an answer without its stop token is wrong
     oracle    1 before the first wrong token and 0 from there on (the built-in task knows the one right answer)
     """
-    known = {tuple(tokenizer.encode_prompt(row["prompt"])): row for row in rows}
+    known = rows_by_prompt(rows, tokenizer, cfg.data or "built-in task")
 
     def reward_fn(ids, response_mask):
         out = torch.zeros(response_mask.shape, device=ids.device)
