@@ -7,8 +7,6 @@ B sequences · T positions
 
 import functools
 import hashlib
-import itertools
-import json
 import random
 import re
 from dataclasses import dataclass
@@ -17,82 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from support.files import BadInput, at_line, read_jsonl, require
-from support.graders import gsm8k_label
-from support.tokenizers import build_tokenizer, is_conversation
-
-# -------------------------------------------------------------------------------- JSON lines
-
-
-KEYS = {
-    "prompt": ("prompt", "instruction", "question"),
-    "response": ("response", "completion", "output", "answer"),
-    "label": ("label", "answer"),
-    "chosen": ("chosen",),
-    "rejected": ("rejected",),
-}
-
-
-def with_implicit_prompt(raw):
-    """A TRL pair without a prompt has one: the messages of `chosen` before the last."""
-    if any(key in raw for key in KEYS["prompt"]) or not is_conversation(raw.get("chosen")):
-        return raw
-    return {**raw, "prompt": raw["chosen"][:-1]}
-
-
-def read_label(value):
-    """A label as text; in OpenAI's GSM8K rows it is what follows "####" in `answer`."""
-    if isinstance(value, str) and "####" in value:
-        return gsm8k_label(value)
-    return str(value) if isinstance(value, (int, float, str)) else value
-
-
-def read_field(raw, key):
-    """What a row says for a canonical key: text or messages; BadInput if it says nothing usable."""
-    name = next((name for name in KEYS[key] if name in raw), None)
-    require(
-        name is not None,
-        f"found keys {sorted(raw)[:8]}, expected {' or '.join(KEYS[key])}",
-    )
-    value = raw[name]
-    if key == "label":
-        value = read_label(value)
-    is_text = isinstance(value, str) and value.strip() != ""
-    require(
-        is_text or key != "label" and is_conversation(value),
-        f"{name} is {json.dumps(value)[:60]}; expected a text that is not empty, "
-        'or a list of {"role", "content"} messages',
-    )
-    if key in ("chosen", "rejected", "response") and isinstance(value, list):
-        return value[-1:]  # the reply; what precedes it belongs to the prompt
-    return value
-
-
-def load_rows(path, needs, limit=0, optional=()):
-    """Rows of a JSON lines file with the canonical keys of `needs` (and those of `optional` that it has).
-
-    needs, optional   among "prompt", "response", "chosen", "rejected", "label"; KEYS lists the accepted
-                      spellings
-    limit             reads only so many rows; 0 reads all
-    -> list of {"prompt": ..., ..., "line": int, "raw": the row as read}. Values are texts, or lists of
-       {"role", "content"}; a TRL pair without a prompt gets the messages before the last one. A label is a
-       str; in OpenAI's GSM8K rows it is what follows "####" in `answer`.
-    Raises BadInput with the line number for a row that lacks something.
-    """
-    rows = []
-    for line, raw in itertools.islice(read_jsonl(path), limit or None):
-        fields = with_implicit_prompt(raw) if {"prompt", "chosen"} <= set(needs) else raw
-        row = {"line": line, "raw": raw}
-        with at_line(path, line):
-            for key in needs:
-                row[key] = read_field(fields, key)
-            for key in optional:
-                if any(name in fields for name in KEYS[key]):
-                    row[key] = read_field(fields, key)
-        rows.append(row)
-    require(rows, f"{path}: no rows; expected one JSON object a line")
-    return rows
-
+from support.files import BadInput, at_line, require
+from support.rows import load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
+from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
 
@@ -122,7 +47,11 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     for row in rows:
         with at_line(source, row["line"]):
             prompt_ids = tokenizer.encode_prompt(row["prompt"])
-            examples = tuple(Example(prompt_ids, tokenizer.encode_response(row[key])) for key in keys)
+            sampled = sampled_ids(row, tokenizer, prompt_ids)
+            examples = tuple(
+                Example(prompt_ids, sampled[key] if key in sampled else tokenizer.encode_response(row[key]))
+                for key in keys
+            )
         if max(map(sequence_length, examples)) > max_seq_len:
             too_long += 1
         elif len(examples) == 2 and examples[0] == examples[1]:
@@ -137,6 +66,56 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
         )
     require(kept, f"{source}: no row is left; raise --max_seq_len ({max_seq_len}) or look at the data")
     return kept, kept_rows
+
+
+SAMPLED = {"response": "ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+
+
+def sampled_ids(row, tokenizer, prompt_ids):
+    """{key: ids} of the replies that a policy sampled with this very tokenizer: they stay the ids it sampled.
+
+    Text would not bring them back: a policy may sample any ids, not only those that encode() makes, and a
+    byte that is not UTF-8 is lost as text. `row["sampled"]` holds `ids` (response), `chosen_ids`,
+    `rejected_ids`, with the stop token where the policy sampled one, `prompt_ids`, and `tokenizer`, a
+    fingerprint; where that is another tokenizer's, the text counts. Raises BadInput if the row's ids and
+    texts say different things.
+    """
+    sampled = row.get("sampled", {})
+    if sampled.get("tokenizer") != tokenizer.fingerprint:
+        return {}
+    same_prompt = sampled.get("prompt_ids", prompt_ids) == prompt_ids
+    require(same_prompt, "prompt_ids are not those of the prompt; expected both unchanged, or no ids")
+    found = {}
+    for key, name in SAMPLED.items():
+        if key not in row or name not in sampled:
+            continue
+        ids = sampled[name]
+        known = (
+            isinstance(ids, list) and ids and all(type(id) is int and 0 <= id < tokenizer.rows for id in ids)
+        )
+        require(known, f"{name} is {str(ids)[:60]}; expected ids of this tokenizer")
+        said = tokenizer.decode([id for id in ids if id not in tokenizer.stop_ids])
+        text = row[key] if isinstance(row[key], str) else row[key][-1]["content"]
+        require(
+            said == text,
+            f"{name} spell {said[:40]!r}, and {key} is another text; expected the same, or no ids",
+        )
+        found[key] = ids
+    return found
+
+
+def rows_by_prompt(rows, tokenizer, source):
+    """-> {prompt ids as a tuple: row}, to look up a prompt's label; BadInput if one prompt has two labels."""
+    found = {}
+    for row in rows:
+        with at_line(source, row["line"]):
+            first = found.setdefault(tuple(tokenizer.encode_prompt(row["prompt"])), row)
+            require(
+                first.get("label") == row.get("label"),
+                f"label {row.get('label')!r}, but the same prompt has {first.get('label')!r}"
+                f" on line {first['line']}",
+            )
+    return found
 
 
 def encode_prompts(rows, tokenizer, source):

@@ -32,7 +32,6 @@ from data import (
     encode,
     encode_prompts,
     error_places,
-    load_rows,
     sequence_length,
     spans,
 )
@@ -65,6 +64,7 @@ from support.evaluate import (
     load_tokenizer,
     log_to,
     make_pairs,
+    read_rows,
     reward_of_run,
     sample_graded,
     score_examples,
@@ -92,7 +92,7 @@ from support.settings import (
 def stage_sft(cfg, grid):
     """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
     tokenizer = load_tokenizer(cfg.model, cfg)
-    rows = load_rows(cfg.data, ("prompt", "response"))
+    rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid)
     examples, _ = encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data, log=log_to(grid))
     policy = with_adapters(load(LanguageModel, cfg.model, cfg, grid), cfg.lora_rank, cfg)
     optimizer = make_optimizer(policy, cfg.lr, cfg, grid)
@@ -143,7 +143,7 @@ def stage_rm(cfg, grid):
 def stage_rl(cfg, grid):
     """REINFORCE or PPO: sample, score every token, update; greedy pass@1 on held-out prompts now and then."""
     tokenizer = load_tokenizer(cfg.model, cfg)
-    rows, heldout = load_prompts(cfg)
+    rows, heldout = load_prompts(cfg, grid)
     prompts = short_prompts(rows, tokenizer, cfg, grid)
     reference = load(LanguageModel, cfg.model, cfg, grid).requires_grad_(False)
     start = reference if cfg.lora_rank else load(LanguageModel, cfg.model, cfg, grid)
@@ -251,7 +251,7 @@ def say_accuracy(cfg, grid):
 
 def load_pairs(cfg, tokenizer, grid):
     """[(chosen, rejected)] as Examples; for prm followed by the index of the first wrong token of each."""
-    rows = load_rows(cfg.data, ("prompt", "chosen", "rejected"))
+    rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid)
     pairs, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
     if REWARD_MODELS[cfg.reward].needs_steps:
         for i, row in enumerate(rows):
@@ -260,13 +260,13 @@ def load_pairs(cfg, tokenizer, grid):
     return pairs
 
 
-def load_prompts(cfg):
+def load_prompts(cfg, grid):
     """Rows to learn from and rows held out for pass@1: --heldout, or the last --limit rows of --data."""
     graded = cfg.reward in ("outcome", "oracle")
     needs = ("prompt", "label") if graded else ("prompt",)
-    rows = load_rows(cfg.data, needs, optional=("label",))
+    rows = read_rows(cfg.data, needs, cfg, grid, optional=("label",))
     if cfg.heldout:
-        return rows, load_rows(cfg.heldout, ("prompt", "label"))
+        return rows, read_rows(cfg.heldout, ("prompt", "label"), cfg, grid)
     cut = max(len(rows) - cfg.limit, 0)
     require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
     return rows[:cut], [row for row in rows[cut:] if "label" in row]
@@ -308,12 +308,12 @@ def with_advantage(cfg, reward):
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
     tokenizer = load_tokenizer(cfg.model, cfg)
-    rows = load_rows(cfg.data, ("prompt", "label"), cfg.limit)
+    rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
     policy = load(LanguageModel, cfg.model, cfg, grid)
     sample_pairs(policy, tokenizer, rows, out_path(cfg), cfg, grid)
     if cfg.heldout:
         cfg = dataclasses.replace(cfg, data=cfg.heldout)
-        rows = load_rows(cfg.data, ("prompt", "label"))
+        rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid)
         sample_pairs(policy, tokenizer, rows, heldout_path(cfg), cfg, grid)
     barrier(grid)
 
@@ -329,7 +329,9 @@ def sample_pairs(policy, tokenizer, rows, path, cfg, grid):
             part, sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
         ):
             correct += count_right(answers)
-            found += [(row["line"], pair) for pair in make_pairs(row, answers, cfg.pairs_per_prompt)]
+            found += [
+                (row["line"], pair) for pair in make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
+            ]
     correct = all_sum({"correct": correct}, grid)["correct"]
     written = write_rows(path, found, grid)
     if grid.is_main:
@@ -380,14 +382,18 @@ def stage_score(cfg, grid):
         key = "logprobs"
         policy = load(LanguageModel, cfg.model, cfg, grid)
         numbers_of = lambda ids, mask: token_logprobs(policy, ids, mask)[0]  # noqa: E731
-    rows = load_rows(cfg.data, ("prompt", "response"), cfg.limit)
+    rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid, cfg.limit)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     written = []
     for row, (example,), numbers in zip(
         rows, examples, score_examples(numbers_of, flat(examples), cfg, grid)
     ):
-        ids = {"prompt_ids": example.prompt_ids, "ids": example.response_ids}
+        ids = {
+            "prompt_ids": example.prompt_ids,
+            "ids": example.response_ids,
+            "tokenizer": tokenizer.fingerprint,
+        }
         texts = {"tokens": tokenizer.token_texts(example.response_ids)}
         written.append((row["line"], row["raw"] | ids | texts | {key: numbers.tolist()}))
     n = write_rows(out_path(cfg), written, grid)
@@ -399,7 +405,7 @@ def stage_score(cfg, grid):
 def stage_grade(cfg, grid):
     """The rows with `answer` (what the response claims, or null) and `correct`."""
     written = []
-    for row in load_rows(cfg.data, ("response", "label"), cfg.limit):
+    for row in read_rows(cfg.data, ("response", "label"), cfg, grid, cfg.limit):
         text = row["response"]
         text = text if isinstance(text, str) else text[-1]["content"]  # the reply in a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)

@@ -216,7 +216,7 @@ for answer in answers[mixed]:
 section("7. Preference pairs")
 # Right answers paired with wrong ones of the same prompt. The reward model is never told which token is
 # wrong.
-found = [(row, pair) for row, four in zip(rows, answers) for pair in make_pairs(row, four, 4)]
+found = [(row, pair) for row, four in zip(rows, answers) for pair in make_pairs(row, four, 4, tokenizer)]
 pairs = data.encode([{**row, **pair} for row, pair in found], tokenizer, 64, ("chosen", "rejected"))[0]
 cut = len(pairs) * 4 // 5
 while found[cut][0] is found[cut - 1][0]:  # no prompt on both sides

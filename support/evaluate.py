@@ -75,6 +75,12 @@ def load_tokenizer(directory, cfg):
     return tokenizer
 
 
+def read_rows(path, needs, cfg, grid, limit=0, optional=()):
+    """load_rows with the run's --ignore_keys; what it has to say goes to the main rank's terminal."""
+    ignored = tuple(filter(None, cfg.ignore_keys.split(",")))
+    return load_rows(path, needs, limit, optional, ignored, log_to(grid))
+
+
 def read_run(directory):
     """run.json of a model directory; {} where there is none."""
     path = Path(directory) / "run.json"
@@ -181,20 +187,35 @@ def greedy_pass(policy, tokenizer, rows, cfg, grid):
     return all_sum({"right": right}, grid)["right"] / len(rows)
 
 
-def make_pairs(row, answers, most):
+def make_pairs(row, answers, most, tokenizer):
     """Right answers paired with wrong ones of the same prompt; each pair once, the shorter list repeated.
 
-    Truncated answers are left out: written as text they would gain a stop token that they never had.
+    A pair is text, and beside it the very ids that were sampled, which data.encode uses. Truncated answers
+    are left out: a reader of the text alone would take them for whole.
     """
-    whole = [answer for answer in answers if not answer.truncated and answer.text.strip()]
-    right = list(dict.fromkeys(answer.text for answer in whole if answer.correct))
-    wrong = list(dict.fromkeys(answer.text for answer in whole if not answer.correct))
+    right, wrong = {}, {}
+    for answer in answers:
+        if not answer.truncated and answer.text.strip():
+            (right if answer.correct else wrong).setdefault(answer.text, answer)
     if not right or not wrong:
         return []
+    right, wrong = list(right.values()), list(wrong.values())
     pairs = []
     for i in range(min(max(len(right), len(wrong)), most)):
-        pair = {"chosen": right[i % len(right)], "rejected": wrong[i % len(wrong)]}
-        pairs.append({"prompt": row["prompt"], **pair, "label": row["label"]})
+        chosen, rejected = right[i % len(right)], wrong[i % len(wrong)]
+        texts = {
+            "prompt": row["prompt"],
+            "chosen": chosen.text,
+            "rejected": rejected.text,
+            "label": row["label"],
+        }
+        ids = {
+            "prompt_ids": tokenizer.encode_prompt(row["prompt"]),
+            "chosen_ids": chosen.ids,
+            "rejected_ids": rejected.ids,
+            "tokenizer": tokenizer.fingerprint,
+        }
+        pairs.append(texts | ids)
     return pairs
 
 
@@ -252,7 +273,7 @@ def eval_reward_model(directory, cfg, grid):
     name = reward_name(directory)
     tokenizer = load_tokenizer(directory, cfg)
     reward = load_reward(name, directory, tokenizer, cfg, grid)
-    rows = load_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg.limit)
+    rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid, cfg.limit)
     pairs, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log=log_to(grid))
     n = len(pairs)
     mine, rows = pairs[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
@@ -306,7 +327,7 @@ def eval_policy(directory, cfg, grid):
     reward = None
     if cfg.reward_model:
         reward = load_reward(reward_name(cfg.reward_model), cfg.reward_model, tokenizer, cfg, grid)
-    rows = load_rows(cfg.data, ("prompt", "label"), cfg.limit)
+    rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
     mine = rows[grid.dp_rank :: grid.dp_size]
     began = time.perf_counter()
     greedy = sample_graded(policy, tokenizer, mine, cfg, 0, 0.0, 1)

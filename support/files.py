@@ -53,13 +53,26 @@ def read_jsonl(path):
 def read_line(line):
     """The JSON object in one line (bytes); BadInput if it is none."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=without_doubles)
+    except BadInput:
+        raise
     except json.JSONDecodeError as e:
         raise BadInput(f"not valid JSON in UTF-8 ({e.msg}, column {e.colno})") from None
     except (ValueError, RecursionError) as e:
         raise BadInput(f"not valid JSON in UTF-8 ({e})") from None
     require(isinstance(row, dict), f"found {type(row).__name__}, expected a JSON object")
     return row
+
+
+def without_doubles(pairs):
+    """The dict of a JSON object's pairs; BadInput for a key that is there twice, whose first value would be
+    lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise BadInput(f"the key {double!r} is there twice; expected each key once")
+    return found
 
 
 @contextlib.contextmanager

@@ -8,29 +8,13 @@ from pathlib import Path
 
 import torch
 
-from data import Example, error_places
+from data import Example, error_places, rows_by_prompt
 from parallel import Grid, all_reduce
 from qrm import Reward, at_every_token, at_last_token, mean_of_rewards, sum_of_rewards
 from support.files import BadInput, require
 from support.graders import grade
 
 # -------------------------------------------------------------------------------- answers and their rows
-
-
-def rows_by_prompt(tokenizer, rows):
-    """{prompt ids: row}: how a reward finds the row of the data that a sampled answer belongs to.
-
-    Of several rows with one prompt the first counts. Raises BadInput if their labels differ.
-    """
-    known = {}
-    for row in rows:
-        first = known.setdefault(tuple(tokenizer.encode_prompt(row["prompt"])), row)
-        require(
-            first.get("label") == row.get("label"),
-            f"lines {first['line']} and {row['line']} have the same prompt and different labels, found "
-            f"{first.get('label')!r} and {row.get('label')!r}; expected one label per prompt",
-        )
-    return known
 
 
 def answers_in(ids, response_mask, known):
@@ -59,7 +43,7 @@ def graded_reward(name, tokenizer, rows, cfg):
     outcome   1 or 0 at the last token; an answer without its stop token is wrong
     oracle    1 before the first wrong token and 0 from there on (only the built-in task knows the place)
     """
-    known = rows_by_prompt(tokenizer, rows)
+    known = rows_by_prompt(rows, tokenizer, cfg.data)
 
     def rewards(ids, response_mask):
         out = torch.zeros(response_mask.shape, device=ids.device)
@@ -172,7 +156,7 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
     or it returns another type or length, or a number that is not finite in fp32.
     """
     function = load_function(spec)
-    known = rows_by_prompt(tokenizer, rows)
+    known = rows_by_prompt(rows, tokenizer, "--data")
     per_token = None  # whether FUNCTION returns lists: decided by the first answer
 
     def rewards(ids, response_mask):

@@ -62,6 +62,7 @@ class Run:
     )
     model: str = flag("", "Hugging Face directory to start from; default: the built-in task's")
     data: str = flag("", "JSON lines file; default: the built-in task's")
+    ignore_keys: str = flag("", "keys of --data's rows to ignore, comma-separated; an unknown key is refused")
     heldout: str = flag(
         "",
         "pairs: prompts for <out>-heldout.jsonl; reinforce, ppo: prompts with labels, for pass@1;"

@@ -33,6 +33,7 @@ FILES = (
     "generation_config.json",
     "config.json",
 )
+ROLES = ("system", "user", "assistant")
 # Template: the special tokens it needs, its stop token last.
 CHATS = {
     "none": (),
@@ -229,7 +230,8 @@ class Tokenizer:
     stop_id         what encode_response appends: the template's stop token; for "none" tokenizer_config's
                     eos_token
     stop_ids        stop_id and eos_token_id of generation_config.json, else of config.json, else eos_token
-    vocab_size      largest id + 1; a model may have more rows
+    vocab_size      largest id + 1
+    rows            vocab_size of config.json, if larger: a model may sample ids that have no text
     fingerprint     sha256 of everything that decides which ids a text becomes: equal fingerprints, equal ids
     """
 
@@ -253,6 +255,8 @@ class Tokenizer:
         self.bos_id = None if first is None else self.special(first)
         self.stop_id = needed[-1] if needed else self.special(eos) if eos else stops[0]
         self.stop_ids = tuple(sorted({*stops, self.stop_id}))
+        rows = self.read_settings("config.json").get("vocab_size")
+        self.rows = max(self.vocab_size, rows if type(rows) is int else 0)
         ranks = sorted(vocabulary.ranks.items())
         rules = ranks, vocabulary.pattern, self.nfc, chat, date, self.bos_id, needed, self.stop_id
         self.fingerprint = hashlib.sha256(repr(rules).encode()).hexdigest()

@@ -688,7 +688,7 @@ def untimed_rows(path):
 
 @check(tp_alone=False)
 def what_is_sampled_does_not_depend_on_the_grid(grid):
-    """pairs, reinforce, ppo and eval: the same samples, so the same files and metrics, as with one process."""
+    """pairs, reinforce, ppo and eval: the same samples, the same files and metrics, as with one process."""
     with tempfile.TemporaryDirectory() as directory:
         base = shared_directory(directory)
         if dist.get_rank() == 0:

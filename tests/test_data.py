@@ -6,6 +6,7 @@ import doctest
 import importlib
 import itertools
 import json
+import os
 import random
 import re
 import statistics
@@ -26,6 +27,7 @@ from data import (
     encode,
     first_error,
     load_rows,
+    rows_by_prompt,
     stable_hash,
 )
 from support.files import BadInput, read_jsonl
@@ -106,22 +108,192 @@ def test_lines_that_cannot_be_read(file, bad, says):
 @pytest.mark.parametrize(
     "key, names",
     [
-        ("prompt", ("prompt", "instruction", "question")),
-        ("response", ("response", "completion", "output", "answer")),
+        ("prompt", ("prompt", "instruction", "question", "problem")),
+        ("response", ("response", "completion", "output", "answer", "solution")),
     ],
 )
 def test_accepted_keys(file, key, names):
     others = {"prompt": {"response": "r"}, "response": {"prompt": "p"}}[key]
-    for value in ("text", [{"role": "user", "content": "text"}], "  \u2028 text "):
-        found = [
-            load_rows(file({name: value, **others, "extra": {}}), ("prompt", "response"))[0][key]
-            for name in names
-        ]
-        assert found == [value] * len(names)
-    for first, second in itertools.combinations(names, 2):  # the first that is listed counts
-        assert load_rows(file({second: "b", first: "a", **others}), ("prompt", "response"))[0][key] == "a"
+    role = {"prompt": "user", "response": "assistant"}[key]
+    for value in ("text", [{"role": role, "content": "text"}], "  \u2028 text "):
+        for name in names:
+            (row,) = load_rows(file({name: value, **others, "extra": {}}), ("prompt", "response"))
+            assert row[key] == value
+    for first, second in itertools.combinations(names, 2):
+        assert load_rows(file({second: "a", first: "a", **others}), ("prompt", "response"))[0][key] == "a"
+        both = file({second: "b", first: "a", **others})
+        if second in (
+            "solution",
+            "answer",
+        ):  # references beside a response; MATH-500 has both, and trains on solution
+            expected = "b" if first == "answer" else "a"
+            assert load_rows(both, ("prompt", "response"))[0][key] == expected
+            continue
+        with pytest.raises(BadInput, match=f"line 1: found both {first} and {second}"):
+            load_rows(both, ("prompt", "response"))
+        (row,) = load_rows(both, ("prompt", "response"), ignore_keys=(first,))
+        assert row[key] == "b" and row["raw"] == {second: "b", first: "a", **others}
     with pytest.raises(BadInput, match="line 1: found keys .*, expected " + " or ".join(names)):
         load_rows(file({**others, "text": "x"}), ("prompt", "response"))
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
+
+
+PAIRS = ("prompt", "chosen", "rejected")
+ONE = ("prompt", "response")
+TURNS = [system("s"), user("q1"), assistant("a1"), user("q2")]
+ALPACA = {"instruction": "Sort these.", "input": "9, 4", "output": "4, 9"}
+HH = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
+MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so $\boxed{\frac{1}{2}}$."}
+
+
+@pytest.mark.parametrize(
+    "needs, row, expected",
+    [  # prompt, then the replies (and the label)
+        (ONE, ALPACA, ["Sort these.\n\n9, 4", "4, 9"]),
+        (ONE, {**ALPACA, "input": "", "text": "... Sort these.\n\n9, 4 ... 4, 9"}, ["Sort these.", "4, 9"]),
+        (ONE, {**ALPACA, "input": None, "system": "s"}, [[system("s"), user("Sort these.")], "4, 9"]),
+        (ONE, {"instruction": "q", "context": "c", "response": "r", "category": "open_qa"}, ["q\n\nc", "r"]),
+        (ONE, {"messages": [*TURNS, assistant("a2")]}, [TURNS, [assistant("a2")]]),
+        (ONE, {"prompt": "q2", "messages": [*TURNS, assistant("a2")]}, [TURNS, [assistant("a2")]]),
+        (ONE, {"prompt": TURNS, "completion": [assistant("a2")]}, [TURNS, [assistant("a2")]]),
+        (ONE, {"prompt": TURNS, "completion": [*TURNS, assistant("a2")]}, [TURNS, [assistant("a2")]]),
+        (("prompt",), {"messages": TURNS}, [TURNS]),
+        (("prompt",), {"messages": [user("q")]}, [[user("q")]]),
+        (("prompt",), {"messages": [*TURNS, assistant("a2")], "system": "s"}, [TURNS]),
+        (("prompt",), {"chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]}, [TURNS]),
+        (
+            PAIRS,
+            {"chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]},
+            [TURNS, [assistant("a")], [assistant("b")]],
+        ),
+        (  # a text prompt beside whole conversations, as in UltraFeedback
+            PAIRS,
+            {
+                "prompt": "q2 ",
+                "prompt_id": "5f",
+                "chosen": [*TURNS, assistant("a")],
+                "rejected": [*TURNS, assistant("b")],
+                "messages": [*TURNS, assistant("a")],
+                "score_chosen": 9.0,
+                "score_rejected": 1.0,
+            },
+            [TURNS, [assistant("a")], [assistant("b")]],
+        ),
+        (PAIRS, {"messages": TURNS, "chosen": "a", "rejected": "b"}, [TURNS, "a", "b"]),
+        (
+            PAIRS,
+            {"chosen": HH + " a", "rejected": HH + " b"},
+            [TURNS[1:], [assistant("a")], [assistant("b")]],
+        ),
+        (PAIRS, {"prompt": HH, "chosen": "a", "rejected": "b"}, [HH, "a", "b"]),
+        ((*ONE, "label"), MATH, ["q", MATH["solution"], r"\frac{1}{2}"]),
+        ((*ONE, "label"), {**MATH, "answer": "0.5", "unique_id": "x"}, ["q", MATH["solution"], "0.5"]),
+        (("prompt", "label"), {"prompt": "q", "response": "r", "label": "5", "solution": "z"}, ["q", "5"]),
+    ],
+)
+def test_shapes_of_public_data_sets(file, needs, row, expected):
+    (found,) = load_rows(file(row), needs)
+    assert [found[key] for key in needs] == expected and found["raw"] == row
+
+
+@pytest.mark.parametrize(
+    "needs, row, says",
+    [
+        (ONE, {"prompt": "q", "response": [user("r")]}, "last message is the user's"),
+        (ONE, {"messages": TURNS}, "expected"),
+        (ONE, {"prompt": "q", "response": [*TURNS, assistant("r")]}, "does not contain the prompt"),
+        (
+            ONE,
+            {"prompt": [user("q")], "response": [*TURNS, assistant("r")]},
+            "other messages than the prompt",
+        ),
+        (ONE, {"prompt": "q", "response": "r", "messages": [user("q"), assistant("z")]}, "another reply"),
+        (
+            ONE,
+            {"prompt": [user("q"), assistant("a")], "response": "r"},
+            "ends with a message of the assistant",
+        ),
+        (
+            ONE,
+            {"prompt": "q", "response": "r", "history": [["a", "b"]]},
+            "history is .*--ignore_keys history",
+        ),
+        (ONE, {"prompt": "q", "response": "r", "weight": 0.5}, "weight is 0.5"),
+        (ONE, {"prompt": "q", "response": "r", "text": "other"}, "text is"),
+        (ONE, {"prompt": [user("q")], "input": "i", "response": "r"}, "input is"),
+        (ONE, {"prompt": [system("t"), user("q")], "system": "s", "response": "r"}, "system differs"),
+        (ONE, {"prompt": [{**user("q"), "name": "Ann"}], "response": "r"}, "name"),
+        (ONE, {"prompt": [{"role": "tool", "content": "q"}], "response": "r"}, "role 'tool'"),
+        (ONE, {"prompt": [user(" ")], "response": "r"}, "is empty"),
+        (ONE, {"prompt": "q", "response": [assistant("")]}, "is empty"),
+        (ONE, {"conversations": [{"from": "human", "value": "q"}]}, "rename to role/content"),
+        (ONE, {"prompt": "", "instruction": None, "response": "r"}, "prompt is"),
+        (
+            PAIRS,
+            {"chosen": [user("q"), assistant("a")], "rejected": [user("z"), assistant("b")]},
+            "answer different messages",
+        ),
+        (
+            PAIRS,
+            {"chosen": [user("q"), assistant("a")], "rejected": [assistant("b")]},
+            "answer different messages",
+        ),
+        (
+            PAIRS,
+            {"chosen": [user("q"), assistant("a"), user("x")], "rejected": [user("q"), assistant("b")]},
+            "last message is the user's",
+        ),
+        (PAIRS, {"chosen": HH + " a", "rejected": HH.replace("q2", "q3") + " b"}, "different messages"),
+        (PAIRS, {"chosen": HH + " a", "rejected": HH + " "}, "is empty"),
+        (PAIRS, {"chosen": "The sky is blue", "rejected": "The sky is red"}, "common beginning as prompt"),
+        (PAIRS, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}, "margin is 2"),
+        (("prompt", "label"), {"prompt": "q", "solution": "no box"}, "expected .boxed"),
+        (("prompt", "label"), {"prompt": "q", "label": "x" * 501}, "expected a final answer"),
+    ],
+)
+def test_what_would_be_lost_is_refused(file, needs, row, says):
+    path = file({"prompt": "q", "response": "r", "chosen": "a", "rejected": "b", "label": "1"}, row)
+    with pytest.raises(BadInput, match=f"line 2: .*{says}") as error:
+        load_rows(path, needs)
+    assert "\n" not in str(error.value)
+
+
+def test_ignored_keys(file):
+    row = {"prompt": "q", "response": "r", "history": [["a", "b"]], "weight": 0.5}
+    (found,) = load_rows(file(row), ONE, ignore_keys=("history", "weight"))
+    assert (found["prompt"], found["response"], found["raw"]) == ("q", "r", row)
+    with pytest.raises(BadInput, match="weight"):
+        load_rows(file(row), ONE, ignore_keys=("history",))
+    with pytest.raises(BadInput, match="found keys"):
+        load_rows(file(row), ONE, ignore_keys=("prompt", "history", "weight"))
+
+
+def test_a_key_that_is_there_twice(file):
+    for line in ('{"prompt": "a", "prompt": "b"}', '{"m": [{"x": 1, "x": 2}]}'):
+        with pytest.raises(BadInput, match="line 1: the key '[a-z]+' is there twice"):
+            list(read_jsonl(file(line)))
+
+
+def test_one_prompt_has_one_label(tokenizer):
+    row = lambda line, prompt, label: {"line": line, "prompt": prompt, "label": label}
+    rows = [row(1, "Tom", "3"), row(2, "Ann", "4"), row(5, "Tom", "3")]
+    found = rows_by_prompt(rows, tokenizer, "here.jsonl")
+    assert found == {tuple(tokenizer.encode_prompt(r["prompt"])): r for r in rows[:2]}
+    with pytest.raises(
+        BadInput, match="here.jsonl, line 6: label '4', but the same prompt has '3' on line 1"
+    ):
+        rows_by_prompt([*rows, row(6, "Tom", "4")], tokenizer, "here.jsonl")
 
 
 def test_messages_and_implicit_prompts(file):
@@ -171,11 +343,30 @@ def test_labels(file):
         file({"question": "q", "answer": solution}), ("prompt", "response", "label")
     )  # OpenAI's rows are good for both
     assert (row["response"], row["label"]) == (solution, "1234")
-    for bad in ({"label": None}, {"label": ""}, {"label": ["8"]}, {"answer": "#### none"}, {}):
+    numbers = [1e-05, 8.0, -0.5, 1e22, 12345678901234567890]
+    plain = ["0.00001", "8", "-0.5", "10000000000000000000000", "12345678901234567890"]
+    found = load_rows(file(*({"label": number} for number in numbers)), ("label",))
+    assert [row["label"] for row in found] == plain
+    for bad in ({"label": ["8"]}, {"answer": "#### none"}, {}, {"label": True}, {"label": {"a": 1}}):
         with pytest.raises(BadInput, match="line 2: "):
             load_rows(file({"label": "1"}, bad), ("label",))
+    for bad in ('{"label": NaN}', '{"label": Infinity}', '{"label": 1e999}'):
+        with pytest.raises(BadInput, match="line 1: label is"):
+            load_rows(file(bad), ("label",))
     assert "label" not in load_rows(file({"prompt": "x"}), ("prompt",), optional=("label",))[0]
     assert load_rows(file({"prompt": "x", "label": 3}), ("prompt",), optional=("label",))[0]["label"] == "3"
+
+
+def test_rows_without_a_label_are_dropped_and_counted(file):
+    """The Q-RM authors' MATH files have some."""
+    lines = []
+    path = file({"label": "1"}, {"label": ""}, {"label": None}, {"label": " "}, {"label": "2"})
+    assert [row["line"] for row in load_rows(path, ("label",), log=lines.append)] == [1, 5]
+    assert lines == [f"{path}: dropped 3 rows with an empty label; 2 left"]
+    with pytest.raises(BadInput, match="every label is empty"):
+        load_rows(file({"label": ""}), ("label",), log=lines.append)
+    rows = load_rows(file({"prompt": "q", "label": ""}), ("prompt",), optional=("label",), log=lines.append)
+    assert "label" not in rows[0] and len(lines) == 2
 
 
 def test_limit_reads_no_further(file):
@@ -261,6 +452,71 @@ def test_encode_keeps_drops_and_counts(tokenizer):
         encode(rows[:1], tokenizer, longest - 1, ("chosen", "rejected"), log=lines.append)
     with pytest.raises(BadInput, match="here.jsonl, line 7: .*surrogate"):
         encode([{"prompt": "\ud800", "response": "x", "line": 7}], tokenizer, 99, source="here.jsonl")
+
+
+def sampled_row(tokenizer, prompt, **replies):
+    """A row as the pairs stage writes it: texts, and the ids that were sampled."""
+    row = {
+        "prompt": prompt,
+        "prompt_ids": tokenizer.encode_prompt(prompt),
+        "tokenizer": tokenizer.fingerprint,
+    }
+    for key, ids in replies.items():
+        row[key] = tokenizer.decode([id for id in ids if id not in tokenizer.stop_ids])
+        row["ids" if key == "response" else f"{key}_ids"] = ids
+    return row
+
+
+def test_sampled_ids_survive_a_file(file, tokenizer):
+    """Whatever ids a policy sampled come back, where their text would not: bytes that are no UTF-8, a special
+    token in the middle, a token spelled by others, 3,000 tokens, no stop token."""
+    rng = random.Random(0)
+    anything = [id for id in tokenizer.token_bytes if id not in tokenizer.stop_ids and id >= 33]
+    answers = [[rng.choice(anything) for _ in range(rng.choice([1, 2, 9, 40]))] for _ in range(200)]
+    answers += [
+        [200],
+        [0xE2, 0x82],
+        [ord(char) for char in "Tom"],
+        [tokenizer.bos_id, 65],
+        rng.choices(anything, k=3000),
+    ]
+    answers = [[*ids, tokenizer.stop_id] if rng.random() < 0.7 else ids for ids in answers]
+    rows = [sampled_row(tokenizer, "Tom has 3", response=ids) for ids in answers]
+    found, _ = encode(load_rows(file(*rows), ONE), tokenizer, 10**4)
+    assert [example.response_ids for (example,) in found] == answers
+    assert sum(tokenizer.encode_response(row["response"]) != ids for row, ids in zip(rows, answers)) > 100
+    rows = [sampled_row(tokenizer, "Ann", chosen=a, rejected=b) for a, b in itertools.pairwise(answers)]
+    found, _ = encode(load_rows(file(*rows), PAIRS), tokenizer, 10**4, ("chosen", "rejected"))
+    assert [[e.response_ids for e in pair] for pair in found] == [
+        list(p) for p in itertools.pairwise(answers)
+    ]
+
+
+def test_ids_of_another_tokenizer_are_not_used(file, tokenizer):
+    ids = [*b"Tom", tokenizer.stop_id]
+    row = sampled_row(tokenizer, "Ann", response=ids)
+    for change in ({"tokenizer": "0" * 64}, {"tokenizer": None}):
+        ((example,),), _ = encode(load_rows(file({**row, **change}), ONE), tokenizer, 99)
+        assert example.response_ids == tokenizer.encode_response("Tom") != ids
+    ((example,),), _ = encode(load_rows(file(row), ONE, ignore_keys=("ids",)), tokenizer, 99)
+    assert example.response_ids == tokenizer.encode_response("Tom")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"response": "Ann"}, "ids spell 'Tom', and response is another text"),
+        ({"prompt": "Ben"}, "prompt_ids are not those of the prompt"),
+        ({"ids": []}, "expected ids of this tokenizer"),
+        ({"ids": [10**6]}, "expected ids of this tokenizer"),
+        ({"ids": "Tom"}, "expected ids of this tokenizer"),
+        ({"ids": [True]}, "expected ids of this tokenizer"),
+    ],
+)
+def test_ids_and_text_say_the_same(file, tokenizer, change, says):
+    row = {**sampled_row(tokenizer, "Ann", response=[*b"Tom", tokenizer.stop_id]), **change}
+    with pytest.raises(BadInput, match=f"here, line 1: .*{says}"):
+        encode(load_rows(file(row), ONE), tokenizer, 99, source="here")
 
 
 @pytest.mark.parametrize("n, batch_size", [(10, 3), (7, 7), (5, 8), (1, 4), (64, 16)])
@@ -422,6 +678,21 @@ def test_real_pairs_lose_nothing(tokenizer):
             assert tokenizer.decode(tokenizer.encode(row[key])) == row[key]
     kept, _ = encode(rows, tokenizer, 10**6, ("chosen", "rejected"), log=lambda text: None)
     assert len(kept) == sum(row["chosen"] != row["rejected"] for row in rows)
+
+
+@pytest.mark.skipif("QRM_AUTHORS" not in os.environ, reason="the Q-RM authors' files are not here")
+@pytest.mark.parametrize(
+    "name, needs, n, dropped",
+    [
+        ("data/math/test/test.jsonl", ("prompt", "label"), 4925, 1),
+        ("data/math/test/pairwise/results.jsonl", PAIRS, 2291, 0),
+        ("data/gsm8k/test/test.jsonl", ("prompt", "label"), 1319, 0),
+    ],
+)
+def test_the_authors_files_load(name, needs, n, dropped):
+    lines = []
+    assert len(load_rows(Path(os.environ["QRM_AUTHORS"], name), needs, log=lines.append)) == n
+    assert len(lines) == (dropped > 0)
 
 
 @real

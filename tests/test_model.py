@@ -31,10 +31,10 @@ from model import (
     rope_frequencies,
     rope_table,
     sample_tokens,
+    sampling_uniforms,
     save_adapter,
     save_model,
     token_logprobs,
-    sampling_uniforms,
 )
 from parallel import Grid
 from support.sampling import KVCache, generate

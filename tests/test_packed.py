@@ -25,8 +25,8 @@ from model import (
     response_log_softmax,
     rope_frequencies,
     sample_tokens,
-    token_logprobs,
     sampling_uniforms,
+    token_logprobs,
 )
 from parallel import Grid, linear
 from qrm import masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores

@@ -12,7 +12,7 @@ from conftest import near, random_model, small_config
 from test_reinforce import a_policy, a_rollout, config, gradient, grow, poisoned, ragged, tensor
 
 import reinforce
-from data import Example, arith_rows, arith_tokenizer, collate
+from data import Example, arith_rows, arith_tokenizer, collate, rows_by_prompt
 from model import LanguageModel, ScalarModel, token_logits
 from parallel import Grid
 from qrm import (
@@ -35,7 +35,7 @@ from qrm import (
 )
 from reinforce import collect_rollout, reinforce_advantages
 from support.files import BadInput
-from support.rewards import graded_reward, rows_by_prompt, user_reward
+from support.rewards import graded_reward, user_reward
 from support.settings import Config
 
 STOP, LINE, OTHER_LINE = 2, 7, 9  # two tokens end a line
@@ -508,9 +508,9 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_one_prompt_with_two_labels_is_refused():
     rows = [{"prompt": "one", "label": label, "line": line} for line, label in ((2, "5"), (5, "5"), (9, "6"))]
-    assert len(rows_by_prompt(Letters(), rows[:2])) == 1
-    with pytest.raises(BadInput, match="lines 2 and 9 have the same prompt .* found '5' and '6'"):
-        rows_by_prompt(Letters(), rows)
+    assert len(rows_by_prompt(rows[:2], Letters(), "x.jsonl")) == 1
+    with pytest.raises(BadInput, match="x.jsonl, line 9: label '6', but the same prompt has '5' on line 2"):
+        rows_by_prompt(rows, Letters(), "x.jsonl")
 
 
 # -------------------------------------------------------------------------------- rewards that grade

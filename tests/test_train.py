@@ -1617,7 +1617,7 @@ def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
     assert command("--preset", preset, *small)[0] == 0 and len(rows_of(tmp_path / "o/metrics.jsonl")) == 1
 
 
-# -------------------------------------------------------------------------------- processes, Ctrl-C, real data
+# -------------------------------------------------------------------------------- processes and Ctrl-C
 
 
 def start(*words, program=()):

@@ -1573,7 +1573,8 @@ def test_memory_is_flat(base, command, tmp_path, monkeypatch, stage, steps, most
     assert command(*words(stage, base, tmp_path / "out", "--steps", steps, "--save_every", 1))[0] == 0
     rss, tensors, files = zip(*seen)
     print(
-        f"{stage}, {steps} steps: resident memory grew by {(rss[-1] - rss[0]) / 1e6:.2f} MB, peak {(max(rss) - rss[0]) / 1e6:.2f}; tensors {set(tensors)}, files {set(files)}"
+        f"{stage}, {steps} steps: resident memory grew by {(rss[-1] - rss[0]) / 1e6:.2f} MB,"
+        f" peak {(max(rss) - rss[0]) / 1e6:.2f}; tensors {set(tensors)}, files {set(files)}"
     )
     assert len(seen) >= 6 and rss[-1] - rss[0] < most and len(set(tensors)) == 1 and len(set(files)) == 1
 

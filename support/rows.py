@@ -1,0 +1,372 @@
+"""Rows of JSON lines to a prompt, replies and a label. Nothing that a row says is ignored in silence.
+
+Every key of a row is one of three: it says something this project uses (PROMPT to CONVERSATION below), it is
+known to carry nothing for training (HARMLESS), or the row is refused by name, unless --ignore_keys lists the
+key.
+"""
+
+import itertools
+import json
+import math
+import re
+from decimal import Decimal
+
+from support.files import BadInput, at_line, read_jsonl, require
+from support.graders import MAX_CHARS, boxed, gsm8k_label
+from support.tokenizers import ROLES, is_conversation
+
+# -------------------------------------------------------------------------------- the keys of a row
+
+
+PROMPT = ("prompt", "instruction", "question", "problem")
+CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
+SYSTEM = ("system", "system_prompt")  # a system message before the prompt
+RESPONSE = ("response", "completion", "output")
+SOLUTION = (
+    "solution",
+    "answer",
+)  # the response where none of RESPONSE is there (MATH, GSM8K), else the reference
+PAIR = ("chosen", "rejected")
+LABEL = ("label", "answer", "solution")  # what follows "####" (GSM8K), what stands in the last \boxed (MATH)
+CONVERSATION = (
+    "messages",
+    "conversations",
+)  # a prompt and, if the last message is the assistant's, its response
+SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", *CONVERSATION)
+
+# The ids that a policy sampled, and the fingerprint of its tokenizer.
+SAMPLED = ("tokenizer", "prompt_ids", "ids", "chosen_ids", "rejected_ids")
+# Where a row comes from, how it was rated, and what this project's own stages add to their output.
+HARMLESS = set(
+    re.findall(
+        r"\w+",
+        """
+        id idx index ids uid uuid qid hash line unique_id prompt_id row_id example_id sample_id question_id
+        message_id conversation_id session_id category categories subject level type difficulty domain topic
+        task subset split dataset source sources data_source language lang license url model models model_name
+        generator annotator chosen_model rejected_model chosen_source rejected_source score scores
+        score_chosen score_rejected chosen_score rejected_score rating ratings chosen_rating rejected_rating
+        chosen_avg_rating rejected_avg_rating reward rewards helpfulness correctness coherence complexity
+        verbosity turn turns num_turns timestamp created_at date tags metadata meta original_instruction
+        prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct """,
+    )
+)
+
+# needs -> the keys that can supply it, for messages
+NAMES = {
+    "prompt": PROMPT,
+    "response": (*RESPONSE, "answer", "solution"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "label": ("label", "answer"),
+}
+
+
+def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
+    """Rows of a JSON lines file with the canonical keys of `needs` (and those of `optional` that it has).
+
+    needs, optional   among "prompt", "response", "chosen", "rejected", "label"; NAMES lists the spellings
+    limit             reads only so many rows; 0 reads all
+    ignore_keys       keys to treat as if no row had them
+    log               gets one line that counts the rows dropped because their label is empty
+    -> list of {"prompt": ..., ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A
+       prompt is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a
+       text or a list of one assistant message; a label is a text.
+    Raises BadInput with the line number for a row that lacks something or says something that would be lost.
+    """
+    rows = []
+    unlabelled = 0
+    for line, raw in itertools.islice(read_jsonl(path), limit or None):
+        fields = {key: value for key, value in raw.items() if key not in ignore_keys}
+        with at_line(path, line):
+            row = read_row(fields, needs, optional)
+        if "label" in needs and row["label"] is None:
+            unlabelled += 1
+        else:
+            sampled = {key: fields[key] for key in SAMPLED if key in fields}
+            rows.append({**row, "line": line, "raw": raw, "sampled": sampled})
+    require(rows or unlabelled, f"{path}: no rows; expected one JSON object a line")
+    if unlabelled:
+        log(f"{path}: dropped {unlabelled} rows with an empty label; {len(rows)} left")
+    require(rows, f"{path}: no row is left: every label is empty")
+    return rows
+
+
+def read_row(fields, needs, optional=()):
+    """One row's canonical keys -> values; an empty label is None, an optional one is left out."""
+    wanted = [
+        *needs,
+        *(key for key in optional if any(not is_empty(fields.get(name)) for name in NAMES[key])),
+    ]
+    row = {}
+    if {"prompt", "response", "chosen", "rejected"} & set(wanted):
+        row = read_conversation(fields, wanted)
+    if "label" in wanted:
+        row["label"] = read_label(fields)
+    refuse_unknown(fields, row)
+    return {key: row[key] for key in wanted}
+
+
+def is_empty(value):
+    """Whether a field says nothing."""
+    return value is None or value in ([], {}) or isinstance(value, str) and not value.strip()
+
+
+def refuse_unknown(fields, row):
+    """BadInput for a field that says something and has no place in `row`."""
+    for name, value in fields.items():
+        if name in SPEAKING or name in HARMLESS or is_empty(value):
+            continue
+        if name == "text" and all(part in str(value) for part in texts(row)):
+            continue  # Alpaca's rendering of the whole row
+        raise BadInput(
+            f"{name} is {json.dumps(value)[:60]}, which nothing here reads; expected keys among "
+            f"{', '.join(SPEAKING)}; if it may be left out: --ignore_keys {name}"
+        )
+
+
+def texts(row):
+    """Every text in a row's canonical values."""
+    found = []
+    for value in row.values():
+        found += [value] if isinstance(value, str) else [m["content"] for m in value or ()]
+    return found
+
+
+def pick(fields, names):
+    """-> (key, value) of the one key among `names` that says something; BadInput if two of them say different
+    things."""
+    found = [name for name in names if not is_empty(fields.get(name))]
+    if not found:
+        return None, None
+    first = found[0]
+    for other in found[1:]:
+        require(
+            fields[other] == fields[first],
+            f"found both {first} and {other}, and they differ; expected one of them (--ignore_keys {other})",
+        )
+    return first, fields[first]
+
+
+def missing(fields, key):
+    """The BadInput for a row that does not say `key`."""
+    for name in NAMES[key]:
+        if name in fields:
+            return BadInput(
+                f"{name} is {json.dumps(fields[name])[:60]}; expected a text that is not empty, "
+                'or a list of {"role", "content"} messages'
+            )
+    hint = ""
+    if key == "prompt" and "chosen" in fields:
+        hint = (
+            "; a pair of texts needs its common beginning as prompt, a pair of conversations has it already"
+        )
+    return BadInput(f"found keys {sorted(fields)[:8]}, expected {' or '.join(NAMES[key])}{hint}")
+
+
+# -------------------------------------------------------------------------------- labels
+
+
+def read_label(fields):
+    """A label as text, None if it is empty; numbers in plain digits, so that 1e-05 is 0.00001."""
+    name = next((name for name in LABEL if not is_empty(fields.get(name))), None)
+    if name is None:
+        if any(key in fields for key in NAMES["label"]):
+            return None
+        raise missing(fields, "label")
+    value = fields[name]
+    if isinstance(value, str):
+        if "####" in value:
+            value = gsm8k_label(value)
+        elif name == "solution":
+            value = boxed(value)
+            require(value, f"solution is {fields[name][-60:]!r}; expected \\boxed{{...}} in it")
+    elif is_number(value):
+        value = plain_digits(value)
+    short = isinstance(value, str) and len(value) <= MAX_CHARS
+    require(
+        short,
+        f"{name} is {json.dumps(value)[:60]}; expected a final answer: a finite number, or a text of at most "
+        f"{MAX_CHARS} characters",
+    )
+    return value
+
+
+def is_number(value):
+    """Whether value is a finite number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def plain_digits(number):
+    """Digits without an exponent: 1e-05 -> "0.00001", 8.0 -> "8"."""
+    digits = format(Decimal(repr(number)), "f")
+    return re.sub(r"\.0+$", "", digits)
+
+
+# -------------------------------------------------------------------------------- prompts and replies
+
+
+def read_conversation(fields, wanted):
+    """Prompt and replies of one row: one prompt for all replies, and all of it."""
+    replies = {}
+    contexts = {}
+    for key, name in reply_keys(fields, wanted):
+        contexts[name], replies[key] = split_reply(fields[name], name)
+    for key in ("chosen", "rejected", "response"):
+        if key in wanted and replies.get(key) is None:
+            raise missing(fields, key)
+    check_same_reply(replies, wanted)
+    if "prompt" in wanted:
+        prompt = with_system(join_context(read_prompt(fields), common_context(contexts)), fields)
+        if prompt is None:
+            raise missing(fields, "prompt")
+        is_text = isinstance(prompt, str)
+        require(
+            is_text or prompt[-1]["role"] != "assistant",
+            "the prompt ends with a message of the assistant; expected one that awaits a reply",
+        )
+        replies["prompt"] = prompt
+    return replies
+
+
+def reply_keys(fields, wanted):
+    """[(canonical key, the row's key)] of the wanted replies, and of the conversations that hold the
+    prompt."""
+    found = []
+    if "response" in wanted:
+        name, _ = pick(fields, RESPONSE)
+        others = (name, *CONVERSATION, *SOLUTION)
+        name = next((name for name in others if name and not is_empty(fields.get(name))), None)
+        if name:
+            found.append(("response", name))
+    for name in (*PAIR, *CONVERSATION):
+        if is_empty(fields.get(name)) or ("response", name) in found:
+            continue
+        has_prompt = "prompt" in wanted and (name in CONVERSATION or is_dialogue(fields[name]))
+        if name in wanted or has_prompt:
+            found.append((name, name))
+    return found
+
+
+def check_same_reply(replies, wanted):
+    """BadInput if `messages` ends with another reply than those that are used: it would be lost."""
+    used = [said(replies[key]) for key in ("response", "chosen", "rejected") if key in wanted]
+    for name in CONVERSATION:
+        if used and replies.get(name) is not None:
+            require(
+                said(replies[name]) in used, f"{name} ends with another reply than {' and '.join(wanted)}"
+            )
+
+
+def said(reply):
+    """The text of a reply."""
+    return reply.strip() if isinstance(reply, str) else reply[-1]["content"].strip()
+
+
+def common_context(contexts):
+    """The messages before every reply; BadInput if they differ. chosen and rejected must both have them, or
+    neither."""
+    if "chosen" in contexts and "rejected" in contexts:
+        same = contexts["chosen"] == contexts["rejected"]
+        require(same, "chosen and rejected answer different messages; expected one prompt for both")
+    (first, context), *others = [(name, found) for name, found in contexts.items() if found] or [(None, [])]
+    for name, other in others:
+        require(other == context, f"{first} and {name} answer different messages; expected one prompt")
+    return context
+
+
+def join_context(prompt, context):
+    """The prompt that a row states and the messages before its replies, which must contain it."""
+    if not context:
+        return prompt
+    if isinstance(prompt, str):
+        asked = [message["content"].strip() for message in context if message["role"] == "user"]
+        require(
+            prompt.strip() in asked, "the conversation does not contain the prompt; expected the same one"
+        )
+    else:
+        require(prompt in (None, context), "the conversation goes on from other messages than the prompt's")
+    return context
+
+
+def is_dialogue(value):
+    """Whether value is a whole conversation, prompt included: messages, or HH-RLHF's text."""
+    return isinstance(value, str) and is_hh(value) or isinstance(value, list) and len(value) > 1
+
+
+def is_hh(text):
+    """Whether text is a transcript as in HH-RLHF."""
+    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+
+
+def hh_messages(text):
+    """Messages of an HH-RLHF transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
+    role = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": role[name], "content": said.strip()} for name, said in zip(parts[0::2], parts[1::2])]
+
+
+def check_messages(value, name):
+    """value, if it is a list of {"role", "content"} messages that say nothing else."""
+    if not is_conversation(value):
+        raise BadInput(
+            f"{name} is {json.dumps(value)[:60]}; expected a text that is not empty, or a list of "
+            '{"role", "content"} messages (from/value: rename to role/content, human/gpt to user/assistant)'
+        )
+    for message in value:
+        extra = [key for key in message if key not in ("role", "content") and not is_empty(message[key])]
+        require(
+            not extra, f"{name}: a message has {extra}, which nothing here reads; expected role and content"
+        )
+        role = message["role"]
+        require(role in ROLES, f"{name}: a message of role {role!r}; expected {', '.join(ROLES)}")
+        said = message["content"].strip() or role == "system"
+        require(said, f"{name}: the content of a message of the {role} is empty")
+    return value
+
+
+def split_reply(value, name):
+    """-> (context, reply): a text or one message is a reply without context; a conversation ends with its
+    reply.
+
+    A conversation that is only wanted for its prompt (messages) may end with the user: its reply is None.
+    """
+    if isinstance(value, str) and is_hh(value):
+        value = hh_messages(value)
+    if isinstance(value, str):
+        return [], value
+    messages = check_messages(value, name)
+    last = messages[-1]["role"]
+    if name in CONVERSATION and last != "assistant":
+        return messages, None
+    require(last == "assistant", f"{name}: the last message is the {last}'s; expected the assistant's reply")
+    return messages[:-1], messages[-1:]
+
+
+def read_prompt(fields):
+    """The prompt that a row states: a text or messages, with what belongs to it; None if it states none."""
+    name, prompt = pick(fields, PROMPT)
+    if prompt is None:
+        return None
+    if not isinstance(prompt, str):
+        prompt = check_messages(prompt, name)
+    context_name, context = pick(fields, CONTEXT)
+    if context is not None:
+        both = isinstance(prompt, str) and isinstance(context, str)
+        require(both, f"{context_name} is {json.dumps(context)[:60]}; expected a text beside a text {name}")
+        prompt = f"{prompt}\n\n{context}"
+    return prompt
+
+
+def with_system(prompt, fields):
+    """The prompt after the row's own system message."""
+    name, system = pick(fields, SYSTEM)
+    if system is None:
+        return prompt
+    require(isinstance(system, str), f"{name} is {json.dumps(system)[:60]}; expected a text")
+    first = {"role": "system", "content": system}
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if messages[0]["role"] != "system":
+        return [first, *messages]
+    require(messages[0] == first, f"{name} differs from the system message of the conversation; expected one")
+    return messages
