@@ -7,14 +7,25 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
-SUPPORT = ("checkpoints", "evaluate", "files", "graders", "rewards", "sampling", "settings", "tokenizers")
+SUPPORT = (
+    "checkpoints",
+    "evaluate",
+    "files",
+    "graders",
+    "rewards",
+    "rows",
+    "sampling",
+    "settings",
+    "tokenizers",
+)
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
     "support.tokenizers": ("support.files",),
     "support.graders": ("support.files",),
     "parallel": ("support.files",),
     "model": ("parallel", "support.files"),
-    "data": ("support.files", "support.tokenizers", "support.graders"),
+    "support.rows": ("support.files", "support.tokenizers", "support.graders"),
+    "data": ("support.files", "support.tokenizers", "support.rows"),
     "qrm": ("model",),
     "support.sampling": ("model", "parallel", "support.files"),
     "reinforce": ("data", "model", "parallel", "support.sampling", "support.files"),

@@ -172,7 +172,7 @@ def test_demo_leaves_what_the_contract_lists(built):
         config = json.loads((built / stage / "run.json").read_text())["config"]
         assert (
             config["stage"] == stage
-            and config["run"] == str(built)
+            and config["run_dir"] == str(built)
             and {"lr", "beta", "clip", "seed"} <= config.keys()
         )
     assert not [p for p in built.rglob("*") if p.name.endswith((".partial", ".old", ".new"))]
@@ -268,7 +268,16 @@ def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
         prompts.append({row["prompt"] for row in rows})
         assert len({(row["prompt"], row["chosen"], row["rejected"]) for row in rows}) == len(rows) > 0
         for row in rows:
-            assert list(row) == ["prompt", "chosen", "rejected", "label"]
+            assert list(row) == [
+                "prompt",
+                "chosen",
+                "rejected",
+                "label",
+                "prompt_ids",
+                "chosen_ids",
+                "rejected_ids",
+                "tokenizer",
+            ]
             assert (
                 graders.grade(row["chosen"], row["label"], "arith")[1]
                 and not graders.grade(row["rejected"], row["label"], "arith")[1]
@@ -627,6 +636,8 @@ def test_score(built, command, tmp_path, name, key):
         write_jsonl(tmp_path / "rows.jsonl", rows),
         "--out",
         out,
+        "--ignore_keys",
+        "extra",
         "--micro_tokens",
         150,
     ]
@@ -636,6 +647,7 @@ def test_score(built, command, tmp_path, name, key):
     model = load_model(LanguageModel if name == "sft" else ScalarModel, built / name, Grid())
     for row, given in zip(found, rows):
         assert {k: row[k] for k in given} == given and row.keys() - given.keys() == {
+            "tokenizer",
             "prompt_ids",
             "ids",
             "tokens",
@@ -665,7 +677,7 @@ def test_score(built, command, tmp_path, name, key):
 def test_score_of_the_built_in_task(built, command, tmp_path):
     run = shutil.copytree(built, tmp_path / "run")
     assert command("--stage", "score", "--run", run)[0] == 0
-    assert {"prompt", "response", "label", "prompt_ids", "ids", "tokens", "scores"} == rows_of(
+    assert {"prompt", "response", "label", "prompt_ids", "ids", "tokenizer", "tokens", "scores"} == rows_of(
         run / "score.jsonl"
     )[0].keys()
 
