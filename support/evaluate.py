@@ -190,7 +190,7 @@ def greedy_pass(policy, tokenizer, rows, cfg, grid):
 def make_pairs(row, answers, most, tokenizer):
     """Right answers paired with wrong ones of the same prompt; each pair once, the shorter list repeated.
 
-    Beside its texts a pair holds the very ids that were sampled, which data.encode uses. Truncated answers are
+    Beside its texts a pair holds the ids that were sampled, which data.encode uses. Truncated answers are
     left out: a reader of the text alone would take them for whole.
     """
     right, wrong = {}, {}
