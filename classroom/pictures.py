@@ -1,0 +1,101 @@
+"""Draws the figure of README.md: the walk-through's two answers, scored token by token.
+
+    python classroom/pictures.py              runs the walk-through (about 18 CPU seconds), writes credit.png
+    python classroom/pictures.py LOG          the same from what `python classroom/walkthrough.py` printed
+
+The scores are read from the printed table, so the figure and the text show the same numbers.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from support.files import BadInput, require
+
+BLUE, ORANGE, GREY = "#2166ac", "#c8590a", "#57606a"
+SHOWN = {"\n": "↵", "<|end_of_text|>": "stop"}
+ROW = re.compile(r"^ +('[^']*') +([+-]\d+\.\d+) +('[^']*') +([+-]\d+\.\d+) +('[^']*')$", re.M)
+PROMPT = re.compile(r"^'<\|begin_of_text\|>(.*)\\n'$", re.M)
+
+
+def read_scores(text):
+    """The walk-through's output -> prompt, [(token, Z)] of the right answer, of the wrong one, error.
+
+    error   index of the first wrong token, marked `<-` in the table
+    Raises BadInput if the table is not in the text.
+    """
+    start = text.find("What it has learned")
+    prompt = PROMPT.search(text, max(start, 0))
+    rows = ROW.findall(text, max(start, 0))
+    marked = [i for i, row in enumerate(rows) if "<-" in row[4]]
+    require(start >= 0 and prompt and len(marked) == 1, "no table of token scores; expected walkthrough.py's")
+    right = [(ast.literal_eval(token), float(z)) for token, z, *_ in rows]
+    wrong = [(ast.literal_eval(token), float(z)) for _, _, token, z, _ in rows]
+    return prompt[1], right, wrong, marked[0]
+
+
+def draw_answer(axis, answer, title, lowest, error=None):
+    """One answer as bars: token t at x = t, its score Z as the height, written at the bar's end.
+
+    lowest   Z at the lower edge of the panel
+    """
+    scores = [z for _, z in answer]
+    colours = [BLUE if z > 0 else ORANGE for z in scores]
+    axis.bar(range(len(scores)), scores, width=0.72, color=colours)
+    axis.axhline(0, color=GREY, linewidth=0.8)
+    for t, z in enumerate(scores):
+        place = "bottom" if z > 0 else "top"
+        axis.text(t, z + (0.3 if z > 0 else -0.5), f"{z:+.1f}", ha="center", va=place, color=colours[t])
+    axis.set_title(title, loc="left", fontsize=12.5)
+    axis.set_xticks(range(len(answer)), [SHOWN.get(token, token.strip()) for token, _ in answer])
+    axis.tick_params(axis="x", labelsize=13, length=0, pad=6)
+    axis.set_yticks([])
+    axis.set_ylim(lowest, 8.2)
+    axis.spines[:].set_visible(False)
+    if error is not None:
+        label = axis.get_xticklabels()[error]
+        label.set_bbox({"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": ORANGE})
+        axis.annotate(
+            "first wrong token", (error, 0.3), (error + 0.7, 4.5), fontsize=12, color=ORANGE, va="center",
+            arrowprops={"arrowstyle": "->", "color": ORANGE},
+        )  # fmt: skip
+
+
+def draw(text, path):
+    """The figure, as a PNG at `path`."""
+    prompt, right, wrong, error = read_scores(text)
+    sizes = {"height_ratios": [9.2, 16.4]}  # one scale for both panels
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9.6, 4.6), gridspec_kw=sizes)
+    figure.suptitle(f"“{prompt}”", x=0.02, ha="left", fontsize=13.5)
+    draw_answer(above, right, "a right answer: score Z of each token", -1.0)
+    draw_answer(below, wrong, "a wrong answer: the same up to its first mistake", -8.2, error)
+    figure.tight_layout(rect=(0, 0, 1, 0.99), h_pad=1.6)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv):
+    try:
+        if argv:
+            text = Path(argv[0]).read_text(encoding="utf-8")
+        else:
+            command = [sys.executable, str(HERE / "walkthrough.py")]
+            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        draw(text, HERE / "credit.png")
+    except (BadInput, OSError) as error:
+        print(f"pictures.py: {error}", file=sys.stderr)
+        return 2
+    print(HERE / "credit.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
