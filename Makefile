@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV = .venv/bin/python
 METHOD = tests/test_data.py tests/test_model.py tests/test_packed.py tests/test_qrm.py tests/test_rewards.py \
-         tests/test_reinforce.py tests/test_ppo.py tests/test_house.py tests/test_readme.py
+         tests/test_reinforce.py tests/test_ppo.py tests/test_house.py tests/test_readme.py tests/test_tables.py
 SEEDS = 0 1 2 3 4
 
 demo: .venv/ready

@@ -1,9 +1,10 @@
-"""Draws the figure of README.md: the walk-through's two answers, scored token by token.
+"""Draws the two figures of README.md: the walk-through's two answers, and the results over seeds.
 
-    python classroom/pictures.py              runs the walk-through (about 18 CPU seconds), writes credit.png
-    python classroom/pictures.py LOG          the same from what `python classroom/walkthrough.py` printed
+    python classroom/pictures.py              runs the walk-through (about 18 CPU seconds)
+    python classroom/pictures.py LOG          reads what `python classroom/walkthrough.py` printed
 
-The scores are read from the printed table, so the figure and the text show the same numbers.
+credit.png is read from the printed scores, results.png from README.md's own table: figures and text show the
+same numbers.
 """
 
 import ast
@@ -24,6 +25,9 @@ from support.files import BadInput, require
 BLUE, ORANGE, GREY = "#2166ac", "#c8590a", "#57606a"
 SHOWN = {"\n": "↵", "<|end_of_text|>": "stop"}
 ROW = re.compile(r"^ +('[^']*') +([+-]\d+\.\d+) +('[^']*') +([+-]\d+\.\d+) +('[^']*')$", re.M)
+RESULT = re.compile(
+    r"^\| (\w+) \| ([^|]+) \| ([^|]*) \| (1?\.\d+) \((1?\.\d+) to (1?\.\d+)\) \| \d+ \|$", re.M
+)
 PROMPT = re.compile(r"^'<\|begin_of_text\|>(.*)\\n'$", re.M)
 
 
@@ -70,8 +74,8 @@ def draw_answer(axis, answer, title, lowest, error=None):
         )  # fmt: skip
 
 
-def draw(text, path):
-    """The figure, as a PNG at `path`."""
+def draw_credit(text, path):
+    """The two answers of the walk-through's output, as a PNG at `path`."""
     prompt, right, wrong, error = read_scores(text)
     sizes = {"height_ratios": [9.2, 16.4]}  # one scale for both panels
     figure, (above, below) = plt.subplots(2, 1, figsize=(9.6, 4.6), gridspec_kw=sizes)
@@ -82,6 +86,47 @@ def draw(text, path):
     figure.savefig(path, dpi=150)
 
 
+def draw_results(text, path):
+    """The table of results in README.md as ranges with their means, one panel a task, as a PNG at `path`."""
+    rows = RESULT.findall(text)
+    require(
+        rows,
+        "README.md: no table of results; expected rows like | demo | PPO | Q-RM | .63 (.48 to .86) | 5 |",
+    )
+    tasks = list(dict.fromkeys(row[0] for row in rows))
+    counts = [sum(row[0] == task for row in rows) for task in tasks]
+    figure, axes = plt.subplots(
+        len(tasks), 1, figsize=(9.6, 0.42 * len(rows) + 1.1), sharex=True, squeeze=False,
+        gridspec_kw={"height_ratios": counts},
+    )  # fmt: skip
+    for axis, task in zip(axes[:, 0], tasks):
+        draw_ranges(axis, [row for row in rows if row[0] == task])
+        axis.set_title(f"{task} task", loc="left", fontsize=12.5)
+    axes[-1, 0].set_xlabel("problems solved greedily: mean and range over five seeds", fontsize=12)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def draw_ranges(axis, rows):
+    """Rows of RESULT, the first on top: a line from lowest to highest, a dot and its number at the mean."""
+    for place, (_, _, reward, *numbers) in enumerate(rows):
+        mean, low, high = (float(x) for x in numbers)
+        colour = BLUE if "Q-RM" in reward else ORANGE if "outcome" in reward else GREY
+        axis.plot(
+            [low, high], [place, place], color=colour, linewidth=2.5, alpha=0.45, solid_capstyle="round"
+        )
+        axis.plot(mean, place, marker="o", markersize=8, color=colour)
+        axis.text(mean, place - 0.2, numbers[0], ha="center", va="bottom", fontsize=10.5, color=colour)
+    names = [" + ".join(filter(None, (row[1], row[2].strip("* ").split(",")[0]))) for row in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=12)
+    axis.set_ylim(len(rows) - 0.5, -0.8)
+    axis.set_xlim(0, 1)
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.grid(axis="x", color="#d0d7de", linewidth=0.6)
+    axis.set_axisbelow(True)
+
+
 def main(argv):
     try:
         if argv:
@@ -89,11 +134,12 @@ def main(argv):
         else:
             command = [sys.executable, str(HERE / "walkthrough.py")]
             text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        draw(text, HERE / "credit.png")
+        draw_credit(text, HERE / "credit.png")
+        draw_results((HERE.parent / "README.md").read_text(encoding="utf-8"), HERE / "results.png")
     except (BadInput, OSError) as error:
         print(f"pictures.py: {error}", file=sys.stderr)
         return 2
-    print(HERE / "credit.png")
+    print(f"{HERE}: credit.png, results.png")
     return 0
 
 
