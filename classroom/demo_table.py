@@ -1,0 +1,135 @@
+"""The tables of the demo over several seeds, from the eval.json files of its runs: for README.md, results.md.
+
+    python classroom/demo_table.py runs/seed*            prints the tables
+    python classroom/demo_table.py runs/seed* --write    and puts them in their places in the two files
+
+`make results` makes the runs. A policy or reward model that a run lacks is left out of that run's row.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from support.files import BadInput, require, write_atomically
+
+POLICIES = {  # directory in the run -> policy, reward
+    "sft": ("SFT, before RL", ""),
+    "reinforce": ("REINFORCE", "Q-RM, every token"),
+    "ppo": ("PPO", "**Q-RM, every token**"),
+    "ppo-orm": ("PPO, λ = 1", "outcome model, last token"),
+}
+JUDGES = {
+    "pair_accuracy": "pair accuracy",
+    "length_baseline": "always prefer the shorter answer",
+    "first_error_choice": "at the first wrong token, the right one scores higher",
+    "first_error_hit": "the largest drop of Z is at the first wrong token",
+    "error_auc": "AUC: first wrong token against the tokens before it (see metrics.md)",
+}
+MARKS = "<!-- {}: python classroom/demo_table.py runs/seed* --write -->\n\n", "\n<!-- end -->"
+
+
+def load_evals(directories):
+    """[{name of the model's directory: its eval.json}], one a run. Raises BadInput for a run without any."""
+    runs = []
+    for directory in directories:
+        paths = sorted(Path(directory).glob("*/eval.json"))
+        require(paths, f"{directory}: holds no eval.json; expected the --run_dir of a finished demo")
+        runs.append({path.parent.name: json.loads(path.read_text(encoding="utf-8")) for path in paths})
+    return runs
+
+
+def mean_and_range(numbers, digits=2):
+    """'.63 (.48 to .86)': mean, lowest and highest."""
+    shown = [f"{x:.{digits}f}" for x in (statistics.fmean(numbers), min(numbers), max(numbers))]
+    mean, low, high = (text.removeprefix("0") for text in shown)
+    return f"{mean} ({low} to {high})"
+
+
+def summary_rows(runs):
+    """README's rows: greedy pass@1 of each policy, mean and range over the runs."""
+    lines = []
+    for name, (policy, reward) in POLICIES.items():
+        greedy = [run[name]["pass@1"] for run in runs if name in run]
+        if greedy:
+            seeds = len(greedy)
+            lines.append(f"| demo | {policy} | {reward} | {mean_and_range(greedy)} | {seeds} |")
+    return lines
+
+
+def by_run(directories, runs):
+    """Lines of a table: greedy, sampled and best-of-8 accuracy of every policy in every run."""
+    names = [name for name in POLICIES if any(name in run for run in runs)]
+    titles = [" + ".join(filter(None, POLICIES[name])).replace("*", "") for name in names]
+    lines = ["| run | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
+    for directory, run in zip(directories, runs):
+        cells = [three_numbers([run[name]]) if name in run else "" for name in names]
+        lines.append(f"| {Path(directory).name} | " + " | ".join(cells) + " |")
+    means = [three_numbers([run[name] for run in runs if name in run]) for name in names]
+    return [*lines, "| **mean** | " + " | ".join(means) + " |"]
+
+
+def three_numbers(evals):
+    """Greedy pass@1 / pass@k of one sample / of eight samples: means over some eval.json files."""
+    columns = [
+        [e["pass@1"] for e in evals],
+        [e["pass@k"]["1"] for e in evals],
+        [e["pass@k"]["8"] for e in evals],
+    ]
+    return " / ".join(f"{statistics.fmean(column):.3f}" for column in columns)
+
+
+def judge_rows(runs):
+    """Lines of a table: accuracy and credit of the Q-RM on held-out pairs."""
+    lines = ["| Q-RM on held-out pairs | mean (lowest to highest) |", "|---|---|"]
+    for key, title in JUDGES.items():
+        found = [run["rm"][key] for run in runs if key in run.get("rm", {})]
+        if found:
+            lines.append(f"| {title} | {mean_and_range(found, 3)} |")
+    return lines
+
+
+def replace_rows(text, rows):
+    """README.md with its rows that begin with `| demo |` replaced."""
+    old = re.search(r"(^\| demo \|.*\n)+", text, re.M)
+    require(old, "README.md: no rows that begin with '| demo |'; expected them in its table of results")
+    return text[: old.start()] + "\n".join(rows) + "\n" + text[old.end() :]
+
+
+def replace_block(text, name, lines):
+    """results.md with the lines between its two comments of this name replaced."""
+    begin, end = MARKS[0].format(name), MARKS[1]
+    start = text.find(begin)
+    stop = text.find(end, start)
+    require(0 <= start < stop, f"results.md: no block {begin.strip()!r} ... {end.strip()!r}")
+    return text[: start + len(begin)] + "\n".join(lines) + "\n" + text[stop:]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
+    parser.add_argument("--write", action="store_true", help="also into README.md and classroom/results.md")
+    args = parser.parse_args(argv)
+    try:
+        runs = load_evals(args.runs)
+        tables = summary_rows(runs), by_run(args.runs, runs), judge_rows(runs)
+        print("\n\n".join("\n".join(table) for table in tables))
+        if args.write:
+            readme, results = ROOT / "README.md", ROOT / "classroom" / "results.md"
+            write_atomically(readme, replace_rows(readme.read_text(encoding="utf-8"), tables[0]))
+            text = replace_block(results.read_text(encoding="utf-8"), "policies", tables[1])
+            write_atomically(results, replace_block(text, "reward model", tables[2]))
+    except (BadInput, OSError) as error:
+        print(f"demo_table.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
