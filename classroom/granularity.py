@@ -3,10 +3,10 @@
     python classroom/granularity.py [--out runs/granularity] [--seeds 8] [--minutes 60] [--workers 2]
     python classroom/granularity.py --table        the tables of what has run so far
 
-The protocol, written before the runs, is classroom/protocol.md. Everything is a command of train.py on files that
-this script writes; a finished job is one line of <out>/runs.jsonl, and a restart does what is missing.
+The protocol, written before the runs, is classroom/protocol.md. Everything is a command of train.py on files
+that this script writes; a finished job is one line of <out>/runs.jsonl, and a restart does what is missing.
 
-    per seed   sft ─► pairs ─► Q-RM, ORM, verifier ─► PPO: {its tokens; its answer's number at the last token, lambda 1}
+    per seed   sft ─► pairs ─► Q-RM, ORM, verifier ─► PPO: {all tokens; one number an answer, lambda 1}
 """
 
 import argparse
@@ -31,14 +31,9 @@ from data import Arith, arith_rows
 from qrm import last_token_mask, masked_mean, token_reward
 from support.settings import ARITH
 
-TASK = Arith(
-    steps=(6, 8), operand=1, verbs=16, misread=8
-)  # the study's "long" task: about 45 tokens an answer
-TUNING_SEEDS = (
-    100,
-    101,
-)  # policies, pairs, reward models and prompts of their own; no test seed is looked at
-RM_LRS = (3e-4, 7e-4, 2e-3, 4e-3)
+TASK = Arith(steps=(6, 8), operand=1, verbs=16, misread=8)  # the study's "long" task: about 45 tokens
+TUNING_SEEDS = (100,)  # with policies, pairs, reward models and prompts of their own
+RM_LRS = (7e-4, 2e-3, 4e-3)
 RM_STEPS = 400  # batches of 32 pairs
 RL_LRS = (1e-4, 3e-4, 1e-3)  # tuned first, at KL coefficient .3
 KL_COEFS = (0.3, 0.1, 1.0)  # then this, at that learning rate
@@ -55,25 +50,20 @@ ARMS = {
     "grpo graded": ("outcome", "group"),
     "verifier answer": ("verifier", "mean"),
     "oracle tokens": ("oracle", "tokens"),
-    "orm tokens": ("orm", "tokens"),
 }
 REWARD_MODELS = ("qrm", "orm", "verifier")
 READINGS = {  # how an arm's rewards become advantages
     "tokens": {"advantage": "token"},  # Algorithm 1: Z_std - KL - V
-    "mean": {
-        "advantage": "gae",
-        "lam": 1.0,
-        "gamma": 1.0,
-    },  # the answer's number at its last token
+    "mean": {"advantage": "gae", "lam": 1.0, "gamma": 1.0},  # the answer's number at its last token
     "last": {"advantage": "gae", "lam": 1.0, "gamma": 1.0},
     "group": {"advantage": "grpo", "group_size": 8},
 }
 
-# ------------------------------------------------------------------------------------------------ one arm's reward
+# ------------------------------------------------------------------------------------------------ rewards
 
 
 def answer_mean(reward_model):
-    """The mean of Z over the answer, at its last token and 0 elsewhere: what the pairwise loss was trained on."""
+    """The mean of Z over the answer, at its last token and 0 elsewhere: the number that the loss compares."""
     tokens = token_reward(reward_model)
 
     def reward_fn(ids, mask):
@@ -84,17 +74,13 @@ def answer_mean(reward_model):
 
 
 def read_as(reading, load_reward):
-    """train.py's load_reward, with the reward model read as an arm says: for mock.patch.object(train, "load_reward")."""
+    """train.py's load_reward, with the reward model read as an arm says."""
 
     def patched(kind, directory, tokenizer, cfg, grid, rows=()):
         found = load_reward(kind, directory, tokenizer, cfg, grid, rows)
-        if kind in ("outcome", "oracle"):
-            return found
-        if reading == "last":
-            return found  # the ORM as it was trained
-        model = train.load(train.ScalarModel, directory, cfg, grid).requires_grad_(
-            False
-        )
+        if reading == "last" or kind in ("outcome", "oracle"):
+            return found  # the ORM as it was trained, or the graded truth
+        model = train.load(train.ScalarModel, directory, cfg, grid).requires_grad_(False)
         if reading == "mean":
             return answer_mean(model), lambda ids, mask: last_token_mask(mask), False
         return token_reward(model), None, True
@@ -114,9 +100,7 @@ def call(stage, **flags):
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         status = train.main(argv)
     if status:
-        raise RuntimeError(
-            f"train.py {' '.join(argv)}: {log.getvalue().strip().splitlines()[-1]}"
-        )
+        raise RuntimeError(f"train.py {' '.join(argv)}: {log.getvalue().strip().splitlines()[-1]}")
 
 
 def write_rows(path, rows):
@@ -141,9 +125,7 @@ def make_start(home, seed):
     call("sft", data=home / "sft.jsonl", out=home / "sft", seed=seed)
     sampling = {"model": home / "sft", "limit": 0, "seed": seed}
     call("pairs", data=home / "train.jsonl", out=home / "pairs.jsonl", **sampling)
-    call(
-        "pairs", data=home / "test.jsonl", out=home / "pairs-heldout.jsonl", **sampling
-    )
+    call("pairs", data=home / "test.jsonl", out=home / "pairs-heldout.jsonl", **sampling)
     call("eval", data=home / "heldout.jsonl", out=home / "start", k=1, **sampling)
     return json.loads((home / "start" / "eval.json").read_text())
 
@@ -165,13 +147,7 @@ def make_arm(home, seed, arm, rm_lr, lr, kl_coef, rollouts):
         judge = {"reward_model": home / f"rm-{scorer}-{rm_lr:g}"}
     else:
         judge = {"reward": scorer}
-    flags = {
-        "lr": lr,
-        "kl_coef": kl_coef,
-        "steps": rollouts,
-        "eval_every": 1,
-        "limit": HELD_OUT,
-    }
+    flags = {"lr": lr, "kl_coef": kl_coef, "steps": rollouts, "eval_every": 1, "limit": HELD_OUT}
     with mock.patch.object(train, "load_reward", read_as(reading, train.load_reward)):
         call(
             "ppo",
@@ -182,10 +158,7 @@ def make_arm(home, seed, arm, rm_lr, lr, kl_coef, rollouts):
             **judge,
             **flags | READINGS[reading],
         )
-    curve = [
-        [row["trajectories"], row["pass@1"], row["kl_k1"]]
-        for row in read_rows(out / "metrics.jsonl")
-    ]
+    curve = [[row["trajectories"], row["pass@1"], row["kl_k1"]] for row in read_rows(out / "metrics.jsonl")]
     shutil.rmtree(out)  # the curve is what is kept
     return curve
 
@@ -198,9 +171,7 @@ def perform(out, job):
     torch.set_num_threads(1)
     began = time.process_time()
     arguments = {k: v for k, v in job.items() if k not in ("kind", "seed")}
-    result = KINDS[job["kind"]](
-        Path(out) / f"seed{job['seed']}", job["seed"], **arguments
-    )
+    result = KINDS[job["kind"]](Path(out) / f"seed{job['seed']}", job["seed"], **arguments)
     return result, time.process_time() - began
 
 
@@ -215,10 +186,7 @@ class Runs:
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a line that a crash cut off is left out
         self.path.write_text(whole, encoding="utf-8")
-        self.done = {
-            json.dumps(record["job"]): record
-            for record in map(json.loads, whole.splitlines())
-        }
+        self.done = {json.dumps(record["job"]): record for record in map(json.loads, whole.splitlines())}
 
     def result(self, job):
         return self.done.get(json.dumps(job), {}).get("result")
@@ -228,23 +196,19 @@ class Runs:
         waiting = [job for job in jobs if self.result(job) is None]
         context = multiprocessing.get_context("spawn")
         running = {}
-        with concurrent.futures.ProcessPoolExecutor(
-            self.workers, mp_context=context
-        ) as pool:
+        with concurrent.futures.ProcessPoolExecutor(self.workers, mp_context=context) as pool:
             while waiting or running:
-                while (
-                    waiting
-                    and len(running) < self.workers
-                    and time.monotonic() < self.deadline
-                ):
+                while waiting and len(running) < self.workers and time.monotonic() < self.deadline:
                     job = waiting.pop(0)
                     running[pool.submit(perform, self.out, job)] = job
                 if not running:
                     return
-                for future in concurrent.futures.wait(
-                    running, return_when="FIRST_COMPLETED"
-                )[0]:
-                    self.keep(running.pop(future), *future.result())
+                for future in concurrent.futures.wait(running, return_when="FIRST_COMPLETED")[0]:
+                    job = running.pop(future)
+                    if future.exception():
+                        print(f"failed: {json.dumps(job)}: {future.exception()}", flush=True)
+                    else:
+                        self.keep(job, *future.result())
 
     def keep(self, job, result, seconds):
         record = {"job": job, "result": result, "seconds": round(seconds, 1)}
@@ -254,7 +218,7 @@ class Runs:
         print(f"{seconds:6.1f} s  {json.dumps(job)}", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ the protocol
+# ------------------------------------------------------------------------------------------------ protocol
 
 
 def start_job(seed):
@@ -271,7 +235,7 @@ def arm_job(seed, arm, rm_lr, lr, kl_coef, rollouts):
 
 
 def best(runs, candidates, jobs_of, score):
-    """The candidate whose mean score over its jobs is highest, of equals the first; None until all have run."""
+    """The candidate with the highest mean score, the first of equals; None until all have run."""
     means = {}
     for candidate in candidates:
         results = [runs.result(job) for job in jobs_of(candidate)]
@@ -282,59 +246,34 @@ def best(runs, candidates, jobs_of, score):
 
 
 def tuning_score(curve):
-    """Mean greedy pass@1 over the last half of the rollouts: rewards speed and height, punishes a collapse."""
+    """Mean greedy pass@1 over the last half of the rollouts: counts speed and height, and a collapse."""
     half = curve[len(curve) // 2 :]
     return statistics.fmean(point[1] for point in half)
 
 
 def tuned_rms(runs):
     """{reward: learning rate} by accuracy on held-out pairs of the tuning seeds; runs what is missing"""
-    jobs_of = {
-        r: lambda lr, r=r: [rm_job(seed, r, lr) for seed in TUNING_SEEDS]
-        for r in REWARD_MODELS
-    }
+    jobs_of = {r: lambda lr, r=r: [rm_job(seed, r, lr) for seed in TUNING_SEEDS] for r in REWARD_MODELS}
     runs.run([job for r in REWARD_MODELS for lr in RM_LRS for job in jobs_of[r](lr)])
-    return {
-        r: best(runs, RM_LRS, jobs_of[r], lambda x: x["pair_accuracy"])
-        for r in REWARD_MODELS
-    }
+    return {r: best(runs, RM_LRS, jobs_of[r], lambda x: x["pair_accuracy"]) for r in REWARD_MODELS}
 
 
 def tuned_arms(runs, rm_lrs):
-    """{arm: (learning rate, KL coefficient)}: first the rate, then the coefficient; five configurations for every arm"""
+    """{arm: (learning rate, KL coefficient)}: first the rate, then the coefficient; 5 runs an arm and seed"""
 
     def jobs_of(arm, lr, kl_coef):
         rm_lr = rm_lrs.get(ARMS[arm][0])
-        return [
-            arm_job(seed, arm, rm_lr, lr, kl_coef, TUNING_ROLLOUTS)
-            for seed in TUNING_SEEDS
-        ]
+        return [arm_job(seed, arm, rm_lr, lr, kl_coef, TUNING_ROLLOUTS) for seed in TUNING_SEEDS]
 
-    runs.run(
-        [job for arm in ARMS for lr in RL_LRS for job in jobs_of(arm, lr, KL_COEFS[0])]
-    )
+    runs.run([job for arm in ARMS for lr in RL_LRS for job in jobs_of(arm, lr, KL_COEFS[0])])
     lrs = {}
     for arm in ARMS:
-        lrs[arm] = best(
-            runs,
-            RL_LRS,
-            lambda lr, arm=arm: jobs_of(arm, lr, KL_COEFS[0]),
-            tuning_score,
-        )
+        lrs[arm] = best(runs, RL_LRS, lambda lr, arm=arm: jobs_of(arm, lr, KL_COEFS[0]), tuning_score)
     ready = [arm for arm in ARMS if lrs[arm]]
-    runs.run(
-        [
-            job
-            for arm in ready
-            for kl_coef in KL_COEFS
-            for job in jobs_of(arm, lrs[arm], kl_coef)
-        ]
-    )
+    runs.run([job for arm in ready for kl_coef in KL_COEFS for job in jobs_of(arm, lrs[arm], kl_coef)])
     chosen = {}
     for arm in ready:
-        kl = best(
-            runs, KL_COEFS, lambda kl, arm=arm: jobs_of(arm, lrs[arm], kl), tuning_score
-        )
+        kl = best(runs, KL_COEFS, lambda kl, arm=arm: jobs_of(arm, lrs[arm], kl), tuning_score)
         if kl is not None:
             chosen[arm] = (lrs[arm], kl)
     return chosen
@@ -346,9 +285,7 @@ def test_jobs(rm_lrs, chosen, seeds):
     for seed in seeds:
         jobs += [rm_job(seed, r, rm_lrs[r]) for r in REWARD_MODELS]
         for arm, (lr, kl_coef) in chosen.items():
-            jobs.append(
-                arm_job(seed, arm, rm_lrs.get(ARMS[arm][0]), lr, kl_coef, ROLLOUTS)
-            )
+            jobs.append(arm_job(seed, arm, rm_lrs.get(ARMS[arm][0]), lr, kl_coef, ROLLOUTS))
     return jobs
 
 
@@ -356,7 +293,7 @@ def test_jobs(rm_lrs, chosen, seeds):
 
 
 def reach(curve, target):
-    """Trajectories at which greedy pass@1 first reaches the target, linear between evaluations; None if never.
+    """Trajectories at which pass@1 first reaches the target, linear between evaluations; None if never.
 
     >>> reach([[0, 0.2], [512, 0.4], [1024, 0.3]], 0.3)
     256.0
@@ -375,9 +312,7 @@ def reach(curve, target):
 def bootstrap(values, draws=10_000, seed=0):
     """95 % interval of the mean over seeds, percentile bootstrap; with few seeds read it as too narrow."""
     rng = random.Random(seed)
-    means = sorted(
-        statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws)
-    )
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws))
     return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]
 
 
@@ -386,9 +321,7 @@ def interval(values, digits=2):
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "not run"
     low, high = bootstrap(values)
-    return (
-        f"{statistics.fmean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-    )
+    return f"{statistics.fmean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def test_curves(runs, rm_lrs, chosen, seeds):
@@ -404,56 +337,30 @@ def test_curves(runs, rm_lrs, chosen, seeds):
 
 
 def arm_rows(curves, chosen, end):
-    """Final and mean pass@1, and trajectories to the fixed targets; a seed that never gets there counts as `end`."""
-    rows = [
-        [
-            "arm",
-            "lr",
-            "kl",
-            "seeds",
-            "final pass@1",
-            "mean over the run",
-            *(f"to {t}" for t in TARGETS),
-        ]
-    ]
+    """Final and mean pass@1, trajectories to the targets; a seed that never gets there counts as `end`."""
+    rows = [["arm", "lr", "kl", "seeds", "final pass@1", "mean over the run", *(f"to {t}" for t in TARGETS)]]
     for arm, by_seed in curves.items():
         cells = [arm, f"{chosen[arm][0]:g}", f"{chosen[arm][1]:g}", str(len(by_seed))]
         cells.append(interval([curve[-1][1] for curve in by_seed.values()]))
-        cells.append(
-            interval(
-                [statistics.fmean(p[1] for p in curve) for curve in by_seed.values()]
-            )
-        )
+        cells.append(interval([statistics.fmean(p[1] for p in curve) for curve in by_seed.values()]))
         for target in TARGETS:
             times = [reach(curve, target) for curve in by_seed.values()]
             hits = sum(x is not None for x in times)
-            cells.append(
-                f"{interval([end if x is None else x for x in times], 0)}, {hits}/{len(times)}"
-            )
+            cells.append(f"{interval([end if x is None else x for x in times], 0)}, {hits}/{len(times)}")
         rows.append(cells)
     return rows
 
 
 def paired_rows(curves, end):
     """Each arm minus "qrm tokens", seed by seed: the differences that the claims are about."""
-    rows = [
-        [
-            "arm minus qrm tokens",
-            "final pass@1",
-            "mean over the run",
-            *(f"to {t}" for t in TARGETS),
-        ]
-    ]
+    rows = [["arm minus qrm tokens", "final pass@1", "mean over the run", *(f"to {t}" for t in TARGETS)]]
     base = curves["qrm tokens"]
     for arm, by_seed in curves.items():
         if arm == "qrm tokens":
             continue
         pairs = [(by_seed[seed], base[seed]) for seed in by_seed]
         cells = [arm, interval([a[-1][1] - b[-1][1] for a, b in pairs])]
-        gaps = [
-            statistics.fmean(p[1] for p in a) - statistics.fmean(p[1] for p in b)
-            for a, b in pairs
-        ]
+        gaps = [statistics.fmean(p[1] for p in a) - statistics.fmean(p[1] for p in b) for a, b in pairs]
         cells.append(interval(gaps))
         for target in TARGETS:
             times = [[reach(c, target) or end for c in pair] for pair in pairs]
@@ -463,16 +370,7 @@ def paired_rows(curves, end):
 
 
 def rm_rows(runs, rm_lrs, seeds):
-    rows = [
-        [
-            "reward model",
-            "lr",
-            "seeds",
-            "pair accuracy",
-            "choice",
-            "largest drop at the error",
-        ]
-    ]
+    rows = [["reward model", "lr", "seeds", "pair accuracy", "choice", "largest drop at the error"]]
     for reward, lr in rm_lrs.items():
         found = [r for seed in seeds if (r := runs.result(rm_job(seed, reward, lr)))]
         cells = [reward, f"{lr:g}", str(len(found))]
@@ -493,21 +391,11 @@ def main(argv=None):
     )
     parser.add_argument("--out", default="runs/granularity")
     parser.add_argument("--seeds", type=int, default=8, help="test seeds 0, 1, ...")
-    parser.add_argument(
-        "--minutes", type=float, default=60, help="no job starts after so many minutes"
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=2,
-        help="jobs at a time; results do not depend on it",
-    )
+    parser.add_argument("--minutes", type=float, default=60, help="no job starts after so many minutes")
+    parser.add_argument("--workers", type=int, default=2, help="jobs at a time; results do not depend on it")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args(argv)
-    runs, seeds = (
-        Runs(args.out, 0 if args.table else args.minutes, args.workers),
-        range(args.seeds),
-    )
+    runs, seeds = Runs(args.out, 0 if args.table else args.minutes, args.workers), range(args.seeds)
     runs.run([start_job(seed) for seed in TUNING_SEEDS])
     rm_lrs = tuned_rms(runs)
     if None in rm_lrs.values():

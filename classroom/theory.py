@@ -2,11 +2,11 @@
 
     python classroom/theory.py
 
-Chen et al. 2025, sections 3.1 to 3.4 and Prop. 3.4: is a Z that minimises the loss a Q*, an advantage, or neither? What is
-proved and what is measured is told in classroom/theory.md; every number there comes from here.
+Chen et al. 2025, sections 3.1 to 3.4 and Prop. 3.4: is a Z that minimises the loss a Q*, an advantage, or
+neither? classroom/theory.md states what is proved and what is measured; its numbers are printed here.
 
-A actions · T tokens of the longest answer · n states · N answers. State s has the children s*A + 1 ... s*A + A, and the
-score of action a in state s has the index s*A + a in every table of n*A numbers.
+A actions · T tokens of the longest answer · n states · N answers
+State s has the children s*A + 1 ... s*A + A; the score of action a in state s has the index s*A + a.
 """
 
 import statistics
@@ -22,9 +22,9 @@ from qrm import pairwise_loss
 
 
 def all_answers(T, A, stops=False):
-    """Every answer as the indices of its scores: places (N, T) int64, mask (N, T) bool (False after its last token).
+    """Every answer as the indices of its scores: places (N, T) int64, mask (N, T) bool (False after its end).
 
-    stops   action 0 ends an answer, so that lengths differ: 1 to T tokens. Otherwise all A^T answers have T tokens.
+    stops   action 0 ends an answer, so that lengths differ: 1 to T tokens. Otherwise all A^T have T tokens.
     """
     actions = torch.cartesian_prod(*[torch.arange(A)] * T).view(-1, T)  # (A^T, T)
     mask = torch.ones_like(actions, dtype=torch.bool)
@@ -48,8 +48,9 @@ def depths(T, A):
 def backed_up(rewards, stops=False, uniform=False):
     """Bellman backup on the tree: Q(s, a) = r(s, a) + V(s').
 
-    V(s) = log sum_a exp Q(s, a) is the soft value of the maximum-entropy policy at temperature 1; with `uniform` it is the
-    mean over the actions instead, the value of going on uniformly. rewards (n, A) -> Q (n, A), Q - V (n, A)
+    V(s) = log sum_a exp Q(s, a) is the soft value of the maximum-entropy policy at temperature 1; with
+    `uniform` it is the mean over the actions, the value of uniform continuation. V is 0 after the last token,
+    and with `stops` after action 0. rewards (n, A) -> Q (n, A), Q - V (n, A)
     """
     n, A = rewards.shape
     Q = rewards.clone()
@@ -64,7 +65,7 @@ def backed_up(rewards, stops=False, uniform=False):
 
 
 def random_rewards(seed, T, A, kind="iid"):
-    """Standard normal token rewards (n*A,); "terminal": only last tokens are rewarded, as by a graded answer."""
+    """Standard normal token rewards (n*A,); "terminal": on last tokens only, as a graded answer has them."""
     n = len(depths(T, A))
     rewards = torch.randn(n * A, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if kind == "terminal":
@@ -77,7 +78,7 @@ def random_rewards(seed, T, A, kind="iid"):
 
 
 def expected_loss(z, returns, places, mask, beta=0.2, margin=0.0):
-    """The Q-RM loss over all ordered pairs, each as often as Bradley-Terry prefers it: P(i over j) = sigmoid(R_i - R_j).
+    """The Q-RM loss over all ordered pairs, weighed by Bradley-Terry: P(i over j) = sigmoid(R_i - R_j).
 
     z (n*A,), returns (N,), places, mask (N, T) -> scalar
     """
@@ -90,8 +91,8 @@ def expected_loss(z, returns, places, mask, beta=0.2, margin=0.0):
 def fit(returns, places, size, beta, margin, updates):
     """The free table Z (size,) that minimises the expected loss over all pairs, by Adam from 0.
 
-    returns (N,); places (N, T): an answer's indices in Z, all of T tokens. The gradient is that of qrm.pairwise_loss, each
-    pair weighed by its probability.
+    returns (N,); places (N, T): an answer's indices in Z, all of T tokens. The gradient is that of
+    qrm.pairwise_loss, each pair weighed by its probability.
     """
     i, j = (~torch.eye(len(returns), dtype=torch.bool)).nonzero().T
     preferred = torch.sigmoid(returns[i] - returns[j])
@@ -112,11 +113,12 @@ def fit(returns, places, size, beta, margin, updates):
 def minimum_norm(returns, places, mask, size, beta=0.2):
     """The minimiser of the expected loss (margin 0) with the smallest sum of squares, in closed form.
 
-    Exactly the Z whose means satisfy beta * mean Z = R + constant minimise the loss; gradient descent from 0 never leaves the
-    span of the answers' rows, so it ends here. returns (N,), places, mask (N, T) -> (size,)
+    The minimisers are the Z with beta * mean Z = R + constant. Gradient descent from 0 never leaves the span
+    of the answers' rows, so it ends here. returns (N,), places, mask (N, T) -> (size,)
     """
     rows = torch.zeros(len(places), size, dtype=returns.dtype)
-    rows.scatter_add_(1, places, mask / mask.sum(1, keepdim=True).to(returns.dtype))  # (N, size): means as a matrix
+    shares = mask.to(returns.dtype) / mask.sum(1, keepdim=True)
+    rows.scatter_add_(1, places, shares)  # (N, size): rows @ z are the means
     return torch.linalg.lstsq(centred(rows.T).T, (returns - returns.mean()) / beta, driver="gelsd").solution
 
 
@@ -125,7 +127,7 @@ def path_weights(T, A):
     return torch.tensor([sum(A**-k for k in range(T - d)) for d in range(T)], dtype=torch.float64)
 
 
-# ------------------------------------------------------------------------------------------------ policy gradients
+# ------------------------------------------------------------------------------------------------ gradients
 
 
 def expected_gradient(logits, weights, places, mask):
@@ -141,10 +143,10 @@ def expected_gradient(logits, weights, places, mask):
 
 
 def kl_gradients(logits, ref_logits):
-    """Gradients of one state's KL terms, by enumeration: {name: (A,)}; what each is said to do, and what it does.
+    """Gradients of one state's KL terms, by enumeration: {name: (A,)}.
 
-    "kl" and "reverse kl" are the gradients of KL(pi || ref) and KL(ref || pi). "k1 in the reward" is E[k1 grad log pi], "k1 in
-    the loss" E[grad k1], both under pi, which has sampled; the same for k3.
+    "kl" and "reverse kl" are the gradients of KL(pi || ref) and KL(ref || pi). "k1 in the reward" is
+    E[k1 grad log pi] and "k1 in the loss" E[grad k1], both under pi, which has sampled; the same for k3.
     """
     logits, ref = logits.detach().requires_grad_(), ref_logits.log_softmax(0)
     log_pi = logits.log_softmax(0)
@@ -174,12 +176,12 @@ def centred(x):
 
 
 def theory(seed, margin=0.0, beta=0.2, T=4, A=3, updates=800, kind="iid"):
-    """Z fitted by Adam to Bradley-Terry preferences on the returns of all A^T answers, of random token rewards.
+    """Z fitted by Adam to Bradley-Terry preferences on the returns of all A^T answers, random token rewards.
 
     Temperature 1, no discount: the maximum-entropy policy then has log phi*(answer) = return + constant.
-    -> largest errors in nats of the returns (a constant apart) and of A* when beta/T Z is taken as a token reward and
-    backed up; correlations of the returns, and of Z itself with Q*, with A* = Q* - V*, with A* within a state, and with the
-    minimum-norm minimiser
+    -> largest errors in nats of the returns (up to a constant) and of A* when beta/T Z is taken as a token
+    reward and backed up; correlations of the returns; of Z with Q* and with A* = Q* - V*; within a state, of
+    Z with A* and with the minimum-norm minimiser
     """
     places, mask = all_answers(T, A)
     rewards = random_rewards(seed, T, A, kind)
@@ -188,6 +190,7 @@ def theory(seed, margin=0.0, beta=0.2, T=4, A=3, updates=800, kind="iid"):
     sums, Z = beta * z[places].mean(1), z.view(-1, A)
     Q, advantage = backed_up(rewards.view(-1, A))
     _, from_z = backed_up(beta / T * Z)
+    smallest = minimum_norm(returns, places, mask, len(z), beta)
     return {
         "returns_error": (centred(sums) - centred(returns)).abs().max().item(),
         "advantage_error": (from_z - advantage).abs().max().item(),
@@ -195,36 +198,39 @@ def theory(seed, margin=0.0, beta=0.2, T=4, A=3, updates=800, kind="iid"):
         "q_corr": corr(Z, Q),
         "advantage_corr": corr(Z, advantage),
         "within_state_corr": corr(centred(Z), centred(advantage)),
-        "minimum_norm_corr": corr(z, minimum_norm(returns, places, mask, len(z), beta)),
+        "minimum_norm_corr": corr(centred(Z), centred(smallest.view(-1, A))),
     }
 
 
 def theory_table(seeds=3):
-    """{"title", "text", "rows"}: mean (lowest to highest) over random reward tables, with and without the paper's margin."""
-    names = ["margin", "error of returns", "error of backed-up A", "corr(returns)", "corr(Z, Q*)", "corr(Z, A*)"]
-    rows = [[*names, "within a state", "corr(Z, minimum norm)"]]
+    """{"title", "text", "rows"}: mean (lowest to highest) over random reward tables, by margin."""
+    names = "margin|error of returns|error of backed-up A|corr(returns)|corr(Z, Q*)|corr(Z, A*)"
+    rows = [[*names.split("|"), "within a state", "within a state, minimum norm"]]
     for margin in (0.0, 2.0):
         found = [theory(seed, margin) for seed in range(seeds)]
         columns = [[f[key] for f in found] for key in found[0]]
         cells = [f"{statistics.fmean(c):.3f} ({min(c):.3f} to {max(c):.3f})" for c in columns]
         rows.append([f"{margin:g}", *cells])
     text = (
-        f"4 tokens, 3 actions, all 81 answers, exact preferences; Z a free table, beta 0.2, fitted from 0; {seeds} "
-        "random reward tables. Without margin the loss recovers every return up to one constant, and Z, taken as a token "
-        "reward and backed up, gives the exact advantage, because all answers have the same length. Single scores are not "
-        "identified: the reward r itself, A*, and everything that differs from them by potential-based shaping fit equally "
-        "well (Q* does not). Adam from 0 finds almost the minimiser of smallest norm, whose differences within a state are "
-        "those of Q under uniform continuation, not of Q*: see the table by depth, since two states of three are last-token "
-        "states, where the two agree. The margin stretches the returns and hardly changes the order of the actions."
+        "4 tokens, 3 actions, all 81 answers, exact preferences; Z a free table, beta 0.2, fitted from 0; "
+        f"{seeds} random reward tables. Without margin the loss recovers every return up to one constant, "
+        "and Z, taken as a token reward and backed up, gives the exact advantage: all answers have the same "
+        "length. Single scores are not identified: the reward r itself, A*, and all that differs from them "
+        "by potential-based shaping fit equally well (Q* does not). Adam from 0 finds almost the minimiser "
+        "of smallest norm, whose differences within a state are those of Q under uniform continuation, not "
+        "of Q*. Two of three states are last-token states, where the two agree, so correlations over all "
+        "states flatter the fit: see the table by depth. The margin stretches the returns and hardly "
+        "changes the order of the actions."
     )
     return {"title": "4. The theory, checked", "text": text, "rows": rows}
 
 
 def by_depth(kind, scale=1.0, T=4, A=3, tables=100):
-    """The minimum-norm Z against A*, depth by depth, over all states of that depth in `tables` random reward tables.
+    """The minimum-norm Z against A*, depth by depth, over all states of `tables` random reward tables.
 
-    -> {"within_state_corr": [one a depth], "best_action": [share of states where both rank the same action first],
-    "uniform_error": largest deviation from the theorem, in nats of a return, "entropy": mean entropy of phi*, nats}
+    -> {"within_state_corr": one a depth, "best_action": share of states where both rank the same action
+    first, "uniform_error": largest deviation from the theorem, as a share of `scale`, "entropy": of phi*,
+    mean nats}
     """
     places, mask = all_answers(T, A)
     depth, weights = depths(T, A), path_weights(T, A)
@@ -254,8 +260,9 @@ def by_depth(kind, scale=1.0, T=4, A=3, tables=100):
 
 
 def depth_table(tables=100):
-    """Rows of text: by depth, both kinds of reward, and rewards that make phi* more and more deterministic."""
-    rows = [["rewards", "scale", "entropy of phi*", "corr with A*, depth 0 to 3", "same best action", "theorem's error"]]
+    """Rows of text: by depth, both kinds of reward, and rewards that make phi* ever more deterministic."""
+    names = "rewards|scale|entropy of phi*|corr with A*, depth 0 to 3|same best action|theorem's error"
+    rows = [names.split("|")]
     for kind in ("iid", "terminal"):
         for scale in (1.0, 3.0, 10.0):
             found = by_depth(kind, scale, tables=tables)
@@ -276,9 +283,17 @@ def minimisers_table(seed=0, T=4, A=3):
     potential[len(depths(T, A)) :] = 0.0  # the same after every last token
     shaping = potential[1:] - potential[: len(depths(T, A))].repeat_interleave(A)
     smallest = minimum_norm(returns, places, mask, len(rewards), beta=1.0) / T
-    tables = {"r": rewards, "A*": advantage, "minimum norm": smallest, "r + shaping": rewards + shaping, "Q*": Q}
+    tables = {
+        "r": rewards,
+        "A*": advantage,
+        "minimum norm": smallest,
+        "r + shaping": rewards + shaping,
+        "Q*": Q,
+    }
     rows = [["T Z", "loss above the smallest", "corr with A* within a state"]]
-    losses = {name: expected_loss(T * z, returns, places, mask, beta=1.0).item() for name, z in tables.items()}
+    losses = {
+        name: expected_loss(T * z, returns, places, mask, beta=1.0).item() for name, z in tables.items()
+    }
     for name, z in tables.items():
         within = corr(centred(z.view(-1, A)), centred(advantage.view(-1, A)))
         rows.append([name, f"{losses[name] - losses['r']:.1e}", f"{within:.2f}"])
@@ -286,7 +301,7 @@ def minimisers_table(seed=0, T=4, A=3):
 
 
 def gradient_table(seed=0, T=4, A=3):
-    """Rows of text: what a change of the token rewards does to the expected policy gradient (largest entry of the change)."""
+    """Rows of text: largest change of the expected policy gradient when token rewards change, relative."""
     rows = [["change", "lengths", "Z at its own token", "summed to the end"]]
     for stops in (False, True):
         places, mask = all_answers(T, A, stops)
@@ -323,7 +338,7 @@ def token_weights(z, places, mask, summed):
 
 
 def kl_table(seed=0, A=5):
-    """Rows of text: each penalty's gradient, compared with that of KL(pi || ref), far from the reference and near it."""
+    """Rows of text: norm of each penalty's gradient over that of KL(pi || ref), far from ref and near it."""
     generator = torch.Generator().manual_seed(seed)
     ref, direction = (torch.randn(A, generator=generator, dtype=torch.float64) for _ in range(2))
     rows = [["distance in logits", *kl_gradients(ref, ref)]]
