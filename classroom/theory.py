@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qrm import pairwise_loss
+from reinforce import kl_estimates
 
 # ------------------------------------------------------------------------------------------------ the tree
 
@@ -151,8 +152,7 @@ def kl_gradients(logits, ref_logits):
     logits, ref = logits.detach().requires_grad_(), ref_logits.log_softmax(0)
     log_pi = logits.log_softmax(0)
     pi = log_pi.detach().exp()
-    k1 = log_pi - ref
-    k3 = torch.expm1(-k1) + k1
+    k1, k3 = kl_estimates(log_pi, ref)
     terms = {
         "kl": (log_pi.exp() * k1).sum(),
         "reverse kl": (ref.exp() * (ref - log_pi)).sum(),
@@ -279,9 +279,12 @@ def minimisers_table(seed=0, T=4, A=3):
     rewards = random_rewards(seed, T, A)
     returns = rewards[places].sum(1)
     Q, advantage = (x.flatten() for x in backed_up(rewards.view(-1, A)))
-    potential = 10.0 * random_rewards(seed + 1, T + 1, A)[: A * len(depths(T, A)) + 1]  # one number a state
-    potential[len(depths(T, A)) :] = 0.0  # the same after every last token
-    shaping = potential[1:] - potential[: len(depths(T, A))].repeat_interleave(A)
+    n = len(depths(T, A))
+    against = torch.zeros(n * A + 1, dtype=torch.float64)  # a potential of each state
+    against[1:n] = (
+        -20.0 * advantage[: n - 1]
+    )  # the child that a* leads to lies lowest; 0 after every last token
+    shaping = against[1:] - against[:n].repeat_interleave(A)
     smallest = minimum_norm(returns, places, mask, len(rewards), beta=1.0) / T
     tables = {
         "r": rewards,
@@ -290,6 +293,9 @@ def minimisers_table(seed=0, T=4, A=3):
         "r + shaping": rewards + shaping,
         "Q*": Q,
     }
+    losses = {}
+    for name, z in tables.items():
+        losses[name] = expected_loss(T * z, returns, places, mask, beta=1.0).item()
     rows = [["T Z", "loss above the smallest", "corr with A* within a state"]]
     losses = {
         name: expected_loss(T * z, returns, places, mask, beta=1.0).item() for name, z in tables.items()
@@ -297,6 +303,30 @@ def minimisers_table(seed=0, T=4, A=3):
     for name, z in tables.items():
         within = corr(centred(z.view(-1, A)), centred(advantage.view(-1, A)))
         rows.append([name, f"{losses[name] - losses['r']:.1e}", f"{within:.2f}"])
+    return rows
+
+
+def lengths_table(seed=0, T=4, A=3):
+    """Rows of text: 1 to T tokens, preferences by mean reward; error of the backed-up A*, nats."""
+    places, mask = all_answers(T, A, stops=True)
+    rewards = random_rewards(seed, T, A)
+    returns = (rewards[places] * mask).sum(1) / mask.sum(1)
+    _, advantage = backed_up(rewards.view(-1, A), stops=True)
+    smallest = minimum_norm(returns, places, mask, len(rewards), beta=1.0)
+    reached = advantage.new_zeros(advantage.numel())
+    reached[places[mask]] = 1.0  # scores that some answer has
+    rows = [["Z", "loss above the smallest", "largest error of the backed-up A*"]]
+    base = expected_loss(rewards, returns, places, mask, beta=1.0).item()
+    for name, z in {
+        "r": rewards,
+        "r + 1": rewards + 1,
+        "r - 1": rewards - 1,
+        "minimum norm": smallest,
+    }.items():
+        _, found = backed_up(z.view(-1, A), stops=True)
+        error = ((found - advantage).flatten() * reached).abs().max().item()
+        loss = expected_loss(z, returns, places, mask, beta=1.0).item()
+        rows.append([name, f"{loss - base:.1e}", f"{error:.2f}"])
     return rows
 
 
@@ -361,6 +391,7 @@ if __name__ == "__main__":
     print(table["text"])
     show("Adam from 0, 3 reward tables", table["rows"])
     show("Minimisers of the loss, equal lengths", minimisers_table())
+    show("Minimisers of the loss, lengths 1 to 4", lengths_table())
     show("The minimum-norm Z against A* within a state, by depth, 100 reward tables", depth_table())
     show("Change of the expected policy gradient, relative", gradient_table())
     show("Size of a KL penalty's gradient, relative to that of KL(pi || ref)", kl_table())
