@@ -1,6 +1,6 @@
 """Real weights, real answers: what SmolLM2-135M-Instruct's hidden states say about graded GSM8K solutions.
 
-    python classroom/real.py --model SmolLM2-135M-Instruct --data gsm8k --work runs/real hidden heads planted credit
+    python classroom/real.py --model SmolLM2-135M-Instruct --data gsm8k hidden heads planted credit
 
     hidden     residual stream and log pi of every token of OpenAI's 5,276 graded answers, computed once
     heads      linear reward models on it, five folds by question: pair accuracy and best of four
@@ -12,15 +12,17 @@
     picture    two real answers under each head, token by token, as an SVG file
     check      prints 50 flagged errors for reading, from which the precision in real.md was counted
 
-Every part resumes where it stopped and prints what it found; `hidden` and `pairs` use whatever is finished so far.
-MODEL is a Hugging Face directory of SmolLM2-135M-Instruct, DATA holds example_model_solutions.jsonl (OpenAI,
-grade-school-math, MIT), test.jsonl of GSM8K and pairs_test.jsonl of the Q-RM authors. The results are in real.md.
+Every part resumes where it stopped and prints what it found. `heads` and `transfer` use the files that
+`hidden` and `pairs` have finished so far. --model is a Hugging Face directory of SmolLM2-135M-Instruct;
+--data holds example_model_solutions.jsonl and test.jsonl (OpenAI's grade-school-math, MIT) and
+pairs_test.jsonl of the Q-RM authors. The results, and how to get the files, are in real.md.
 
 A answers · n response tokens of all of them · D model width · Q questions
 """
 
 import argparse
 import hashlib
+import html
 import json
 import random
 import re
@@ -51,7 +53,7 @@ FOLDS = 5
 L2S = {"answers": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0), "tokens": (1e-4, 1e-3, 1e-2, 1e-1)}
 BETA, MARGIN = 0.2, 2.0  # of the Q-RM loss, as in the paper
 
-# ------------------------------------------------------------------------------------------------ questions and folds
+# ---------------------------------------------------------------------------------------- questions and folds
 
 
 def stable_number(text):
@@ -70,8 +72,11 @@ def read_lines(path):
 
 
 def read_solutions(data):
-    """OpenAI's rows -> list of {"question", "truth", "answers": 4 texts, "correct": 4 bools}, in an order that a hash
-    decides: questions with right and wrong answers first, since the others make no pairs."""
+    """OpenAI's rows -> list of {"question", "truth", "answers": 4 texts, "correct": 4 bools}.
+
+    Questions with right and wrong answers come first, since the others make no pairs; within both groups a
+    hash decides the order, so that any number of questions from the start is a random sample.
+    """
     rows = []
     for raw in read_lines(data / "example_model_solutions.jsonl"):
         row = {"question": raw["question"], "truth": raw["ground_truth"]}
@@ -87,7 +92,7 @@ def right_solutions(row):
 
 
 def mixed_pairs(questions, correct):
-    """Every (right, wrong) pair of answers to one question: (A,), (A,) bool -> (P, 2) int64 answer numbers."""
+    """All (right, wrong) pairs of answers to one question: (A,), (A,) bool -> (P, 2) int64 answer numbers"""
     pairs = []
     for question in np.unique(questions):
         places = np.flatnonzero(questions == question)
@@ -97,11 +102,11 @@ def mixed_pairs(questions, correct):
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-# ------------------------------------------------------------------------------------------------ statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 def clustered_interval(values, clusters, draws=2000, seed=0):
-    """95 % bootstrap interval of the mean of `values`, drawing whole clusters (questions) with replacement."""
+    """95 % bootstrap interval of the mean of `values`, resampling whole clusters (questions)."""
     _, place = np.unique(clusters, return_inverse=True)
     sums = np.bincount(place, np.asarray(values, dtype=float))
     counts = np.bincount(place)
@@ -123,7 +128,7 @@ def best_of(scores, correct):
 
 
 def votes(claims, weights=None):
-    """What each candidate's claim gets: the sum of the weights of all candidates with that claim; None gets 0.
+    """The votes for each candidate's claim: summed weights of all candidates with that claim; None gets 0.
 
     claims (Q lists of k values), weights (Q, k) or None for one vote each -> (Q, k)
     """
@@ -141,7 +146,7 @@ def describe(values, clusters):
     return f"{np.mean(values):.3f} ({low:.3f} to {high:.3f})"
 
 
-# ------------------------------------------------------------------------------------------------ calculator notes
+# ------------------------------------------------------------------------------------------- calculator notes
 
 NOTE = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
@@ -163,8 +168,9 @@ def numbers_in(text):
 def first_wrong_note(answer, rights):
     """The first calculator note of `answer` whose value occurs in none of the solutions `rights`.
 
-    -> (number of the note, its re.Match), or None if there is no such note. A note whose value is not a number ends the
-    search: what follows it is no first error. Right values on an unusual path are flagged too: see part `check`.
+    -> (number of the note, its re.Match), or None if there is no such note. A note whose value is not a
+    number ends the search. Right values on an unusual path are flagged, too, and wrong steps whose value
+    occurs elsewhere are missed: see part `check`.
     """
     known = set().union(*map(numbers_in, rights))
     for i, note in enumerate(NOTE.finditer(answer)):
@@ -205,11 +211,12 @@ def replace_numbers(text, changed):
 
 
 def plant_error(solution, note_number, new_value):
-    """Changes the result of one calculator note: (without, with) its consequences, two texts with one beginning.
+    """Changes the result of one calculator note -> two texts, without and with the consequences, or None.
 
-    without   the result in the note and right after it, where GSM8K repeats it; later lines use the old value
-    with      later numbers equal to the old value follow, later notes are calculated again, and so on to the answer
-    None if the note's result is not repeated, or a later note cannot be calculated or has the old result by chance.
+    without   changes the result in the note and its copy right after the note; later lines use the old value
+    with      also replaces the old value in what follows, recalculates later notes, and so on to the final
+              answer
+    None if the result is not repeated, or a later note cannot be calculated or has the old result by chance.
 
     >>> plant_error("2+3=<<2+3=5>>5\\n5*2=<<5*2=10>>10\\nA: 10", 0, 6)
     ('2+3=<<2+3=6>>6\\n5*2=<<5*2=10>>10\\nA: 10', '2+3=<<2+3=6>>6\\n6*2=<<6*2=12>>12\\nA: 12')
@@ -241,7 +248,7 @@ def plant_error(solution, note_number, new_value):
 
 
 def plant_somewhere(question, solution, seed):
-    """plant_error at a note and with a value drawn from `seed`; None where no note of the solution can be changed."""
+    """plant_error at a note and with a value drawn from `seed`; None if no note can be changed."""
     rng = random.Random(seed)
     notes = list(NOTE.finditer(solution))
     order = rng.sample(range(len(notes)), len(notes))
@@ -269,7 +276,7 @@ def token_at(pieces, text, char):
     raise BadInput(f"character {char} lies beyond the tokens of {text[:40]!r}")
 
 
-# ------------------------------------------------------------------------------------------------ hidden states, once
+# ---------------------------------------------------------------------------------------- hidden states, once
 
 
 def prompt_ids(tokenizer, question):
@@ -283,8 +290,8 @@ def prompt_ids(tokenizer, question):
 def residuals(policy, groups):
     """One forward of prompts and their answers: list of (prompt ids, [response ids, ...]).
 
-    -> {layer: (n, D) fp16} the residual stream after that block at the response tokens, each row divided by its root
-    mean square (a head on the final norm sees the same direction), (n,) log pi of these tokens in nats, (n,) their ids
+    -> {layer: (n, D) fp16} residual stream after that block at the response tokens, each row divided by its
+    root mean square as RMSNorm does; (n,) log pi of these tokens in nats; (n,) their ids
     """
     packed = Packed(groups, torch.device("cpu"))
     kept, hooks = {}, []
@@ -307,8 +314,10 @@ def residuals(policy, groups):
 
 
 def make_hidden(model_dir, questions, out, size=8):
-    """Runs the model over [(question, [answer, ...]), ...] in the given order, `size` questions a file; questions that
-    are in a file already are left out, so an interrupted run goes on where it was."""
+    """Runs the model over [(question, [answer, ...]), ...] in the given order, `size` questions a file.
+
+    Questions that are already in a file are skipped, so an interrupted run continues where it stopped.
+    """
     out.mkdir(parents=True, exist_ok=True)
     done = [torch.load(path, mmap=True)["rows"] for path in sorted(out.glob("*.pt"))]
     left = [i for i in range(len(questions)) if i not in {row for rows in done for row in rows}]
@@ -380,7 +389,7 @@ def load_hidden(folder):
     )
 
 
-# ------------------------------------------------------------------------------------------------ heads
+# ------------------------------------------------------------------------------------------------------ heads
 
 
 @dataclass(frozen=True)
@@ -418,7 +427,8 @@ def fit(loss_of, width, l2, steps=60):
 
 
 def fit_kind(kind, x, l2, pairs, labels):
-    """The head of a Kind: x (rows, D) answers or tokens, pairs (P, 2) rows of x, labels (rows,) -> weight, bias"""
+    """The head of a Kind: x (rows, D), pairs (P, 2) rows of x or None, labels (rows,) or None -> weight,
+    bias"""
 
     def loss_of(weight, bias):
         z = x @ weight + bias  # (rows,)
@@ -432,7 +442,8 @@ def fit_kind(kind, x, l2, pairs, labels):
 
 
 class Layer:
-    """One layer's residual stream, standardised per dimension over all tokens (no label is used), and its summaries."""
+    """One layer's residual stream, standardised per dimension over all tokens, and its summaries by
+    answer."""
 
     def __init__(self, answers, layer):
         x = answers.hidden[layer].float()  # (n, D)
@@ -487,9 +498,10 @@ def pair_accuracy(scores, pairs):
 def choose_settings(answers, labels):
     """For each fold and kind the (layer, l2) that does best on held-out parts of the other four folds.
 
-    A head that reads one vector an answer is trained four times, on three of the four, one that reads tokens once, on
-    every eighth token.
-    -> {(kind name, fold): (layer, l2)}, and a table {(kind name, layer): mean validation accuracy of its best l2}
+    A head that reads one vector an answer is trained four times, each time on three of the four folds; a
+    head that reads every token is trained once, on every eighth token.
+    -> {(kind name, fold): (layer, l2)}, {(kind name, layer): validation accuracy of its best l2, mean of the
+    folds}
     """
     found = {}
     for number in LAYERS:
@@ -518,8 +530,10 @@ def choose_settings(answers, labels):
 
 
 def train_folds(answers, labels, best):
-    """Heads for every kind and fold, on residuals as stored, and every token's score by the head that has not seen its
-    question -> {(kind name, fold): (layer, weight, bias)}, {kind name: (n,)}"""
+    """Heads for every kind and fold, and the score of every token by the head that has not seen its question.
+
+    -> {(kind name, fold): (layer, weight, bias)} for residuals as stored, {kind name: (n,)}
+    """
     heads, scores = {}, {name: torch.zeros(len(answers.ids)) for name in KINDS}
     owner = np.repeat(np.arange(len(labels.correct)), np.diff(answers.starts))
     for number in LAYERS:
@@ -544,7 +558,7 @@ def solution_labels(answers, solutions):
 
 
 def answer_scores(answers, scores):
-    """{kind name: (n,) token scores} -> {kind name: (A,) one number an answer}, with the baselines that need no training"""
+    """{kind name: (n,) token scores} -> {name: (A,) one score an answer}, untrained baselines included"""
     out = {}
     for name, kind in KINDS.items():
         out[name] = (answers.means if kind.score == "mean" else answers.last)(scores[name]).numpy()
@@ -568,7 +582,7 @@ def run_heads(args):
     saved = torch.load(path, weights_only=False)
     require(
         len(saved["scores"]["Q-RM"]) == len(answers.ids),
-        f"{path}: made from fewer hidden states than there are now; remove it, and the heads are trained again",
+        f"{path}: made from fewer hidden states than there are now; remove it to train the heads again",
     )
     print(
         f"{len(np.unique(answers.rows))} questions, {len(labels.correct)} answers, {len(answers.ids)} tokens"
@@ -610,7 +624,7 @@ def print_rerank(answers, labels, solutions, scores):
     print(f"  Q-RM minus majority: {describe(gain, questions)}")
 
 
-# ------------------------------------------------------------------------------------------------ token credit
+# ----------------------------------------------------------------------------------------------- token credit
 
 
 def planted_rows(solutions, limit):
@@ -627,10 +641,10 @@ def planted_rows(solutions, limit):
 
 
 def run_planted(args):
-    """Part `planted`: hidden states of 400 right answers with an error planted, both ways."""
+    """Part `planted`: hidden states of 240 right answers with an error planted, both ways."""
     solutions = read_solutions(args.data)
-    planted = planted_rows(solutions, 400)
-    write_atomically(args.work / "planted.json", json.dumps(planted).encode())
+    planted = planted_rows(solutions, 240)
+    write_atomically(args.work / "planted.json", json.dumps(planted))
     texts = [(solutions[p["row"]]["question"], [p["without"], p["with"]]) for p in planted]
     make_hidden(args.model, texts, args.work / "planted")
 
@@ -645,7 +659,7 @@ def score_hidden(answers, heads, name, folds):
 
 
 def with_cheats(scores, answers, tokenizer):
-    """Adds the scores that know nothing of mathematics: log pi, minus the token's index, minus [it is a digit]."""
+    """Adds log pi, and two scores that know nothing of mathematics: minus the index, minus [is a digit]."""
     index = torch.cat([torch.arange(n) for n in np.diff(answers.starts).tolist()])
     digit = torch.tensor([tokenizer.decode([i]).strip().isdigit() for i in answers.ids.tolist()])
     return {
@@ -674,7 +688,7 @@ class Notes:
 
 
 def find_notes(answers, solutions, tokenizer, labels):
-    """Notes of right answers, and of wrong ones the notes up to the first wrong one (answers without one: none)."""
+    """All notes of right answers, and those of wrong answers up to the first wrong one (none without one)."""
     found = []
     for a, (row, slot) in enumerate(zip(answers.rows, answers.slots)):
         text = solutions[row]["answers"][slot]
@@ -702,7 +716,8 @@ def error_measures(scores, answers, notes, labels):
     same index    chance that the token of the same index in a right answer (of any question) scores higher
     same kind     the same against last digits of notes in right answers at most 3 tokens off that index
     fall          the same for the score minus the mean of all scores before it in the answer
-    paired        chance that the same note (first, second ...) of a right answer to the same question scores higher
+    paired        chance that the same note (first, second ...) of a right answer to the same question scores
+                  higher
     paired before the same for the note before the first wrong one, which is right in both: a control
     """
     z = by_answer(scores, answers)
@@ -721,12 +736,8 @@ def error_measures(scores, answers, notes, labels):
         return None if n is None else z[a][notes.place[n]]
 
     for n in np.flatnonzero(notes.wrong):
-        a, t, number, question = (
-            notes.answer[n],
-            notes.place[n],
-            notes.number[n],
-            labels.questions[notes.answer[n]],
-        )
+        a, t, number = notes.answer[n], notes.place[n], notes.number[n]
+        question = labels.questions[a]
         here = z[a][t]
         if t:
             out["within"].append((wins(z[a][:t], here).mean(), question))
@@ -748,7 +759,8 @@ def error_measures(scores, answers, notes, labels):
 def planted_measures(right, without, follows):
     """Chance (1, .5 or 0) that the right answer scores higher than the planted one, and where the drop is.
 
-    right, without, follows   token scores of the right answer and of the two planted ones, from the planted token on
+    right, without, follows   token scores of the right answer and of the two planted ones, from the planted
+                              token on
     at the token   same state, other token           next 10   mean of the 10 tokens after it
     last token     of the answers                    rest      mean from the planted token to the end
     """
@@ -830,7 +842,97 @@ def run_check(args):
         print(f"   wrong: {' | '.join(marked.splitlines())}")
 
 
-# ------------------------------------------------------------------------------------------------ transfer
+# -------------------------------------------------------------------------------------------------- a picture
+
+COLUMNS = 100  # characters a line of the picture
+ORANGE, BLUE = (232, 131, 58), (74, 144, 217)
+
+
+def shade(z):
+    """White at 0, orange at -2 and below, blue at 2 and above."""
+    share = min(abs(z) / 2, 1.0)
+    channels = [round(255 + share * (c - 255)) for c in (ORANGE if z < 0 else BLUE)]
+    return "#" + "".join(f"{c:02x}" for c in channels)
+
+
+def token_boxes(texts, scores, marked, top):
+    """SVG elements of an answer's tokens, the first line at height `top`, and the height below the last
+    line."""
+    out, column, row = [], 0, 0
+    for i, (text, z) in enumerate(zip(texts, scores)):
+        shown = text.replace("\n", "\u23ce")
+        if column + len(shown) > COLUMNS:
+            column, row = 0, row + 1
+        x, y = 8 + 7.2 * column, top + 19 * row
+        style = " text-decoration='underline' font-weight='bold'" if i in marked else ""
+        out.append(
+            f"<rect x='{x:.1f}' y='{y}' width='{7.2 * len(shown):.1f}' height='17' fill='{shade(z)}'/>"
+            f"<text x='{x:.1f}' y='{y + 13}' textLength='{7.2 * len(shown):.1f}' xml:space='preserve'"
+            f"{style}>{html.escape(shown)}</text>"
+        )
+        column += len(shown)
+        if "\n" in text:
+            column, row = 0, row + 1
+    return out, top + 19 * (row + 1)
+
+
+def picture(title, answers):
+    """An SVG of [(heading, [(token texts, standardised scores, marked token numbers), ...]), ...]."""
+    body, top = [f"<text x='8' y='20' font-weight='bold'>{html.escape(title)}</text>"], 34
+    for heading, rows in answers:
+        body.append(f"<text x='8' y='{top + 14}' font-weight='bold'>{html.escape(heading)}</text>")
+        top += 22
+        for texts, scores, marked in rows:
+            boxes, top = token_boxes(texts, scores, marked, top)
+            body += boxes
+            top += 8
+    width = round(16 + 7.2 * COLUMNS)
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {top}' width='{width}' height='{top}' "
+        "font-family='ui-monospace, Menlo, Consolas, monospace' font-size='12' fill='#111'>"
+        f"<rect width='{width}' height='{top}' fill='#fff'/>{''.join(body)}</svg>\n"
+    )
+
+
+def choose_for_picture(answers, solutions, labels, longest=110):
+    """The first pair of answers of at most `longest` tokens whose first wrong note is not its first note.
+
+    -> answer number of the right one, of the wrong one, the note
+    """
+    lengths = np.diff(answers.starts)
+    for right, wrong in labels.pairs:
+        row = solutions[answers.rows[wrong]]
+        error = first_wrong_note(row["answers"][answers.slots[wrong]], right_solutions(row))
+        if error and error[0] and max(lengths[right], lengths[wrong]) <= longest:
+            return right, wrong, error[1]
+    raise BadInput("no question suits the picture")
+
+
+def run_picture(args):
+    """Part `picture`: work/credit.svg"""
+    solutions = read_solutions(args.data)
+    answers = load_hidden(args.work / "hidden")
+    labels = solution_labels(answers, solutions)
+    tokenizer = Tokenizer.load(args.model, "chatml")
+    scores = torch.load(args.work / "heads.pt", weights_only=False)["scores"]
+    right, wrong, note = choose_for_picture(answers, solutions, labels)
+    row = solutions[answers.rows[wrong]]
+    text = row["answers"][answers.slots[wrong]]
+    pieces = [tokenizer.token_bytes[i] for i in answers.ids[answers.tokens(wrong)].tolist()]
+    marked = range(token_at(pieces, text, note.start(2)), token_at(pieces, text, note.end(2) - 1) + 1)
+    drawn = []
+    for name in ("Q-RM", "ORM", "per token"):
+        z = (scores[name] - scores[name].mean()) / scores[name].std()
+        rows = []
+        for a, places in ((right, ()), (wrong, marked)):
+            texts = tokenizer.token_texts(answers.ids[answers.tokens(a)].tolist())
+            rows.append((texts, z[answers.tokens(a)].tolist(), places))
+        drawn.append((f"{name}: a right answer, a wrong answer", rows))
+    write_atomically(args.work / "credit.svg", picture(row["question"][:COLUMNS], drawn))
+    print(f"{args.work / 'credit.svg'}: {row['question']}")
+
+
+# --------------------------------------------------------------------------------------------------- transfer
 
 
 def read_pairs(data):
@@ -855,7 +957,7 @@ def run_transfer(args):
         print(f"  {name:36}{describe(pair_accuracy(values, places), questions)}")
 
 
-# ------------------------------------------------------------------------------------------------ the model's own answers
+# ------------------------------------------------------------------------------------ the model's own answers
 
 
 NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
@@ -873,7 +975,7 @@ SECOND_STEPS = (
 
 
 def made_problems(n, steps, seed):
-    """n word problems of one or two steps in GSM8K's language: list of {"question", "answer"}, answers as in GSM8K."""
+    """n word problems of one or two steps, as GSM8K writes them: list of {"question", "answer"}"""
     rng = random.Random(f"{steps} {seed}")
     calculate = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
     rows = []
@@ -897,7 +999,7 @@ def made_problems(n, steps, seed):
     return rows
 
 
-def run_sample(args, n=40, k=8):
+def run_sample(args, n=30, k=8):
     """Part `sample`: k answers a question at temperature 1, with the model's own chat template."""
     tokenizer = Tokenizer.load(args.model, "chatml")
     policy = load_model(LanguageModel, args.model, Grid(), torch.float32)
@@ -919,7 +1021,7 @@ def run_sample(args, n=40, k=8):
             texts = [tokenizer.decode([i for i in r if i not in stops]) for r in responses]
             n_tokens = sum(map(len, responses))
             result = {"texts": texts, "cut": sum(cut), "tokens": n_tokens, "cpu_seconds": cpu}
-            write_atomically(path, json.dumps(result).encode())
+            write_atomically(path, json.dumps(result))
         result = json.loads(path.read_text())
         right = [
             grade(text, gsm8k_label(rows[i // k]["answer"]), "gsm8k")[1]
@@ -927,14 +1029,16 @@ def run_sample(args, n=40, k=8):
         ]
         counts = np.array(right).reshape(-1, k).sum(1)
         clusters = np.arange(len(rows))
+        found = [pass_at_k(k, int(count), k) for count in counts]
+        print(f"{name}, {len(rows)} questions")
+        print(f"  pass@1 {describe(counts / k, clusters)}, pass@{k} {describe(found, clusters)}")
         print(
-            f"{name}: {len(rows)} questions, pass@1 {describe(counts / k, clusters)}, "
-            f"pass@{k} {describe([pass_at_k(k, int(c), k) for c in counts], clusters)}, {result['cut']} of "
-            f"{len(right)} answers cut at 256 tokens, {result['tokens'] / result['cpu_seconds']:.0f} tokens a CPU second"
+            f"  {result['cut']} of {len(right)} answers cut at 256 tokens; "
+            f"{result['tokens'] / result['cpu_seconds']:.0f} tokens a CPU second"
         )
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------------------- the command line
 
 
 def run_hidden(args):
@@ -956,6 +1060,7 @@ PARTS = {
     "pairs": run_pairs,
     "transfer": run_transfer,
     "sample": run_sample,
+    "picture": run_picture,
     "check": run_check,
 }
 
