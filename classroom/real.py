@@ -72,14 +72,14 @@ def read_lines(path):
 
 
 def read_solutions(data):
-    """OpenAI's rows -> list of {"question", "truth", "answers": 4 texts, "correct": 4 bools}.
+    """OpenAI's rows -> list of {"line", "question", "truth", "answers": 4 texts, "correct": 4 bools}.
 
     Questions with right and wrong answers come first, since the others make no pairs; within both groups a
     hash decides the order, so that any number of questions from the start is a random sample.
     """
     rows = []
-    for raw in read_lines(data / "example_model_solutions.jsonl"):
-        row = {"question": raw["question"], "truth": raw["ground_truth"]}
+    for line, raw in enumerate(read_lines(data / "example_model_solutions.jsonl"), 1):
+        row = {"line": line, "question": raw["question"], "truth": raw["ground_truth"]}
         row["answers"] = [raw[name]["solution"] for name in SAMPLERS]
         row["correct"] = [bool(raw[name]["is_correct"]) for name in SAMPLERS]
         rows.append(row)
@@ -397,9 +397,9 @@ class Kind:
     """A reward model: what it learns from, and where a whole answer's score is read."""
 
     loss: str  # "qrm" and "orm" learn from pairs, "outcome" from right and wrong
-    reads: str  # tokens in the loss: "mean" and "last" one number an answer, "tokens" every token
+    reads: str  # tokens in the loss: "mean" and "last" one vector an answer, "tokens" every token
     score: str  # the answer's score: "mean" or "last"
-    all_questions: bool = False  # also answers to questions that are always, or never, answered right
+    by_pairs: bool = True  # an answer counts once for each pair that it is in
 
 
 KINDS = {
@@ -407,7 +407,7 @@ KINDS = {
     "ORM": Kind("orm", "last", "last"),
     "outcome, last token": Kind("outcome", "last", "last"),
     "per token": Kind("outcome", "tokens", "mean"),
-    "per token, all questions": Kind("outcome", "tokens", "mean", all_questions=True),
+    "per token, each answer once": Kind("outcome", "tokens", "mean", by_pairs=False),
 }
 
 
@@ -426,17 +426,25 @@ def fit(loss_of, width, l2, steps=60):
     return weight.detach(), bias.detach()
 
 
-def fit_kind(kind, x, l2, pairs, labels):
-    """The head of a Kind: x (rows, D), pairs (P, 2) rows of x or None, labels (rows,) or None -> weight,
-    bias"""
+def fit_pairs(kind, x, pairs, l2):
+    """A head on the loss of Q-RM or ORM: x (A, D), pairs (P, 2) rows of x -> weight, bias (which stays 0)"""
+    beta, margin = (BETA, MARGIN) if kind.loss == "qrm" else (1.0, 0.0)
 
     def loss_of(weight, bias):
-        z = x @ weight + bias  # (rows,)
-        if kind.loss == "outcome":
-            return F.binary_cross_entropy_with_logits(z, labels)
-        chosen, rejected = z[pairs[:, 0]], z[pairs[:, 1]]
-        beta, margin = (BETA, MARGIN) if kind.loss == "qrm" else (1.0, 0.0)
-        return pairwise_loss(chosen, rejected, beta, margin)[0]
+        z = x @ weight  # (A,)
+        return pairwise_loss(z[pairs[:, 0]], z[pairs[:, 1]], beta, margin)[0]
+
+    return fit(loss_of, x.shape[1], l2)
+
+
+def fit_outcome(x, correct, weights, l2):
+    """A head on the weighted cross-entropy of right and wrong: x (rows, D), the others (rows,) -> weight,
+    bias"""
+    weights = weights / weights.sum()
+
+    def loss_of(weight, bias):
+        losses = F.binary_cross_entropy_with_logits(x @ weight + bias, correct, reduction="none")  # (rows,)
+        return (losses * weights).sum()
 
     return fit(loss_of, x.shape[1], l2)
 
@@ -476,18 +484,22 @@ class Labels:
 
 
 def train_head(kind, layer, answers, labels, folds, l2, thin=1):
-    """Fits a head on the answers of these folds; every `thin`-th token where it learns from tokens."""
-    chosen = np.isin(labels.folds, folds) & (labels.mixed | kind.all_questions)
-    correct = torch.from_numpy(labels.correct)
+    """Fits a head on the pairs of these folds, or on the answers in them; every `thin`-th token of these."""
+    pairs = labels.pairs_in(folds)
+    if kind.loss != "outcome":
+        return fit_pairs(kind, layer.summary[kind.reads], torch.from_numpy(pairs), l2)
+    weights = np.bincount(pairs.flatten(), minlength=len(labels.correct))  # (A,) pairs that an answer is in
+    if not kind.by_pairs:
+        weights = np.minimum(weights, 1)
+    places = np.flatnonzero(weights)
+    owner = places
+    x = layer.summary.get(kind.reads)
     if kind.reads == "tokens":
-        owner = np.repeat(np.arange(len(labels.correct)), np.diff(answers.starts))
-        tokens = torch.from_numpy(np.flatnonzero(chosen[owner])[::thin])
-        return fit_kind(kind, layer.x[tokens], l2, None, correct[owner[tokens]].float())
-    x = layer.summary[kind.reads]
-    if kind.loss == "outcome":
-        places = torch.from_numpy(np.flatnonzero(chosen))
-        return fit_kind(kind, x[places], l2, None, correct[places].float())
-    return fit_kind(kind, x, l2, torch.from_numpy(labels.pairs_in(folds)), None)
+        owner = np.repeat(np.arange(len(weights)), np.diff(answers.starts))
+        places = np.flatnonzero(weights[owner])[::thin]
+        owner, x = owner[places], layer.x
+    correct = torch.from_numpy(labels.correct[owner]).float()
+    return fit_outcome(x[torch.from_numpy(places)], correct, torch.from_numpy(weights[owner]).float(), l2)
 
 
 def pair_accuracy(scores, pairs):
@@ -600,28 +612,39 @@ def run_heads(args):
 
 
 def print_rerank(answers, labels, solutions, scores):
-    """Best of the four given candidates, over all questions and over those with right and wrong ones."""
+    """Best of the four given candidates, on questions with right and wrong ones; on the others any way does
+    the same, so the figure for all questions follows."""
     shape = (-1, len(SAMPLERS))
-    correct, questions = labels.correct.reshape(shape), labels.questions.reshape(shape)[:, 0]
-    texts = [solutions[r]["answers"] for r in questions]
-    claims = [[as_number(extract_answer(t, "gsm8k") or "") for t in row] for row in texts]
+    mixed = labels.mixed.reshape(shape)[:, 0]
+    correct = labels.correct.reshape(shape)[mixed]
+    questions = labels.questions.reshape(shape)[mixed, 0]
+    claims = []
+    for row in questions:
+        texts = solutions[row]["answers"]
+        claims.append([as_number(extract_answer(text, "gsm8k") or "") for text in texts])
     ways = {
         "random": np.zeros(correct.shape),
         "majority": votes(claims),
         "any of the four": correct.astype(float),
     }
-    ways |= {name: values.reshape(shape) for name, values in scores.items()}
+    ways |= {name: values.reshape(shape)[mixed] for name, values in scores.items()}
     for name in ("Q-RM", "per token"):
-        z = scores[name]
+        z = ways[name]
         weights = 1 / (1 + np.exp(-(z - z.mean()) / z.std()))
-        ways[f"majority weighted by sigmoid({name})"] = votes(claims, weights.reshape(shape))
-    mixed = correct.any(1) & ~correct.all(1)
-    print(f"\nbest of four: all {len(correct)} questions, and the {mixed.sum()} with right and wrong answers")
+        ways[f"majority weighted by {name}"] = votes(claims, weights)
+    always = sum(all(row["correct"]) for row in solutions)
+    n_mixed = sum(len(set(row["correct"])) == 2 for row in solutions)
+    print(
+        f"\nbest of four on {len(correct)} questions with right and wrong answers; in the last column on all"
+    )
+    print(f"{len(solutions)} questions, if all {n_mixed} such ones went alike: {always} are always right")
     for name, values in ways.items():
         right = best_of(values, correct)
-        print(f"  {name:36}{describe(right, questions)}   {describe(right[mixed], questions[mixed])}")
-    gain = best_of(ways["Q-RM"], correct) - best_of(ways["majority"], correct)
-    print(f"  Q-RM minus majority: {describe(gain, questions)}")
+        everywhere = (right.mean() * n_mixed + always) / len(solutions)
+        print(f"  {name:36}{describe(right, questions)}   {everywhere:.3f}")
+    for name in ("Q-RM", "majority weighted by Q-RM"):
+        gain = best_of(ways[name], correct) - best_of(ways["majority"], correct)
+        print(f"  {name} minus majority: {describe(gain, questions)}")
 
 
 # ----------------------------------------------------------------------------------------------- token credit
@@ -828,9 +851,8 @@ def print_planted(args, solutions, answers, saved, scores, tokenizer):
 
 def run_check(args):
     """Part `check`: 50 flagged errors, drawn at random, to be read by a human."""
-    solutions = read_solutions(args.data)
     flagged = []
-    for row in solutions:
+    for row in sorted(read_solutions(args.data), key=lambda row: row["line"]):
         for answer, right in zip(row["answers"], row["correct"]):
             error = None if right else first_wrong_note(answer, right_solutions(row))
             if error:

@@ -154,22 +154,37 @@ def test_unscaled_head_gives_the_same_scores():
     near(answers.hidden[real.LAYERS[0]].float() @ raw + shift, layer.x @ weight + bias)
 
 
-def test_fit_kind_finds_the_minimum():
-    """At the minimum the gradient of the stated loss is l2 times the weight: checked with the loss written
-    out."""
-    x, pairs = (
-        torch.randn(6, 2, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([[0, 1], [2, 3], [4, 5]]),
-    )
-    weight, _ = real.fit_kind(real.KINDS["Q-RM"], x, 0.1, pairs, None)
-    gap = 0.2 * (x[pairs[:, 0]] - x[pairs[:, 1]])  # (3, 2)
-    gradient = -(gap * torch.sigmoid(2.0 - gap @ weight)[:, None]).mean(0)
-    torch.testing.assert_close(gradient, -0.1 * weight, atol=1e-4, rtol=1e-3)
-    labels = torch.tensor([1.0, 0, 0, 1, 1, 0])
-    weight, bias = real.fit_kind(real.KINDS["per token"], x, 0.1, None, labels)
-    residual = torch.sigmoid(x @ weight + bias) - labels
-    torch.testing.assert_close(x.T @ residual / 6, -0.1 * weight, atol=1e-4, rtol=1e-3)
-    assert abs(residual.mean()) < 1e-4  # the bias is not shrunk
+def test_heads_are_fitted_to_the_minimum():
+    """There the gradient of the loss, written out, is minus l2 times the weight."""
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    for name, beta, margin in (("Q-RM", 0.2, 2.0), ("ORM", 1.0, 0.0)):
+        weight, bias = real.fit_pairs(real.KINDS[name], x, pairs, 0.1)
+        gap = beta * (x[pairs[:, 0]] - x[pairs[:, 1]])  # (3, 2)
+        gradient = -(gap * torch.sigmoid(margin - gap @ weight)[:, None]).mean(0)
+        torch.testing.assert_close(gradient, -0.1 * weight, atol=1e-4, rtol=1e-3)
+        assert bias == 0
+    correct, weights = torch.tensor([1.0, 0, 0, 1, 1, 0]), torch.tensor([1.0, 2, 1, 1, 3, 2])
+    weight, bias = real.fit_outcome(x, correct, weights, 0.1)
+    residual = (torch.sigmoid(x @ weight + bias) - correct) * weights / 10
+    torch.testing.assert_close(x.T @ residual, -0.1 * weight, atol=1e-4, rtol=1e-3)
+    assert abs(residual.sum()) < 1e-4  # the bias is not shrunk
+
+
+def test_train_head_weighs_answers_by_their_pairs(monkeypatch):
+    """Question 0 has one right and two wrong answers, question 1 only right ones: no pair, so no weight."""
+    answers = made_answers([2, 1, 3, 2], [0, 0, 0, 1])
+    correct = np.array([True, False, False, True])
+    labels = real.Labels(answers.rows, correct, np.zeros(4), real.mixed_pairs(answers.rows, correct))
+    seen = []
+    monkeypatch.setattr(real, "fit_outcome", lambda x, *rest: seen.append((len(x), *rest)))
+    layer = real.Layer(answers, real.LAYERS[0])
+    for name in ("outcome, last token", "per token", "per token, each answer once"):
+        real.train_head(real.KINDS[name], layer, answers, labels, [0], 0.5)
+    found = [(n, labels.tolist(), weights.tolist(), l2) for n, labels, weights, l2 in seen]
+    assert found[0] == (3, [1, 0, 0], [2, 1, 1], 0.5)
+    assert found[1] == (6, [1, 1, 0, 0, 0, 0], [2, 2, 1, 1, 1, 1], 0.5)
+    assert found[2] == (6, [1, 1, 0, 0, 0, 0], [1] * 6, 0.5)
 
 
 def test_held_out_scores_come_from_the_other_folds():
