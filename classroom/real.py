@@ -28,6 +28,7 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +40,6 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from model import LanguageModel, Packed, load_model
 from parallel import Grid
-from qrm import pairwise_loss
 from support.evaluate import pass_at_k
 from support.files import BadInput, require, write_atomically
 from support.graders import extract_answer, grade, gsm8k_label
@@ -105,11 +105,11 @@ def mixed_pairs(questions, correct):
 # ------------------------------------------------------------------------------------------------- statistics
 
 
-def clustered_interval(values, clusters, draws=2000, seed=0):
-    """95 % bootstrap interval of the mean of `values`, resampling whole clusters (questions)."""
+def clustered_interval(values, clusters, weights=None, draws=2000, seed=0):
+    """95 % bootstrap interval of the (weighted) mean of `values`, resampling whole clusters (questions)."""
     _, place = np.unique(clusters, return_inverse=True)
-    sums = np.bincount(place, np.asarray(values, dtype=float))
-    counts = np.bincount(place)
+    weights = np.ones(len(values)) if weights is None else weights
+    sums, counts = np.bincount(place, weights * np.asarray(values)), np.bincount(place, weights)
     picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
     means = sums[picks].sum(1) / counts[picks].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
@@ -140,10 +140,22 @@ def votes(claims, weights=None):
     return out
 
 
-def describe(values, clusters):
+def balanced_weights(winners, losers):
+    """Weights of pairs, from who wrote the right and the wrong answer, (P,) each -> (P,), of sum 1.
+
+    For any two authors, pairs that one wins weigh as much in sum as those that the other one wins, so that
+    knowing the author says nothing; two authors of whom one never wins against the other weigh nothing.
+    """
+    keys = list(zip(winners.tolist(), losers.tolist()))
+    counts = Counter(keys)
+    weights = np.array([1 / counts[key] if key[::-1] in counts else 0.0 for key in keys])
+    return weights / weights.sum()
+
+
+def describe(values, clusters, weights=None):
     """'.612 (.590 to .634)', the mean and its clustered interval"""
-    low, high = clustered_interval(values, clusters)
-    return f"{np.mean(values):.3f} ({low:.3f} to {high:.3f})"
+    low, high = clustered_interval(values, clusters, weights)
+    return f"{np.average(values, weights=weights):.3f} ({low:.3f} to {high:.3f})"
 
 
 # ------------------------------------------------------------------------------------------- calculator notes
@@ -399,7 +411,7 @@ class Kind:
     loss: str  # "qrm" and "orm" learn from pairs, "outcome" from right and wrong
     reads: str  # tokens in the loss: "mean" and "last" one vector an answer, "tokens" every token
     score: str  # the answer's score: "mean" or "last"
-    by_pairs: bool = True  # an answer counts once for each pair that it is in
+    balanced: bool = True  # with balanced_weights; else every pair counts once
 
 
 KINDS = {
@@ -407,7 +419,8 @@ KINDS = {
     "ORM": Kind("orm", "last", "last"),
     "outcome, last token": Kind("outcome", "last", "last"),
     "per token": Kind("outcome", "tokens", "mean"),
-    "per token, each answer once": Kind("outcome", "tokens", "mean", by_pairs=False),
+    "Q-RM, not balanced": Kind("qrm", "mean", "mean", balanced=False),
+    "per token, not balanced": Kind("outcome", "tokens", "mean", balanced=False),
 }
 
 
@@ -426,13 +439,17 @@ def fit(loss_of, width, l2, steps=60):
     return weight.detach(), bias.detach()
 
 
-def fit_pairs(kind, x, pairs, l2):
-    """A head on the loss of Q-RM or ORM: x (A, D), pairs (P, 2) rows of x -> weight, bias (which stays 0)"""
+def fit_pairs(kind, x, pairs, weights, l2):
+    """A head on qrm.pairwise_loss with the settings of Q-RM or ORM, and a weight for each pair.
+
+    x (A, D), pairs (P, 2) rows of x, weights (P,) of sum 1 -> weight, bias (which stays 0)
+    """
     beta, margin = (BETA, MARGIN) if kind.loss == "qrm" else (1.0, 0.0)
 
     def loss_of(weight, bias):
         z = x @ weight  # (A,)
-        return pairwise_loss(z[pairs[:, 0]], z[pairs[:, 1]], beta, margin)[0]
+        gap = z[pairs[:, 0]] - z[pairs[:, 1]]  # (P,)
+        return -(F.logsigmoid(beta * gap - margin) * weights).sum()
 
     return fit(loss_of, x.shape[1], l2)
 
@@ -470,6 +487,7 @@ class Labels:
     """What the heads learn from, for the answers of an Answers."""
 
     questions: np.ndarray  # (A,)
+    authors: np.ndarray  # (A,) which of the four models wrote it
     correct: np.ndarray  # (A,) bool
     folds: np.ndarray  # (A,)
     pairs: np.ndarray  # (P, 2) answer numbers, right and wrong
@@ -479,23 +497,29 @@ class Labels:
         """(A,) bool: the question has right and wrong answers"""
         return np.isin(self.questions, self.questions[self.pairs[:, 0]])
 
-    def pairs_in(self, folds):
-        return self.pairs[np.isin(self.folds[self.pairs[:, 0]], folds)]
+    def pairs_in(self, folds, balanced):
+        """-> (P', 2) the pairs of these folds, (P',) their weights of sum 1"""
+        pairs = self.pairs[np.isin(self.folds[self.pairs[:, 0]], folds)]
+        if not balanced:
+            return pairs, np.full(len(pairs), 1 / len(pairs))
+        return pairs, balanced_weights(*self.authors[pairs].T)
 
 
 def train_head(kind, layer, answers, labels, folds, l2, thin=1):
     """Fits a head on the pairs of these folds, or on the answers in them; every `thin`-th token of these."""
-    pairs = labels.pairs_in(folds)
+    pairs, pair_weights = labels.pairs_in(folds, kind.balanced)
     if kind.loss != "outcome":
-        return fit_pairs(kind, layer.summary[kind.reads], torch.from_numpy(pairs), l2)
-    weights = np.bincount(pairs.flatten(), minlength=len(labels.correct))  # (A,) pairs that an answer is in
-    if not kind.by_pairs:
-        weights = np.minimum(weights, 1)
+        x, weights = layer.summary[kind.reads], torch.from_numpy(pair_weights).float()
+        return fit_pairs(kind, x, torch.from_numpy(pairs), weights, l2)
+    n_answers = len(labels.correct)
+    weights = np.bincount(
+        pairs.T.flatten(), np.tile(pair_weights, 2), n_answers
+    )  # (A,) of the pairs it is in
     places = np.flatnonzero(weights)
     owner = places
     x = layer.summary.get(kind.reads)
     if kind.reads == "tokens":
-        owner = np.repeat(np.arange(len(weights)), np.diff(answers.starts))
+        owner = np.repeat(np.arange(n_answers), np.diff(answers.starts))
         places = np.flatnonzero(weights[owner])[::thin]
         owner, x = owner[places], layer.x
     correct = torch.from_numpy(labels.correct[owner]).float()
@@ -527,8 +551,9 @@ def choose_settings(answers, labels):
                         inner = [f for f in range(FOLDS) if f not in (fold, other % FOLDS)]
                         weight, _ = train_head(kind, layer, answers, labels, inner, l2, 8 if tokens else 1)
                         scores = (layer.summary[kind.score] @ weight).numpy()
-                        right.append(pair_accuracy(scores, labels.pairs_in([other % FOLDS])))
-                    found[name, fold, number, l2] = np.concatenate(right).mean()
+                        pairs, weights = labels.pairs_in([other % FOLDS], kind.balanced)
+                        right.append((pair_accuracy(scores, pairs) * weights).sum())
+                    found[name, fold, number, l2] = np.mean(right)
             print(f"layer {number}, {name}: settings tried", flush=True)
     best, table = {}, {}
     for name in KINDS:
@@ -544,6 +569,7 @@ def choose_settings(answers, labels):
 def train_folds(answers, labels, best):
     """Heads for every kind and fold, and the score of every token by the head that has not seen its question.
 
+    Scores have mean 0 and standard deviation 1 over the tokens of a fold, so that folds can be compared.
     -> {(kind name, fold): (layer, weight, bias)} for residuals as stored, {kind name: (n,)}
     """
     heads, scores = {}, {name: torch.zeros(len(answers.ids)) for name in KINDS}
@@ -555,9 +581,10 @@ def train_folds(answers, labels, best):
                 continue
             others = [f for f in range(FOLDS) if f != fold]
             weight, bias = train_head(KINDS[name], layer, answers, labels, others, l2)
-            heads[name, fold] = (number, *layer.unscaled(weight, bias))
             mine = torch.from_numpy(np.flatnonzero(labels.folds[owner] == fold))
-            scores[name][mine] = layer.x[mine] @ weight + bias
+            z = layer.x[mine] @ weight + bias
+            scores[name][mine] = (z - z.mean()) / z.std()
+            heads[name, fold] = (number, *layer.unscaled(weight / z.std(), (bias - z.mean()) / z.std()))
             print(f"{name}, fold {fold}: layer {number}, l2 {l2:g}", flush=True)
     return heads, scores
 
@@ -566,7 +593,7 @@ def solution_labels(answers, solutions):
     questions = answers.rows
     correct = np.array([solutions[r]["correct"][s] for r, s in zip(answers.rows, answers.slots)])
     folds = np.array([fold_of(solutions[r]["question"]) for r in answers.rows])
-    return Labels(questions, correct, folds, mixed_pairs(questions, correct))
+    return Labels(questions, answers.slots, correct, folds, mixed_pairs(questions, correct))
 
 
 def answer_scores(answers, scores):
@@ -604,10 +631,16 @@ def run_heads(args):
     for name in KINDS:
         print(f"  {name:36}" + "".join(f"  {n}: {saved['table'][name, n]:.3f}" for n in LAYERS))
     scores = answer_scores(answers, saved["scores"])
-    print("\npair accuracy, held-out questions (95 % interval, clustered by question)")
+    shares = np.array([labels.correct[labels.authors == a].mean() for a in range(len(SAMPLERS))])
+    scores["who wrote it"] = shares[labels.authors]
+    print(
+        "\npair accuracy, held-out questions (95 % interval, clustered by question): balanced, and as they come"
+    )
     clusters = labels.questions[labels.pairs[:, 0]]
+    weights = balanced_weights(*labels.authors[labels.pairs].T)
     for name, values in scores.items():
-        print(f"  {name:36}{describe(pair_accuracy(values, labels.pairs), clusters)}")
+        right = pair_accuracy(values, labels.pairs)
+        print(f"  {name:36}{describe(right, clusters, weights)}   {describe(right, clusters)}")
     print_rerank(answers, labels, solutions, scores)
 
 
@@ -736,8 +769,8 @@ def error_measures(scores, answers, notes, labels):
     """What a score does at the first wrong notes of wrong answers: {measure: (values, their questions)}.
 
     within        chance that a token before the error scores higher than the error: a cheat gets 1
-    same index    chance that the token of the same index in a right answer (of any question) scores higher
-    same kind     the same against last digits of notes in right answers at most 3 tokens off that index
+    same index    chance that the token of the same index in a right answer of the same author scores higher
+    same kind     the same against last digits of notes in these answers, at most 3 tokens off that index
     fall          the same for the score minus the mean of all scores before it in the answer
     paired        chance that the same note (first, second ...) of a right answer to the same question scores
                   higher
@@ -746,10 +779,7 @@ def error_measures(scores, answers, notes, labels):
     z = by_answer(scores, answers)
     falls = [s - mean_before(torch.from_numpy(s)).numpy() for s in z]
     right_answers = np.flatnonzero(labels.correct)
-    longest = max(map(len, z))
-    same_index = [np.sort([z[a][t] for a in right_answers if len(z[a]) > t]) for t in range(longest)]
     kept = [n for n in range(len(notes.answer)) if labels.correct[notes.answer[n]]]
-    near = {t: [n for n in kept if abs(notes.place[n] - t) <= 3] for t in set(notes.place[notes.wrong])}
     where = {(notes.answer[n], notes.number[n]): n for n in range(len(notes.answer))}
     rivals = {q: [a for a in right_answers if labels.questions[a] == q] for q in set(labels.questions)}
     out = {name: [] for name in ("within", "same index", "same kind", "fall", "paired", "paired before")}
@@ -764,12 +794,16 @@ def error_measures(scores, answers, notes, labels):
         here = z[a][t]
         if t:
             out["within"].append((wins(z[a][:t], here).mean(), question))
-        if len(same_index[t]):
-            out["same index"].append((wins(same_index[t], here).mean(), question))
-        if near[t]:
-            others = np.array([z[notes.answer[m]][notes.place[m]] for m in near[t]])
+        peers = [b for b in right_answers if labels.authors[b] == labels.authors[a] and len(z[b]) > t]
+        if peers:
+            others = np.array([z[b][t] for b in peers])
+            out["same index"].append((wins(others, here).mean(), question))
+        near = [m for m in kept if abs(notes.place[m] - t) <= 3]
+        near = [m for m in near if labels.authors[notes.answer[m]] == labels.authors[a]]
+        if near:
+            others = np.array([z[notes.answer[m]][notes.place[m]] for m in near])
             out["same kind"].append((wins(others, here).mean(), question))
-            others = np.array([falls[notes.answer[m]][notes.place[m]] for m in near[t]])
+            others = np.array([falls[notes.answer[m]][notes.place[m]] for m in near])
             out["fall"].append((wins(others, falls[a][t]).mean(), question))
         for measure, k in (("paired", number), ("paired before", number - 1)):
             others = [note_score(rival, k) for rival in rivals[question]]

@@ -53,6 +53,17 @@ def test_clustered_interval_weighs_clusters_by_size():
     assert real.clustered_interval(values, clusters) == (0.0, 1.0)
 
 
+def test_balanced_weights_make_the_author_useless():
+    winners, losers = np.array([0, 0, 0, 1, 0, 2, 2]), np.array([1, 1, 1, 0, 2, 0, 1])
+    weights = real.balanced_weights(winners, losers)
+    assert weights.tolist() == [1 / 12] * 3 + [1 / 4] * 3 + [0]  # author 1 never wins against 2
+    authors_score = np.array([3.0, 2.0, 1.0])
+    right = real.wins(authors_score[winners], authors_score[losers])
+    assert np.average(right) == 4 / 7 and abs(np.average(right, weights=weights) - 0.5) < 1e-12
+    low, high = real.clustered_interval(right, np.arange(7), weights)
+    assert low < 0.5 < high
+
+
 def test_best_of_and_votes():
     correct = np.array([[True, False, False, True], [False, True, False, False]])
     scores = np.array([[2.0, 2.0, 1.0, 2.0], [0.0, 1.0, 3.0, -1.0]])
@@ -159,9 +170,10 @@ def test_heads_are_fitted_to_the_minimum():
     x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
     pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
     for name, beta, margin in (("Q-RM", 0.2, 2.0), ("ORM", 1.0, 0.0)):
-        weight, bias = real.fit_pairs(real.KINDS[name], x, pairs, 0.1)
+        shares = torch.tensor([0.5, 0.3, 0.2])
+        weight, bias = real.fit_pairs(real.KINDS[name], x, pairs, shares, 0.1)
         gap = beta * (x[pairs[:, 0]] - x[pairs[:, 1]])  # (3, 2)
-        gradient = -(gap * torch.sigmoid(margin - gap @ weight)[:, None]).mean(0)
+        gradient = -(gap * (shares * torch.sigmoid(margin - gap @ weight))[:, None]).sum(0)
         torch.testing.assert_close(gradient, -0.1 * weight, atol=1e-4, rtol=1e-3)
         assert bias == 0
     correct, weights = torch.tensor([1.0, 0, 0, 1, 1, 0]), torch.tensor([1.0, 2, 1, 1, 3, 2])
@@ -175,16 +187,27 @@ def test_train_head_weighs_answers_by_their_pairs(monkeypatch):
     """Question 0 has one right and two wrong answers, question 1 only right ones: no pair, so no weight."""
     answers = made_answers([2, 1, 3, 2], [0, 0, 0, 1])
     correct = np.array([True, False, False, True])
-    labels = real.Labels(answers.rows, correct, np.zeros(4), real.mixed_pairs(answers.rows, correct))
+    pairs = real.mixed_pairs(answers.rows, correct)
+    labels = real.Labels(answers.rows, answers.slots, correct, np.zeros(4), pairs)
     seen = []
     monkeypatch.setattr(real, "fit_outcome", lambda x, *rest: seen.append((len(x), *rest)))
     layer = real.Layer(answers, real.LAYERS[0])
-    for name in ("outcome, last token", "per token", "per token, each answer once"):
-        real.train_head(real.KINDS[name], layer, answers, labels, [0], 0.5)
-    found = [(n, labels.tolist(), weights.tolist(), l2) for n, labels, weights, l2 in seen]
-    assert found[0] == (3, [1, 0, 0], [2, 1, 1], 0.5)
-    assert found[1] == (6, [1, 1, 0, 0, 0, 0], [2, 2, 1, 1, 1, 1], 0.5)
-    assert found[2] == (6, [1, 1, 0, 0, 0, 0], [1] * 6, 0.5)
+    for reads in ("last", "tokens"):
+        kind = real.Kind("outcome", reads, "mean", balanced=False)
+        real.train_head(kind, layer, answers, labels, [0], 0.5)
+    found = [(n, right.tolist(), weights.tolist(), l2) for n, right, weights, l2 in seen]
+    assert found[0] == (3, [1, 0, 0], [1, 0.5, 0.5], 0.5)
+    assert found[1] == (6, [1, 1, 0, 0, 0, 0], [1, 1, 0.5, 0.5, 0.5, 0.5], 0.5)
+
+
+def test_pairs_in_folds_are_balanced_among_themselves():
+    questions, authors = np.arange(8) // 2, np.array([0, 1] * 4)
+    correct = np.array([True, False, True, False, True, False, False, True])
+    pairs = real.mixed_pairs(questions, correct)
+    labels = real.Labels(questions, authors, correct, np.array([0, 0, 1, 1, 1, 1, 1, 1]), pairs)
+    found, weights = labels.pairs_in([1], balanced=True)
+    assert found.tolist() == [[2, 3], [4, 5], [7, 6]] and weights.tolist() == [0.25, 0.25, 0.5]
+    assert labels.pairs_in([0, 1], balanced=False)[1].tolist() == [0.25] * 4
 
 
 def test_held_out_scores_come_from_the_other_folds():
@@ -197,7 +220,8 @@ def test_held_out_scores_come_from_the_other_folds():
     for layer in real.LAYERS:
         sign = np.where(right, 1.0, -1.0) * np.where(folds == 3, -1.0, 1.0)
         answers.hidden[layer][:, 0] = torch.from_numpy(np.repeat(sign, 2)).half()
-    labels = real.Labels(np.array(rows), right, folds, real.mixed_pairs(np.array(rows), right))
+    authors = np.array([i % 2 ^ i // 2 % 2 for i in range(120)])  # either author is right every other time
+    labels = real.Labels(np.array(rows), authors, right, folds, real.mixed_pairs(np.array(rows), right))
     best = {(name, fold): (real.LAYERS[0], 1e-2) for name in real.KINDS for fold in range(real.FOLDS)}
     heads, scores = real.train_folds(answers, labels, best)
     for name, values in real.answer_scores(answers, scores).items():
@@ -212,7 +236,8 @@ def test_held_out_scores_come_from_the_other_folds():
 def test_error_measures_by_hand():
     """Question 0 has a right answer (0) and a wrong one (1), question 1 a right one (2)."""
     answers = made_answers([5, 5, 4], [0, 0, 1])
-    labels = real.Labels(np.array([0, 0, 1]), np.array([True, False, True]), np.zeros(3), np.array([[0, 1]]))
+    correct, pairs = np.array([True, False, True]), np.array([[0, 1]])
+    labels = real.Labels(np.array([0, 0, 1]), np.array([0, 0, 0]), correct, np.zeros(3), pairs)
     notes = real.Notes(
         np.array([0, 0, 1, 1, 2]),
         np.array([0, 1, 0, 1, 0]),
@@ -227,6 +252,9 @@ def test_error_measures_by_hand():
     assert found["paired"] == [(1.0, 0)] and found["paired before"] == [(0.0, 0)]
     # falls: answer 0 at 1: 1 - 0, at 3: 3 - 2/3; answer 2 at 2: 0; the error: 1 - 4/3
     assert found["fall"] == [(1.0, 0)]
+    labels.authors[1] = 1  # nobody else writes like that
+    found = real.error_measures(scores, answers, notes, labels)
+    assert not found["same index"] and not found["same kind"] and found["paired"] == [(1.0, 0)]
 
 
 def test_planted_measures_by_hand():
