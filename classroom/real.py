@@ -633,9 +633,7 @@ def run_heads(args):
     scores = answer_scores(answers, saved["scores"])
     shares = np.array([labels.correct[labels.authors == a].mean() for a in range(len(SAMPLERS))])
     scores["who wrote it"] = shares[labels.authors]
-    print(
-        "\npair accuracy, held-out questions (95 % interval, clustered by question): balanced, and as they come"
-    )
+    print("\npair accuracy on held-out questions: balanced, and pairs as they come")
     clusters = labels.questions[labels.pairs[:, 0]]
     weights = balanced_weights(*labels.authors[labels.pairs].T)
     for name, values in scores.items():
