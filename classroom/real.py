@@ -1,0 +1,1145 @@
+"""Real weights, real answers: what SmolLM2-135M-Instruct's hidden states say about graded GSM8K solutions.
+
+    python classroom/real.py --model SmolLM2-135M-Instruct --data gsm8k hidden heads planted credit
+
+    hidden     residual stream and log pi of every token of OpenAI's 5,276 graded answers, computed once
+    heads      linear reward models on it, five folds by question: pair accuracy and best of four
+    planted    the same hidden states for errors planted in right answers
+    credit     does a score fall where an answer goes wrong? errors in calculator notes, and planted ones
+    pairs      hidden states of the Q-RM authors' test pairs
+    transfer   the heads of part `heads` on these pairs, untouched
+    sample     pass@1 and pass@8 of the model itself on GSM8K and on simpler made problems
+    picture    two real answers under each head, token by token, as an SVG file
+    check      prints 50 flagged errors for reading, from which the precision in real.md was counted
+
+Every part resumes where it stopped and prints what it found. `heads` and `transfer` use the files that
+`hidden` and `pairs` have finished so far. --model is a Hugging Face directory of SmolLM2-135M-Instruct;
+--data holds example_model_solutions.jsonl and test.jsonl (OpenAI's grade-school-math, MIT) and
+pairs_test.jsonl of the Q-RM authors. The results, and how to get the files, are in real.md.
+
+A answers · n response tokens of all of them · D model width · Q questions
+"""
+
+import argparse
+import hashlib
+import html
+import json
+import random
+import re
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from model import LanguageModel, Packed, load_model
+from parallel import Grid
+from support.evaluate import pass_at_k
+from support.files import BadInput, require, write_atomically
+from support.graders import extract_answer, grade, gsm8k_label
+from support.sampling import generate
+from support.tokenizers import Tokenizer
+
+LAYERS = (12, 20, 30)  # blocks after which the residual stream is kept, counted from 1
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the model's default
+SAMPLERS = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+FOLDS = 5
+L2S = {"answers": (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0), "tokens": (1e-4, 1e-3, 1e-2, 1e-1)}
+BETA, MARGIN = 0.2, 2.0  # of the Q-RM loss, as in the paper
+
+# ---------------------------------------------------------------------------------------- questions and folds
+
+
+def stable_number(text):
+    """A number that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def fold_of(question):
+    """The fold of a question, from its letters and digits only, so that two spellings of it share a fold."""
+    return stable_number(re.sub(r"[^a-z0-9]", "", question.lower())) % FOLDS
+
+
+def read_lines(path):
+    require(path.exists(), f"{path}: no such file; see the head of classroom/real.py for where it comes from")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_solutions(data):
+    """OpenAI's rows -> list of {"line", "question", "truth", "answers": 4 texts, "correct": 4 bools}.
+
+    Questions with right and wrong answers come first, since the others make no pairs; within both groups a
+    hash decides the order, so that any number of questions from the start is a random sample.
+    """
+    rows = []
+    for line, raw in enumerate(read_lines(data / "example_model_solutions.jsonl"), 1):
+        row = {"line": line, "question": raw["question"], "truth": raw["ground_truth"]}
+        row["answers"] = [raw[name]["solution"] for name in SAMPLERS]
+        row["correct"] = [bool(raw[name]["is_correct"]) for name in SAMPLERS]
+        rows.append(row)
+    return sorted(rows, key=lambda row: (len(set(row["correct"])) == 1, stable_number(row["question"])))
+
+
+def right_solutions(row):
+    """The reference solution of a question and those of the four answers that are right."""
+    return [row["truth"], *(a for a, right in zip(row["answers"], row["correct"]) if right)]
+
+
+def mixed_pairs(questions, correct):
+    """All (right, wrong) pairs of answers to one question: (A,), (A,) bool -> (P, 2) int64 answer numbers"""
+    pairs = []
+    for question in np.unique(questions):
+        places = np.flatnonzero(questions == question)
+        right = places[correct[places]]
+        wrong = places[~correct[places]]
+        pairs += [(r, w) for r in right for w in wrong]
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def clustered_interval(values, clusters, weights=None, draws=2000, seed=0):
+    """95 % bootstrap interval of the (weighted) mean of `values`, resampling whole clusters (questions)."""
+    _, place = np.unique(clusters, return_inverse=True)
+    weights = np.ones(len(values)) if weights is None else weights
+    sums, counts = np.bincount(place, weights * np.asarray(values)), np.bincount(place, weights)
+    picks = np.random.default_rng(seed).integers(len(sums), size=(draws, len(sums)))
+    means = sums[picks].sum(1) / counts[picks].sum(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def wins(above, below):
+    """1 where `above` is larger, .5 where both are equal, else 0."""
+    return (above > below) + 0.5 * (above == below)
+
+
+def best_of(scores, correct):
+    """Chance that the highest-scored candidate is right, ties shared: (Q, k), (Q, k) bool -> (Q,)"""
+    top = scores == scores.max(1, keepdims=True)
+    return (top & correct).sum(1) / top.sum(1)
+
+
+def votes(claims, weights=None):
+    """The votes for each candidate's claim: summed weights of all candidates with that claim; None gets 0.
+
+    claims (Q lists of k values), weights (Q, k) or None for one vote each -> (Q, k)
+    """
+    out = np.zeros((len(claims), len(claims[0])))
+    for q, row in enumerate(claims):
+        for i, claim in enumerate(row):
+            same = [j for j, other in enumerate(row) if claim is not None and other == claim]
+            out[q, i] = len(same) if weights is None else weights[q, same].sum()
+    return out
+
+
+def balanced_weights(winners, losers):
+    """Weights of pairs, from who wrote the right and the wrong answer, (P,) each -> (P,), of sum 1.
+
+    For any two authors, pairs that one wins weigh as much in sum as those that the other one wins, so that
+    knowing the author says nothing; two authors of whom one never wins against the other weigh nothing.
+    """
+    keys = list(zip(winners.tolist(), losers.tolist()))
+    counts = Counter(keys)
+    weights = np.array([1 / counts[key] if key[::-1] in counts else 0.0 for key in keys])
+    return weights / weights.sum()
+
+
+def describe(values, clusters, weights=None):
+    """'.612 (.590 to .634)', the mean and its clustered interval"""
+    low, high = clustered_interval(values, clusters, weights)
+    return f"{np.average(values, weights=weights):.3f} ({low:.3f} to {high:.3f})"
+
+
+# ------------------------------------------------------------------------------------------- calculator notes
+
+NOTE = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
+
+
+def as_number(text):
+    """'20,000' -> Fraction(20000); None for what is no plain number."""
+    try:
+        return Fraction(text.replace(",", "").replace("$", "").strip())
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def numbers_in(text):
+    """All numbers of a text, as a set of Fractions."""
+    return {as_number(found.rstrip(",")) for found in NUMBER.findall(text)}
+
+
+def first_wrong_note(answer, rights):
+    """The first calculator note of `answer` whose value occurs in none of the solutions `rights`.
+
+    -> (number of the note, its re.Match), or None if there is no such note. A note whose value is not a
+    number ends the search. Right values on an unusual path are flagged, too, and wrong steps whose value
+    occurs elsewhere are missed: see part `check`.
+    """
+    known = set().union(*map(numbers_in, rights))
+    for i, note in enumerate(NOTE.finditer(answer)):
+        value = as_number(note[2])
+        if value is None:
+            return None
+        if value not in known:
+            return i, note
+    return None
+
+
+def evaluate_note(expression):
+    """The value of + - * / and brackets over plain numbers as a Fraction, or None."""
+    if not re.fullmatch(r"[\d.+\-*/() ]+", expression) or "**" in expression or "//" in expression:
+        return None
+    exact = re.sub(r"\d*\.?\d+", lambda number: f"Fraction('{number[0]}')", expression)
+    try:
+        return Fraction(
+            eval(exact, {"__builtins__": {}}, {"Fraction": Fraction})
+        )  # digits and operators only
+    except (SyntaxError, ZeroDivisionError, TypeError, ValueError):
+        return None
+
+
+def spell(value):
+    """A Fraction as GSM8K writes it: '12', '2.5'"""
+    return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
+
+
+def replace_numbers(text, changed):
+    """Numbers of a text that are keys of {old: new} replaced, everything else as it is."""
+
+    def replacement(found):
+        new = changed.get(as_number(found[0].rstrip(",")))
+        return found[0] if new is None else spell(new) + "," * found[0].endswith(",")
+
+    return NUMBER.sub(replacement, text)
+
+
+def plant_error(solution, note_number, new_value):
+    """Changes the result of one calculator note -> two texts, without and with the consequences, or None.
+
+    without   changes the result in the note and its copy right after the note; later lines use the old value
+    with      also replaces the old value in what follows, recalculates later notes, and so on to the final
+              answer
+    None if the result is not repeated, or a later note cannot be calculated or has the old result by chance.
+
+    >>> plant_error("2+3=<<2+3=5>>5\\n5*2=<<5*2=10>>10\\nA: 10", 0, 6)
+    ('2+3=<<2+3=6>>6\\n5*2=<<5*2=10>>10\\nA: 10', '2+3=<<2+3=6>>6\\n6*2=<<6*2=12>>12\\nA: 12')
+    """
+    notes = list(NOTE.finditer(solution))
+    note = notes[note_number]
+    old = note[2]
+    rest = solution[note.end() :]
+    if not re.match(re.escape(old) + r"(?![\d.,]\d|\d)", rest):
+        return None
+    start = solution[: note.start(2)] + f"{new_value}>>{new_value}"
+    without = start + rest[len(old) :]
+
+    changed = {as_number(old): Fraction(new_value)}
+    follows, done = start, note.end() + len(old)
+    for later in notes[note_number + 1 :]:
+        expression = replace_numbers(later[1], changed)
+        value, old_value = evaluate_note(expression), as_number(later[2])
+        if value is None or old_value is None or (expression == later[1] and old_value in changed):
+            return None
+        follows += replace_numbers(solution[done : later.start()], changed)
+        if value != old_value and expression != later[1]:
+            changed[old_value] = value
+        else:
+            value = old_value
+        follows += f"<<{expression}={spell(value)}>>"
+        done = later.end()
+    return without, follows + replace_numbers(solution[done:], changed)
+
+
+def plant_somewhere(question, solution, seed):
+    """plant_error at a note and with a value drawn from `seed`; None if no note can be changed."""
+    rng = random.Random(seed)
+    notes = list(NOTE.finditer(solution))
+    order = rng.sample(range(len(notes)), len(notes))
+    known = numbers_in(solution) | numbers_in(question)
+    for i in order:
+        if not notes[i][2].isdigit() or as_number(notes[i][2]) in numbers_in(question):
+            continue
+        old = int(notes[i][2])
+        near = [
+            v for v in range(old - 9, old + 10) if v > 0 and len(str(v)) == len(str(old)) and v not in known
+        ]
+        planted = plant_error(solution, i, rng.choice(near)) if near else None
+        if planted:
+            return planted
+    return None
+
+
+def token_at(pieces, text, char):
+    """Number of the token that holds character `char` of `text`; pieces: the tokens' bytes in order."""
+    place, read = len(text[:char].encode()), 0
+    for i, piece in enumerate(pieces):
+        read += len(piece)
+        if place < read:
+            return i
+    raise BadInput(f"character {char} lies beyond the tokens of {text[:40]!r}")
+
+
+# ---------------------------------------------------------------------------------------- hidden states, once
+
+
+def prompt_ids(tokenizer, question):
+    """The question in the model's chat template with its default system message."""
+    return tokenizer.encode_prompt(
+        [{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}]
+    )
+
+
+@torch.inference_mode()
+def residuals(policy, groups):
+    """One forward of prompts and their answers: list of (prompt ids, [response ids, ...]).
+
+    -> {layer: (n, D) fp16} residual stream after that block at the response tokens, each row divided by its
+    root mean square as RMSNorm does; (n,) log pi of these tokens in nats; (n,) their ids
+    """
+    packed = Packed(groups, torch.device("cpu"))
+    kept, hooks = {}, []
+    for layer in LAYERS:
+
+        def keep(module, args, output, layer=layer):
+            x = output[0, packed.actions].float()  # (n, D)
+            kept[layer] = (x * torch.rsqrt(x.square().mean(-1, keepdim=True))).half()
+
+        hooks.append(policy.model.layers[layer - 1].register_forward_hook(keep))
+    x = policy.model(packed.ids, packed.positions, packed.attend)[0, packed.states]  # (n, D)
+    for hook in hooks:
+        hook.remove()
+    actions = packed.ids[0, packed.actions]  # (n,)
+    logprobs = [
+        -F.cross_entropy(policy.logits(part).float(), ids, reduction="none")
+        for part, ids in zip(x.split(512), actions.split(512))
+    ]
+    return kept, torch.cat(logprobs), actions
+
+
+def make_hidden(model_dir, questions, out, size=8):
+    """Runs the model over [(question, [answer, ...]), ...] in the given order, `size` questions a file.
+
+    Questions that are already in a file are skipped, so an interrupted run continues where it stopped.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    done = [torch.load(path, mmap=True)["rows"] for path in sorted(out.glob("*.pt"))]
+    left = [i for i in range(len(questions)) if i not in {row for rows in done for row in rows}]
+    tokenizer = Tokenizer.load(model_dir, "chatml")
+    policy = load_model(LanguageModel, model_dir, Grid(), torch.bfloat16)
+    for number, start in enumerate(range(0, len(left), size), len(done)):
+        began, cpu = time.time(), time.process_time()
+        rows, groups = left[start : start + size], []
+        for i in rows:
+            question, answers = questions[i]
+            groups.append((prompt_ids(tokenizer, question), [tokenizer.encode_response(a) for a in answers]))
+        kept, logprobs, actions = residuals(policy, groups)
+        lengths = [[len(a) for a in answers] for _, answers in groups]
+        part = {"rows": rows, "lengths": lengths, "hidden": kept, "logprobs": logprobs, "actions": actions}
+        path = out / f"{number:04d}.pt"
+        torch.save(part, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+        n_tokens = sum(len(prompt) for prompt, _ in groups) + len(actions)
+        speed = n_tokens / (time.process_time() - cpu), n_tokens / (time.time() - began)
+        print(
+            f"{path.name} {n_tokens} tokens, {speed[0]:.0f} a CPU second, {speed[1]:.0f} a second", flush=True
+        )
+
+
+@dataclass
+class Answers:
+    """Answers one after the other, in the order of their files."""
+
+    rows: np.ndarray  # (A,) which row of the data a question is
+    slots: np.ndarray  # (A,) which of the row's answers it is
+    starts: np.ndarray  # (A+1,) answer a has the tokens starts[a] to starts[a+1]
+    hidden: dict  # {layer: (n, D) fp16}
+    logprobs: torch.Tensor  # (n,) nats
+    ids: torch.Tensor  # (n,)
+
+    def tokens(self, a):
+        return slice(self.starts[a], self.starts[a + 1])
+
+    def means(self, x):
+        """Mean over each answer's tokens: (n, ...) -> (A, ...)"""
+        lengths = torch.from_numpy(np.diff(self.starts))
+        owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        sums = x.new_zeros(len(lengths), *x.shape[1:]).index_add_(0, owner, x)
+        return sums / lengths.view(-1, *[1] * (x.dim() - 1))
+
+    def last(self, x):
+        """The row of each answer's last token: (n, ...) -> (A, ...)"""
+        return x[torch.from_numpy(self.starts[1:] - 1)]
+
+
+def load_hidden(folder):
+    """All finished files of make_hidden -> Answers"""
+    files = sorted(folder.glob("*.pt"))
+    require(files, f"{folder}: no hidden states; run the part that makes them first")
+    parts = [torch.load(path, mmap=True) for path in files]
+    rows, slots, lengths = [], [], []
+    for part in parts:
+        for row, answer_lengths in zip(part["rows"], part["lengths"]):
+            rows += [row] * len(answer_lengths)
+            slots += range(len(answer_lengths))
+            lengths += answer_lengths
+    return Answers(
+        np.array(rows),
+        np.array(slots),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        {layer: torch.cat([part["hidden"][layer] for part in parts]) for layer in LAYERS},
+        torch.cat([part["logprobs"] for part in parts]),
+        torch.cat([part["actions"] for part in parts]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ heads
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A reward model: what it learns from, and where a whole answer's score is read."""
+
+    loss: str  # "qrm" and "orm" learn from pairs, "outcome" from right and wrong
+    reads: str  # tokens in the loss: "mean" and "last" one vector an answer, "tokens" every token
+    score: str  # the answer's score: "mean" or "last"
+    balanced: bool = True  # with balanced_weights; else every pair counts once
+
+
+KINDS = {
+    "Q-RM": Kind("qrm", "mean", "mean"),
+    "ORM": Kind("orm", "last", "last"),
+    "outcome, last token": Kind("outcome", "last", "last"),
+    "per token": Kind("outcome", "tokens", "mean"),
+    "Q-RM, not balanced": Kind("qrm", "mean", "mean", balanced=False),
+    "per token, not balanced": Kind("outcome", "tokens", "mean", balanced=False),
+}
+
+
+def fit(loss_of, width, l2, steps=60):
+    """Minimises a convex loss_of(weight (D,), bias ()) + l2/2 |weight|^2 by L-BFGS -> weight, bias"""
+    weight, bias = torch.zeros(width, requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(weight, bias) + l2 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def fit_pairs(kind, x, pairs, weights, l2):
+    """A head on qrm.pairwise_loss with the settings of Q-RM or ORM, and a weight for each pair.
+
+    x (A, D), pairs (P, 2) rows of x, weights (P,) of sum 1 -> weight, bias (which stays 0)
+    """
+    beta, margin = (BETA, MARGIN) if kind.loss == "qrm" else (1.0, 0.0)
+
+    def loss_of(weight, bias):
+        z = x @ weight  # (A,)
+        gap = z[pairs[:, 0]] - z[pairs[:, 1]]  # (P,)
+        return -(F.logsigmoid(beta * gap - margin) * weights).sum()
+
+    return fit(loss_of, x.shape[1], l2)
+
+
+def fit_outcome(x, correct, weights, l2):
+    """A head on the weighted cross-entropy of right and wrong: x (rows, D), the others (rows,) -> weight,
+    bias"""
+    weights = weights / weights.sum()
+
+    def loss_of(weight, bias):
+        losses = F.binary_cross_entropy_with_logits(x @ weight + bias, correct, reduction="none")  # (rows,)
+        return (losses * weights).sum()
+
+    return fit(loss_of, x.shape[1], l2)
+
+
+class Layer:
+    """One layer's residual stream, standardised per dimension over all tokens, and its summaries by
+    answer."""
+
+    def __init__(self, answers, layer):
+        x = answers.hidden[layer].float()  # (n, D)
+        self.mean, self.std = x.mean(0), x.std(0).clamp(min=1e-4)
+        self.x = x.sub_(self.mean).div_(self.std)
+        self.summary = {"mean": answers.means(self.x), "last": answers.last(self.x)}  # (A, D) each
+
+    def unscaled(self, weight, bias):
+        """The same head for residuals that are not standardised."""
+        raw = weight / self.std
+        return raw, bias - raw @ self.mean
+
+
+@dataclass
+class Labels:
+    """What the heads learn from, for the answers of an Answers."""
+
+    questions: np.ndarray  # (A,)
+    authors: np.ndarray  # (A,) which of the four models wrote it
+    correct: np.ndarray  # (A,) bool
+    folds: np.ndarray  # (A,)
+    pairs: np.ndarray  # (P, 2) answer numbers, right and wrong
+
+    @property
+    def mixed(self):
+        """(A,) bool: the question has right and wrong answers"""
+        return np.isin(self.questions, self.questions[self.pairs[:, 0]])
+
+    def pairs_in(self, folds, balanced):
+        """-> (P', 2) the pairs of these folds, (P',) their weights of sum 1"""
+        pairs = self.pairs[np.isin(self.folds[self.pairs[:, 0]], folds)]
+        if not balanced:
+            return pairs, np.full(len(pairs), 1 / len(pairs))
+        return pairs, balanced_weights(*self.authors[pairs].T)
+
+
+def train_head(kind, layer, answers, labels, folds, l2, thin=1):
+    """Fits a head on the pairs of these folds, or on the answers in them; every `thin`-th token of these."""
+    pairs, pair_weights = labels.pairs_in(folds, kind.balanced)
+    if kind.loss != "outcome":
+        x, weights = layer.summary[kind.reads], torch.from_numpy(pair_weights).float()
+        return fit_pairs(kind, x, torch.from_numpy(pairs), weights, l2)
+    n_answers = len(labels.correct)
+    weights = np.bincount(
+        pairs.T.flatten(), np.tile(pair_weights, 2), n_answers
+    )  # (A,) of the pairs it is in
+    places = np.flatnonzero(weights)
+    owner = places
+    x = layer.summary.get(kind.reads)
+    if kind.reads == "tokens":
+        owner = np.repeat(np.arange(n_answers), np.diff(answers.starts))
+        places = np.flatnonzero(weights[owner])[::thin]
+        owner, x = owner[places], layer.x
+    correct = torch.from_numpy(labels.correct[owner]).float()
+    return fit_outcome(x[torch.from_numpy(places)], correct, torch.from_numpy(weights[owner]).float(), l2)
+
+
+def pair_accuracy(scores, pairs):
+    """(A,) scores of answers, (P, 2) -> (P,) 1, .5 or 0"""
+    return wins(scores[pairs[:, 0]], scores[pairs[:, 1]])
+
+
+def choose_settings(answers, labels):
+    """For each fold and kind the (layer, l2) that does best on held-out parts of the other four folds.
+
+    A head that reads one vector an answer is trained four times, each time on three of the four folds; a
+    head that reads every token is trained once, on every eighth token.
+    -> {(kind name, fold): (layer, l2)}, {(kind name, layer): validation accuracy of its best l2, mean of the
+    folds}
+    """
+    found = {}
+    for number in LAYERS:
+        layer = Layer(answers, number)
+        for name, kind in KINDS.items():
+            tokens = kind.reads == "tokens"
+            for fold in range(FOLDS):
+                for l2 in L2S["tokens" if tokens else "answers"]:
+                    right = []
+                    for other in range(fold + 1, fold + (2 if tokens else FOLDS)):
+                        inner = [f for f in range(FOLDS) if f not in (fold, other % FOLDS)]
+                        weight, _ = train_head(kind, layer, answers, labels, inner, l2, 8 if tokens else 1)
+                        scores = (layer.summary[kind.score] @ weight).numpy()
+                        pairs, weights = labels.pairs_in([other % FOLDS], kind.balanced)
+                        right.append((pair_accuracy(scores, pairs) * weights).sum())
+                    found[name, fold, number, l2] = np.mean(right)
+            print(f"layer {number}, {name}: settings tried", flush=True)
+    best, table = {}, {}
+    for name in KINDS:
+        for fold in range(FOLDS):
+            settings = [key[2:] for key in found if key[:2] == (name, fold)]
+            best[name, fold] = max(settings, key=lambda s: found[(name, fold, *s)])
+        for number in LAYERS:
+            tops = [max(v for k, v in found.items() if k[:3] == (name, f, number)) for f in range(FOLDS)]
+            table[name, number] = float(np.mean(tops))
+    return best, table
+
+
+def train_folds(answers, labels, best):
+    """Heads for every kind and fold, and the score of every token by the head that has not seen its question.
+
+    Scores have mean 0 and standard deviation 1 over the tokens of a fold, so that folds can be compared.
+    -> {(kind name, fold): (layer, weight, bias)} for residuals as stored, {kind name: (n,)}
+    """
+    heads, scores = {}, {name: torch.zeros(len(answers.ids)) for name in KINDS}
+    owner = np.repeat(np.arange(len(labels.correct)), np.diff(answers.starts))
+    for number in LAYERS:
+        layer = Layer(answers, number)
+        for (name, fold), (chosen, l2) in best.items():
+            if chosen != number:
+                continue
+            others = [f for f in range(FOLDS) if f != fold]
+            weight, bias = train_head(KINDS[name], layer, answers, labels, others, l2)
+            mine = torch.from_numpy(np.flatnonzero(labels.folds[owner] == fold))
+            z = layer.x[mine] @ weight + bias
+            scores[name][mine] = (z - z.mean()) / z.std()
+            heads[name, fold] = (number, *layer.unscaled(weight / z.std(), (bias - z.mean()) / z.std()))
+            print(f"{name}, fold {fold}: layer {number}, l2 {l2:g}", flush=True)
+    return heads, scores
+
+
+def solution_labels(answers, solutions):
+    questions = answers.rows
+    correct = np.array([solutions[r]["correct"][s] for r, s in zip(answers.rows, answers.slots)])
+    folds = np.array([fold_of(solutions[r]["question"]) for r in answers.rows])
+    return Labels(questions, answers.slots, correct, folds, mixed_pairs(questions, correct))
+
+
+def answer_scores(answers, scores):
+    """{kind name: (n,) token scores} -> {name: (A,) one score an answer}, untrained baselines included"""
+    out = {}
+    for name, kind in KINDS.items():
+        out[name] = (answers.means if kind.score == "mean" else answers.last)(scores[name]).numpy()
+    out["per token, read at the last token"] = answers.last(scores["per token"]).numpy()
+    out["log pi of the model, mean"] = answers.means(answers.logprobs).numpy()
+    out["log pi of the model, sum"] = out["log pi of the model, mean"] * np.diff(answers.starts)
+    out["shorter answer"] = -np.diff(answers.starts).astype(float)
+    return out
+
+
+def run_heads(args):
+    """Part `heads`."""
+    solutions = read_solutions(args.data)
+    answers = load_hidden(args.work / "hidden")
+    labels = solution_labels(answers, solutions)
+    path = args.work / "heads.pt"
+    if not path.exists():
+        best, table = choose_settings(answers, labels)
+        heads, scores = train_folds(answers, labels, best)
+        torch.save({"best": best, "table": table, "heads": heads, "scores": scores}, path)
+    saved = torch.load(path, weights_only=False)
+    require(
+        len(saved["scores"]["Q-RM"]) == len(answers.ids),
+        f"{path}: made from fewer hidden states than there are now; remove it to train the heads again",
+    )
+    print(
+        f"{len(np.unique(answers.rows))} questions, {len(labels.correct)} answers, {len(answers.ids)} tokens"
+    )
+    print(f"{len(labels.pairs)} pairs of {len(np.unique(labels.questions[labels.pairs[:, 0]]))} questions\n")
+    print("pair accuracy on the validation folds, by layer (best l2 of each fold)")
+    for name in KINDS:
+        print(f"  {name:36}" + "".join(f"  {n}: {saved['table'][name, n]:.3f}" for n in LAYERS))
+    scores = answer_scores(answers, saved["scores"])
+    shares = np.array([labels.correct[labels.authors == a].mean() for a in range(len(SAMPLERS))])
+    scores["who wrote it"] = shares[labels.authors]
+    print("\npair accuracy on held-out questions: balanced, and pairs as they come")
+    clusters = labels.questions[labels.pairs[:, 0]]
+    weights = balanced_weights(*labels.authors[labels.pairs].T)
+    for name, values in scores.items():
+        right = pair_accuracy(values, labels.pairs)
+        print(f"  {name:36}{describe(right, clusters, weights)}   {describe(right, clusters)}")
+    print_rerank(answers, labels, solutions, scores)
+
+
+def print_rerank(answers, labels, solutions, scores):
+    """Best of the four given candidates, on questions with right and wrong ones; on the others any way does
+    the same, so the figure for all questions follows."""
+    shape = (-1, len(SAMPLERS))
+    mixed = labels.mixed.reshape(shape)[:, 0]
+    correct = labels.correct.reshape(shape)[mixed]
+    questions = labels.questions.reshape(shape)[mixed, 0]
+    claims = []
+    for row in questions:
+        texts = solutions[row]["answers"]
+        claims.append([as_number(extract_answer(text, "gsm8k") or "") for text in texts])
+    ways = {
+        "random": np.zeros(correct.shape),
+        "majority": votes(claims),
+        "any of the four": correct.astype(float),
+    }
+    ways |= {name: values.reshape(shape)[mixed] for name, values in scores.items()}
+    for name in ("Q-RM", "per token"):
+        z = ways[name]
+        weights = 1 / (1 + np.exp(-(z - z.mean()) / z.std()))
+        ways[f"majority weighted by {name}"] = votes(claims, weights)
+    always = sum(all(row["correct"]) for row in solutions)
+    n_mixed = sum(len(set(row["correct"])) == 2 for row in solutions)
+    print(
+        f"\nbest of four on {len(correct)} questions with right and wrong answers; in the last column on all"
+    )
+    print(f"{len(solutions)} questions, if all {n_mixed} such ones went alike: {always} are always right")
+    for name, values in ways.items():
+        right = best_of(values, correct)
+        everywhere = (right.mean() * n_mixed + always) / len(solutions)
+        print(f"  {name:36}{describe(right, questions)}   {everywhere:.3f}")
+    for name in ("Q-RM", "majority weighted by Q-RM"):
+        gain = best_of(ways[name], correct) - best_of(ways["majority"], correct)
+        print(f"  {name} minus majority: {describe(gain, questions)}")
+
+
+# ----------------------------------------------------------------------------------------------- token credit
+
+
+def planted_rows(solutions, limit):
+    """One right answer of a question with an error planted, for at most `limit` questions -> list of
+    {"row", "slot", "without", "with"}: the answer's place in the data, and the two texts of plant_error"""
+    out = []
+    for row, solution in enumerate(solutions):
+        for slot, (answer, right) in enumerate(zip(solution["answers"], solution["correct"])):
+            planted = plant_somewhere(solution["question"], answer, stable_number(answer)) if right else None
+            if planted and len(out) < limit:
+                out.append({"row": row, "slot": slot, "without": planted[0], "with": planted[1]})
+                break
+    return out
+
+
+def run_planted(args):
+    """Part `planted`: hidden states of 240 right answers with an error planted, both ways."""
+    solutions = read_solutions(args.data)
+    planted = planted_rows(solutions, 240)
+    write_atomically(args.work / "planted.json", json.dumps(planted))
+    texts = [(solutions[p["row"]]["question"], [p["without"], p["with"]]) for p in planted]
+    make_hidden(args.model, texts, args.work / "planted")
+
+
+def score_hidden(answers, heads, name, folds):
+    """Every token's score by the head of its answer's fold: folds (A,) -> (n,)"""
+    out = torch.zeros(len(answers.ids))
+    for a, fold in enumerate(folds):
+        layer, weight, bias = heads[name, fold]
+        out[answers.tokens(a)] = answers.hidden[layer][answers.tokens(a)].float() @ weight + bias
+    return out
+
+
+def with_cheats(scores, answers, tokenizer):
+    """Adds log pi, and two scores that know nothing of mathematics: minus the index, minus [is a digit]."""
+    index = torch.cat([torch.arange(n) for n in np.diff(answers.starts).tolist()])
+    digit = torch.tensor([tokenizer.decode([i]).strip().isdigit() for i in answers.ids.tolist()])
+    return {
+        **{name: scores[name] for name in KINDS},
+        "log pi of the model": answers.logprobs,
+        "cheat: minus the index": -index.float(),
+        "cheat: minus [is a digit]": -digit.float(),
+    }
+
+
+def mean_before(z):
+    """Mean of the scores before each token, the token's own at the first: (n,) -> (n,)"""
+    before = z.cumsum(0) - z
+    count = torch.arange(len(z)).clamp(min=1)
+    return torch.where(torch.arange(len(z)) == 0, z, before / count)
+
+
+@dataclass
+class Notes:
+    """The last digit of every calculator note's value, in all answers."""
+
+    answer: np.ndarray  # answer number
+    number: np.ndarray  # which of the answer's notes it is
+    place: np.ndarray  # index of the token within the answer
+    wrong: np.ndarray  # bool: the first wrong note of a wrong answer
+
+
+def find_notes(answers, solutions, tokenizer, labels):
+    """All notes of right answers, and those of wrong answers up to the first wrong one (none without one)."""
+    found = []
+    for a, (row, slot) in enumerate(zip(answers.rows, answers.slots)):
+        text = solutions[row]["answers"][slot]
+        pieces = [tokenizer.token_bytes[i] for i in answers.ids[answers.tokens(a)].tolist()]
+        error = None if labels.correct[a] else first_wrong_note(text, right_solutions(solutions[row]))
+        if not labels.correct[a] and error is None:
+            continue
+        for number, note in enumerate(NOTE.finditer(text)):
+            if error and number > error[0]:
+                break
+            if note[2].strip():
+                place = token_at(pieces, text, note.end(2) - 1)
+                found.append((a, number, place, error is not None and number == error[0]))
+    return Notes(*(np.array(column) for column in zip(*found)))
+
+
+def by_answer(scores, answers):
+    return [scores[answers.tokens(a)].numpy() for a in range(len(answers.starts) - 1)]
+
+
+def error_measures(scores, answers, notes, labels):
+    """What a score does at the first wrong notes of wrong answers: {measure: (values, their questions)}.
+
+    within        chance that a token before the error scores higher than the error: a cheat gets 1
+    same index    chance that the token of the same index in a right answer of the same author scores higher
+    same kind     the same against last digits of notes in these answers, at most 3 tokens off that index
+    fall          the same for the score minus the mean of all scores before it in the answer
+    paired        chance that the same note (first, second ...) of a right answer to the same question scores
+                  higher
+    paired before the same for the note before the first wrong one, which is right in both: a control
+    """
+    z = by_answer(scores, answers)
+    falls = [s - mean_before(torch.from_numpy(s)).numpy() for s in z]
+    right_answers = np.flatnonzero(labels.correct)
+    kept = [n for n in range(len(notes.answer)) if labels.correct[notes.answer[n]]]
+    where = {(notes.answer[n], notes.number[n]): n for n in range(len(notes.answer))}
+    rivals = {q: [a for a in right_answers if labels.questions[a] == q] for q in set(labels.questions)}
+    out = {name: [] for name in ("within", "same index", "same kind", "fall", "paired", "paired before")}
+
+    def note_score(a, number):
+        n = where.get((a, number))
+        return None if n is None else z[a][notes.place[n]]
+
+    for n in np.flatnonzero(notes.wrong):
+        a, t, number = notes.answer[n], notes.place[n], notes.number[n]
+        question = labels.questions[a]
+        here = z[a][t]
+        if t:
+            out["within"].append((wins(z[a][:t], here).mean(), question))
+        peers = [b for b in right_answers if labels.authors[b] == labels.authors[a] and len(z[b]) > t]
+        if peers:
+            others = np.array([z[b][t] for b in peers])
+            out["same index"].append((wins(others, here).mean(), question))
+        near = [m for m in kept if abs(notes.place[m] - t) <= 3]
+        near = [m for m in near if labels.authors[notes.answer[m]] == labels.authors[a]]
+        if near:
+            others = np.array([z[notes.answer[m]][notes.place[m]] for m in near])
+            out["same kind"].append((wins(others, here).mean(), question))
+            others = np.array([falls[notes.answer[m]][notes.place[m]] for m in near])
+            out["fall"].append((wins(others, falls[a][t]).mean(), question))
+        for measure, k in (("paired", number), ("paired before", number - 1)):
+            others = [note_score(rival, k) for rival in rivals[question]]
+            others = np.array([s for s in others if s is not None])
+            if k >= 0 and len(others):
+                out[measure].append((wins(others, note_score(a, k)).mean(), question))
+    return out
+
+
+def planted_measures(right, without, follows):
+    """Chance (1, .5 or 0) that the right answer scores higher than the planted one, and where the drop is.
+
+    right, without, follows   token scores of the right answer and of the two planted ones, from the planted
+                              token on
+    at the token   same state, other token           next 10   mean of the 10 tokens after it
+    last token     of the answers                    rest      mean from the planted token to the end
+    """
+    out = {"at the token": float(wins(right[0], without[0]))}
+    for name, planted in (("without", without), ("with", follows)):
+        out[f"next 10, {name}"] = float(wins(right[1:11].mean(), planted[1:11].mean()))
+        out[f"rest, {name}"] = float(wins(right.mean(), planted.mean()))
+        out[f"last token, {name}"] = float(wins(right[-1], planted[-1]))
+    return out
+
+
+def run_credit(args):
+    """Part `credit`."""
+    solutions = read_solutions(args.data)
+    answers = load_hidden(args.work / "hidden")
+    labels = solution_labels(answers, solutions)
+    tokenizer = Tokenizer.load(args.model, "chatml")
+    saved = torch.load(args.work / "heads.pt", weights_only=False)
+    require(len(saved["scores"]["Q-RM"]) == len(answers.ids), "heads.pt does not fit: run part heads again")
+    scores = with_cheats(saved["scores"], answers, tokenizer)
+    notes = find_notes(answers, solutions, tokenizer, labels)
+    print(f"first wrong notes: {notes.wrong.sum()} of {(~labels.correct).sum()} wrong answers")
+    for name, values in scores.items():
+        print(f"  {name}")
+        for measure, found in error_measures(values, answers, notes, labels).items():
+            print(f"    {measure:16}{describe(*map(np.array, zip(*found)))}   n = {len(found)}")
+    print_planted(args, solutions, answers, saved, scores, tokenizer)
+
+
+def print_planted(args, solutions, answers, saved, scores, tokenizer):
+    """Planted errors against the right answers that they were planted in."""
+    planted = json.loads((args.work / "planted.json").read_text())
+    changed = load_hidden(args.work / "planted")
+    folds = [fold_of(solutions[planted[p]["row"]]["question"]) for p in changed.rows]
+    changed_scores = {name: score_hidden(changed, saved["heads"], name, folds) for name in KINDS}
+    changed_scores = with_cheats(changed_scores, changed, tokenizer)
+    originals = {place: a for a, place in enumerate(zip(answers.rows, answers.slots))}
+    first = {p: a for a, (p, slot) in enumerate(zip(changed.rows, changed.slots)) if slot == 0}
+    found = {name: [] for name in scores}
+    clusters = []
+    for p, a in first.items():
+        original = originals.get((planted[p]["row"], planted[p]["slot"]))
+        if original is None:
+            continue
+        tokens = answers.tokens(original), changed.tokens(a), changed.tokens(a + 1)
+        ids = [answers.ids[tokens[0]], changed.ids[tokens[1]], changed.ids[tokens[2]]]
+        length = min(map(len, ids))
+        place = int((ids[0][:length] != ids[1][:length]).nonzero()[0])
+        if place != int((ids[0][:length] != ids[2][:length]).nonzero()[0]) or place + 2 >= length:
+            continue
+        clusters.append(p)
+        for name in scores:
+            parts = [
+                scores[name][tokens[0]],
+                changed_scores[name][tokens[1]],
+                changed_scores[name][tokens[2]],
+            ]
+            found[name].append(planted_measures(*(x[place:].numpy() for x in parts)))
+    print(f"\nplanted errors: {len(clusters)} right answers, one number changed")
+    for name, rows in found.items():
+        print(f"  {name}")
+        for measure in rows[0]:
+            print(f"    {measure:22}{describe(np.array([row[measure] for row in rows]), clusters)}")
+
+
+def run_check(args):
+    """Part `check`: 50 flagged errors, drawn at random, to be read by a human."""
+    flagged = []
+    for row in sorted(read_solutions(args.data), key=lambda row: row["line"]):
+        for answer, right in zip(row["answers"], row["correct"]):
+            error = None if right else first_wrong_note(answer, right_solutions(row))
+            if error:
+                flagged.append((row, answer, error[1]))
+    print(f"{len(flagged)} wrong answers with a flagged note")
+    for i, (row, answer, note) in enumerate(random.Random(0).sample(flagged, 50), 1):
+        print(f"\n{i}. {row['question']}\n   right: {' | '.join(row['truth'].splitlines())}")
+        marked = f"{answer[: note.start()]} >>>>{note[0]}<<<< {answer[note.end() :]}"
+        print(f"   wrong: {' | '.join(marked.splitlines())}")
+
+
+# -------------------------------------------------------------------------------------------------- a picture
+
+COLUMNS = 100  # characters a line of the picture
+ORANGE, BLUE = (232, 131, 58), (74, 144, 217)
+
+
+def shade(z):
+    """White at 0, orange at -2 and below, blue at 2 and above."""
+    share = min(abs(z) / 2, 1.0)
+    channels = [round(255 + share * (c - 255)) for c in (ORANGE if z < 0 else BLUE)]
+    return "#" + "".join(f"{c:02x}" for c in channels)
+
+
+def token_boxes(texts, scores, marked, top):
+    """SVG elements of an answer's tokens, the first line at height `top`, and the height below the last
+    line."""
+    out, column, row = [], 0, 0
+    for i, (text, z) in enumerate(zip(texts, scores)):
+        shown = text.replace("\n", "\u23ce")
+        if column + len(shown) > COLUMNS:
+            column, row = 0, row + 1
+        x, y = 8 + 7.2 * column, top + 19 * row
+        style = " text-decoration='underline' font-weight='bold'" if i in marked else ""
+        out.append(
+            f"<rect x='{x:.1f}' y='{y}' width='{7.2 * len(shown):.1f}' height='17' fill='{shade(z)}'/>"
+            f"<text x='{x:.1f}' y='{y + 13}' textLength='{7.2 * len(shown):.1f}' xml:space='preserve'"
+            f"{style}>{html.escape(shown)}</text>"
+        )
+        column += len(shown)
+        if "\n" in text:
+            column, row = 0, row + 1
+    return out, top + 19 * (row + 1)
+
+
+def picture(title, answers):
+    """An SVG of [(heading, [(token texts, standardised scores, marked token numbers), ...]), ...]."""
+    body, top = [f"<text x='8' y='20' font-weight='bold'>{html.escape(title)}</text>"], 34
+    for heading, rows in answers:
+        body.append(f"<text x='8' y='{top + 14}' font-weight='bold'>{html.escape(heading)}</text>")
+        top += 22
+        for texts, scores, marked in rows:
+            boxes, top = token_boxes(texts, scores, marked, top)
+            body += boxes
+            top += 8
+    width = round(16 + 7.2 * COLUMNS)
+    return (
+        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {top}' width='{width}' height='{top}' "
+        "font-family='ui-monospace, Menlo, Consolas, monospace' font-size='12' fill='#111'>"
+        f"<rect width='{width}' height='{top}' fill='#fff'/>{''.join(body)}</svg>\n"
+    )
+
+
+def choose_for_picture(answers, solutions, labels, longest=110):
+    """The first pair of answers of at most `longest` tokens whose first wrong note is not its first note.
+
+    -> answer number of the right one, of the wrong one, the note
+    """
+    lengths = np.diff(answers.starts)
+    for right, wrong in labels.pairs:
+        row = solutions[answers.rows[wrong]]
+        error = first_wrong_note(row["answers"][answers.slots[wrong]], right_solutions(row))
+        if error and error[0] and max(lengths[right], lengths[wrong]) <= longest:
+            return right, wrong, error[1]
+    raise BadInput("no question suits the picture")
+
+
+def run_picture(args):
+    """Part `picture`: work/credit.svg"""
+    solutions = read_solutions(args.data)
+    answers = load_hidden(args.work / "hidden")
+    labels = solution_labels(answers, solutions)
+    tokenizer = Tokenizer.load(args.model, "chatml")
+    scores = torch.load(args.work / "heads.pt", weights_only=False)["scores"]
+    right, wrong, note = choose_for_picture(answers, solutions, labels)
+    row = solutions[answers.rows[wrong]]
+    text = row["answers"][answers.slots[wrong]]
+    pieces = [tokenizer.token_bytes[i] for i in answers.ids[answers.tokens(wrong)].tolist()]
+    marked = range(token_at(pieces, text, note.start(2)), token_at(pieces, text, note.end(2) - 1) + 1)
+    drawn = []
+    for name in ("Q-RM", "ORM", "per token"):
+        z = (scores[name] - scores[name].mean()) / scores[name].std()
+        rows = []
+        for a, places in ((right, ()), (wrong, marked)):
+            texts = tokenizer.token_texts(answers.ids[answers.tokens(a)].tolist())
+            rows.append((texts, z[answers.tokens(a)].tolist(), places))
+        drawn.append((f"{name}: a right answer, a wrong answer", rows))
+    write_atomically(args.work / "credit.svg", picture(row["question"][:COLUMNS], drawn))
+    print(f"{args.work / 'credit.svg'}: {row['question']}")
+
+
+# --------------------------------------------------------------------------------------------------- transfer
+
+
+def read_pairs(data):
+    """The authors' test pairs -> list of (question, [chosen, rejected]), in an order that a hash decides."""
+    rows = read_lines(data / "pairs_test.jsonl")
+    rows.sort(key=lambda row: stable_number(row["instruction"] + row["chosen"] + row["rejected"]))
+    return [(row["instruction"], [row["chosen"], row["rejected"]]) for row in rows]
+
+
+def run_transfer(args):
+    """Part `transfer`: heads that have not seen a pair's question, on the authors' pairs."""
+    pairs = read_pairs(args.data)
+    answers = load_hidden(args.work / "pairs")
+    saved = torch.load(args.work / "heads.pt", weights_only=False)
+    folds = [fold_of(pairs[row][0]) for row in answers.rows]
+    scores = {name: score_hidden(answers, saved["heads"], name, folds) for name in KINDS}
+    chosen = np.flatnonzero(answers.slots == 0)
+    places = np.stack([chosen, chosen + 1], 1)
+    questions = [pairs[row][0] for row in answers.rows[chosen]]
+    print(f"{len(chosen)} of the authors' {len(pairs)} test pairs, {len(set(questions))} questions")
+    for name, values in answer_scores(answers, scores).items():
+        print(f"  {name:36}{describe(pair_accuracy(values, places), questions)}")
+
+
+# ------------------------------------------------------------------------------------ the model's own answers
+
+
+NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
+THINGS = ("apples", "pens", "books", "stickers", "marbles", "cookies")
+FIRST_STEPS = (
+    ("{name} has {a} {things} and buys {b} more.", "+"),
+    ("{name} has {a} {things} and gives {b} of them to a friend.", "-"),
+    ("{name} has {b} boxes with {a} {things} in each box.", "*"),
+)
+SECOND_STEPS = (
+    ("Then {name} finds {c} more {things}.", "+"),
+    ("Then {name} loses {c} of the {things}.", "-"),
+    ("{friend} has {c} times as many {things} as {name}.", "*"),
+)
+
+
+def made_problems(n, steps, seed):
+    """n word problems of one or two steps, as GSM8K writes them: list of {"question", "answer"}"""
+    rng = random.Random(f"{steps} {seed}")
+    calculate = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
+    rows = []
+    while len(rows) < n:
+        (name, friend), things = rng.sample(NAMES, 2), rng.choice(THINGS)
+        (first, op), (second, op2) = rng.choice(FIRST_STEPS), rng.choice(SECOND_STEPS)
+        a, b, c = rng.randint(3, 30), rng.randint(2, 9), rng.randint(2, 9)
+        middle = calculate[op](a, b)
+        result = calculate[op2](middle, c) if steps == 2 else middle
+        if min(middle, result) < 1:
+            continue
+        words = {"name": name, "friend": friend, "things": things, "a": a, "b": b, "c": c}
+        story, owner = first.format(**words), name
+        answer = f"{a}{op}{b}=<<{a}{op}{b}={middle}>>{middle}\n"
+        if steps == 2:
+            story += " " + second.format(**words)
+            owner = friend if op2 == "*" else name
+            answer += f"{middle}{op2}{c}=<<{middle}{op2}{c}={result}>>{result}\n"
+        question = f"{story} How many {things} does {owner} have now?"
+        rows.append({"question": question, "answer": f"{answer}#### {result}"})
+    return rows
+
+
+def run_sample(args, n=30, k=8):
+    """Part `sample`: k answers a question at temperature 1, with the model's own chat template."""
+    tokenizer = Tokenizer.load(args.model, "chatml")
+    policy = load_model(LanguageModel, args.model, Grid(), torch.float32)
+    gsm8k = read_lines(args.data / "test.jsonl")
+    random.Random(0).shuffle(gsm8k)
+    tasks = {
+        "one step, made": made_problems(n, 1, 0),
+        "two steps, made": made_problems(n, 2, 0),
+        "GSM8K test": gsm8k[:n],
+    }
+    for name, rows in tasks.items():
+        path = args.work / f"sample {name}.json"
+        if not path.exists():
+            prompts = [prompt_ids(tokenizer, row["question"]) for row in rows for _ in range(k)]
+            cpu = time.process_time()
+            responses, cut = generate(policy, prompts, 256, tokenizer.stop_ids, seed=0, batch_size=16)
+            cpu = time.process_time() - cpu
+            stops = set(tokenizer.stop_ids)
+            texts = [tokenizer.decode([i for i in r if i not in stops]) for r in responses]
+            n_tokens = sum(map(len, responses))
+            result = {"texts": texts, "cut": sum(cut), "tokens": n_tokens, "cpu_seconds": cpu}
+            write_atomically(path, json.dumps(result))
+        result = json.loads(path.read_text())
+        right = [
+            grade(text, gsm8k_label(rows[i // k]["answer"]), "gsm8k")[1]
+            for i, text in enumerate(result["texts"])
+        ]
+        counts = np.array(right).reshape(-1, k).sum(1)
+        clusters = np.arange(len(rows))
+        found = [pass_at_k(k, int(count), k) for count in counts]
+        print(f"{name}, {len(rows)} questions")
+        print(f"  pass@1 {describe(counts / k, clusters)}, pass@{k} {describe(found, clusters)}")
+        print(
+            f"  {result['cut']} of {len(right)} answers cut at 256 tokens; "
+            f"{result['tokens'] / result['cpu_seconds']:.0f} tokens a CPU second"
+        )
+
+
+# ------------------------------------------------------------------------------------------- the command line
+
+
+def run_hidden(args):
+    """Part `hidden`."""
+    questions = [(row["question"], row["answers"]) for row in read_solutions(args.data)]
+    make_hidden(args.model, questions, args.work / "hidden")
+
+
+def run_pairs(args):
+    """Part `pairs`."""
+    make_hidden(args.model, read_pairs(args.data), args.work / "pairs")
+
+
+PARTS = {
+    "hidden": run_hidden,
+    "heads": run_heads,
+    "planted": run_planted,
+    "credit": run_credit,
+    "pairs": run_pairs,
+    "transfer": run_transfer,
+    "sample": run_sample,
+    "picture": run_picture,
+    "check": run_check,
+}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", type=Path, required=True, help="directory of SmolLM2-135M-Instruct")
+    parser.add_argument("--data", type=Path, required=True, help="directory with the three data files")
+    parser.add_argument("--work", type=Path, default=Path("runs/real"), help="what is kept between parts")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("parts", nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    try:
+        for part in args.parts:
+            began = time.process_time()
+            print(f"== {part}", flush=True)
+            PARTS[part](args)
+            print(f"== {part}: {time.process_time() - began:.0f} CPU seconds", flush=True)
+    except BadInput as error:
+        sys.exit(f"real.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,357 @@
+"""classroom/real.py on made data with numbers worked out by hand; one test needs the real weights."""
+
+import os
+import sys
+import xml.etree.ElementTree as ElementTree
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import near, random_model, small_config
+
+from model import LanguageModel, at_actions, token_logprobs
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "classroom"))
+import real  # noqa: E402
+
+from support.graders import grade, gsm8k_label  # noqa: E402
+
+
+def test_folds_go_by_question_whatever_its_spelling():
+    questions = [f"How many apples are {i} apples?" for i in range(500)]
+    folds = [real.fold_of(q) for q in questions]
+    assert folds == [real.fold_of(q.upper().replace("?", " ?!")) for q in questions]
+    assert set(folds) == set(range(real.FOLDS))
+    assert max(np.bincount(folds)) < 140  # 100 expected, standard deviation 9
+
+
+def test_mixed_pairs_stay_within_a_question():
+    questions = np.array([7, 7, 7, 3, 3, 5])
+    correct = np.array([True, False, True, False, False, True])
+    assert real.mixed_pairs(questions, correct).tolist() == [[0, 1], [2, 1]]
+    assert real.mixed_pairs(questions, ~correct).tolist() == [[1, 0], [1, 2]]
+    assert real.mixed_pairs(questions[3:], correct[3:]).shape == (0, 2)
+
+
+def test_clustered_interval_widens_with_equal_values_in_a_cluster():
+    values = np.repeat([0.0, 1.0], 50)
+    single = real.clustered_interval(values, np.arange(100))
+    clustered = real.clustered_interval(values, np.repeat(np.arange(10), 10))
+    # binomial standard errors: .5 / sqrt(100) = .05 and .5 / sqrt(10) = .158
+    assert abs(single[1] - single[0] - 2 * 1.96 * 0.05) < 0.03
+    assert abs(clustered[1] - clustered[0] - 2 * 1.96 * 0.158) < 0.09
+    assert real.clustered_interval(np.ones(6), [0, 0, 1, 1, 2, 2]) == (1.0, 1.0)
+
+
+def test_clustered_interval_weighs_clusters_by_size():
+    """With two clusters a draw holds either, or both: the mean is one of 0, 3/4 and 1."""
+    values, clusters = [0, 1, 1, 1], ["a", "b", "b", "b"]
+    assert real.clustered_interval(values, clusters) == (0.0, 1.0)
+
+
+def test_balanced_weights_make_the_author_useless():
+    winners, losers = np.array([0, 0, 0, 1, 0, 2, 2]), np.array([1, 1, 1, 0, 2, 0, 1])
+    weights = real.balanced_weights(winners, losers)
+    assert weights.tolist() == [1 / 12] * 3 + [1 / 4] * 3 + [0]  # author 1 never wins against 2
+    authors_score = np.array([3.0, 2.0, 1.0])
+    right = real.wins(authors_score[winners], authors_score[losers])
+    assert np.average(right) == 4 / 7 and abs(np.average(right, weights=weights) - 0.5) < 1e-12
+    low, high = real.clustered_interval(right, np.arange(7), weights)
+    assert low < 0.5 < high
+
+
+def test_best_of_and_votes():
+    correct = np.array([[True, False, False, True], [False, True, False, False]])
+    scores = np.array([[2.0, 2.0, 1.0, 2.0], [0.0, 1.0, 3.0, -1.0]])
+    assert real.best_of(scores, correct).tolist() == [2 / 3, 0.0]
+    assert real.best_of(np.zeros((2, 4)), correct).tolist() == [0.5, 0.25]
+    claims = [[5, 6, 5, None], [None, None, 1, 2]]
+    assert real.votes(claims).tolist() == [[2, 1, 2, 0], [0, 0, 1, 1]]
+    weights = np.array([[0.5, 2.0, 0.25, 9.0], [9.0, 9.0, 1.0, 3.0]])
+    assert real.votes(claims, weights).tolist() == [[0.75, 2.0, 0.75, 0], [0, 0, 1, 3]]
+
+
+def test_numbers():
+    assert real.numbers_in("$20,000 and 1.50, or .5 of 3.") == {20000, Fraction(3, 2), Fraction(1, 2), 3}
+    assert real.as_number("12.0") == 12 and real.as_number("x") is None and real.as_number("1/0") is None
+    assert real.evaluate_note("2*(3+4)/7-.5") == Fraction(3, 2)
+    for text in ("2**9", "9//2", "1/0", "2(3)", "x+1", "", "__import__('os')"):
+        assert real.evaluate_note(text) is None, text
+
+
+def test_first_wrong_note():
+    right = "3+4 = <<3+4=7>>7 apples.\n7*2 = <<7*2=14>>14\nA: 14"
+    wrong = "3+4 = <<3+4=7.0>>7 apples.\n7+2 = <<7+2=9>>9\n9+5=<<9+5=14>>14\nA: 14"
+    number, note = real.first_wrong_note(wrong, [right])
+    assert (number, note[1], note[2], wrong[note.start(2) : note.end(2)]) == (1, "7+2", "9", "9")
+    assert real.first_wrong_note(wrong, [right, "another way: 9"]) is None
+    assert real.first_wrong_note("<<3+4=seven>>7 <<1+1=2>>2", [right]) is None
+    assert real.first_wrong_note("no note, 99", [right]) is None
+
+
+def test_plant_error_with_and_without_consequences():
+    solution = "3+4 = $<<3+4=7>>7 a day.\n7 days: 7*10 = <<7*10=70>>70\nHalf is 70/2 = <<70/2=35>>35\nA: 35"
+    without, follows = real.plant_error(solution, 0, 9)
+    assert without == solution.replace("=7>>7 a", "=9>>9 a")
+    assert (
+        follows
+        == "3+4 = $<<3+4=9>>9 a day.\n9 days: 9*10 = <<9*10=90>>90\nHalf is 90/2 = <<90/2=45>>45\nA: 45"
+    )
+    without, follows = real.plant_error(solution, 2, 30)
+    assert without.endswith("<<70/2=30>>30\nA: 35") and follows.endswith("<<70/2=30>>30\nA: 30")
+
+
+def test_plant_error_refuses_what_it_cannot_follow():
+    assert real.plant_error("<<1+1=2>> two\nA: 2", 0, 3) is None  # the result is not repeated
+    assert real.plant_error("<<1+1=2>>20\nA: 20", 0, 3) is None  # 20 does not repeat 2
+    assert real.plant_error("<<1+1=2>>2\n<<2x=4>>4\nA: 4", 0, 3) is None  # cannot be calculated
+    assert real.plant_error("<<1+1=2>>2\n<<5-3=2>>2\nA: 2", 0, 3) is None  # which 2 is meant later?
+
+
+def test_plant_somewhere_leaves_the_question_alone():
+    solution = "5+4=<<5+4=9>>9\n9*3=<<9*3=27>>27\nA: 27"
+    for seed in range(20):
+        without, follows = real.plant_somewhere("5 and 4, 9 each", solution, seed)
+        assert without.startswith("5+4=<<5+4=9>>9\n9*3=<<9*3=")  # 9 occurs in the question
+        assert without != solution and len(without) == len(solution)
+        assert real.numbers_in(without) - real.numbers_in(solution)  # the number is new
+    assert real.plant_somewhere("9 and 27", solution, 0) is None
+
+
+def test_token_at_counts_bytes():
+    text = "2€ = <<2=2>>"
+    pieces = [b"2", "€".encode()[:1], "€".encode()[1:], b" =", b" <<", b"2=", b"2>>"]
+    assert [real.token_at(pieces, text, i) for i in (0, 1, 2, 3, 5, 7, 9, 11)] == [0, 1, 3, 3, 4, 5, 6, 6]
+    with pytest.raises(real.BadInput):
+        real.token_at(pieces, text + "x", len(text))
+
+
+def test_mean_before():
+    assert real.mean_before(torch.tensor([4.0, 2.0, 9.0])).tolist() == [4.0, 4.0, 3.0]
+
+
+def test_wins_and_pair_accuracy():
+    scores = np.array([1.0, 2.0, 2.0])
+    assert real.pair_accuracy(scores, np.array([[0, 1], [1, 0], [1, 2]])).tolist() == [0.0, 1.0, 0.5]
+
+
+def made_answers(lengths, rows, width=3, seed=0):
+    n = sum(lengths)
+    generator = torch.Generator().manual_seed(seed)
+    hidden = {layer: torch.randn(n, width, generator=generator).half() for layer in real.LAYERS}
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    slots = np.array([list(rows[:i]).count(row) for i, row in enumerate(rows)])
+    return real.Answers(
+        np.array(rows), slots, starts, hidden, torch.zeros(n), torch.zeros(n, dtype=torch.int64)
+    )
+
+
+def test_answers_means_and_last():
+    answers = made_answers([2, 1, 3], [0, 0, 1])
+    x = torch.tensor([1.0, 3.0, 5.0, 1.0, 2.0, 6.0])
+    assert answers.means(x).tolist() == [2.0, 5.0, 3.0] and answers.last(x).tolist() == [3.0, 5.0, 6.0]
+    assert answers.means(x[:, None] * torch.ones(2))[2].tolist() == [3.0, 3.0]
+
+
+def test_unscaled_head_gives_the_same_scores():
+    answers = made_answers([2, 3], [0, 0])
+    layer = real.Layer(answers, real.LAYERS[0])
+    weight, bias = torch.tensor([0.5, -2.0, 1.0]), torch.tensor(0.3)
+    raw, shift = layer.unscaled(weight, bias)
+    near(answers.hidden[real.LAYERS[0]].float() @ raw + shift, layer.x @ weight + bias)
+
+
+def test_heads_are_fitted_to_the_minimum():
+    """There the gradient of the loss, written out, is minus l2 times the weight."""
+    x = torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+    pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    for name, beta, margin in (("Q-RM", 0.2, 2.0), ("ORM", 1.0, 0.0)):
+        shares = torch.tensor([0.5, 0.3, 0.2])
+        weight, bias = real.fit_pairs(real.KINDS[name], x, pairs, shares, 0.1)
+        gap = beta * (x[pairs[:, 0]] - x[pairs[:, 1]])  # (3, 2)
+        gradient = -(gap * (shares * torch.sigmoid(margin - gap @ weight))[:, None]).sum(0)
+        torch.testing.assert_close(gradient, -0.1 * weight, atol=1e-4, rtol=1e-3)
+        assert bias == 0
+    correct, weights = torch.tensor([1.0, 0, 0, 1, 1, 0]), torch.tensor([1.0, 2, 1, 1, 3, 2])
+    weight, bias = real.fit_outcome(x, correct, weights, 0.1)
+    residual = (torch.sigmoid(x @ weight + bias) - correct) * weights / 10
+    torch.testing.assert_close(x.T @ residual, -0.1 * weight, atol=1e-4, rtol=1e-3)
+    assert abs(residual.sum()) < 1e-4  # the bias is not shrunk
+
+
+def test_train_head_weighs_answers_by_their_pairs(monkeypatch):
+    """Question 0 has one right and two wrong answers, question 1 only right ones: no pair, so no weight."""
+    answers = made_answers([2, 1, 3, 2], [0, 0, 0, 1])
+    correct = np.array([True, False, False, True])
+    pairs = real.mixed_pairs(answers.rows, correct)
+    labels = real.Labels(answers.rows, answers.slots, correct, np.zeros(4), pairs)
+    seen = []
+    monkeypatch.setattr(real, "fit_outcome", lambda x, *rest: seen.append((len(x), *rest)))
+    layer = real.Layer(answers, real.LAYERS[0])
+    for reads in ("last", "tokens"):
+        kind = real.Kind("outcome", reads, "mean", balanced=False)
+        real.train_head(kind, layer, answers, labels, [0], 0.5)
+    found = [(n, right.tolist(), weights.tolist(), l2) for n, right, weights, l2 in seen]
+    assert found[0] == (3, [1, 0, 0], [1, 0.5, 0.5], 0.5)
+    assert found[1] == (6, [1, 1, 0, 0, 0, 0], [1, 1, 0.5, 0.5, 0.5, 0.5], 0.5)
+
+
+def test_pairs_in_folds_are_balanced_among_themselves():
+    questions, authors = np.arange(8) // 2, np.array([0, 1] * 4)
+    correct = np.array([True, False, True, False, True, False, False, True])
+    pairs = real.mixed_pairs(questions, correct)
+    labels = real.Labels(questions, authors, correct, np.array([0, 0, 1, 1, 1, 1, 1, 1]), pairs)
+    found, weights = labels.pairs_in([1], balanced=True)
+    assert found.tolist() == [[2, 3], [4, 5], [7, 6]] and weights.tolist() == [0.25, 0.25, 0.5]
+    assert labels.pairs_in([0, 1], balanced=False)[1].tolist() == [0.25] * 4
+
+
+def test_held_out_scores_come_from_the_other_folds():
+    """In fold 3 the labels are the opposite of what the first dimension says, in the others they follow it:
+    only a head that has not seen fold 3 is wrong on it."""
+    rows = [q for q in range(60) for _ in range(2)]
+    answers = made_answers([2] * 120, rows)
+    right = np.array([i % 2 == 0 for i in range(120)])
+    folds = np.array(rows) % real.FOLDS
+    for layer in real.LAYERS:
+        sign = np.where(right, 1.0, -1.0) * np.where(folds == 3, -1.0, 1.0)
+        answers.hidden[layer][:, 0] = torch.from_numpy(np.repeat(sign, 2)).half()
+    authors = np.array([i % 2 ^ i // 2 % 2 for i in range(120)])  # either author is right every other time
+    labels = real.Labels(np.array(rows), authors, right, folds, real.mixed_pairs(np.array(rows), right))
+    best = {(name, fold): (real.LAYERS[0], 1e-2) for name in real.KINDS for fold in range(real.FOLDS)}
+    heads, scores = real.train_folds(answers, labels, best)
+    for name, values in real.answer_scores(answers, scores).items():
+        if name in real.KINDS:
+            accuracy = real.pair_accuracy(values, labels.pairs)
+            turned = labels.folds[labels.pairs[:, 0]] == 3
+            assert accuracy[turned].mean() < 0.1 and accuracy[~turned].mean() > 0.9, name
+    again = real.score_hidden(answers, heads, "ORM", folds)
+    torch.testing.assert_close(again, scores["ORM"], atol=2e-3, rtol=1e-3)
+
+
+def test_error_measures_by_hand():
+    """Question 0 has a right answer (0) and a wrong one (1), question 1 a right one (2)."""
+    answers = made_answers([5, 5, 4], [0, 0, 1])
+    correct, pairs = np.array([True, False, True]), np.array([[0, 1]])
+    labels = real.Labels(np.array([0, 0, 1]), np.array([0, 0, 0]), correct, np.zeros(3), pairs)
+    notes = real.Notes(
+        np.array([0, 0, 1, 1, 2]),
+        np.array([0, 1, 0, 1, 0]),
+        np.array([1, 3, 1, 3, 2]),
+        np.array([False, False, False, True, False]),
+    )
+    scores = torch.tensor([0.0, 1, 1, 3, 1] + [2.0, 2, 0, 1, 0] + [1.0, 1, 1, 1])
+    found = real.error_measures(scores, answers, notes, labels)
+    assert found["within"] == [(2 / 3, 0)]  # 2, 2 and 0 before a score of 1
+    assert found["same index"] == [(0.75, 0)]  # 3 and 1 at index 3 of the right answers
+    assert found["same kind"] == [(2 / 3, 0)]  # notes at 1, 3 and 2 of right answers: 1, 3, 1 against 1
+    assert found["paired"] == [(1.0, 0)] and found["paired before"] == [(0.0, 0)]
+    # falls: answer 0 at 1: 1 - 0, at 3: 3 - 2/3; answer 2 at 2: 0; the error: 1 - 4/3
+    assert found["fall"] == [(1.0, 0)]
+    labels.authors[1] = 1  # nobody else writes like that
+    found = real.error_measures(scores, answers, notes, labels)
+    assert not found["same index"] and not found["same kind"] and found["paired"] == [(1.0, 0)]
+
+
+def test_planted_measures_by_hand():
+    right = np.array([1.0, 2.0, 4.0])
+    without = np.array([1.0, 5.0, 1.0])
+    follows = np.array([1.0, 2.0, 3.0])
+    found = real.planted_measures(right, without, follows)
+    assert found["at the token"] == 0.5 and found["next 10, without"] == 0.5  # means 3 and 3
+    assert found["next 10, with"] == 1.0 and found["rest, without"] == 0.5 and found["rest, with"] == 1.0
+    assert found["last token, without"] == 1.0 and found["last token, with"] == 1.0
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_made_problems_have_right_answers(steps):
+    rows = real.made_problems(200, steps, seed=1)
+    assert rows == real.made_problems(200, steps, seed=1) != real.made_problems(200, steps, seed=2)
+    for row in rows:
+        notes = list(real.NOTE.finditer(row["answer"]))
+        assert len(notes) == steps
+        assert all(real.evaluate_note(note[1]) == int(note[2]) for note in notes)
+        assert grade(row["answer"], gsm8k_label(row["answer"]), "gsm8k")[1]
+        numbers = [int(n) for n in real.numbers_in(row["question"])]
+        assert all(
+            int(n) in numbers or n == notes[0][2] for note in notes for n in real.NUMBER.findall(note[1])
+        )
+
+
+def test_residuals_are_those_of_the_model(monkeypatch):
+    """Against the model's own at_actions and token_logprobs on padded rows."""
+    monkeypatch.setattr(real, "LAYERS", (1, 2))
+    policy = random_model(LanguageModel, small_config())
+    groups = [([1, 2, 3], [[4, 5], [6, 7, 8]]), ([9, 10], [[11]])]
+    kept, logprobs, actions = real.residuals(policy, groups)
+    assert actions.tolist() == [4, 5, 6, 7, 8, 11]
+    ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 3, 6, 7, 8], [9, 10, 11, 0, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()
+    with torch.no_grad():
+        x = at_actions(policy, ids, mask)
+        expected = token_logprobs(policy, ids, mask)[0][mask]
+    near(logprobs, expected, 1e-4)
+    near(kept[2].float(), x / x.square().mean(-1, keepdim=True).sqrt(), 2e-3)
+    assert kept[1].shape == kept[2].shape and not torch.equal(kept[1], kept[2])
+
+
+def test_hidden_states_resume_and_load(tmp_path, monkeypatch):
+    """Files are made in order, an interrupted run goes on, and load_hidden puts answers where they belong."""
+    calls = []
+
+    def made_residuals(policy, groups):
+        calls.append(groups)
+        ids = torch.tensor([i for _, answers in groups for answer in answers for i in answer])
+        return {n: ids[:, None].half() * torch.ones(2).half() for n in real.LAYERS}, -ids.float(), ids
+
+    tokenizer = SimpleNamespace(
+        encode_prompt=lambda messages: [0, len(messages[-1]["content"])],
+        encode_response=lambda text: [ord(c) for c in text],
+    )
+    monkeypatch.setattr(real, "residuals", made_residuals)
+    monkeypatch.setattr(real.Tokenizer, "load", lambda *args: tokenizer)
+    monkeypatch.setattr(real, "load_model", lambda *args: None)
+    questions = [("q", ["ab", "c"]), ("qq", ["def", "g"]), ("qqq", ["h", "ij"])]
+    real.make_hidden("", questions[:1], tmp_path, size=1)
+    real.make_hidden("", questions, tmp_path, size=1)
+    assert [group[0][0] for group in calls] == [[0, 1], [0, 2], [0, 3]]  # nothing twice
+    answers = real.load_hidden(tmp_path)
+    assert answers.rows.tolist() == [0, 0, 1, 1, 2, 2] and answers.slots.tolist() == [0, 1] * 3
+    assert "".join(map(chr, answers.ids[answers.tokens(2)].tolist())) == "def"
+    assert answers.last(answers.logprobs).tolist() == [-ord(c) for c in "bcfghj"]
+
+
+def test_picture_is_svg_with_every_token():
+    rows = [(["3", "<", "\n", "x" * 99], [0.0, -5.0, 5.0, 1.0], {1})]
+    root = ElementTree.fromstring(real.picture("a & b", [("Q-RM", rows)]))
+    boxes = list(root.iter("{http://www.w3.org/2000/svg}rect"))[1:]
+    assert [box.get("fill") for box in boxes] == ["#ffffff", "#e8833a", "#4a90d9", "#a4c8ec"]
+    heights = [float(box.get("y")) for box in boxes]
+    assert heights[0] == heights[1] == heights[2] < heights[3]  # the line ends at the newline
+    assert sum("underline" in str(e.attrib) for e in root.iter("{http://www.w3.org/2000/svg}text")) == 1
+
+
+def test_part_that_lacks_its_input_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="no such file"):
+        real.main(["--model", "x", "--data", str(tmp_path), "--work", str(tmp_path / "w"), "heads"])
+
+
+MODEL = Path(os.environ.get("SMOLLM2", ROOT / "runs" / "SmolLM2-135M-Instruct"))
+
+
+@pytest.mark.skipif(
+    not (MODEL / "model.safetensors").exists(), reason="needs SmolLM2-135M-Instruct (see real.md)"
+)
+def test_real_weights_know_some_arithmetic():
+    """The real model prefers the right sum to a wrong one: log pi of the digit after "7+5=1"."""
+    tokenizer = real.Tokenizer.load(MODEL, "chatml")
+    policy = real.load_model(LanguageModel, MODEL, real.Grid(), torch.float32)
+    prompt = real.prompt_ids(tokenizer, "What is 7+5?")
+    answers = [tokenizer.encode_response(f"7+5=1{digit}") for digit in "2379"]
+    _, logprobs, actions = real.residuals(policy, [(prompt, answers)])
+    values = logprobs.view(4, -1)[:, -2]  # the last digit; after it comes the stop token
+    assert actions.view(4, -1)[:, -2].unique().numel() == 4 and values.argmax() == 0
