@@ -382,6 +382,10 @@ def expect_sublayer(m, run, whole, weights, x):
             expect(found_grad, grad, what)
 
 
+def not_asked_for(layer, q, k, v):
+    raise AssertionError("found a call of causal_attention, expected one of attend, whichever that is")
+
+
 def check_1_5(m):
     x, weights = draw(2, 5, 16), draw(2, 5, 16, seed=1)
     q, k, v, o = (
@@ -410,7 +414,7 @@ def check_1_5(m):
         turned = [scaled_halves(heads[0], cos, sin), scaled_halves(heads[1], cos, sin), heads[2]]
         return slow_attention(*turned).flatten(2) @ o.T
 
-    with replaced(m, apply_rope=scaled_halves):  # what is computed by it is the business of exercise 1.3
+    with replaced(m, apply_rope=scaled_halves, causal_attention=not_asked_for):
         expect_sublayer(m, run, whole, weights, x)
     assert set(asked) == {3}, f"layer 3: attend was called with the layers {sorted(set(asked))}, expected 3"
 
@@ -495,7 +499,7 @@ def check_2_3(m):
         layer = m.ColumnLinear(6, 10, Grid(tp_rank=r, tp_size=3), bias=True)
         shapes = torch.tensor(layer.weight.shape), torch.tensor(A[own].shape)
         expect(*shapes, f"6 inputs, 10 outputs, rank {r} of 3: shape of the weight")
-        assert layer.bias is not None, "bias=True: found no bias"
+        assert layer.bias is not None, f"bias=True, rank {r} of 3: found no bias, expected one"
         layer.weight.data, layer.bias.data = A[own], b[own]
         parts.append(layer(x))
     expect(torch.cat(parts, -1), x @ A.T + b, "10 outputs on 3 ranks: the ranks' features side by side")

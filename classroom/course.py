@@ -147,7 +147,7 @@ HINTS = {  # {exercise: (a nudge, the idea)}
     ),
     "2.4": (
         "Columns of W are input features. What would the sum over the ranks do to a bias?",
-        "As in 2.3, with d_in; there is no bias.",
+        "As in 2.3, but the cut is along d_in, and the layer never gets a bias.",
     ),
     "2.5": (
         "What does a rank answer for a word that another rank holds?",
@@ -244,7 +244,7 @@ HINTS = {  # {exercise: (a nudge, the idea)}
         "after the mean, summed likewise; divide by the count. A sigma below 1e-6 counts as 1.",
     ),
     "5.3": (
-        "Begin at the end.",
+        "Begin at the end: what is G at the last token?",
         "One running number per row, from the last token to the first: r_t + gamma * running where the mask "
         "is, unchanged elsewhere.",
     ),
