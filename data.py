@@ -161,6 +161,7 @@ def collate(examples, device="cpu", pad_id=0):
     examples: list of B Example -> ids (B, T+1) int64, response_mask (B, T) bool. The mask is made from
     lengths, never from ids. Padding is on the right, where causal attention cannot see it, so `pad_id` may be
     any id.
+    T+1 is the length of the longest row.
     """
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
     ids = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
@@ -202,6 +203,8 @@ def batch_indices(n, batch_size, step, seed):
 
     >>> sorted(int(i) for step in range(2) for i in batch_indices(6, 3, step, seed=0))
     [0, 1, 2, 3, 4, 5]
+
+    -> list of batch_size int. The order of an epoch depends on n, seed and epoch, not on batch_size.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(_permutation(n, seed, p // n)[p % n]) for p in places]

@@ -116,6 +116,8 @@ def all_sum(sums, grid, group="dp"):
 
 # exercise 2.1 (3 lines): f, before work that differs between ranks
 class _CopyToTP(torch.autograd.Function):
+    """Forward: x, unchanged. Backward: the sum of the ranks' gradients; None for the group."""
+
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
@@ -128,6 +130,10 @@ class _CopyToTP(torch.autograd.Function):
 
 # exercise 2.2 (2 lines): g, the sum of what the ranks hold
 class _ReduceFromTP(torch.autograd.Function):
+    """Forward: the sum of the ranks' x, which is left as it is. Backward: the gradient, unchanged; None for
+    the group.
+    """
+
     @staticmethod
     def forward(ctx, x, group):
         return all_reduce(x, group)
@@ -249,6 +255,7 @@ class ColumnLinear(ParallelLinear):
 
     # exercise 2.3 (2 lines): the column-parallel layer
     def __init__(self, d_in, d_out, grid, bias=False):
+        """weight (my share of d_out by shard_range, d_in); a bias of that share only if asked for."""
         start, stop = shard_range(d_out, grid.tp_rank, grid.tp_size)
         super().__init__(d_in, stop - start, grid, bias, full=d_out)
 
@@ -263,6 +270,7 @@ class RowLinear(ParallelLinear):
 
     # exercise 2.4 (2 lines): the row-parallel layer
     def __init__(self, d_in, d_out, grid):
+        """weight (d_out, my share of d_in by shard_range); never a bias."""
         start, stop = shard_range(d_in, grid.tp_rank, grid.tp_size)
         super().__init__(stop - start, d_out, grid, bias=False, full=d_in)
 
@@ -305,6 +313,9 @@ class VocabEmbedding(nn.Module):
 
     # exercise 2.5 (5 lines): an embedding whose rows lie on several ranks
     def forward(self, ids):
+        """ids (...) int64 -> (..., D), the same on every rank; each rank's weight gets the gradient of its
+        own words.
+        """
         if self.grid.tp_size == 1:
             return F.embedding(ids, self.weight)
         mine = (ids >= self.start) & (ids < self.stop)
@@ -337,6 +348,7 @@ def vocab_pick(logprobs, targets, vocab_size, grid):
     """logprobs[..., targets] when the last dimension is cut over tp: its owner answers, the others add zero.
 
     logprobs (..., V/tp) fp32, targets (...) int64 -> (...) fp32, the same on every tp rank
+    The gradient reaches logprobs at the targets alone, on the rank that holds them.
     """
     if grid.tp_size == 1:
         return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

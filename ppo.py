@@ -23,6 +23,7 @@ def state_values(critic, ids, response_mask):
     """V(s_t), read at inputs[:, t], where the state ends and before the action is seen.
 
     ids (B, T+1) int64, response_mask (B, T) bool -> values (B, T) fp32, 0 outside the mask
+    The values keep their gradient.
     """
     return scatter_to_mask(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
@@ -61,6 +62,7 @@ def ppo_advantages(rollout, values, cfg, grid):
         other    the critic-free advantages of reinforce.py; the critic learns Z_std but is not used
 
     shape_rewards gives both Z_std and Z_std - kl_coef * KL.
+    With cfg.eos_to_mean the target is Z_std after eos_to_mean, as shape_rewards returns it.
     """
     response_mask = rollout.response_mask
     z_std, rewards = shape_rewards(rollout, cfg, grid)
@@ -80,6 +82,7 @@ def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     logprobs, old_logprobs, advantages (B, T); clip is eps. Only logprobs carries a gradient. At rho = 1 it is
     REINFORCE's; a token whose ratio has left the interval in the direction of its advantage has none.
     -> loss (scalar), {"clip_frac": share of such tokens, "ratio_max"}
+    clip_frac counts ratios above 1 + eps with A > 0 and below 1 - eps with A < 0.
     """
     log_ratio = (logprobs - old_logprobs.detach())[response_mask]  # (N,)
     ratio = log_ratio.clamp(-20, 20).exp()

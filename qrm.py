@@ -28,6 +28,8 @@ def token_scores(reward_model, ids):
 
     ids (B, T+1) int64 -> scores (B, T) fp32, in the place of targets[:, t] (= ids[:, t+1]).
     A score depends on its own token and those before it, and on no later one.
+    reward_model.model(ids) is (B, T+1, D), reward_model.scalars of it (B, T+1); the scores keep their
+    gradient.
     """
     return reward_model.scalars(reward_model.model(ids))[:, 1:]  # (B, T+1) -> (B, T)
 
@@ -45,6 +47,7 @@ def masked_mean(x, mask):
     """Mean over the positions in the mask, row by row: (B, T), (B, T) bool -> (B,). An empty row gives 0.
 
     Values outside the mask, NaN included, have no effect.
+    The same goes for the gradient: it is 0 outside the mask and in an empty row, never NaN.
     """
     return x.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
@@ -56,6 +59,7 @@ def pairwise_loss(chosen, rejected, beta=1.0, margin=0.0):
     chosen, rejected   (P,) float: one number per sequence
     margin             float, or (P,) float: one margin per pair
     -> loss (scalar), {"pair_accuracy": share of pairs in the right order, "score_gap": mean difference}
+    A tie is not in the right order. The loss is finite for gaps of any size.
     """
     gap = chosen.float() - rejected.float()  # (P,)
     loss = -F.logsigmoid(beta * gap - margin).mean()
@@ -72,6 +76,7 @@ def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
     calls the margin gamma. With equal means the loss is log(1 + e^2) = 2.1269, and it reaches log 2 only at a
     gap of margin / beta = 10: trained scores span tens of units, and are standardised before they become
     rewards. -> as pairwise_loss
+    -> what pairwise_loss returns
     """
     means = masked_mean(scores.float(), response_mask)  # (2P,)
     return pairwise_loss(means[0::2], means[1::2], beta, margin)
@@ -99,6 +104,7 @@ class _FusedQRM(torch.autograd.Function):
     # exercise 4.5 (16 lines): its gradient in closed form
     @staticmethod
     def backward(ctx, grad_loss, _):
+        """One value per argument of forward, in its order: dL/dx, dL/dg, dL/dw times grad_loss, then None."""
         x, norm_weight, head_weight, r, dot, shares, pairs, m = ctx.saved_tensors
         g = norm_weight.to(r.dtype)  # (D,)
         w = head_weight.to(r.dtype).flatten()  # (D,)
@@ -152,7 +158,10 @@ def token_shares(response_mask):
 
 # exercise 4.6 (1 line): the place of an outcome reward
 def last_token_mask(response_mask):
-    """(B, T) bool -> the same, True at the last response token only: the stop token, unless truncated."""
+    """(B, T) bool -> the same, True at the last response token only: the stop token, unless truncated.
+
+    A row without response tokens has none.
+    """
     return response_mask & ~F.pad(response_mask, (0, 1))[:, 1:]
 
 
@@ -180,6 +189,7 @@ def outcome_loss(scores, response_mask, correct):
 
     scores, response_mask (B, T), correct (B,)
     -> loss (scalar), {"accuracy"}: share of answers whose Z has the right sign
+    A positive Z says right. The loss is finite for scores of any size.
     """
     last = masked_mean(scores.float(), last_token_mask(response_mask))  # (B,)
     loss = F.binary_cross_entropy_with_logits(last, correct.float())
@@ -201,6 +211,7 @@ def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
     """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref of the chosen - that of the rejected)).
 
     logprobs, ref_logprobs, response_mask (2P, T) -> as pairwise_loss
+    What is outside the mask, NaN included, changes nothing.
     """
     sums = (logprobs - ref_logprobs).masked_fill(~response_mask, 0.0).sum(1)  # (2P,)
     return pairwise_loss(sums[0::2], sums[1::2], beta)
@@ -212,6 +223,8 @@ def plackett_luce_loss(ranked):
 
     ranked (prompts, K): sequence scores from best to worst. Each prompt weighs the same, however many pairs
     its K answers make; K = 2 is Bradley-Terry. -> loss (scalar), {}
+    The last rank leaves no choice and is not in the mean: it runs over K - 1 ranks. Finite for scores of
+    any size.
     """
     rest = ranked.float().flip(1).logcumsumexp(1).flip(1)  # (prompts, K): log sum over the remaining choices
     return (rest - ranked.float())[:, :-1].mean(), {}
@@ -240,6 +253,7 @@ def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
     """DPO as a token reward: beta (log pi(a_t | s_t) - log ref(a_t | s_t)), at the token it belongs to.
 
     (The authors' code reads it one token late: a_i gets the ratio of a_(i+1), the stop token that of a pad.)
+    0 outside the mask, as token_logprobs is.
     """
     logprobs, _ = token_logprobs(policy, ids, response_mask)  # (B, T)
     ref_logprobs, _ = token_logprobs(reference, ids, response_mask)
@@ -454,6 +468,7 @@ def credit_counts(scores, first_errors, repaired=None):
        choices / n_errors   share in which the right token scores higher than the wrong one at the same state.
                             (AUC compares different states: to a policy all but a few tokens are near certain,
                             and its own log pi gets .99)
+    Ties count 1/2 in choices, too. Without `repaired`, choices is 0.
     """
     counts = {"wins": 0.0, "comparisons": 0, "hits": 0, "choices": 0.0, "n_errors": 0}
     for z, error, right in zip(scores, first_errors, repaired or [None] * len(scores)):

@@ -105,6 +105,7 @@ def kl_estimates(logprobs, ref_logprobs):
         k1 = log pi - log ref        k3 = exp(-k1) - 1 + k1
 
     logprobs, ref_logprobs (...) nats -> k1, k3 (...) nats
+    k3 keeps its digits where k1 is small, about k1^2 / 2.
     """
     k1 = logprobs - ref_logprobs
     return k1, torch.expm1(-k1) + k1
@@ -165,6 +166,8 @@ def standardize(rewards, reward_mask, how, grid):
     rewards (B, T) float, reward_mask (B, T) bool -> (B, T), 0 outside the mask
     how   "mean_std": the paper. "std": only divided by sigma, as in the authors' code; a non-zero mean then
           rewards length as such. "none": raw. Equal rewards give 0 (or remain as they are), never NaN.
+    The variance is divided by the count, not by one less. A sigma below 1e-6 counts as 1. Rewards outside
+    the mask are ignored.
     """
     if how == "none":
         return rewards.masked_fill(~reward_mask, 0.0)
@@ -192,6 +195,7 @@ def returns_to_go(rewards, response_mask, gamma):
     """G_t = r_t + gamma G_(t+1): turns an outcome or step reward into a weight for each token.
 
     rewards (B, T) float, response_mask (B, T) bool -> (B, T), 0 outside the mask
+    What is outside the mask is ignored.
     """
     out = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -281,6 +285,7 @@ def reinforce_loss(logprobs, advantages, response_mask):
 
     All (B, T); A carries no gradient; values outside the mask have no effect. -> loss (scalar), {}
     Source: Williams 1992.
+    No gradient may go into the advantages.
     """
     return -(advantages.detach()[response_mask] * logprobs[response_mask]).mean(), {}
 
