@@ -148,7 +148,7 @@ def encode_prompts(rows, tokenizer, source):
     return prompts
 
 
-# exercise 3.1 (7 lines): the shift and the mask
+# exercise 3.1 (3 points): the shift and the mask
 def collate(examples, device="cpu", pad_id=0):
     """The shift and the mask, in this one place.
 
@@ -193,7 +193,7 @@ def _permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-# exercise 3.2 (2 lines): shuffling without a state
+# exercise 3.2 (3 points): shuffling without a state
 def batch_indices(n, batch_size, step, seed):
     """Indices of the rows in batch `step` (from 0), reshuffled every epoch: a function of its arguments
     alone.

@@ -205,7 +205,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    # exercise 1.1 (3 lines): RMSNorm
+    # exercise 1.1 (1 point): RMSNorm
     def forward(self, x):
         """x (..., D) of any float dtype -> the same shape and dtype: mean over D and eps inside the root,
         in fp32.
@@ -215,7 +215,7 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
 
-# exercise 1.2 (8 lines): the angles of RoPE, with Llama 3.1's scaling
+# exercise 1.2 (3 points): the angles of RoPE, with Llama 3.1's scaling
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # never cache an inference tensor, even if sampling asks first
 def rope_frequencies(cfg, device=torch.device("cpu")):
@@ -242,7 +242,7 @@ def rope_table(positions, cfg):
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
-# exercise 1.3 (2 lines): RoPE turns queries and keys
+# exercise 1.3 (2 points): RoPE turns queries and keys
 def apply_rope(x, cos, sin):
     """Rotates pair (i, i + E/2) of each head: Hugging Face's "rotate half" layout. x (B, T, H, E)
 
@@ -254,7 +254,7 @@ def apply_rope(x, cos, sin):
 
 # The caller decides who attends to whom, and passes in `attend(layer, q, k, v) -> y`. There are three:
 # causal_attention (padded rows, the plain one), Packed.attend (training) and KVCache.attend (sampling).
-# exercise 1.4 (3 lines): causal attention with grouped heads
+# exercise 1.4 (2 points): causal attention with grouped heads
 def causal_attention(layer, q, k, v):
     """Each row by itself, each token sees the past and itself; H/K neighbouring query heads share a kv head.
 
@@ -278,7 +278,7 @@ class Attention(nn.Module):
         self.v_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
         self.o_proj = RowLinear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, grid)
 
-    # exercise 1.5 (5 lines): the attention sub-layer, cut over tp
+    # exercise 1.5 (3 points): the attention sub-layer, cut over tp
     def forward(self, x, rope, layer, attend):
         """Projects x to q, k and v, rotates q and k, lets `attend(layer, q, k, v)` mix, and applies o_proj.
 
@@ -304,7 +304,7 @@ class MLP(nn.Module):
         self.up_proj = ColumnLinear(cfg.hidden_size, cfg.intermediate_size, grid)
         self.down_proj = RowLinear(cfg.intermediate_size, cfg.hidden_size, grid)
 
-    # exercise 1.6 (3 lines): SwiGLU, cut over tp
+    # exercise 1.6 (2 points): SwiGLU, cut over tp
     def forward(self, x):
         """x (B, T, D) -> (B, T, D); copy_to_tp is applied to x, before the projections, and reduce_from_tp
         to the result, each once on every path.
@@ -711,7 +711,7 @@ def token_logits(policy, ids, response_mask):
 # -------------------------------------------------------------------------------- sampling
 
 
-# exercise 1.7 (4 lines): sampling by the inverse CDF
+# exercise 1.7 (3 points): sampling by the inverse CDF
 def sample_tokens(probs, uniforms):
     """Inverse CDF with one uniform per row: exact, one pass, and equal on all ranks that get equal numbers.
 

@@ -18,7 +18,7 @@ from reinforce import by_parts, mean_stats, micro_batches, minibatches, reinforc
 # -------------------------------------------------------------------------------- equations
 
 
-# exercise 6.1 (1 line): the critic's position
+# exercise 6.1 (2 points): the critic's position
 def state_values(critic, ids, response_mask):
     """V(s_t), read at inputs[:, t], where the state ends and before the action is seen.
 
@@ -28,7 +28,7 @@ def state_values(critic, ids, response_mask):
     return scatter_to_mask(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
 
-# exercise 6.2 (10 lines): generalised advantage estimation
+# exercise 6.2 (4 points): generalised advantage estimation
 def gae(rewards, values, response_mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, Eq. 16).
 
@@ -51,7 +51,7 @@ def gae(rewards, values, response_mask, gamma, lam):
     return out, (out + values).masked_fill(~response_mask, 0.0)
 
 
-# exercise 6.3 (7 lines): Algorithm 1's advantage
+# exercise 6.3 (3 points): Algorithm 1's advantage
 def ppo_advantages(rollout, values, cfg, grid):
     """Advantages for the policy and targets for the critic, both (B, T), 0 outside the mask.
 
@@ -73,7 +73,7 @@ def ppo_advantages(rollout, values, cfg, grid):
     return reinforce_advantages(rollout, cfg, grid), z_std
 
 
-# exercise 6.4 (6 lines): the clipped loss
+# exercise 6.4 (5 points): the clipped loss
 def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     """PPO's clipped objective (Schulman et al. 2017, Eq. 7), a mean over response tokens.
 

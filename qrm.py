@@ -22,7 +22,7 @@ from model import LanguageModel, ScalarModel, at_actions, scatter_to_mask, token
 # -------------------------------------------------------------------------------- the method
 
 
-# exercise 4.1 (1 line): where the score of a token is read
+# exercise 4.1 (2 points): where the score of a token is read
 def token_scores(reward_model, ids):
     """Z(s_t, a_t) for every token: a scalar read where a_t is the *input*, so it has seen s_t and a_t.
 
@@ -42,7 +42,7 @@ def response_scores(reward_model, ids, response_mask):
     return scatter_to_mask(response_mask, reward_model.scalars(at_actions(reward_model, ids, response_mask)))
 
 
-# exercise 4.2 (1 line): the mean over the response
+# exercise 4.2 (1 point): the mean over the response
 def masked_mean(x, mask):
     """Mean over the positions in the mask, row by row: (B, T), (B, T) bool -> (B,). An empty row gives 0.
 
@@ -52,7 +52,7 @@ def masked_mean(x, mask):
     return x.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# exercise 4.3 (3 lines): Bradley-Terry with a margin
+# exercise 4.3 (2 points): Bradley-Terry with a margin
 def pairwise_loss(chosen, rejected, beta=1.0, margin=0.0):
     """Bradley-Terry with a margin: mean over pairs of -log sigmoid(beta * (chosen - rejected) - margin).
 
@@ -66,7 +66,7 @@ def pairwise_loss(chosen, rejected, beta=1.0, margin=0.0):
     return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
 
 
-# exercise 4.4 (2 lines): the loss of Q-RM
+# exercise 4.4 (1 point): the loss of Q-RM
 def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
     """The Q-RM objective (section 3.3) in its plain form, against which the fused one is checked.
 
@@ -101,7 +101,7 @@ class _FusedQRM(torch.autograd.Function):
         ctx.mark_non_differentiable(gaps)
         return -F.logsigmoid(m).mean(), gaps
 
-    # exercise 4.5 (16 lines): its gradient in closed form
+    # exercise 4.5 (5 points): its gradient in closed form
     @staticmethod
     def backward(ctx, grad_loss, _):
         """One value per argument of forward, in its order: dL/dx, dL/dg, dL/dw times grad_loss, then None."""
@@ -156,7 +156,7 @@ def token_shares(response_mask):
 # -------------------------------------------------------------------------------- other reward models
 
 
-# exercise 4.6 (1 line): the place of an outcome reward
+# exercise 4.6 (1 point): the place of an outcome reward
 def last_token_mask(response_mask):
     """(B, T) bool -> the same, True at the last response token only: the stop token, unless truncated.
 
@@ -183,7 +183,7 @@ def orm_loss(scores, response_mask):
     return pairwise_loss(last[0::2], last[1::2])
 
 
-# exercise 4.7 (3 lines): an outcome reward model from right and wrong
+# exercise 4.7 (2 points): an outcome reward model from right and wrong
 def outcome_loss(scores, response_mask, correct):
     """Outcome reward model, pointwise: cross-entropy of sigmoid(Z at the last token) against right or wrong.
 
@@ -206,7 +206,7 @@ def step_loss(scores, ends, labels):
     return error.square().mean(), {"step_accuracy": (error.abs() < 1).float().mean().item()}
 
 
-# exercise 4.8 (2 lines): DPO
+# exercise 4.8 (2 points): DPO
 def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
     """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref of the chosen - that of the rejected)).
 
@@ -217,7 +217,7 @@ def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
     return pairwise_loss(sums[0::2], sums[1::2], beta)
 
 
-# exercise 4.9 (2 lines): more than two answers, ranked
+# exercise 4.9 (4 points): more than two answers, ranked
 def plackett_luce_loss(ranked):
     """K-wise ranking (Plackett 1975): mean over prompts and ranks of -log exp(s_k) / sum_{j >= k} exp(s_j).
 
@@ -234,7 +234,7 @@ def plackett_luce_loss(ranked):
 # Those of Q-RM are its raw scores, response_scores; those of "logit" are model.token_logits.
 
 
-# exercise 4.10 (3 lines): one reward for the whole answer
+# exercise 4.10 (2 points): one reward for the whole answer
 def outcome_rewards(reward_model, ids, response_mask, every_token=False):
     """ORM: the score at the last token, 0 elsewhere; or it at every token, as in the authors' REINFORCE."""
     scores = response_scores(reward_model, ids, response_mask)  # (B, T)
@@ -248,7 +248,7 @@ def step_rewards(reward_model, ids, response_mask, step_ids):
     return torch.tanh(scores).masked_fill(~step_end_mask(ids, response_mask, step_ids), 0.0)
 
 
-# exercise 4.11 (3 lines): DPO's token rewards
+# exercise 4.11 (2 points): DPO's token rewards
 def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
     """DPO as a token reward: beta (log pi(a_t | s_t) - log ref(a_t | s_t)), at the token it belongs to.
 
@@ -453,7 +453,7 @@ def bind_reward(name, model, reference=None, step_ids=()):
 # -------------------------------------------------------------------------------- how good is it
 
 
-# exercise 4.12 (13 lines): does a score know where the answer went wrong?
+# exercise 4.12 (4 points): does a score know where the answer went wrong?
 def credit_counts(scores, first_errors, repaired=None):
     """Does the reward model know *where* an answer goes wrong? Counts over answers with a known first error.
 

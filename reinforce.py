@@ -98,7 +98,7 @@ def by_parts(f, ids, response_mask, cuts):
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
-# exercise 5.1 (2 lines): KL from one sampled token
+# exercise 5.1 (2 points): KL from one sampled token
 def kl_estimates(logprobs, ref_logprobs):
     """Per-token estimates of KL(pi || ref) from one sampled token (Schulman 2020); both are unbiased.
 
@@ -159,7 +159,7 @@ def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed):
 # -------------------------------------------------------------------------------- rewards to advantages
 
 
-# exercise 5.2 (9 lines): standardised rewards
+# exercise 5.2 (4 points): standardised rewards
 def standardize(rewards, reward_mask, how, grid):
     """Z_std = (Z - mu) / sigma with the moments over all rewards of the rollout, on all ranks (section 3.4).
 
@@ -190,7 +190,7 @@ def eos_to_mean(rewards, response_mask):
     return torch.where(last, means[:, None], rewards)
 
 
-# exercise 5.3 (6 lines): rewards to go
+# exercise 5.3 (3 points): rewards to go
 def returns_to_go(rewards, response_mask, gamma):
     """G_t = r_t + gamma G_(t+1): turns an outcome or step reward into a weight for each token.
 
@@ -205,7 +205,7 @@ def returns_to_go(rewards, response_mask, gamma):
     return out.masked_fill(~response_mask, 0.0)
 
 
-# exercise 5.4 (9 lines): RLOO and GRPO
+# exercise 5.4 (3 points): RLOO and GRPO
 def group_advantages(sequence_rewards, group_size, how):
     """One advantage per trajectory, relative to the other samples of the same prompt.
 
@@ -279,7 +279,7 @@ def reinforce_advantages(rollout, cfg, grid):
 # -------------------------------------------------------------------------------- the update
 
 
-# exercise 5.5 (1 line): the policy gradient
+# exercise 5.5 (2 points): the policy gradient
 def reinforce_loss(logprobs, advantages, response_mask):
     """loss = -mean over response tokens of A_t log pi(a_t | s_t): its gradient is the policy gradient.
 

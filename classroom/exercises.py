@@ -49,7 +49,7 @@ COPIED = (
     "classroom/**/*",
 )
 LEFT_OUT = ("tests/test_exercises.py", "classroom/answers.md")  # they tell the solutions
-MARKER = re.compile(r" *# exercise (\d+\.\d+) \((\d+) (?:points?|lines?)\): (.+)")
+MARKER = re.compile(r" *# exercise (\d+\.\d+) \((\d+) points?\): (.+)")
 
 
 class Exercise(NamedTuple):

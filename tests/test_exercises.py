@@ -775,6 +775,7 @@ def test_the_ladder_and_its_course():
         nudge, idea = HINTS[e.id]
         assert 20 < len(nudge) < 160 and 40 < len(idea) < 320, e.id
         assert nudge not in idea
+    assert {e.points for e in EXERCISES.values()} == {1, 2, 3, 4, 5}  # by difficulty
     positions = [SOURCES[e.file].index(f"# exercise {e.id} ") for e in EXERCISES.values()]
     in_order = list(zip(EXERCISES.values(), positions))
     for (a, p), (b, q) in zip(in_order, in_order[1:]):
@@ -910,7 +911,7 @@ def test_a_solved_exercise_turns_its_line_green_and_no_other(tmp_path):
 
 
 def test_a_students_copy_holds_no_solution_and_grades_itself(tmp_path):
-    """All exercises in one copy: the handout stays, no body is in it; with the answers all lines turn green."""
+    """All exercises in one copy: the handout stays, no body is in it; with answers all lines turn green."""
     student = tmp_path / "student"
     exercises_py("blank", student)
     everything = "\n".join(path.read_text(encoding="utf-8") for path in student.rglob("*.py"))
