@@ -127,7 +127,7 @@ def encode_prompts(rows, tokenizer, source):
     return prompts
 
 
-# exercise 3.1 (7 lines): the shift and the mask
+# exercise 3.1 (3 points): the shift and the mask
 def collate(examples, device="cpu", pad_id=0):
     """The shift and the mask, in this one place.
 
@@ -140,6 +140,7 @@ def collate(examples, device="cpu", pad_id=0):
     examples: list of B Example -> ids (B, T+1) int64, response_mask (B, T) bool. The mask is made from
     lengths, never from ids. Padding is on the right, where causal attention cannot see it, so `pad_id` may be
     any id.
+    T+1 is the length of the longest row.
     """
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
     ids = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
@@ -171,7 +172,7 @@ def _permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-# exercise 3.2 (2 lines): shuffling without a state
+# exercise 3.2 (3 points): shuffling without a state
 def batch_indices(n, batch_size, step, seed):
     """Indices of the rows in batch `step` (from 0), reshuffled every epoch: a function of its arguments
     alone.
@@ -181,6 +182,8 @@ def batch_indices(n, batch_size, step, seed):
 
     >>> sorted(int(i) for step in range(2) for i in batch_indices(6, 3, step, seed=0))
     [0, 1, 2, 3, 4, 5]
+
+    -> list of batch_size int. The order of an epoch depends on n, seed and epoch, not on batch_size.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(_permutation(n, seed, p // n)[p % n]) for p in places]

@@ -205,14 +205,17 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    # exercise 1.1 (3 lines): RMSNorm
+    # exercise 1.1 (1 point): RMSNorm
     def forward(self, x):
+        """x (..., D) of any float dtype -> the same shape and dtype: mean over D and eps inside the root,
+        in fp32.
+        """
         x32 = x.float()
         y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # (..., D)
         return self.weight * y.to(x.dtype)
 
 
-# exercise 1.2 (8 lines): the angles of RoPE, with Llama 3.1's scaling
+# exercise 1.2 (3 points): the angles of RoPE, with Llama 3.1's scaling
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # never cache an inference tensor, even if sampling asks first
 def rope_frequencies(cfg, device=torch.device("cpu")):
@@ -220,6 +223,7 @@ def rope_frequencies(cfg, device=torch.device("cpu")):
 
     With wavelength w = 2 pi / f, old length C and factors low, high: w < C/high keeps f, w > C/low divides it
     by `factor`, and in between the two are interpolated linearly in C/w. Short texts do not reveal a mistake.
+    The result is fp32, whatever it is computed in.
     """
     i = torch.arange(0, cfg.head_dim, 2, dtype=torch.float64)
     freqs = cfg.rope_theta ** (-i / cfg.head_dim)  # (E/2,)
@@ -237,20 +241,24 @@ def rope_table(positions, cfg):
     return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
 
 
-# exercise 1.3 (2 lines): RoPE turns queries and keys
+# exercise 1.3 (2 points): RoPE turns queries and keys
 def apply_rope(x, cos, sin):
-    """Rotates pair (i, i + E/2) of each head: Hugging Face's "rotate half" layout. x (B, T, H, E)"""
+    """Rotates pair (i, i + E/2) of each head: Hugging Face's "rotate half" layout. x (B, T, H, E)
+
+    The result has the dtype of x; cos and sin may be of another one.
+    """
     a, b = x.chunk(2, dim=-1)  # (B, T, H, E/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 # The caller decides who attends to whom, and passes in `attend(layer, q, k, v) -> y`. There are three:
 # causal_attention (padded rows, the plain one), Packed.attend (training) and KVCache.attend (sampling).
-# exercise 1.4 (3 lines): causal attention with grouped heads
+# exercise 1.4 (2 points): causal attention with grouped heads
 def causal_attention(layer, q, k, v):
     """Each row by itself, each token sees the past and itself; H/K neighbouring query heads share a kv head.
 
     q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> (B, T, H/tp, E)
+    Scores are q . k / sqrt(E).
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, E)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -269,12 +277,14 @@ class Attention(nn.Module):
         self.v_proj = KeyValueLinear(cfg.hidden_size, cfg.num_key_value_heads, cfg.head_dim, grid, bias)
         self.o_proj = RowLinear(cfg.num_attention_heads * cfg.head_dim, cfg.hidden_size, grid)
 
-    # exercise 1.5 (5 lines): the attention sub-layer, cut over tp
+    # exercise 1.5 (3 points): the attention sub-layer, cut over tp
     def forward(self, x, rope, layer, attend):
         """Projects x to q, k and v, rotates q and k, lets `attend(layer, q, k, v)` mix, and applies o_proj.
 
         x (B, T, D), rope (cos, sin) of rope_table -> (B, T, D)
         attend takes q (B, T, H/tp, E), k, v (B, T, K/tp, E) and gives what has the shape of q
+        copy_to_tp is applied to x, before the projections, and reduce_from_tp to the result, each once on
+        every path. q and k are rotated by apply_rope; `attend` gets the number `layer` as it is.
         """
         x = copy_to_tp(x, self.grid)  # f, once for q, k and v
         features = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads * E)
@@ -293,8 +303,11 @@ class MLP(nn.Module):
         self.up_proj = ColumnLinear(cfg.hidden_size, cfg.intermediate_size, grid)
         self.down_proj = RowLinear(cfg.intermediate_size, cfg.hidden_size, grid)
 
-    # exercise 1.6 (3 lines): SwiGLU, cut over tp
+    # exercise 1.6 (2 points): SwiGLU, cut over tp
     def forward(self, x):
+        """x (B, T, D) -> (B, T, D); copy_to_tp is applied to x, before the projections, and reduce_from_tp
+        to the result, each once on every path.
+        """
         x = copy_to_tp(x, self.grid)  # f, once for gate and up
         y = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F/tp)
         return reduce_from_tp(self.down_proj(y), self.grid)  # g
@@ -695,12 +708,13 @@ def token_logits(policy, ids, response_mask):
 # -------------------------------------------------------------------------------- sampling
 
 
-# exercise 1.7 (4 lines): sampling by the inverse CDF
+# exercise 1.7 (3 points): sampling by the inverse CDF
 def sample_tokens(probs, uniforms):
     """Inverse CDF with one uniform per row: exact, one pass, and equal on all ranks that get equal numbers.
 
     probs (B, V) fp32, which need not sum to 1, uniforms (B,) in [0, 1) -> (B,) int64
     A token of probability 0 is never drawn; a row of NaN yields some valid id.
+    The token is the first whose cumulative probability is above uniform * total.
     """
     cdf = probs.cumsum(-1)  # (B, V)
     height = uniforms[:, None] * cdf[:, -1:]

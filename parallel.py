@@ -114,8 +114,10 @@ def all_sum(sums, grid, group="dp"):
 # -------------------------------------------------------------------------------- f and g
 
 
-# exercise 2.1 (3 lines): f, before work that differs between ranks
+# exercise 2.1 (2 points): f, before work that differs between ranks
 class _CopyToTP(torch.autograd.Function):
+    """Forward: x, unchanged. Backward: the sum of the ranks' gradients; None for the group."""
+
     @staticmethod
     def forward(ctx, x, group):
         ctx.group = group
@@ -126,8 +128,12 @@ class _CopyToTP(torch.autograd.Function):
         return all_reduce(grad, ctx.group), None
 
 
-# exercise 2.2 (2 lines): g, the sum of what the ranks hold
+# exercise 2.2 (1 point): g, the sum of what the ranks hold
 class _ReduceFromTP(torch.autograd.Function):
+    """Forward: the sum of the ranks' x, which is left as it is. Backward: the gradient, unchanged; None for
+    the group.
+    """
+
     @staticmethod
     def forward(ctx, x, group):
         return all_reduce(x, group)
@@ -247,8 +253,9 @@ class ColumnLinear(ParallelLinear):
 
     cut = 0
 
-    # exercise 2.3 (2 lines): the column-parallel layer
+    # exercise 2.3 (1 point): the column-parallel layer
     def __init__(self, d_in, d_out, grid, bias=False):
+        """weight (my share of d_out by shard_range, d_in); a bias of that share only if asked for."""
         start, stop = shard_range(d_out, grid.tp_rank, grid.tp_size)
         super().__init__(d_in, stop - start, grid, bias, full=d_out)
 
@@ -261,8 +268,9 @@ class RowLinear(ParallelLinear):
 
     cut = 1
 
-    # exercise 2.4 (2 lines): the row-parallel layer
+    # exercise 2.4 (1 point): the row-parallel layer
     def __init__(self, d_in, d_out, grid):
+        """weight (d_out, my share of d_in by shard_range); never a bias."""
         start, stop = shard_range(d_in, grid.tp_rank, grid.tp_size)
         super().__init__(stop - start, d_out, grid, bias=False, full=d_in)
 
@@ -303,8 +311,11 @@ class VocabEmbedding(nn.Module):
     def sharding(self, leaf):
         return self.cut, self.full
 
-    # exercise 2.5 (5 lines): an embedding whose rows lie on several ranks
+    # exercise 2.5 (3 points): an embedding whose rows lie on several ranks
     def forward(self, ids):
+        """ids (...) int64 -> (..., D), the same on every rank; each rank's weight gets the gradient of its
+        own words.
+        """
         if self.grid.tp_size == 1:
             return F.embedding(ids, self.weight)
         mine = (ids >= self.start) & (ids < self.stop)
@@ -315,7 +326,7 @@ class VocabEmbedding(nn.Module):
 # -------------------------------------------------------------------------------- vocabulary-parallel
 
 
-# exercise 2.6 (6 lines): log softmax over a vocabulary that is cut
+# exercise 2.6 (5 points): log softmax over a vocabulary that is cut
 def vocab_log_softmax(logits, grid):
     """log softmax over a vocabulary that is cut over tp; ranks exchange two numbers per row, never logits.
 
@@ -332,11 +343,12 @@ def vocab_log_softmax(logits, grid):
     return logits - top - copy_to_tp(total.log(), grid)
 
 
-# exercise 2.7 (6 lines): the target's log-probability, wherever it lies
+# exercise 2.7 (3 points): the target's log-probability, wherever it lies
 def vocab_pick(logprobs, targets, vocab_size, grid):
     """logprobs[..., targets] when the last dimension is cut over tp: its owner answers, the others add zero.
 
     logprobs (..., V/tp) fp32, targets (...) int64 -> (...) fp32, the same on every tp rank
+    The gradient reaches logprobs at the targets alone, on the rank that holds them.
     """
     if grid.tp_size == 1:
         return logprobs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)

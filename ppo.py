@@ -18,16 +18,17 @@ from reinforce import by_parts, mean_stats, micro_batches, minibatches, reinforc
 # -------------------------------------------------------------------------------- equations
 
 
-# exercise 6.1 (1 line): the critic's position
+# exercise 6.1 (2 points): the critic's position
 def state_values(critic, ids, response_mask):
     """V(s_t), read at inputs[:, t], where the state ends and before the action is seen.
 
     ids (B, T+1) int64, response_mask (B, T) bool -> values (B, T) fp32, 0 outside the mask
+    The values keep their gradient.
     """
     return scatter_to_mask(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
 
-# exercise 6.2 (10 lines): generalised advantage estimation
+# exercise 6.2 (4 points): generalised advantage estimation
 def gae(rewards, values, response_mask, gamma, lam):
     """Generalised advantage estimation (Schulman et al. 2016, Eq. 16).
 
@@ -50,7 +51,7 @@ def gae(rewards, values, response_mask, gamma, lam):
     return out, (out + values).masked_fill(~response_mask, 0.0)
 
 
-# exercise 6.3 (7 lines): Algorithm 1's advantage
+# exercise 6.3 (3 points): Algorithm 1's advantage
 def ppo_advantages(rollout, values, cfg, grid):
     """Advantages for the policy and targets for the critic, both (B, T), 0 outside the mask.
 
@@ -61,6 +62,7 @@ def ppo_advantages(rollout, values, cfg, grid):
         other    the critic-free advantages of reinforce.py; the critic learns Z_std but is not used
 
     shape_rewards gives both Z_std and Z_std - kl_coef * KL.
+    With cfg.eos_to_mean the target is Z_std after eos_to_mean, as shape_rewards returns it.
     """
     response_mask = rollout.response_mask
     z_std, rewards = shape_rewards(rollout, cfg, grid)
@@ -71,7 +73,7 @@ def ppo_advantages(rollout, values, cfg, grid):
     return reinforce_advantages(rollout, cfg, grid), z_std
 
 
-# exercise 6.4 (6 lines): the clipped loss
+# exercise 6.4 (5 points): the clipped loss
 def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     """PPO's clipped objective (Schulman et al. 2017, Eq. 7), a mean over response tokens.
 
@@ -80,6 +82,7 @@ def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     logprobs, old_logprobs, advantages (B, T); clip is eps. Only logprobs carries a gradient. At rho = 1 it is
     REINFORCE's; a token whose ratio has left the interval in the direction of its advantage has none.
     -> loss (scalar), {"clip_frac": share of such tokens, "ratio_max"}
+    clip_frac counts ratios above 1 + eps with A > 0 and below 1 - eps with A < 0.
     """
     log_ratio = (logprobs - old_logprobs.detach())[response_mask]  # (N,)
     ratio = log_ratio.clamp(-20, 20).exp()

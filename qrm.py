@@ -23,12 +23,14 @@ from model import LanguageModel, ScalarModel, at_actions, scatter_to_mask, token
 # -------------------------------------------------------------------------------- the method
 
 
-# exercise 4.1 (1 line): where the score of a token is read
+# exercise 4.1 (2 points): where the score of a token is read
 def token_scores(reward_model, ids):
     """Z(s_t, a_t) for every token: a scalar read where a_t is the *input*, so it has seen s_t and a_t.
 
     ids (B, T+1) int64 -> scores (B, T) fp32, in the place of targets[:, t] (= ids[:, t+1]).
     A score depends on its own token and those before it, and on no later one.
+    reward_model.model(ids) is (B, T+1, D), reward_model.scalars of it (B, T+1); the scores keep their
+    gradient.
     """
     return reward_model.scalars(reward_model.model(ids))[:, 1:]  # (B, T+1) -> (B, T)
 
@@ -41,29 +43,31 @@ def response_scores(reward_model, ids, response_mask):
     return scatter_to_mask(response_mask, reward_model.scalars(at_actions(reward_model, ids, response_mask)))
 
 
-# exercise 4.2 (1 line): the mean over the response
+# exercise 4.2 (1 point): the mean over the response
 def masked_mean(x, mask):
     """Mean over the positions in the mask, row by row: (B, T), (B, T) bool -> (B,). An empty row gives 0.
 
     Values outside the mask, NaN included, have no effect.
+    The same goes for the gradient: it is 0 outside the mask and in an empty row, never NaN.
     """
     return x.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
 
 
-# exercise 4.3 (3 lines): Bradley-Terry with a margin
+# exercise 4.3 (2 points): Bradley-Terry with a margin
 def pairwise_loss(chosen, rejected, beta=1.0, margin=0.0):
     """Bradley-Terry with a margin: mean over pairs of -log sigmoid(beta * (chosen - rejected) - margin).
 
     chosen, rejected   (P,) float: one number per sequence
     margin             float, or (P,) float: one margin per pair
     -> loss (scalar), {"pair_accuracy": share of pairs in the right order, "score_gap": mean difference}
+    A tie is not in the right order. The loss is finite for gaps of any size.
     """
     gap = chosen.float() - rejected.float()  # (P,)
     loss = -F.logsigmoid(beta * gap - margin).mean()
     return loss, {"pair_accuracy": (gap > 0).float().mean().item(), "score_gap": gap.mean().item()}
 
 
-# exercise 4.4 (2 lines): the loss of Q-RM
+# exercise 4.4 (1 point): the loss of Q-RM
 def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
     """The Q-RM objective (section 3.3) in its plain form, against which the fused one is checked.
 
@@ -73,6 +77,7 @@ def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
     calls the margin gamma. With equal means the loss is log(1 + e^2) = 2.1269, and it reaches log 2 only at a
     gap of margin / beta = 10: trained scores span tens of units, and are standardised before they become
     rewards. -> as pairwise_loss
+    -> what pairwise_loss returns
     """
     means = masked_mean(scores.float(), response_mask)  # (2P,)
     return pairwise_loss(means[0::2], means[1::2], beta, margin)
@@ -105,9 +110,10 @@ class _FusedQRM(torch.autograd.Function):
         ctx.mark_non_differentiable(gaps)
         return -F.logsigmoid(m).mean(), gaps
 
-    # exercise 4.5 (16 lines): its gradient in closed form
+    # exercise 4.5 (5 points): its gradient in closed form
     @staticmethod
     def backward(ctx, grad_loss, _):
+        """One value per argument of forward, in its order: dL/dx, dL/dg, dL/dw times grad_loss, then None."""
         x, norm_weight, head_weight, r, dot, shares, pairs, m = ctx.saved_tensors
         g = norm_weight.to(r.dtype)  # (D,)
         w = head_weight.to(r.dtype).flatten()  # (D,)
@@ -160,9 +166,12 @@ def token_shares(response_mask):
 # -------------------------------------------------------------------------------- other reward models
 
 
-# exercise 4.6 (1 line): the place of an outcome reward
+# exercise 4.6 (1 point): the place of an outcome reward
 def last_token_mask(response_mask):
-    """(B, T) bool -> the same, True at the last response token only: the stop token, unless truncated."""
+    """(B, T) bool -> the same, True at the last response token only: the stop token, unless truncated.
+
+    A row without response tokens has none.
+    """
     return response_mask & ~F.pad(response_mask, (0, 1))[:, 1:]
 
 
@@ -184,12 +193,13 @@ def orm_loss(scores, response_mask):
     return pairwise_loss(last[0::2], last[1::2])
 
 
-# exercise 4.7 (3 lines): an outcome reward model from right and wrong
+# exercise 4.7 (2 points): an outcome reward model from right and wrong
 def outcome_loss(scores, response_mask, correct):
     """Outcome reward model, pointwise: cross-entropy of sigmoid(Z at the last token) against right or wrong.
 
     scores, response_mask (B, T), correct (B,)
     -> loss (scalar), {"accuracy"}: share of answers whose Z has the right sign
+    A positive Z says right. The loss is finite for scores of any size.
     """
     last = masked_mean(scores.float(), last_token_mask(response_mask))  # (B,)
     loss = F.binary_cross_entropy_with_logits(last, correct.float())
@@ -206,22 +216,25 @@ def step_loss(scores, ends, labels):
     return error.square().mean(), {"step_accuracy": (error.abs() < 1).float().mean().item()}
 
 
-# exercise 4.8 (2 lines): DPO
+# exercise 4.8 (2 points): DPO
 def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
     """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref of the chosen - that of the rejected)).
 
     logprobs, ref_logprobs, response_mask (2P, T) -> as pairwise_loss
+    What is outside the mask, NaN included, changes nothing.
     """
     sums = (logprobs - ref_logprobs).masked_fill(~response_mask, 0.0).sum(1)  # (2P,)
     return pairwise_loss(sums[0::2], sums[1::2], beta)
 
 
-# exercise 4.9 (2 lines): more than two answers, ranked
+# exercise 4.9 (4 points): more than two answers, ranked
 def plackett_luce_loss(ranked):
     """K-wise ranking (Plackett 1975): mean over prompts and ranks of -log exp(s_k) / sum_{j >= k} exp(s_j).
 
     ranked (prompts, K): sequence scores from best to worst. Each prompt weighs the same, however many pairs
     its K answers make; K = 2 is Bradley-Terry. -> loss (scalar), {}
+    The last rank leaves no choice and is not in the mean: it runs over K - 1 ranks. Finite for scores of
+    any size.
     """
     rest = ranked.float().flip(1).logcumsumexp(1).flip(1)  # (prompts, K): log sum over the remaining choices
     return (rest - ranked.float())[:, :-1].mean(), {}
@@ -231,7 +244,7 @@ def plackett_luce_loss(ranked):
 # Those of Q-RM are its raw scores, response_scores; those of "logit" are model.token_logits.
 
 
-# exercise 4.10 (3 lines): one reward for the whole answer
+# exercise 4.10 (2 points): one reward for the whole answer
 def outcome_rewards(reward_model, ids, response_mask, every_token=False):
     """ORM: the score at the last token, 0 elsewhere; or it at every token, as in the authors' REINFORCE."""
     scores = response_scores(reward_model, ids, response_mask)  # (B, T)
@@ -245,11 +258,12 @@ def step_rewards(reward_model, ids, response_mask, step_ids):
     return torch.tanh(scores).masked_fill(~step_end_mask(ids, response_mask, step_ids), 0.0)
 
 
-# exercise 4.11 (3 lines): DPO's token rewards
+# exercise 4.11 (2 points): DPO's token rewards
 def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
     """DPO as a token reward: beta (log pi(a_t | s_t) - log ref(a_t | s_t)), at the token it belongs to.
 
     (The authors' code reads it one token late: a_i gets the ratio of a_(i+1), the stop token that of a pad.)
+    0 outside the mask, as token_logprobs is.
     """
     logprobs, _ = token_logprobs(policy, ids, response_mask)  # (B, T)
     ref_logprobs, _ = token_logprobs(reference, ids, response_mask)
@@ -449,7 +463,7 @@ def bind_reward(name, model, reference=None, step_ids=()):
 # -------------------------------------------------------------------------------- how good is it
 
 
-# exercise 4.12 (13 lines): does a score know where the answer went wrong?
+# exercise 4.12 (4 points): does a score know where the answer went wrong?
 def credit_counts(scores, first_errors, repaired=None):
     """Does the reward model know *where* an answer goes wrong? Counts over answers with a known first error.
 
@@ -464,6 +478,7 @@ def credit_counts(scores, first_errors, repaired=None):
        choices / n_errors   share in which the right token scores higher than the wrong one at the same state.
                             (AUC compares different states: to a policy all but a few tokens are near certain,
                             and its own log pi gets .99)
+    Ties count 1/2 in choices, too. Without `repaired`, choices is 0.
     """
     counts = {"wins": 0.0, "comparisons": 0, "hits": 0, "choices": 0.0, "n_errors": 0}
     for z, error, right in zip(scores, first_errors, repaired or [None] * len(scores)):

@@ -98,13 +98,14 @@ def by_parts(f, ids, response_mask, cuts):
     return {name: torch.cat(rows) for name, rows in parts.items()}
 
 
-# exercise 5.1 (2 lines): KL from one sampled token
+# exercise 5.1 (2 points): KL from one sampled token
 def kl_estimates(logprobs, ref_logprobs):
     """Per-token estimates of KL(pi || ref) from one sampled token (Schulman 2020); both are unbiased.
 
         k1 = log pi - log ref        k3 = exp(-k1) - 1 + k1
 
     logprobs, ref_logprobs (...) nats -> k1, k3 (...) nats
+    k3 keeps its digits where k1 is small, about k1^2 / 2.
     """
     k1 = logprobs - ref_logprobs
     return k1, torch.expm1(-k1) + k1
@@ -162,13 +163,15 @@ def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed, pla
 # -------------------------------------------------------------------------------- rewards to advantages
 
 
-# exercise 5.2 (9 lines): standardised rewards
+# exercise 5.2 (4 points): standardised rewards
 def standardize(rewards, reward_mask, how, grid):
     """Z_std = (Z - mu) / sigma with the moments over all rewards of the rollout, on all ranks (section 3.4).
 
     rewards (B, T) float, reward_mask (B, T) bool -> (B, T), 0 outside the mask
     how   "mean_std": the paper. "std": only divided by sigma, as in the authors' code; a non-zero mean then
           rewards length as such. "none": raw. Equal rewards give 0 (or remain as they are), never NaN.
+    The variance is divided by the count, not by one less. A sigma below 1e-6 counts as 1. Rewards outside
+    the mask are ignored.
     """
     if how == "none":
         return rewards.masked_fill(~reward_mask, 0.0)
@@ -191,11 +194,12 @@ def eos_to_mean(rewards, response_mask):
     return torch.where(last, means[:, None], rewards)
 
 
-# exercise 5.3 (6 lines): rewards to go
+# exercise 5.3 (3 points): rewards to go
 def returns_to_go(rewards, response_mask, gamma):
     """G_t = r_t + gamma G_(t+1): turns an outcome or step reward into a weight for each token.
 
     rewards (B, T) float, response_mask (B, T) bool -> (B, T), 0 outside the mask
+    What is outside the mask is ignored.
     """
     out = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -205,7 +209,7 @@ def returns_to_go(rewards, response_mask, gamma):
     return out.masked_fill(~response_mask, 0.0)
 
 
-# exercise 5.4 (9 lines): RLOO and GRPO
+# exercise 5.4 (3 points): RLOO and GRPO
 def group_advantages(sequence_rewards, group_size, how):
     """One advantage per trajectory, relative to the other samples of the same prompt.
 
@@ -279,12 +283,13 @@ def reinforce_advantages(rollout, cfg, grid):
 # -------------------------------------------------------------------------------- the update
 
 
-# exercise 5.5 (1 line): the policy gradient
+# exercise 5.5 (2 points): the policy gradient
 def reinforce_loss(logprobs, advantages, response_mask):
     """loss = -mean over response tokens of A_t log pi(a_t | s_t): its gradient is the policy gradient.
 
     All (B, T); A carries no gradient; values outside the mask have no effect. -> loss (scalar), {}
     Source: Williams 1992.
+    No gradient may go into the advantages.
     """
     return -(advantages.detach()[response_mask] * logprobs[response_mask]).mean(), {}
 

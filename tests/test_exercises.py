@@ -1,14 +1,15 @@
 """The grader is graded: solutions pass, and so do others; blanks, zeros and at least four plausible mistakes
-per
-exercise fail; nothing in a student's file takes the grader down. `blank` leaves this file out: it quotes
+per exercise fail; nothing in a student's file takes the grader down. `blank` leaves this file out: it quotes
 solutions.
 """
 
 import ast
 import json
+import linecache
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,26 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
 import checks  # noqa: E402
-from exercises import as_module, blanked, bodies, cut_out, functions, ladder, with_function  # noqa: E402
+from course import CHAPTERS, HINTS  # noqa: E402
+from exercises import (  # noqa: E402
+    FIND_PROJECT,
+    as_module,
+    blanked,
+    bodies,
+    cell,
+    cut_out,
+    functions,
+    ladder,
+    with_function,
+    write_notebook,
+)
 
 EXERCISES = {e.id: e for e in ladder()}
 SOURCES = {e.file: (ROOT / e.file).read_text(encoding="utf-8") for e in EXERCISES.values()}
+GIVEN = {  # as handed out, without any solution
+    file: blanked(source, [e for e in EXERCISES.values() if e.file == file])
+    for file, source in SOURCES.items()
+}
 
 # {exercise: [(text in the function, what a student might write instead)]}
 MUTANTS = {
@@ -458,17 +475,89 @@ MUTANTS = {
     ],
 }
 
-# Right answers that are written differently: bodies, indented as in a function
+# Right answers that are written differently: bodies, indented as in a function; of a class the methods
 OTHERS = {
+    "1.1": """
+        squares = (x.double() ** 2).sum(dim=-1, keepdim=True) / x.shape[-1]
+        return (self.weight.double() * x.double() / (squares + self.eps).sqrt()).to(x.dtype)""",
+    "1.2": """
+    E, s, out = cfg.head_dim, cfg.rope_scaling, []
+    for i in range(E // 2):
+        f = 1.0 / cfg.rope_theta ** (2 * i / E)
+        wavelength = 2 * 3.141592653589793 / f
+        if s and wavelength > s.original_max_position_embeddings / s.low_freq_factor:
+            f = f / s.factor
+        elif s and wavelength > s.original_max_position_embeddings / s.high_freq_factor:
+            turns = s.original_max_position_embeddings / wavelength
+            smooth = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+            f = (1 - smooth) * f / s.factor + smooth * f
+        out.append(f)
+    return torch.tensor(out, dtype=torch.float32, device=device)""",
+    "1.3": """
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+    return (x * cos + turned * sin).type_as(x)""",
     "1.4": """
     B, T, H, E = q.shape
     k, v = (z.repeat_interleave(H // z.shape[2], 2) for z in (k, v))
     scores = torch.einsum("bthe,bshe->bhts", q, k) / E**0.5
     future = torch.ones(T, T).triu(1).bool()
     return torch.einsum("bhts,bshe->bthe", scores.masked_fill(future, float("-inf")).softmax(-1), v)""",
+    "1.5": """
+        B, T, _ = x.shape
+        cos, sin = rope
+        heads = []
+        for proj in (self.q_proj, self.k_proj, self.v_proj):
+            heads.append(proj(copy_to_tp(x, self.grid)).reshape(B, T, -1, self.head_dim))
+        y = attend(layer, apply_rope(heads[0], cos, sin), apply_rope(heads[1], cos, sin), heads[2])
+        return reduce_from_tp(self.o_proj(y.reshape(B, T, -1)), self.grid)""",
+    "1.6": """
+        gate, up = self.gate_proj(copy_to_tp(x, self.grid)), self.up_proj(copy_to_tp(x, self.grid))
+        return reduce_from_tp(self.down_proj(gate * torch.sigmoid(gate) * up), self.grid)""",
     "1.7": """
     cdf = probs.cumsum(-1)
     return ((uniforms * cdf[:, -1])[:, None] < cdf).float().argmax(-1)""",
+    "2.1": """
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.ranks = group
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.ranks)
+        return total, None""",
+    "2.2": """
+    @staticmethod
+    def forward(ctx, x, group):
+        total = x.clone()
+        dist.all_reduce(total, op=dist.ReduceOp.SUM, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clone(), None""",
+    "2.3": """
+        first = d_out * grid.tp_rank // grid.tp_size
+        mine = d_out * (grid.tp_rank + 1) // grid.tp_size - first
+        ParallelLinear.__init__(self, d_in, mine, grid, bias=bias, full=d_out)""",
+    "2.4": """
+        mine = range(*shard_range(d_in, grid.tp_rank, grid.tp_size))
+        ParallelLinear.__init__(self, len(mine), d_out, grid, bias=False, full=d_in)""",
+    "2.5": """
+        rows = torch.zeros(*ids.shape, self.weight.shape[1], dtype=self.weight.dtype)
+        mine = (ids >= self.start).logical_and(ids < self.stop)
+        rows = rows.masked_scatter(mine[..., None], self.weight[ids[mine] - self.start])
+        return reduce_from_tp(rows, self.grid)""",
+    "2.6": """
+    logits = logits.float()
+    if grid.tp_size > 1:
+        top = all_reduce(logits.detach().max(-1, keepdim=True).values, grid.tp_group, dist.ReduceOp.MAX)
+        total = copy_to_tp(reduce_from_tp(torch.exp(logits - top).sum(-1, True), grid), grid)
+        return logits - (top + torch.log(total))
+    return logits - torch.logsumexp(logits, -1, keepdim=True)""",
     "2.7": """
     start, stop = shard_range(vocab_size, grid.tp_rank, grid.tp_size)
     return reduce_from_tp((logprobs * (targets[..., None] == torch.arange(start, stop))).sum(-1), grid)""",
@@ -487,9 +576,75 @@ OTHERS = {
         random.Random(f"{seed} {p // n}").shuffle(order)
         out.append(order[p % n])
     return out""",
+    "4.1": """
+    x = reward_model.model(ids)
+    return reward_model.scalars(x[:, 1:])""",
+    "4.2": """
+    out = []
+    for row, inside in zip(x, mask):
+        out.append(row[inside].mean() if inside.any() else row[inside].sum())
+    return torch.stack(out)""",
+    "4.3": """
+    gap = chosen - rejected
+    loss = F.softplus(margin - beta * gap).mean()
+    right = sum(int(g > 0) for g in gap.tolist()) / len(gap)
+    return loss, {"pair_accuracy": right, "score_gap": float(gap.mean())}""",
+    "4.4": """
+    means = masked_mean(scores, response_mask).view(-1, 2)
+    return pairwise_loss(means[:, 0], means[:, 1], margin=margin, beta=beta)""",
+    "4.5": """
+        x, norm_weight, head_weight, r, dot, shares, pairs, m = ctx.saved_tensors
+        g, w, x64 = norm_weight.to(r), head_weight.to(r).view(-1), x.to(r)
+        each = torch.sigmoid(m) - 1
+        dz = (grad_loss * ctx.beta / m.numel()) * each.index_select(0, pairs) * shares
+        u = (g * w)[None]
+        dx = dz[:, None] * (r[:, None] * u - (r**3 * dot / x.shape[1])[:, None] * x64)
+        s = ((dz * r)[:, None] * x64).sum(0)
+        grads = dx.to(x), (s * w).to(norm_weight), (s * g).view_as(head_weight).to(head_weight)
+        return (*grads, None, None, None, None, None, None)""",
+    "4.6": """
+    later = response_mask.flip(1).cumsum(1).flip(1)
+    return response_mask & (later == 1)""",
+    "4.7": """
+    z = scores.float()[last_token_mask(response_mask)]
+    y = correct.float()
+    loss = (F.softplus(z) - y * z).mean()
+    return loss, {"accuracy": ((z > 0).float() == y).float().mean().item()}""",
+    "4.8": """
+    gap = torch.where(response_mask, logprobs - ref_logprobs, torch.zeros(()))
+    chosen, rejected = gap.sum(1).view(-1, 2).unbind(1)
+    return pairwise_loss(chosen, rejected, beta=beta, margin=0.0)""",
+    "4.9": """
+    K, total = ranked.shape[1], 0.0
+    for k in range(K - 1):
+        total = total + (ranked[:, k:].logsumexp(1) - ranked[:, k]).mean()
+    return total / (K - 1), {}""",
     "4.10": """
     last = torch.where(last_token_mask(response_mask), token_scores(reward_model, ids), 0.0)
     return torch.where(response_mask, last.sum(1, keepdim=True), 0.0) if every_token else last""",
+    "4.11": """
+    now, before = (token_logprobs(net, ids, response_mask)[0] for net in (policy, reference))
+    return torch.where(response_mask, beta * now - beta * before, 0.0)""",
+    "4.12": """
+    def beats(a, b):
+        return 1.0 if a > b else 0.5 if a == b else 0.0
+
+    out = {"wins": 0.0, "comparisons": 0, "hits": 0, "choices": 0.0, "n_errors": 0}
+    for j, (z, e) in enumerate(zip(scores, first_errors)):
+        z = z.tolist()
+        if e > 0:
+            drops = [z[t - 1] - z[t] for t in range(1, len(z))]
+            out["n_errors"] += 1
+            out["comparisons"] += e
+            out["wins"] += sum(beats(z[t], z[e]) for t in range(e))
+            out["hits"] += int(drops.index(max(drops)) == e - 1)
+            if repaired is not None:
+                out["choices"] += beats(repaired[j][e].item(), z[e])
+    return out""",
+    "5.1": """
+    log_ratio = (ref_logprobs - logprobs).double()
+    k3 = torch.special.expm1(log_ratio) - log_ratio
+    return -log_ratio.to(logprobs.dtype), k3.to(logprobs.dtype)""",
     "5.2": """
     x = rewards[reward_mask].double()
     sums = all_sum({"n": x.numel(), "total": x.sum().item(), "squares": x.square().sum().item()}, grid)
@@ -499,6 +654,11 @@ OTHERS = {
     centre = mean if how == "mean_std" else 0.0
     out[reward_mask] = ((x - centre) / (std if std > 1e-6 else 1.0)).to(out.dtype)
     return out""",
+    "5.3": """
+    r = rewards.masked_fill(~response_mask, 0.0)
+    T = r.shape[1]
+    powers = torch.tensor([[gamma ** (k - t) if k >= t else 0.0 for k in range(T)] for t in range(T)])
+    return torch.where(response_mask, r @ powers.T, 0.0)""",
     "5.4": """
     if group_size == 1:
         raise ValueError("one is no group")
@@ -506,8 +666,29 @@ OTHERS = {
     if how == "grpo":
         return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).reshape(-1)
     return (groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)).reshape(-1)""",
+    "5.5": """
+    weights = torch.where(response_mask, advantages.detach(), 0.0)
+    return -(weights * logprobs).sum() / response_mask.sum(), {}""",
     "6.1": """
     return critic.scalars(critic.model(ids[:, :-1])) * response_mask""",
+    "6.2": """
+    advantages = torch.zeros_like(rewards)
+    for i, row in enumerate(response_mask.tolist()):
+        places = [t for t, inside in enumerate(row) if inside]
+        later = 0.0
+        for t, following in reversed(list(zip(places, [*places[1:], None]))):
+            v = 0.0 if following is None else values[i, following]
+            later = rewards[i, t] + gamma * v - values[i, t] + gamma * lam * later
+            advantages[i, t] = later
+    return advantages, torch.where(response_mask, advantages + values, 0.0)""",
+    "6.3": """
+    z_std, shaped = shape_rewards(rollout, cfg, grid)
+    inside = rollout.response_mask
+    if cfg.advantage == "token":
+        return torch.where(inside, shaped - cfg.baseline_weight * values, 0.0), z_std
+    if cfg.advantage != "gae":
+        return reinforce_advantages(rollout, cfg, grid), z_std
+    return gae(torch.where(inside, shaped, 0.0), values, inside, gamma=cfg.gamma, lam=cfg.lam)""",
     "6.4": """
     ratio, A = (logprobs - old_logprobs.detach()).exp()[response_mask], advantages.detach()[response_mask]
     clipped = ratio.clamp(1 - clip, 1 + clip)
@@ -518,28 +699,37 @@ OTHERS = {
 
 def source_of(exercise):
     """-> signature and docstring, body"""
-    lines, (first, node) = (
-        SOURCES[exercise.file].split("\n"),
-        functions(SOURCES[exercise.file])[exercise.function],
-    )
+    source = SOURCES[exercise.file]
+    lines = source.split("\n")
+    first, node = functions(source)[exercise.function]
     start = first if isinstance(node, ast.ClassDef) else bodies(node)[0][0]
-    return "".join(line + "\n" for line in lines[first - 1 : start - 1]), "\n".join(
-        lines[start - 1 : node.end_lineno]
-    )
+    head = "".join(line + "\n" for line in lines[first - 1 : start - 1])
+    return head, "\n".join(lines[start - 1 : node.end_lineno])
+
+
+def in_given(exercise, text):
+    """The module without any solution, with this text in the function's place."""
+    return as_module(exercise.file, with_function(GIVEN[exercise.file], exercise.function, text))
 
 
 def verdict(exercise, text):
     """How the checks end with this text in the function's place: None for a pass, or the exception"""
     try:
-        checks.CHECKS[exercise.id](
-            as_module(exercise.file, with_function(SOURCES[exercise.file], exercise.function, text))
-        )
+        checks.CHECKS[exercise.id](in_given(exercise, text))
     except Exception as error:
         return error
 
 
+def written_differently(exercise):
+    if "." in exercise.function or not isinstance(
+        functions(SOURCES[exercise.file])[exercise.function][1], ast.ClassDef
+    ):
+        return source_of(exercise)[0] + OTHERS[exercise.id]
+    return f"class {exercise.function}(torch.autograd.Function):{OTHERS[exercise.id]}"
+
+
 def zeros_like(value):
-    """The same shape, all zero: tensors, containers; a function becomes one that returns zeros."""
+    """The same shape, all zero: tensors, numbers, containers; a function becomes one that returns zeros."""
     if isinstance(value, torch.Tensor):
         return value * 0 if value.is_floating_point() else torch.zeros_like(value)
     if isinstance(value, (tuple, list)):
@@ -553,20 +743,20 @@ def zeros_like(value):
 
 def with_zeros(exercise):
     """The given module with a function that returns zeros; a constructor makes a layer with one weight."""
-    module = as_module(exercise.file, SOURCES[exercise.file])
+    module = in_given(exercise, "".join(source_of(exercise)))
     *owner, name = exercise.function.split(".")
     owner = getattr(module, owner[0]) if owner else module
     if isinstance(getattr(owner, name), type):
         owner, names = getattr(owner, name), ("forward", "backward")
     else:
         names = (name,)
+
+    def one_zero(self, *_, **__):
+        torch.nn.Linear.__init__(self, 1, 1, bias=False)
+
     for name in names:
         static = isinstance(vars(owner)[name], staticmethod)
-        zeros = (
-            zeros_like(getattr(owner, name))
-            if name != "__init__"
-            else lambda self, *_, **__: torch.nn.Linear.__init__(self, 1, 1, bias=False)
-        )
+        zeros = one_zero if name == "__init__" else zeros_like(getattr(owner, name))
         setattr(owner, name, staticmethod(zeros) if static else zeros)
     return module
 
@@ -574,28 +764,38 @@ def with_zeros(exercise):
 # -------------------------------------------------------------------------------- the ladder
 
 
-def test_the_ladder_and_its_hints():
-    assert list(EXERCISES) == list(checks.CHECKS) == list(MUTANTS)
-    assert sum(3 <= e.points <= 10 for e in EXERCISES.values()) >= 20
+def test_the_ladder_and_its_course():
+    ids = list(EXERCISES)
+    assert ids == list(checks.CHECKS) == list(MUTANTS) == list(OTHERS) == list(HINTS)
+    assert list(dict.fromkeys(e.chapter for e in EXERCISES.values())) == list(CHAPTERS)
+    for chapter in CHAPTERS.values():
+        assert 30 <= chapter.minutes <= 240 and 2 <= len(chapter.goals) <= 5 and chapter.needs
+        assert chapter.run.startswith(("python ", "torchrun ")) and chapter.shows
     for e in EXERCISES.values():
-        lines, (_, node) = SOURCES[e.file].split("\n"), functions(SOURCES[e.file])[e.function]
-        assert e.points == sum(
-            bool(line.strip()) for first, last, _ in bodies(node) for line in lines[first - 1 : last]
-        ), e
-        hint = " ".join(checks.CHECKS[e.id].__doc__.split())
-        assert 30 < len(hint) < 400, e
+        nudge, idea = HINTS[e.id]
+        assert 20 < len(nudge) < 160 and 40 < len(idea) < 320, e.id
+        assert nudge not in idea
+    assert {e.points for e in EXERCISES.values()} == {1, 2, 3, 4, 5}  # by difficulty
     positions = [SOURCES[e.file].index(f"# exercise {e.id} ") for e in EXERCISES.values()]
-    for (a, p), (b, q) in zip(
-        zip(EXERCISES.values(), positions), list(zip(EXERCISES.values(), positions))[1:]
-    ):
-        assert a.file != b.file or p < q, f"{a.id} stands behind {b.id}"
+    in_order = list(zip(EXERCISES.values(), positions))
+    for (a, p), (b, q) in zip(in_order, in_order[1:]):
+        assert a.file != b.file or p < q, f"{a.id} stands below {b.id}"
+
+
+def test_hints_hold_no_code_of_the_solution():
+    """No line of a solution, nor an expression of more than a call, can be read off a hint."""
+    for e in EXERCISES.values():
+        hints = " ".join(HINTS[e.id])
+        for line in source_of(e)[1].split("\n"):
+            code = line.split("#")[0].strip().removeprefix("return ")
+            assert len(code) < 12 or code not in hints, (e.id, code)
 
 
 @pytest.mark.parametrize("id", EXERCISES)
 def test_solution_passes_blank_and_zeros_fail(id):
     e = EXERCISES[id]
     assert verdict(e, "".join(source_of(e))) is None
-    empty = verdict(e, cut_out(blanked(SOURCES[e.file], [e]), e.function, e.file))
+    empty = verdict(e, cut_out(GIVEN[e.file], e.function, e.file))
     assert isinstance(empty, NotImplementedError) and id in str(empty)
     with pytest.raises(AssertionError):
         checks.CHECKS[id](with_zeros(e))
@@ -603,7 +803,33 @@ def test_solution_passes_blank_and_zeros_fail(id):
 
 @pytest.mark.parametrize("id", OTHERS)
 def test_another_right_answer_passes(id):
-    assert verdict(EXERCISES[id], source_of(EXERCISES[id])[0] + OTHERS[id]) is None
+    error = verdict(EXERCISES[id], written_differently(EXERCISES[id]))
+    assert error is None, error
+    assert OTHERS[id].strip() != source_of(EXERCISES[id])[1].strip()
+
+
+@pytest.mark.parametrize("id", checks.STAND_INS)
+def test_no_stand_in_is_a_solution(id):
+    """What the checks put in the place of an exercise's function would not pass as an answer to it."""
+    e = EXERCISES[id]
+    module = in_given(e, "".join(source_of(e)))
+    checks.CHECKS[id](module)
+    setattr(module, e.function, checks.STAND_INS[id])
+    with pytest.raises(AssertionError):
+        checks.CHECKS[id](module)
+
+
+def test_failures_say_what_was_expected_on_which_input():
+    """One line each, and more than a number: the input or the rule, then what was found and expected."""
+    short = []
+    for id, mutants in MUTANTS.items():
+        head, body = source_of(EXERCISES[id])
+        for old, new in mutants:
+            error = verdict(EXERCISES[id], head + body.replace(old, new))
+            text = str(error)
+            if not ("expected" in text or "found" in text) or len(text) < 30 or "\n" in text:
+                short.append((id, text))
+    assert not short, "\n".join(map(str, short))
 
 
 def test_mutants_die(capsys):
@@ -627,83 +853,125 @@ def test_mutants_die(capsys):
 # -------------------------------------------------------------------------------- the command
 
 
-def exercises_py(*arguments):
+def exercises_py(*arguments, root=ROOT):
     """-> exit status, stdout, stderr"""
-    ran = subprocess.run(
-        [sys.executable, ROOT / "classroom" / "exercises.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, root / "classroom" / "exercises.py", *map(str, arguments)]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=root)
     return ran.returncode, ran.stdout, ran.stderr
 
 
 def put(directory, id, text):
     """Writes text in the place of an exercise's function in a student's file."""
     path = directory / EXERCISES[id].file
-    path.write_text(
-        with_function(path.read_text(encoding="utf-8"), EXERCISES[id].function, text), encoding="utf-8"
-    )
+    source = path.read_text(encoding="utf-8")
+    path.write_text(with_function(source, EXERCISES[id].function, text), encoding="utf-8")
+
+
+def solve(directory, ids):
+    for id in ids:
+        put(directory, id, "".join(source_of(EXERCISES[id])))
 
 
 def verdicts(stdout):
-    return {
-        m[2]: (m[1], m[3])
-        for m in re.finditer(r"^(PASS|FAIL)  (\S+) +\d+/\d+ +[\d.]+ s  \S+ [^:\n]+(?:: )?(.*)$", stdout, re.M)
-    }
+    """{id: (PASS or FAIL, reason)}"""
+    pattern = r"^(PASS|FAIL)  (\S+) +\d+/\d+ +[\d.]+ s  \S+ [^:\n]+(?:: )?(.*)$"
+    return {m[2]: (m[1], m[3]) for m in re.finditer(pattern, stdout, re.M)}
+
+
+def passed(stdout):
+    return {id for id, (word, _) in verdicts(stdout).items() if word == "PASS"}
 
 
 def test_a_solved_exercise_turns_its_line_green_and_no_other(tmp_path):
-    student, gradebook, solved = tmp_path / "student", tmp_path / "grades.json", ("1.1", "2.1", "4.5", "6.2")
+    """The teacher's grading, from the original project."""
+    student, book, solved = tmp_path / "student", tmp_path / "grades.json", {"1.1", "2.1", "4.5", "6.2"}
     status, out, _ = exercises_py("blank", student)
     assert status == 0 and f"{len(EXERCISES)} exercises" in out
     names = {path.relative_to(student).as_posix() for path in student.rglob("*")}
-    assert {
-        "train.py",
-        "tests/test_model.py",
-        "classroom/exercises.py",
-        "README.md",
-        "Makefile",
-        "requirements.txt",
-    } <= names
-    assert not any(
-        part in name for name in names for part in (".git/", "runs", ".venv", "__pycache__", "test_exercises")
-    )
-    for e in EXERCISES.values():
-        text = (student / e.file).read_text(encoding="utf-8")
-        head, body = source_of(e)
-        assert (
-            head in text and body not in text and f'NotImplementedError("exercise {e.id}: {e.title}")' in text
-        )  # the handout stays
+    wanted = "train.py tests/test_model.py support/files.py classroom/exercises.py classroom/given/qrm.py"
+    assert {*wanted.split(), "README.md", "Makefile", "requirements.txt"} <= names
+    left_out = (".git/", "runs", ".venv", "__pycache__", "test_exercises", "answers")
+    assert not any(part in name for name in names for part in left_out)
     status, _, err = exercises_py("blank", student)
     assert status == 2 and "not empty" in err and err.count("\n") == 1
-    for id in solved:
-        put(student, id, "".join(source_of(EXERCISES[id])))
-    status, out, err = exercises_py("grade", student, "--json", gradebook)
-    found, points = verdicts(out), sum(EXERCISES[id].points for id in solved)
-    assert (
-        status == 1
-        and not err
-        and {id for id, (word, _) in found.items() if word == "PASS"} == set(solved)
-        and len(found) == len(EXERCISES)
-    )
-    assert (
-        f"4 of {len(EXERCISES)} exercises, {points} of {sum(e.points for e in EXERCISES.values())} points"
-        in out
-    )
+    solve(student, solved)
+    status, out, err = exercises_py("grade", student, "--json", book)
+    points = sum(EXERCISES[id].points for id in solved)
+    total = sum(e.points for e in EXERCISES.values())
+    found = verdicts(out)
+    assert status == 1 and not err and passed(out) == solved and len(found) == len(EXERCISES)
+    assert f"4 of {len(EXERCISES)} exercises, {points} of {total} points" in out
     assert found["4.3"] == ("FAIL", "blank")
-    book = json.loads(gradebook.read_text())
-    assert {row["id"] for row in book["exercises"] if row["passed"]} == set(solved) and book["total"][
-        "points"
-    ] == points
-    assert all(row["reason"] == found[row["id"]][1] and row["seconds"] > 0 for row in book["exercises"])
-    status, _, err = exercises_py("blank", tmp_path / "student" / "classroom" / "exercises.py")
+    rows = json.loads(book.read_text())["exercises"]
+    assert {row["id"] for row in rows if row["passed"]} == solved
+    assert sum(row["points"] for row in rows) == points == json.loads(book.read_text())["total"]["points"]
+    assert all(row["reason"] == found[row["id"]][1] and row["seconds"] > 0 for row in rows)
+    status, _, err = exercises_py("blank", student / "classroom" / "exercises.py")
     assert status == 2 and err.count("\n") == 1
-    ran = subprocess.run(
-        [sys.executable, student / "classroom" / "exercises.py", "grade", student],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 2 and "is a student's" in ran.stderr  # its given files are not the given ones
+
+
+def test_a_students_copy_holds_no_solution_and_grades_itself(tmp_path):
+    """All exercises in one copy: the handout stays, no body is in it; with answers all lines turn green."""
+    student = tmp_path / "student"
+    exercises_py("blank", student)
+    everything = "\n".join(path.read_text(encoding="utf-8") for path in student.rglob("*.py"))
+    for e in EXERCISES.values():
+        head, body = source_of(e)
+        text = (student / e.file).read_text(encoding="utf-8")
+        assert head in text and f'NotImplementedError("exercise {e.id}: {e.title}")' in text
+        assert body not in everything and textwrap.dedent(body) not in everything, e.id
+    status, out, err = exercises_py("grade", ".", root=student)
+    assert status == 1 and not err and not passed(out) and len(verdicts(out)) == len(EXERCISES)
+    for id in EXERCISES:
+        put(student, id, written_differently(EXERCISES[id]))
+    status, out, err = exercises_py("grade", ".", root=student)
+    assert status == 0 and not err and passed(out) == set(EXERCISES), out
+    for number, chapter in CHAPTERS.items():
+        assert f"chapter {number}: now run it with your code: {chapter.run}" in out
+    status, _, err = exercises_py("blank", tmp_path / "copy", root=student)
+    assert status == 2 and "student's copy" in err and err.count("\n") == 1
+
+
+def test_chosen_chapters_are_taken_out_and_the_rest_works(tmp_path):
+    student = tmp_path / "student"
+    status, out, _ = exercises_py("blank", student, "4", "5.2")
+    chosen = [e.id for e in EXERCISES.values() if e.chapter == "4" or e.id == "5.2"]
+    assert status == 0 and f"{len(chosen)} exercises" in out
+    for e in EXERCISES.values():
+        text = (student / e.file).read_text(encoding="utf-8")
+        assert (source_of(e)[1] in text) == (e.id not in chosen), e.id
+        assert (f"# exercise {e.id} " in text) == (e.id in chosen), e.id
+        assert source_of(e)[1] not in (student / "classroom" / "given" / e.file).read_text(encoding="utf-8")
+    for name in ("model", "parallel", "data"):  # nothing is taken out of them, so they are as they were
+        lines = (student / f"{name}.py").read_text(encoding="utf-8").split("\n")
+        original = SOURCES[f"{name}.py"].split("\n")
+        assert lines == [line for line in original if not re.match(r" *# exercise \d", line)]
+    solve(student, ["4.2", "5.2"])
+    (student / "model.py").write_text("a student broke this file: (")  # which no exercise of the copy is in
+    status, out, err = exercises_py("grade", ".", root=student)
+    assert list(verdicts(out)) == chosen and passed(out) == {"4.2", "5.2"}, out + err
+    status, out, _ = exercises_py("grade", student)  # the teacher's project knows what was taken out
+    assert list(verdicts(out)) == chosen and passed(out) == {"4.2", "5.2"}
+    status, out, _ = exercises_py("list", root=student)
+    assert "1. A decoder" not in out and "4. Reward models" in out
+
+
+def test_a_solved_chapter_trains(tmp_path):
+    """A student who has written chapter 4 can train the reward model with it; chapter 5 is still blank."""
+    student = tmp_path / "student"
+    exercises_py("blank", student, "4", "5")
+    solve(student, [e.id for e in EXERCISES.values() if e.chapter == "4"])
+    script = """
+import torch, model, qrm, data
+from parallel import Grid
+cfg = model.ModelConfig(vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+net = model.init_weights(model.build_model(model.ScalarModel, cfg, Grid()), 0)
+ids, mask = data.collate([data.Example([1, 2], [3, 4]), data.Example([1, 2], [5, 6, 7])])
+print(qrm.qrm_loss(qrm.token_scores(net, ids), mask)[0].item())
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=student)
+    assert ran.stdout.startswith("2.1269"), ran.stderr
 
 
 def test_nothing_takes_the_grader_down(tmp_path):
@@ -715,45 +983,35 @@ def test_nothing_takes_the_grader_down(tmp_path):
         "4.4": "__import__('os').kill(__import__('os').getpid(), 11)",
         "4.6": "raise SystemExit('PASS')",
         "4.8": "return helper(logprobs)",
+        "5.5": "pass",
     }.items():
         put(tmp_path, id, f"{source_of(EXERCISES[id])[0]}    {body}\n")
     head, body = source_of(EXERCISES["4.7"])
     put(tmp_path, "4.7", f"{head}    print('FAIL  4.7')\n{body}")
     path = tmp_path / "qrm.py"
-    path.write_text(path.read_text().replace("def dpo_rewards(", "def dpo_reward("))
+    path.write_text(path.read_text().replace("def dpo_rewards(", "def dpo_rewardss("))
     path = tmp_path / "ppo.py"  # does not parse
-    path.write_text(
-        path.read_text().replace(
-            "for t in reversed(range(rewards.shape[1])):", "for t in reversed(range(rewards.shape[1]):"
-        )
-    )
+    loop = "for t in reversed(range(rewards.shape[1])):"
+    path.write_text(path.read_text().replace(loop, loop.replace("])):", "]):")))
     path = tmp_path / "model.py"
     path.write_text(path.read_text().replace("x32 = x.float()", "x32 = x.float(") + '\n"""')
     (tmp_path / "data.py").unlink()
-    (tmp_path / "reinforce.py").write_bytes(b"\xff\xfe")
-    ids = ("1.1", "1.3", "1.6", "3.1", "4.2", "4.3", "4.4", "4.5", "4.6", "4.7", "4.8", "4.11", "5.5", "6")
+    (tmp_path / "parallel.py").write_bytes(b"\xff\xfe")
+    ids = ("1.1", "1.3", "1.6", "2.1", "3.1", *(f"4.{i}" for i in range(2, 9)), "4.11", "5.5", "6")
     status, out, err = exercises_py("grade", tmp_path, *ids, "--timeout", 4)
     found = verdicts(out)
     assert status == 1 and not err, err
-    assert {id for id, (word, _) in found.items() if word == "PASS"} == {
-        "1.3",
-        "1.6",
-        "4.5",
-        "4.7",
-        "6.1",
-        "6.3",
-        "6.4",
-    }, out
+    assert passed(out) == {"1.3", "1.6", "4.5", "4.7", "6.1", "6.3", "6.4"}, out
     reasons = {
         "1.1": "SyntaxError: '(' was never closed (model.py, line ",
+        "2.1": "UnicodeDecodeError: ",
         "3.1": "FileNotFoundError: ",
         "4.2": "no result after 4 s: an endless loop?",
         "4.3": "the process ended by itself (exit code 0)",
         "4.4": "the process ended by itself (exit code -11)",
         "4.6": "SystemExit: PASS",
-        "4.8": "NameError: name 'helper' is not defined",
+        "4.8": "NameError: name 'helper' is not defined (helpers of your own must be inside the function)",
         "4.11": "qrm.py has no dpo_rewards",
-        "5.5": "UnicodeDecodeError: ",
         "6.2": "SyntaxError: ",
     }
     assert all(found[id][1].startswith(reason) for id, reason in reasons.items()), out
@@ -762,41 +1020,64 @@ def test_nothing_takes_the_grader_down(tmp_path):
 
 
 def test_the_solution_cannot_be_imported_and_an_error_of_torch_is_no_blank(tmp_path):
-    source = (ROOT / "qrm.py").read_text(encoding="utf-8")
-    body = source[source.index("def masked_mean(") :]
-    body = body[: body.index("\n\n\n")]
-    for line, says in (
+    source = SOURCES["qrm.py"]
+    head = source_of(EXERCISES["4.2"])[0]
+    for body, says in (
         ("    import qrm\n    return qrm.masked_mean(x, mask)", "RecursionError"),
+        ("    import reinforce\n    return reinforce.standardize(x, mask, 'none', None)", "blank"),
         ("    torch.eye(2).bool() @ torch.eye(2).bool()", "not implemented for"),
     ):
-        head = body[: body.index(":\n") + 2]
-        (tmp_path / "qrm.py").write_text(source.replace(body, head + line), encoding="utf-8")
+        (tmp_path / "qrm.py").write_text(with_function(source, "masked_mean", head + body), encoding="utf-8")
         status, out, _ = exercises_py("grade", tmp_path, "4.2")
         assert status == 1 and says in out, out
 
 
-def test_blank_beside_the_project(monkeypatch):
+def test_blank_beside_the_project(monkeypatch, capsys):
     """`blank ../student`, as the README has it: a path that goes through the project and out of it again."""
     seen = []
-    monkeypatch.setattr("exercises.ladder", lambda: seen.append(1) or [])
-    monkeypatch.setattr("exercises.COPIED", ())
-    sys.modules["exercises"].blank(ROOT / ".." / "not-there" / "student")
-    assert seen
+    monkeypatch.setattr("exercises.copy_project", lambda directory, ids: seen.append(ids) or [])
+    sys.modules["exercises"].blank(ROOT / ".." / "not-there" / "student", ["4"])
+    assert seen == [["4"]] and "0 exercises" in capsys.readouterr().out
+
+
+def test_gradescope(tmp_path):
+    """The uploaded folder grades without solutions, in Gradescope's form."""
+    box, submission, results = tmp_path / "box", tmp_path / "submission", tmp_path / "results.json"
+    status, out, _ = exercises_py("autograder", box, "4.2", "4.3", "4.6")
+    assert status == 0 and (tmp_path / "box.zip").exists()
+    assert "requirements.txt" in (box / "setup.sh").read_text()
+    line = (box / "run_autograder").read_text().split("\n")[2]
+    expected = "python3 classroom/exercises.py grade /autograder/submission 4.2 4.3 4.6 --gradescope --json "
+    assert line.startswith(expected + "/autograder/results/results.json")
+    submission.mkdir()
+    (submission / "qrm.py").write_text((box / "qrm.py").read_text())
+    solve(submission, ["4.2"])
+    head = source_of(EXERCISES["4.3"])[0]
+    put(submission, "4.3", f"{head}    return chosen.mean() - rejected.mean(), {{}}\n")
+    exercises_py("grade", submission, "4.2", "4.3", "4.6", "--gradescope", "--json", results, root=box)
+    tests = json.loads(results.read_text())["tests"]
+    assert [test["number"] for test in tests] == ["4.2", "4.3", "4.6"]
+    assert [test["status"] for test in tests] == ["passed", "failed", "failed"]
+    assert [test["score"] for test in tests] == [EXERCISES["4.2"].points, 0, 0]
+    assert all(test["max_score"] == EXERCISES[test["number"]].points for test in tests)
+    assert "equal scores" in tests[1]["output"] and tests[2]["output"] == "blank"
 
 
 def test_list_hint_and_bad_input(tmp_path):
     status, out, _ = exercises_py("list")
-    assert (
-        status == 0
-        and len(out.split("\n")) == 1 + len(EXERCISES) + 1
-        and "qrm.py         _FusedQRM.backward" in out
-    )
+    assert status == 0 and all(f"{number}. {c.title}: " in out for number, c in CHAPTERS.items())
+    assert all(f" {e.id} " in out and e.title in out for e in EXERCISES.values())
+    status, out, _ = exercises_py("list", "4")
+    assert "qrm.py        _FusedQRM.backward" in out and "3. The data" not in out
     status, out, _ = exercises_py("hint", "4.3")
-    assert status == 0 and out.startswith("F.logsigmoid(z) stays finite")
+    assert status == 0 and out.startswith("Try log(sigmoid(-900))") and "logsigmoid" not in out
+    for more in ("--more", "2"):
+        assert exercises_py("hint", "4.3", more)[1].startswith("F.logsigmoid stays finite")
     for arguments, word in (
         (("hint", "9.9"), "9.9"),
         (("grade", tmp_path, "9"), "9"),
         (("grade", tmp_path / "none"), "none"),
+        (("blank", tmp_path / "new", "7"), "7"),
         (("blank", ROOT / "classroom" / "ann"), "inside the project"),
         (("blank", ROOT / ".." / ROOT.name / "ann"), "inside the project"),
         (("mark",), "mark"),
@@ -804,3 +1085,90 @@ def test_list_hint_and_bad_input(tmp_path):
     ):
         status, out, err = exercises_py(*arguments)
         assert status == 2 and word in err and err.count("\n") == 1 and not out, err
+    assert not (tmp_path / "new").exists()
+
+
+# -------------------------------------------------------------------------------- questions, experiments
+
+
+def test_questions_have_answers_that_students_do_not_get():
+    texts = [
+        (ROOT / "classroom" / name).read_text(encoding="utf-8") for name in ("questions.md", "answers.md")
+    ]
+    for kind, n in (("Question", 5), ("Experiment", 5)):
+        titles = [re.findall(rf"^## ({kind} \d: .+)$", text, re.M) for text in texts]
+        assert titles[0] == titles[1] and len(titles[0]) == n
+    for command in re.findall(r"^(?:python|torchrun) .+$", texts[0], re.M):
+        words = command.split()
+        assert (ROOT / next(word for word in words if word.endswith(".py"))).exists(), command
+        known = subprocess.run(
+            [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True
+        ).stdout
+        if "train.py" in words:
+            assert all(flag in known for flag in re.findall(r"--\w+", command)), command
+
+
+# -------------------------------------------------------------------------------- notebooks
+
+
+def run_notebook(path, replace=lambda code: code):
+    """Executes all code cells in one namespace, their text where inspect looks for it, as Jupyter does."""
+    names = {"__name__": "__main__"}
+    for one in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        if one["cell_type"] == "code":
+            code = replace("".join(one["source"]))
+            file = f"<{path.name} {one['id']}>"
+            linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
+            exec(compile(code, file, "exec"), names)
+
+
+def test_chapter_notebooks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    status, out, _ = exercises_py("notebooks", tmp_path)
+    assert status == 0 and out.count("chapter-") == len(CHAPTERS) and "walkthrough.ipynb" in out
+    for number in CHAPTERS:
+        book = json.loads((tmp_path / f"chapter-{number}.ipynb").read_text())
+        assert book["nbformat"] == 4 and len({one["id"] for one in book["cells"]}) == len(book["cells"])
+        mine = [e for e in EXERCISES.values() if e.chapter == number]
+        code = ["".join(one["source"]) for one in book["cells"] if one["cell_type"] == "code"]
+        assert [line for line in code if line.startswith("check(")] == [
+            f'check("{e.id}", {e.function.split(".")[-1]})' for e in mine
+        ]
+        assert all(source_of(e)[1] not in "\n".join(code) for e in mine)
+        for text in code:
+            compile(text, number, "exec")
+    run_notebook(tmp_path / "chapter-3.ipynb")
+    assert re.findall(r"^(\S+)  (\S+)", capsys.readouterr().out, re.M) == [("FAIL", "3.1"), ("FAIL", "3.2")]
+
+
+@pytest.mark.parametrize("id", ["1.1", "1.2", "2.1", "2.3", "4.2"])
+def test_a_cell_with_the_answer_passes(id, tmp_path, monkeypatch, capsys):
+    """A method, a function with decorators, a class, a constructor that calls super, a function."""
+    monkeypatch.chdir(ROOT)
+    e = EXERCISES[id]
+    answer = textwrap.dedent("".join(source_of(e)))
+    code = re.sub(r"\A(?:@.*\n)+", "", answer)
+    name = e.function.split(".")[-1]
+    cells = [cell("code", f"import torch\n{FIND_PROJECT}\nfrom exercises import check")]
+    cells += [cell("code", code), cell("code", f'check("{id}", {name})')]
+    write_notebook(tmp_path / "one.ipynb", cells)
+    run_notebook(tmp_path / "one.ipynb")
+    assert capsys.readouterr().out.startswith(f"PASS  {id}")
+
+
+def test_walkthrough_notebook(tmp_path, monkeypatch, capsys):
+    """The first four sections run (all of the script runs in test_walkthrough.py)."""
+    monkeypatch.chdir(ROOT)
+    exercises_py("notebooks", tmp_path)
+    book = json.loads((tmp_path / "walkthrough.ipynb").read_text())
+    cells = book["cells"]
+    source = (ROOT / "classroom" / "walkthrough.py").read_text(encoding="utf-8")
+    sections = re.findall(r'^section\("(.+)"\)', source, re.M)
+    titles = [one["source"][0][3:].strip() for one in cells if one["source"][0].startswith("## ")]
+    assert titles == sections
+    last = next(i for i, one in enumerate(cells) if one["source"][0].startswith("## 5."))
+    write_notebook(
+        tmp_path / "part.ipynb", [{k: v for k, v in one.items() if k != "id"} for one in cells[:last]]
+    )
+    run_notebook(tmp_path / "part.ipynb")
+    assert "parameters in 20 tensors" in capsys.readouterr().out
