@@ -216,6 +216,19 @@ def step_loss(scores, ends, labels):
     return error.square().mean(), {"step_accuracy": (error.abs() < 1).float().mean().item()}
 
 
+def verifier_loss(scores, response_mask, correct):
+    """The outcome label on every token (Cobbe et al. 2021): mean cross-entropy over all response tokens.
+
+    scores, response_mask (B, T), correct (B,)
+    -> loss (scalar), {"token_accuracy": share of tokens whose Z has the sign of their answer's label}
+    Z(s_t, a_t) becomes the log-odds that an answer of the sampling policy with this beginning ends right.
+    """
+    labels = correct.float()[:, None].expand(response_mask.shape)[response_mask]  # (n,)
+    logits = scores[response_mask].float()
+    loss = F.binary_cross_entropy_with_logits(logits, labels)
+    return loss, {"token_accuracy": ((logits > 0) == labels.bool()).float().mean().item()}
+
+
 # exercise 4.8 (2 points): DPO
 def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
     """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref of the chosen - that of the rejected)).
@@ -273,6 +286,20 @@ def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
 # -------------------------------------------------------------------------------- one record for each
 
 
+def count_pairs(pairs, step_ids=()):
+    return len(pairs)
+
+
+def count_response_tokens(pairs, step_ids=()):
+    return sum(len(example.response_ids) for pair in pairs for example in pair[:2])
+
+
+def count_step_ends(pairs, step_ids=()):
+    """Tokens where step_end_mask is true: those that end a line, and the last one of each answer."""
+    responses = [example.response_ids for pair in pairs for example in pair[:2]]
+    return sum(1 + sum(id in step_ids for id in response[:-1]) for response in responses)
+
+
 @dataclass(frozen=True)
 class RewardModel:
     """A kind of reward model: all that differs between Q-RM and the others. Its functions are called alike.
@@ -281,6 +308,7 @@ class RewardModel:
     rewards(model, ids, response_mask, reference, step_ids) -> (B, T)    0 outside the mask
     speaks(ids, response_mask, step_ids) -> (B, T) bool                  where the rewards are given
     total(rewards (n,)) -> float                                         one number for an answer of n tokens
+    weigh(pairs, step_ids) -> int                                        numbers that the loss is a mean over
     """
 
     base: type  # LanguageModel, or ScalarModel: a decoder with a scalar head
@@ -291,6 +319,7 @@ class RewardModel:
     total: Callable
     needs_reference: bool = False  # the frozen model that training started from
     needs_steps: bool = False  # training pairs with step labels: the index of the first wrong token
+    weigh: Callable = count_pairs
 
 
 def fused_loss_on_pairs(model, ids, response_mask, cfg, **_):
@@ -322,6 +351,12 @@ def prm_loss_on_pairs(model, ids, response_mask, cfg, step_ids, errors, **_):
     place = response_mask.cumsum(1) - 1  # (2P, T): index within the response
     labels = torch.where(place < errors[:, None], 1.0, -1.0)
     return step_loss(scores, step_end_mask(ids, response_mask, step_ids), labels)
+
+
+def verifier_loss_on_pairs(model, ids, response_mask, cfg, **_):
+    """The chosen answer is right, and the rejected one is wrong."""
+    correct = torch.arange(len(ids), device=ids.device) % 2 == 0
+    return verifier_loss(response_scores(model, ids, response_mask), response_mask, correct)
 
 
 def dpo_loss_on_pairs(model, ids, response_mask, cfg, reference, **_):
@@ -371,6 +406,10 @@ def mean_of_rewards(rewards):
     return rewards.sum().item() / len(rewards)
 
 
+def last_reward(rewards):
+    return rewards[-1].item()
+
+
 def mean_of_steps(rewards):
     """Mean over the step ends: everywhere else the reward is 0."""
     return rewards.sum().item() / max(int((rewards != 0).sum()), 1)
@@ -404,7 +443,9 @@ REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one
         is_q=False,
         total=mean_of_steps,
         needs_steps=True,
+        weigh=count_step_ends,
     ),
+    "verifier": replace(QRM, loss=verifier_loss_on_pairs, total=last_reward, weigh=count_response_tokens),
     "dpo": RewardModel(
         base=LanguageModel,
         loss=dpo_loss_on_pairs,

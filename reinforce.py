@@ -235,8 +235,9 @@ def kl_penalty(rollout, kl):
 
     "exact", as in Algorithm 1, depends on the state alone: unless rewards are accumulated over time it is
     only a baseline, and leaves the expected policy gradient unchanged. "k1" does depend on the action, and
-    its gradient is that of the KL at each state: it is the default. "abs" is the authors' |k1|, which
-    punishes both directions.
+    its gradient is that of the KL at each state: it is the default. "k3" as a reward is nearly inert: its
+    gradient is the difference of the two KLs' gradients, of second order near the reference; GRPO has
+    it in the loss instead. "abs" is the authors' |k1|, which punishes both directions.
     """
     if kl == "abs":
         return rollout.kl_k1.abs()

@@ -18,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,6 +123,7 @@ def stage_rm(cfg, grid):
     reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
     model = with_adapters(start, cfg.lora_rank, cfg)
     step_ids = tokenizer.ids_with("\n")
+    weigh = partial(kind.weigh, step_ids=step_ids)
     optimizer = make_optimizer(model, cfg.lr, cfg, grid)
     steps = cfg.steps or -(-len(pairs) // cfg.batch_size)
     trained = {"model": (model, optimizer)}
@@ -129,7 +131,7 @@ def stage_rm(cfg, grid):
         for step in training:
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
-            update = Update(optimizer, micro_batches(batch, cfg, grid, weigh=len))
+            update = Update(optimizer, micro_batches(batch, cfg, grid, weigh))
             for part in update:
                 ids, mask = collate(flat(pair[:2] for pair in part), grid.device)  # (2P, T+1), (2P, T)
                 errors = torch.tensor(flat(pair[2:] for pair in part), device=grid.device)  # (2P,), prm only
@@ -221,7 +223,7 @@ def load_critic(cfg, grid):
 def micro_batches(batch, cfg, grid, weigh):
     """This rank's rows of a batch as [(weight, rows)], cut to at most cfg.micro_tokens tokens a forward.
 
-    weigh   rows -> what the loss is a mean over: pairs, or response tokens
+    weigh   rows -> how many numbers the loss is a mean over, such as pairs or response tokens
     """
     mine = batch[grid.dp_rank :: grid.dp_size]
     parts = [

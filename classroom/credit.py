@@ -25,6 +25,7 @@ import math
 import random
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import Example, arith_rows, arith_solve, collate, first_error
 from model import LanguageModel, ScalarModel, at_states, token_logprobs
 from parallel import Grid
-from qrm import POLICY_LIKE, credit_counts, token_reward
+from qrm import REWARD_MODELS, credit_counts, response_scores
 from support import evaluate
 from support.graders import grade
 from support.sampling import generate
@@ -109,11 +110,11 @@ def scorers(run, policy, tokenizer, cfg):
     for path in sorted(Path(run).glob("rm*")):
         if not (path / "run.json").exists():
             continue
-        kind = evaluate.reward_kind(path)
-        if kind in POLICY_LIKE:
-            found[kind] = evaluate.load_reward(kind, str(path), tokenizer, cfg, Grid())[0]
+        name = evaluate.reward_name(path)
+        if REWARD_MODELS[name].base is ScalarModel:
+            found[name] = partial(response_scores, evaluate.load(ScalarModel, str(path), cfg, Grid()))
         else:
-            found[kind] = token_reward(evaluate.load(ScalarModel, str(path), cfg, Grid()))
+            found[name] = evaluate.load_reward(name, str(path), tokenizer, cfg, Grid()).rewards
     found["log pi of sft"] = lambda ids, mask: token_logprobs(policy, ids, mask)[0]
     return found
 
@@ -205,13 +206,14 @@ def monte_carlo(run, n_answers, k, seed=0):
     results = rollouts_right(policy, tokenizer, rows, prefixes, k, cfg.max_new_tokens, seed)
     q = [statistics.fmean(r) for r in results]
     first = len(prefixes) - 2 * len(choices)  # from here on, pairs of actions of one state
+    finished = [i for i in range(first) if prefixes[i].ids[-1] in tokenizer.stop_ids]
     tables = {}
     for name, reward_fn in scorers(run, policy, tokenizer, cfg).items():
         z = prefix_scores(reward_fn, rows, examples, prefixes[first:], cfg)
         tables[name] = compare(z, q, prefixes, first, n_answers)
     sampled = {
         "answers": n_answers,
-        "right": statistics.fmean(q[i] for i in range(first) if prefixes[i].ids[-1] in tokenizer.stop_ids),
+        "right": sum(q[i] for i in finished) / n_answers,  # an answer that was cut off is wrong
         "prefixes": first,
         "open states": len(choices),
         "rollouts a prefix": k,

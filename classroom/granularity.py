@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train
 from data import Arith, arith_rows
-from qrm import last_token_mask, masked_mean, token_reward
+from qrm import Reward, at_last_token, last_token_mask, masked_mean
 from support.settings import ARITH
 
 TASK = Arith(steps=(6, 8), operand=1, verbs=16, misread=8)  # the study's "long" task: about 45 tokens
@@ -62,28 +62,22 @@ READINGS = {  # how an arm's rewards become advantages
 # ------------------------------------------------------------------------------------------------ rewards
 
 
-def answer_mean(reward_model):
-    """The mean of Z over the answer, at its last token and 0 elsewhere: the number that the loss compares."""
-    tokens = token_reward(reward_model)
+def answer_mean(reward):
+    """A Reward read once per answer: the mean of its token rewards, at the last token."""
 
-    def reward_fn(ids, mask):
-        means = masked_mean(tokens(ids, mask), mask)  # (B,)
+    def rewards(ids, mask):
+        means = masked_mean(reward.rewards(ids, mask), mask)  # (B,)
         return means[:, None] * last_token_mask(mask)
 
-    return reward_fn
+    return Reward(rewards, at_last_token, is_q=False)
 
 
-def read_as(reading, load_reward):
-    """train.py's load_reward, with the reward model read as an arm says."""
+def read_as(reading, reward_of_run):
+    """train.py's reward_of_run, with the reward read as an arm says."""
 
-    def patched(kind, directory, tokenizer, cfg, grid, rows=()):
-        found = load_reward(kind, directory, tokenizer, cfg, grid, rows)
-        if reading == "last" or kind in ("outcome", "oracle"):
-            return found  # the ORM as it was trained, or the graded truth
-        model = train.load(train.ScalarModel, directory, cfg, grid).requires_grad_(False)
-        if reading == "mean":
-            return answer_mean(model), lambda ids, mask: last_token_mask(mask), False
-        return token_reward(model), None, True
+    def patched(cfg, tokenizer, rows, grid):
+        reward = reward_of_run(cfg, tokenizer, rows, grid)
+        return answer_mean(reward) if reading == "mean" else reward
 
     return patched
 
@@ -148,7 +142,7 @@ def make_arm(home, seed, arm, rm_lr, lr, kl_coef, rollouts):
     else:
         judge = {"reward": scorer}
     flags = {"lr": lr, "kl_coef": kl_coef, "steps": rollouts, "eval_every": 1, "limit": HELD_OUT}
-    with mock.patch.object(train, "load_reward", read_as(reading, train.load_reward)):
+    with mock.patch.object(train, "reward_of_run", read_as(reading, train.reward_of_run)):
         call(
             "ppo",
             model=home / "sft",
