@@ -14,7 +14,7 @@ from test_reinforce import a_policy, a_rollout, config, gradient, grow, poisoned
 import reinforce
 from data import Example, arith_rows, arith_tokenizer, collate, rows_by_prompt
 from model import LanguageModel, ScalarModel, token_logits
-from parallel import Grid
+from parallel import Grid, Optimizer, Update
 from qrm import (
     REWARD_MODELS,
     bind_reward,
@@ -267,6 +267,7 @@ def test_reward_functions_by_name():
         "plain": (response_scores(model, ids, mask), mask, True),
         "orm": (outcome_rewards(model, ids, mask), last_token_mask(mask), False),
         "prm": (step_rewards(model, ids, mask, lines), step_end_mask(ids, mask, lines), False),
+        "verifier": (response_scores(model, ids, mask), mask, True),
         "dpo": (dpo_rewards(policy, reference, ids, mask), mask, True),
         "logit": (token_logits(policy, ids, mask), mask, True),
     }
@@ -319,6 +320,12 @@ def test_the_training_loss_of_each_reward_model(kind):
         ]
         expected = sum(e * e for e in errors) / 7
         assert stats["step_accuracy"] == pytest.approx(sum(abs(e.item()) < 1 for e in errors) / 7)
+    elif kind == "verifier":  # every token of answers 0 and 2 is right, every one of 1 and 3 wrong
+        rows = [z(answer) for answer in ANSWERS]
+        signs = [1, -1, 1, -1]
+        expected = sum(F.softplus(-sign * row).sum() for sign, row in zip(signs, rows)) / 13
+        hits = sum((sign * row > 0).sum().item() for sign, row in zip(signs, rows))
+        assert stats["token_accuracy"] == pytest.approx(hits / 13)
     else:
         one = {"orm": lambda a: z(a)[-1], "dpo": log_ratio, "logit": logit}.get(kind, lambda a: z(a).mean())
         beta, margin = {"orm": (1.0, 0.0), "dpo": (0.7, 0.0)}.get(kind, (0.7, 0.5))
@@ -330,6 +337,30 @@ def test_the_training_loss_of_each_reward_model(kind):
     near(gradient(loss, model), gradient(expected, model), 3e-5)
 
 
+@pytest.mark.parametrize("kind", REWARD_MODELS)
+def test_an_update_does_not_depend_on_how_pairs_are_cut(kind):
+    """Loss and gradient of all pairs at once, and in parts of unequal tokens and steps, are equal."""
+    reference, lines = random_model(REWARD_MODELS[kind].base, small_config(), 9), [LINE, OTHER_LINE]
+    examples = [Example(PROMPT, answer) for answer in ANSWERS]
+    pairs = [
+        (examples[0], examples[1], 3, 1),
+        (examples[2], examples[3], 2, 0),
+        (examples[2], examples[1], 2, 1),
+    ]
+    cfg, found = config(reward=kind), []
+    for cuts in ((pairs,), (pairs[:1], pairs[1:]), (pairs[:1], pairs[1:2], pairs[2:])):
+        model = random_model(REWARD_MODELS[kind].base, small_config(), 8)
+        parts = [(REWARD_MODELS[kind].weigh(part, step_ids=lines), part) for part in cuts]
+        update = Update(Optimizer(model, Grid(), 1e-3, max_grad_norm=0), parts)
+        for part in update:
+            ids, mask = collate([example for pair in part for example in pair[:2]])
+            errors = torch.tensor([error for pair in part for error in pair[2:]])
+            update.backward(*reward_model_loss(model, ids, mask, cfg, reference, lines, errors))
+        found.append(update.step(1e-3))
+    for row in found[1:]:
+        assert row == pytest.approx(found[0], rel=1e-5)
+
+
 def test_one_number_for_an_answer():
     total = {kind: entry.total for kind, entry in REWARD_MODELS.items()}
     assert total["qrm"](torch.tensor([1.0, 0.0, 5.0])) == 2
@@ -337,6 +368,7 @@ def test_one_number_for_an_answer():
     assert total["prm"](torch.tensor([0.0, 0.5, 0.0, -0.25])) == 0.125  # only where a step ends
     assert total["orm"](torch.tensor([0.0, 0.0, 5.0])) == 5
     assert total["dpo"](torch.tensor([1.0, 0.0, 5.0])) == 6
+    assert total["verifier"](torch.tensor([1.0, 0.0, 5.0])) == 5
 
 
 # -------------------------------------------------------------------------------- a user's own function
