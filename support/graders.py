@@ -1,8 +1,12 @@
 """Answer graders: what a text claims, and whether that is the label."""
 
+import collections
 import re
+from decimal import Decimal
 from fractions import Fraction
+from typing import NamedTuple
 
+from support.expressions import CLOSING, OPENING, tokens_of, value_of
 from support.files import BadInput
 
 TASKS = ("gsm8k", "math", "arith")
@@ -10,14 +14,72 @@ GRADERS = ("ours", "strict", "authors", "math_verify")
 # No answer is longer; bounds every integer and every pattern that is not linear, whatever a model writes.
 MAX_CHARS = 500
 
-# A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No branch can fail late, so a
-# search is linear.
-NUMBER = r"(?:(?<![\w)\]}%.])-)?\\?\$?(?:\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![.\d])\.\d+)(?:/\d+)?"
-# The most explicit first; "A:" as in OpenAI's example solutions.
-CLAIMS = ("####", r"\\boxed", r"\banswer(?: is|:)", "^A:")
+# A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
+# number, an exponent. A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No part
+# can fail late, so a search is linear.
+DIGITS = r"\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![.\d])\.\d+"
+FRACTION = r"\\[dtc]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)"
+POWER_OF_TEN = r"\s?(?:\*|×|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<ten>-?\d{1,3})\}?"
+NUMBER = re.compile(
+    rf"(?P<sign>(?:(?<![\w)\]}}%.])-)?)(?:\\?[$€£](?P<minus>-?))?"
+    rf"(?:(?P<whole>\d{{1,20}})\s?(?P<mixed>\d{{1,20}}/\d+|{FRACTION})|(?P<frac>{FRACTION})"
+    rf"|(?P<digits>{DIGITS})(?P<over>/\d+)?)"
+    rf"(?:e(?P<exp>[+-]?\d{{1,3}})(?!\w)|{POWER_OF_TEN}|\^\{{?(?P<power>\d{{1,3}})\}}?)?"
+)
+# What may not follow a number, or it is another one: more digits or letters, an operator, a range, and these
+# words.
+OTHER_NUMBER = re.compile(
+    r"""\s*(?:[-+*/×÷^=<>~±]|\\(?:times|cdot|div|pm|frac|sqrt|pi|le|ge|leq|geq))\s*[\d.$({\\]
+    |\s*[-+*×÷^]\s*[a-z]
+    |,\d|\.\d|:\d|[\^_!(]\w|[-+/^](?:\s|$)
+    |(?!(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)[a-z\d]
+    |\s*\\?(?:text\w*\{)?\s*(?:hundred|thousand|million|billion|trillion|dozen|score|squared|cubed|factorial|half|halves
+        |thirds?|quarters?|point|plus|minus|divided|or|to\s+\$?\d+|and\s+a|and\s+\$?\d+|below|[ap]\.?\s?m|x\s\d+)\b
+    |\s+\d""",
+    re.VERBOSE | re.IGNORECASE,
+)
 TWELVE = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 WORDS = {word: str(number) for number, word in enumerate(TWELVE, 1)}
-PI = Fraction(2**127 - 1)  # a prime that nobody writes: under *, / and == its root behaves like pi
+# Words that a number may be followed by without being another number. Plurals in s are added.
+UNITS = {
+    word: names.split()[0]
+    for names in (
+        "centimeter cm centimetre",
+        "millimeter mm millimetre",
+        "meter m metre",
+        "kilometer km kilometre",
+        "inch in inches",
+        "foot ft feet",
+        "yard yd",
+        "mile mi",
+        "gram g",
+        "kilogram kg",
+        "pound lb lbs",
+        "ounce oz",
+        "liter l litre",
+        "milliliter ml millilitre",
+        "gallon",
+        "second s sec",
+        "minute min",
+        "hour h hr",
+        "day",
+        "week",
+        "month",
+        "year",
+        "mph",
+        "degree",
+        "radian",
+        "percent pct percentage",
+        "dollar",
+        "cent",
+        "euro",
+        "unit",
+        "point",
+        "people person",
+    )
+    for name in names.split()
+    for word in (name, name + "s")
+}
 
 
 def gsm8k_label(answer: str) -> str:
@@ -36,27 +98,110 @@ def grade(text: str, label: str, task: str, grader: str = "ours") -> tuple[str |
 def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
     """The final answer that a text claims, or None.
 
-    math           what stands in the last \\boxed or \\fbox
-    gsm8k, arith   the last number right after "####"; else after \\boxed, "answer is" or "A:"; else the last
-                   number.
+    math           what stands in the last \boxed or \fbox
+    gsm8k, arith   the last number marked by "####"; else by \boxed, "answer is" or "A:"; else the last
+                   number. A number
+                   is claimed whole or not at all, and a marker without one claims nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
     Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2
-    million" (2).
+    million".
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(
             f"task {task!r} is not one of {', '.join(TASKS)}, or grader {grader!r} of {', '.join(GRADERS)}"
         )
     if task == "math":
-        return boxed(text)
+        return last_boxes(text) if grader in ("ours", "math_verify") else boxed(text)
     if grader == "strict":
         return found[1].replace(",", "") if (found := re.search(r"#### (-?[0-9.,]+)", text)) else None
     if grader == "authors":
         return authors_number(text)
-    text = text.replace("\N{MINUS SIGN}", "-")
-    claims = (re.findall(rf"(?im){claim}[\s:=*$({{\\]*({NUMBER})", text) for claim in CLAIMS)
-    numbers = next(filter(None, claims), None) or re.findall(NUMBER, text)
-    return re.sub(r"[$,\\]", "", numbers[-1]) if numbers else None
+    text = re.sub("[\N{MINUS SIGN}\N{EN DASH}]", "-", text)
+    text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
+    for marked in (after_hashes, after_boxed, after_words):
+        rest = marked(text)
+        if rest is not None:
+            return claimed(rest)
+    numbers = list(NUMBER.finditer(text))
+    return whole_number(numbers[-1]) if numbers else None
+
+
+def after_hashes(text):
+    """What follows the last "####" that is no heading: words, or "1. Words", with more lines below; or
+    None."""
+    found = None
+    end = len(text.rstrip())
+    for match in re.finditer(r"####([^\n]*)", text):
+        heading = re.match(r"[\s*_]*(?:\d+[.)]\s+)?[A-Za-z]", match[1]) and match.end() < end
+        found = found if heading else match[1]
+    return found
+
+
+def after_boxed(text):
+    """What stands in the last box, or None; an empty one, or one that is cut off, says nothing."""
+    return (boxed(text) or "") if re.search(r"\\(?:boxed|fbox)(?![a-z])", text) else None
+
+
+def after_words(text):
+    """What follows the last "answer is", else the last "A:" at the start of a line, if it can be a number; or
+    None."""
+    for words in (r"\banswer(?: is|:)", "^A:"):
+        found = re.findall(
+            rf"(?im){words}([\s:=*_$({{\\[]*(?:[a-z]\s*=\s*)?(?:[-+.\d\\$€£]|[,/%]-?\d)[^\n]*)", text
+        )
+        if found:
+            return found[-1]
+    return None
+
+
+def claimed(rest):
+    """The number that the text after a marker begins with; None if it begins with anything else.
+
+    Of "5 + 5 = 10" it is the last one, and "x = 5" is 5.
+    """
+    rest = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", rest)
+    rest = re.sub(r"^(?:[\s:=*_$({]|\\[(\[!,])+", "", rest.split("\n")[0] if rest.strip() else "")
+    while chain := re.match(r"(?:[A-Za-z]\s*|[^=A-Za-z]*)=\s*(?=\S)", rest):
+        rest = rest[chain.end() :]
+    number = NUMBER.match(rest.lstrip("$ "))
+    return whole_number(number) if number else None
+
+
+def whole_number(match):
+    """A match of NUMBER as plain digits or a fraction; None if what follows makes it another number."""
+    rest = re.sub(r"^(?:\\?%|°)", "", match.string[match.end() :])
+    before = match.string[max(match.start() - 1, 0) : match.start()]
+    if OTHER_NUMBER.match(rest) or before.isalpha():
+        return None
+    if match["digits"] and re.match(r"\d{4,},", match["digits"]) or match["sign"] and match["minus"]:
+        return None
+    sign = "-" if match["sign"] or match["minus"] else ""
+    fraction = match["frac"] or match["mixed"]
+    if fraction:
+        braced = re.fullmatch(r"\\[dtc]?frac\s?(?:\{(\d+)\}|(\d))\s?(?:\{(\d+)\}|(\d))", fraction)
+        top, bottom = [part for part in braced.groups() if part] if braced else fraction.split("/")
+        return f"{sign}{match['whole'] + ' ' if match['whole'] else ''}{top}/{bottom}"
+    digits = match["digits"].replace(",", "") + (match["over"] or "")
+    power = match["exp"] or match["ten"]
+    if match["power"] is None and power is None:
+        return sign + digits
+    if match["over"]:
+        return None
+    value = (
+        Fraction(digits) ** int(match["power"])
+        if match["power"]
+        else Fraction(digits) * Fraction(10) ** int(power)
+    )
+    return sign + plain(value)
+
+
+def plain(value):
+    """A decimal fraction in plain digits."""
+    return (
+        str(value.numerator)
+        if value.denominator == 1
+        else format(Decimal(value.numerator) / value.denominator, "f")
+    )
 
 
 def same_answer(answer: str, label: str, task: str, grader: str = "ours") -> bool:
@@ -77,28 +222,50 @@ def same_answer(answer: str, label: str, task: str, grader: str = "ours") -> boo
             parse(rf"\boxed{{{label}}}"), parse(rf"\boxed{{{answer}}}")
         )  # not symmetric: the label is first
     if grader == "ours":
-        return meaning(answer) == meaning(label)
+        return answer == label or same_meaning(answer, label)
     if grader == "strict":
         return hendrycks(answer) == hendrycks(label) if task == "math" else answer == label.replace(",", "")
     if task == "math":
-        return authors_latex(answer) in re.sub(r"\s", "", label) and authors_latex(answer) != ""
+        return authors_latex(answer) in authors_label(label) and authors_latex(answer) != ""
     return answer == re.sub(r",|\.0+$", "", label)
 
 
 def boxed(text: str) -> str | None:
-    """What stands in the last \\boxed{...} or \\fbox{...}, braces balanced; after `\\boxed 5`, all up to a $
-    or a new line."""
-    *before, rest = re.split(r"\\(?:boxed|fbox)(?![a-z])\s*", text)
-    if not before:
-        return None
-    if not rest.startswith("{"):
-        return re.split(r"[$\n]", rest)[0].strip() or None
+    r"""What stands in the last \boxed{...} or \fbox{...}; after `\boxed 5`, all up to a $ or a new line."""
+    boxes = boxes_of(text)
+    return boxes[-1][0] if boxes else None
+
+
+def last_boxes(text: str) -> str | None:
+    r"""The last \boxed, and those before it that it is listed with: "\boxed{1} and \boxed{2}" says 1, 2."""
+    *others, last = boxes_of(text) or [(None, "")]
+    found = last[0]
+    for content, between in reversed(others):
+        between = re.sub(r"\\text\s*\{([^{}]*)\}|\\q?quad|\\[()\[\]]|[\s$]", r"\1", between).replace(" ", "")
+        if not content or not found or between not in (",", "and", ",and"):
+            break
+        found = f"{content}, {found}"
+    return found
+
+
+def boxes_of(text):
+    r"""[(content or None, the text up to the next box)] of every \boxed and \fbox, braces balanced."""
+    found = []
+    for rest in re.split(r"\\(?:boxed|fbox)(?![a-z])\s*", text)[1:]:
+        end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
+        content = None if end is None else rest[rest.startswith("{") : end].strip()
+        found.append((content or None, rest[(end or 0) + 1 :]))
+    return found
+
+
+def closing_brace(text):
+    r"""Where the brace that text starts with is closed, or None; \{ and \} are the brackets of a set."""
     depth = 0
-    for token in re.finditer(r"\\.|[{}]", rest):  # \{ and \} are the brackets of a set and open nothing
+    for token in re.finditer(r"\\.|[{}]", text):
         depth += {"{": 1, "}": -1}.get(token[0], 0)
         if depth == 0:
-            return rest[1 : token.start()].strip() or None
-    return None  # cut off inside the box
+            return token.start()
+    return None
 
 
 def hendrycks(s: str) -> str:
@@ -113,65 +280,280 @@ def hendrycks(s: str) -> str:
     return re.sub(r"^(-?\d+)/(-?\d+)$", r"\\frac{\1}{\2}", r"\frac{1}{2}" if s == "0.5" else s)
 
 
+class Piece(NamedTuple):
+    """One of the values that an answer lists."""
+
+    value: tuple  # hashable; equal tuples, equal values
+    name: str = ""  # x, f(x) or (p,q) of "x = 5"
+    unit: tuple = ()
+    equation: tuple = ()  # of "y = 2x": both sides, whichever of its variables is the name
+
+
 def meaning(answer: str) -> tuple:
-    """What an answer stands for: equal tuples, equal answers.
+    """What an answer stands for, hashable, names and units aside: equal tuples, equal answers."""
+    return joined([piece.value for piece in pieces_of(answer)])
 
-    After Hendrycks's normalisation the string is cut at brackets, commas, cells and rows, which stay as they
-    are; each piece between them that is a number becomes that number. Only a set and a list without brackets
-    have no order. A percentage is its number. A unit after a number is dropped, not compared: 5 cm is 5 m.
-    Known misses, all of them right answers marked wrong: powers (2^{10}), sums that are not the same letter
-    for letter (1+\\sqrt{2}, \\sqrt{2}+1), roots of fractions, all algebra (2(x+1), 2x+2), 0.5 for 50\\%, Even
-    for even, rounding.
+
+def same_meaning(answer: str, label: str) -> bool:
+    r"""Do two answers say the same?
+
+    An answer is a list of pieces (commas, "and", "or"), without order: each a number or expression
+    (expressions.py), a set (no order), a tuple or interval (order, brackets), a union, a matrix, a ratio, a
+    relation, or text. x = 5 is 5; where both answers name their values, the names count, and where one names
+    several, the order. An inequality of a name is an interval; an equation is one with its multiples. A
+    percentage is its number. A unit (UNITS) may be left out; if both have one, it must be the same.
+
+    An answer must be worked out: 9+1, 2^{10} and 5! are not 10, 1024 and 120, or a policy would learn to
+    repeat the question; for the same reason 2(x+1) is not 2x+2. Known misses, right answers marked wrong: 0.5
+    for 50\%, rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion
+    of units.
     """
-    s = answer.replace("\N{MINUS SIGN}", "-").replace("\\\\", ";").replace("{,}", ",")
-    s = re.sub(r"\\[!,:; ]\s*|°|(?<!\\)[$%]", "", s.replace("cfrac", "frac"))
-    s = re.sub(
-        r"\s*\b([ap]\.\s?m|hundred|thousand|million|billion)", r"*\1", s
-    )  # no units: 2 million is not 2
-    s = re.sub(
-        r"(?<=[\w)}])\s*\\(?:text|mbox|mathrm)\s*\{[^{}*]*\}(?:\^\{?\d\}?)?\.?\s*$", "", s
-    )  # 10\text{ cm}^2
-    s = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1 ", s)
-    s = re.sub(r"\s+(?:and|or)\s+", ",", s)
-    s = re.sub(r"(?<=[\d)}])(?:\s+(?:[A-Za-z]{3,}|[ckm]m))+(?:\^\{?\d\}?)?\.?\s*$", "", s)  # 10 square cm
-    s = re.sub(
-        r"^\s*\(([A-Za-z])\)\s*$|^\s*\w\s*\\in\b", r"\1", s
-    )  # the choice (C) is C; x \in [0,1] is [0,1]
-    s = re.sub(r"(\d)\s+(\d+)/(\d+)", r"\1\\frac{\2}{\3}", s)
-    s = re.sub(r"(?<=\d)\s+(?=\d)", "~", s)  # "1 2" is not 12
-    s = hendrycks(re.sub(r"\s|;(?=\s*\\end)", "", s)).rstrip(".")
-    s = re.sub(r"(^|[,(\[])\+", r"\1", s)
-    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", s):  # 1,234 is a number; (1,234) is a pair
-        s = s.replace(",", "")
-    pieces = re.split(r"([()\[\],;&]|\\[{}]|\\cup|\\(?:begin|end)\{\w+\})", s)
-    values = [square if (square := signed_square(piece)) is not None else piece for piece in pieces if piece]
-    ordered = re.search(r"[()\[\];&]|\\cup|\\begin", s)
-    return tuple(
-        values if ordered else sorted(values, key=lambda v: (isinstance(v, str), v))
-    )  # numbers, then strings
+    ours, theirs = pieces_of(answer), pieces_of(label)
+    if len(ours) == len(theirs):
+        if same_equations(ours, theirs):
+            return True
+        named, other = [piece.name for piece in ours], [piece.name for piece in theirs]
+        if all(named) and all(other):
+            return same_named(ours, theirs)
+        if in_order(named) and not any(other) or in_order(other) and not any(named):
+            return [piece.value for piece in ours] == [piece.value for piece in theirs]
+        if len(ours) == 1 and ours[0].unit and theirs[0].unit and ours[0].unit != theirs[0].unit:
+            return False
+    return joined([piece.value for piece in ours]) == joined([piece.value for piece in theirs])
 
 
-def signed_square(s: str) -> Fraction | None:
-    """sign(v) v^2 of v, a product or quotient of rationals, square roots and pi; None where s is anything
-    else.
+def in_order(names):
+    """Whether a list says by several names which value is which."""
+    return all(names) and len(set(names)) == len(names) > 1
 
-    The map keeps products, quotients and equality, and its values are rational: sqrt(8) and 2 sqrt(2) both
-    give 8.
-    """
-    group = r"\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}"
-    if m := re.fullmatch(r"-([^+-].*)", s):
-        return None if (x := signed_square(m[1])) is None else -x
-    if re.fullmatch(r"\d+\.?\d*|\.\d+", s):
-        return Fraction(s) ** 2
-    if (m := re.fullmatch(r"(\d+)\\frac\{(\d+)\}\{(\d+)\}", s)) and int(m[3]):  # a mixed number
-        return (int(m[1]) + Fraction(int(m[2]), int(m[3]))) ** 2
-    if m := re.fullmatch(rf"\\frac{group}{group}", s) or re.fullmatch(r"(.+)/(\d+|\\sqrt\{\d+\}|\\pi)", s):
-        x, y = signed_square(m[1]), signed_square(m[2])
-        return x / y if x is not None and y else None
-    if m := re.fullmatch(r"(.*?)(?:\\cdot|\\times|\*)?(?:\\sqrt\{(\d+)\}|\\pi)", s):
-        x = signed_square(m[1] or "1")
-        return None if x is None else x * (Fraction(m[2]) if m[2] else PI)
-    return None
+
+def same_named(ours, theirs):
+    """Whether two lists of named values give the same names the same values."""
+    values = [collections.Counter((piece.name, piece.value) for piece in pieces) for pieces in (ours, theirs)]
+    return values[0] == values[1]
+
+
+def same_equations(ours, theirs):
+    """Whether two lists are the same equations."""
+    equations = [collections.Counter(piece.equation for piece in pieces) for pieces in (ours, theirs)]
+    return equations[0] == equations[1] and () not in equations[0]
+
+
+def joined(values):
+    r"""One value of several: a list without order. The two values of a \pm are two of them."""
+    flat = []
+    for value in values:
+        flat += value[1:] if value[0] == "pm" else [value]
+    return flat[0] if len(flat) == 1 else ("set", *sorted(flat, key=repr))
+
+
+def pieces_of(answer: str) -> list:
+    """The pieces of an answer."""
+    tokens = tokens_of(re.sub(r",(?=\s*(?:\\text\s*\{\s*)?(?:and|or)\b)", " ", answer))
+    while tokens and tokens[-1].text == ".":
+        tokens.pop()
+    if tokens and tokens[0].text == "{" and tokens[-1].text == "}" and closes(tokens):
+        tokens = tokens[1:-1]  # braces that only group
+    parts, _ = split(tokens, (",", ";", "and", "or"))
+    return [piece_of(part) for part in parts] if all(parts) else [Piece(text_of(tokens))]
+
+
+def split(tokens, separators):
+    """-> the parts between separators outside all brackets, and these separators."""
+    parts, found = [[]], []
+    depth = 0
+    for token in tokens:
+        depth += (token.text in OPENING or token.text.startswith("\\begin")) - (
+            token.text in CLOSING or token.text.startswith("\\end")
+        )
+        if depth == 0 and token.text in separators and token.text not in CLOSING:
+            parts.append([])
+            found.append(token.text)
+        else:
+            parts[-1].append(token)
+    return parts, found
+
+
+RELATIONS = ("=", "<", ">", "\\le", "\\ge", "\\ne")
+
+
+def piece_of(tokens):
+    """The Piece that tokens without a comma outside brackets say."""
+    before, inside = split(tokens, ("\\in",))
+    if inside:
+        tokens = before[-1]
+    sides, roughly = split(tokens, ("\\approx",))
+    if roughly:  # x = 1/3 \approx 0.33 says 1/3
+        tokens = sides[1] if is_name(sides[0]) else sides[0]
+    sides, relations = split(tokens, RELATIONS)
+    if not all(sides):
+        return Piece(text_of(tokens))
+    if not relations:
+        tokens, unit = without_unit(tokens)
+        return Piece(value_of_part(tokens), unit=unit)
+    if set(relations) != {"="}:
+        return relation_of(sides, relations)
+    last, unit = without_unit(sides[-1])
+    equation = equation_of(sides) if len(sides) == 2 else ()
+    if is_name(sides[0]):
+        return Piece(value_of_part(last), "".join(token.text for token in sides[0]), unit, equation)
+    named = any(token.kind in ("letter", "word", "command") for side in sides[:-1] for token in side)
+    if not named and not any(token.kind == "letter" for token in sides[-1]):
+        return Piece(value_of_part(last), unit=unit)  # 5 + 5 = 10 says 10
+    return Piece(equation or text_of(tokens), equation=equation)
+
+
+def is_name(tokens):
+    r"""Whether tokens name a value: x, x_1, f(2), (p,q), |AB|, V_1:V_2, \frac{NO}{BO}."""
+    spelled = "".join(token.text for token in tokens)
+    spelled = re.sub(r"_(\{[^{}]*\}|.)|(?<=[A-Za-z])\([^()]*\)", "", spelled)
+    spelled = re.sub(r"\\(angle|triangle|overline|frac|alpha|beta|theta|lambda)(?![a-z])", "", spelled)
+    return re.fullmatch(r"[A-Za-z{}()|:,']*[A-Za-z][A-Za-z{}()|:,']*", spelled) is not None
+
+
+def difference(sides):
+    """Left minus right at two points: two relations say the same if their quotient is the same."""
+    at = []
+    for salt in (0, 1):
+        read = [value_of(side, salt=salt) for side in sides]
+        if None in read:
+            return None
+        left, right = read[0][0], read[1][0]
+        known = isinstance(left, Fraction) and isinstance(right, Fraction) and left != right
+        if not known or not any(token.kind == "letter" for side in sides for token in side):
+            return None
+        at.append(left - right)
+    return at
+
+
+def equation_of(sides):
+    """What equations have in common that differ by a factor; () if it is not known."""
+    at = difference(sides)
+    return ("equation", at[0] / at[1]) if at else ()
+
+
+def relation_of(sides, relations):
+    """The Piece of a chain of relations, turned so that it ascends: x > 5 is (5, infinity), \ne has no
+    direction."""
+    if any(sign in (">", "\\ge") for sign in relations):
+        sides, relations = (
+            sides[::-1],
+            [{">": "<", "\\ge": "\\le"}.get(sign, ">") for sign in relations[::-1]],
+        )
+    values = [value_of_part(side) for side in sides]
+    if relations == ["\\ne"]:
+        return Piece(("relation", "\\ne", *sorted(values, key=repr)))
+    if set(relations) <= {"<", "\\le"}:
+        ends = [token.kind == "letter" for side in (sides[0], sides[-1]) for token in side]
+        if len(sides) == 3 and is_name(sides[1]) and not any(ends):
+            return interval(values[0], relations, values[2], sides[1])
+        if len(sides) == 2:
+            return half_line(sides, relations, values)
+    return Piece(("relation", *relations, *values))
+
+
+def interval(low, relations, high, name):
+    """The Piece of low < name <= high."""
+    opening = "[" if relations[0] == "\\le" else "("
+    closing = "]" if relations[-1] == "\\le" else ")"
+    return Piece((opening, low, high, closing), "".join(token.text for token in name))
+
+
+def half_line(sides, relations, values):
+    """The Piece of an inequality: an interval if one side is a name, else up to a positive factor."""
+    infinity = value_of_part(tokens_of(r"\infty")), value_of_part(tokens_of(r"-\infty"))
+    for name, bound in ((0, 1), (1, 0)):
+        if is_name(sides[name]) and not any(token.kind == "letter" for token in sides[bound]):
+            if name == 0:
+                return interval(infinity[1], ["<", *relations], values[1], sides[0])
+            return interval(values[0], [*relations, "<"], infinity[0], sides[1])
+    at = difference(sides)
+    if at:
+        return Piece(("relation", *relations, at[0] > 0, at[0] / at[1]))
+    return Piece(("relation", *relations, *values))
+
+
+def text_of(tokens):
+    """The value of what is nothing else: its letters."""
+    return ("text", "".join(token.text for token in tokens))
+
+
+def value_of_part(tokens):
+    """The value of one part of an answer; see same_meaning for what it may be."""
+    unions, found = split(tokens, ("\\cup",))
+    if found:
+        return ("union", *sorted((value_of_part(part) for part in unions), key=repr))
+    ratio, found = split(tokens, (":",))
+    if found and all(ratio):
+        return ("ratio", *(value_of_part(part) for part in ratio))
+    return bracketed_value(tokens) or matrix_value(tokens) or number_value(tokens)
+
+
+def bracketed_value(tokens):
+    """The value of a tuple, an interval or a set; of what stands in a pair of brackets that only group; or
+    None."""
+    opening, closing = (tokens[0].text, tokens[-1].text) if tokens else ("", "")
+    if opening not in OPENING or closing not in CLOSING or not closes(tokens):
+        return None
+    parts, commas = split(tokens[1:-1], (",", ";"))
+    values = [value_of_part(without_unit(part)[0]) for part in parts]
+    if opening == "\\{":
+        return joined(values) if commas else ("set", *values)  # {5} is not 5
+    if opening == "{" or not commas and (opening, closing) == ("(", ")"):
+        return joined(values)
+    if not commas and values[0][0] == "matrix":
+        return values[0]
+    return (opening, *values, closing)
+
+
+def closes(tokens):
+    """Whether the bracket that the first token opens is closed by the last one; (0, 1] is an interval."""
+    depth = 0
+    for i, token in enumerate(tokens):
+        depth += (token.text in OPENING) - (token.text in CLOSING)
+        if depth == 0:
+            return i == len(tokens) - 1
+    return False
+
+
+def matrix_value(tokens):
+    """The rows of a matrix, whatever its brackets; a determinant is none; or None."""
+    if len(tokens) < 2:
+        return None
+    begin = re.match(r"\\begin\{([pbB]?matrix|array)\}", tokens[0].text)
+    nested = sum(token.text.startswith("\\begin") for token in tokens) > 1
+    if not begin or nested or tokens[-1].text != rf"\end{{{begin[1]}}}":
+        return None
+    rows = [row for row in split(tokens[1:-1], ("\\\\",))[0] if row]
+    return ("matrix", *(tuple(value_of_part(cell) for cell in split(row, ("&",))[0]) for row in rows))
+
+
+def number_value(tokens):
+    r"""The value of an expression, the two of one with \pm, or text."""
+    if any(token.text in ("\\pm", "\\mp") for token in tokens):
+        two = [value_of(tokens, sign) for sign in (1, -1)]
+        if None not in two:
+            return ("pm", *(("number", *value) for value in two))
+    value = value_of(tokens)
+    return text_of(tokens) if value is None else ("number", *value)
+
+
+def without_unit(tokens):
+    """-> tokens before a unit such as "cm", "square feet" or "km/h", and the unit's words, abbreviations
+    written out."""
+    end = len(tokens)
+    exponent = "".join(token.text for token in tokens[-4:]).replace("{", "").replace("}", "")
+    if re.search(r"[a-z]\^[23]$", exponent):
+        end -= 4 if tokens[-1].text == "}" else 2
+    power = tokens[end:]
+    unit = []
+    joins = ("/", "per", "square", "cubic")
+    while end > 1 and (tokens[end - 1].text in UNITS or unit and tokens[end - 1].text in joins):
+        end -= 1
+        unit.append(UNITS.get(tokens[end].text, tokens[end].text))
+    if not unit or tokens[end - 1].text in ("_", "^", "+", "-", "*", "/", "="):
+        return tokens, ()
+    return tokens[:end], (*unit[::-1], *(token.text for token in power if token.kind == "number"))
 
 
 def authors_number(text: str) -> str | None:
@@ -194,9 +576,16 @@ def authors_number(text: str) -> str | None:
 
 
 def authors_latex(answer: str) -> str:
-    """The Q-RM authors' MATH normalisation of an answer; the label keeps its \\\\, so that no matrix ever
-    matches."""
+    """The Q-RM authors' MATH normalisation of an answer."""
     s = re.sub(r"^\\text|^\w=", "", re.sub(r"\\mathbf| ", "", answer))
     s = re.sub(r"\\left|\\right|\\!|\\%|\\\$", "", s)
     s = re.sub(r"\\text{.*\n*.*}|\\mbox{.*}|\^{?\\circ}?", "", s)
-    return re.sub(r"\\$", "", s.replace("\\\\", "\\"))
+    s = re.sub(r"\\$", "", s.replace("\\\\", "\\"))
+    return re.sub(r"dfrac|tfrac", "frac", s)
+
+
+def authors_label(label: str) -> str:
+    """The Q-RM authors' normalisation of a MATH label; their files end a row of a matrix with one
+    backslash."""
+    s = re.sub(r"dfrac|tfrac", "frac", re.sub(r"\s|\\!", "", label))
+    return re.sub(r"\\mbox\{\w+}|\\left|\\right", "", s)

@@ -1,15 +1,19 @@
 """Graders against hand-made tables, OpenAI's graded solutions, the Q-RM authors' own test pairs, and
 noise."""
 
+import collections
 import importlib.util
 import json
 import random
+import re
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from support.graders import GRADERS, TASKS, extract_answer, grade, gsm8k_label, same_answer, signed_square
+from support.expressions import tokens_of, value_of
+from support.graders import GRADERS, TASKS, extract_answer, grade, gsm8k_label, same_answer
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 real = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
@@ -125,6 +129,56 @@ SAME = [  # (label, answer): equal for "ours"
     (r"100\text{ square units}", "100"),
     (r"1+\sqrt{2}", r"1 + \sqrt{2}"),
     ("5", "5.0."),
+    (r"1+\sqrt{2}", r"\sqrt{2}+1"),
+    (r"\sqrt{\frac{1}{4}}", r"\frac{1}{2}"),
+    (r"\text{Even}", r"\text{even}"),
+    # other spellings
+    ("x^{2}", "x^2"),
+    ("52_{7}", "52_7"),
+    (r"x \ge 5", r"x \geq 5"),
+    ("x>=5", r"x\geqslant 5"),
+    (r"\frac{1}{2}", r"\frac{1}2"),
+    (r"\frac{\sqrt{3}}{2}", r"\frac{\sqrt{3}}2"),
+    ("2x", "f(x)=2x"),
+    ("1, 2", "x = 1, y = 2"),
+    ("x=1,y=2", "y=2,x=1"),
+    (r"\frac{1}{3}", r"\left(\frac{1}{3}\right)"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}"),
+    (r"\begin{pmatrix} 1 & 2 \end{pmatrix}", r"\left[\begin{array}{cc} 1 & 2 \end{array}\right]"),
+    ("12", "12cm"),
+    ("12", r"12\textrm{ cm}"),
+    ("12", r"12\text{ km/h}"),
+    (r"[0,\infty)", "[0,\N{INFINITY})"),
+    (r"(1,2)\cup(3,4)", "(1,2) \N{UNION} (3,4)"),
+    ("1,2,3", r"1, 2, \text{ and } 3"),
+    ("1,2,3", "1, 2, and 3"),
+    # the tics of the Q-RM authors' files
+    ("{odd}", r"\text{odd}"),
+    ("{13}", "13"),
+    ("{4:30p.m.}", r"4:30 \text{ p.m.}"),
+    ("{1:03PM}", r"1:03\text{ pm}"),
+    ("{June20}", r"\text{June 20}"),
+    ("{A,B}", r"\text{A, B}"),
+    (r"\begin{pmatrix}6\3\0\end{pmatrix}", r"\begin{pmatrix} 6 \\ 3 \\ 0 \end{pmatrix}"),
+    (r"\begin{pmatrix}-1&-5\-1&4\end{pmatrix}", r"\begin{pmatrix} -1 & -5 \\ -1 & 4 \end{pmatrix}"),
+    # the same algebra, the same relation
+    ("3qr+6q", "6q+3rq"),
+    ("(a+5)(b-2)", "(b-2)(5+a)"),
+    ("(x-2)(x-3)", "(2-x)(3-x)"),
+    ("x < 3", "3 > x"),
+    ("(3,\\infty)", "x > 3"),
+    ("(-7,1]", "-7 < a \\le 1"),
+    ("x \\ne 3", "x != 3"),
+    ("2x+4y=3", r"y = \frac{3}{4} - \frac{1}{2}x"),
+    ("1+\\sqrt{3}, 1-\\sqrt{3}", r"1 \pm \sqrt{3}"),
+    ("11", "x = 5 + 6 = 11"),
+    (r"\frac{1}{3}", r"x = \frac{1}{3} \approx 0.33"),
+    ("7:32", "a:b = 7:32"),
+    ("(3,2)", "(p,q)=(3,2)"),
+    (r"10^{\frac{1}{2}}", r"\sqrt{10}"),
+    (r"2\sin b\cos a", r"2 \cos a \sin b"),
+    ("2^{100}", "4^{50}"),
+    ("12345678901234567890", "12,345,678,901,234,567,890"),
 ]
 DIFFERENT = [
     (r"\frac{1}{2}", "1"),
@@ -171,14 +225,63 @@ DIFFERENT = [
     ("2", r"2\text{ million}"),
     ("9", "9:30"),
     (r"\frac{1}{2}x", r"\frac{1}{2}"),
+    # words are not dropped unread
+    (r"12:30\text{ pm}", r"12:30\text{ am}"),
+    ("2", r"2\text{ Million}"),
+    ("2", "2 trillion"),
+    ("2", "2 dozen"),
+    ("2", "2 squared"),
+    ("5", "5 factorial"),
+    ("5", r"5\text{ or less}"),
+    (r"5\text{ or less}", r"5\text{ or more}"),
+    ("20", "20 below zero"),
+    (r"10_\text{ten}", r"10_\text{two}"),
+    (r"5\text{ cm}", r"5\text{ m}"),
+    (r"5\text{ cm}^2", r"5\text{ cm}^3"),
+    ("5", "5 wrong"),
+    # structure is not dropped
+    ("x>=5", "5"),
+    ("x>=5", "x<=5"),
+    ("x>5", "x>=5"),
+    ("7=11a+c", "11a+c"),
+    ("2x+4y=3", "2x+4y=6"),
+    (r"\{1,2\},\{3\}", r"\{1,3\},\{2\}"),
+    (r"\{5\}", "5"),
+    ("32, 349", "32349"),
+    ("x=1,y=2", "2,1"),
+    ("x=5", "y=5"),
+    ("(1,2),(3,4)", "(1,3),(2,4)"),
+    ("7:32", "32:7"),
+    (r"1 \pm \sqrt{3}", r"1 + \sqrt{3}"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}"),
+    (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"0.\overline{3}", "0"),
+    (r"0.\overline{3}", r"0.\overline{4}"),
+    ("1.234.567", "1.234"),
+    ("5", ",5"),
+    ("1,2", "1,,2"),
+    ("12345678901234567890", "12345678901234567891"),
+    (r"\sqrt{2}", "1.4142135623730950488016887"),
+    ("2^{1000000000}", "2^{1000000001}"),
+    ("|x|", "x"),
+    ("x^2", "x^3"),
+    ("xy", "x+y"),
+    (r"\frac{x}{y}", r"\frac{y}{x}"),
+    (r"\sin x", r"\cos x"),
+    ("f(2)", "2f"),
 ]
 MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     ("1024", "2^{10}"),
-    (r"1+\sqrt{2}", r"\sqrt{2}+1"),
     ("2x+2", "2(x+1)"),
-    (r"\sqrt{\frac{1}{4}}", r"\frac{1}{2}"),
     (r"50\%", "0.5"),
-    (r"\text{Even}", r"\text{even}"),
+    ("10", "9+1"),  # not worked out
+    ("10", r"2\cdot 5"),
+    ("120", "5!"),
+    ("x^2+3x+2", "(x+1)(x+2)"),
+    ("-1", "i^2"),
+    (r"\sin^2 x + \cos^2 x", "1"),
+    ("1.5", "1,5"),
+    (r"100\text{ cm}", r"1\text{ m}"),
 ]
 
 
@@ -261,14 +364,175 @@ def test_math_verify_or_one_clear_line():
             same_answer("1", "1", "math", "math_verify")
 
 
-def test_signed_squares_agree_with_floats():
+def test_values_agree_with_floats():
     rng = random.Random(0)
     for _ in range(300):
         a, b, c, d = (rng.randint(1, 30) for _ in range(4))
         sign = rng.choice(["", "-"])
-        number = (-1 if sign else 1) * a * b**0.5 / (c * d**0.5)
-        square = signed_square(rf"{sign}\frac{{{a}\sqrt{{{b}}}}}{{{c}\sqrt{{{d}}}}}")
-        assert float(square) == pytest.approx(number * abs(number), rel=1e-12)
+        number = (-1 if sign else 1) * a * b**0.5 / (c * d**0.5) + c**0.25
+        text = rf"{sign}\frac{{{a}\sqrt{{{b}}}}}{{{c}\sqrt{{{d}}}}} + {c}^{{1/4}}"
+        value, _ = value_of(tokens_of(text))
+        assert float(value) == pytest.approx(number, rel=1e-9)
+
+
+def test_polynomials_are_equal_where_they_are_everywhere():
+    """Sums in any order, against polynomials by their coefficients."""
+    rng = random.Random(0)
+    for _ in range(300):
+        terms = [(rng.randint(1, 3), rng.randint(1, 2), rng.choice("xyz")) for _ in range(rng.randint(1, 4))]
+        other = rng.sample(terms, len(terms))
+        if rng.random() < 0.5:
+            other[0] = (rng.randint(1, 3), rng.randint(1, 2), rng.choice("xyz"))
+        sums = []
+        for part in (terms, other):
+            sums.append(collections.Counter())
+            for coefficient, power, letter in part:
+                sums[-1][letter, power] += coefficient
+        spelled = ["+".join(f"{c}{letter}^{power}" for c, power, letter in part) for part in (terms, other)]
+        assert same_answer(*spelled, "math") == (sums[0] == sums[1])
+
+
+CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
+    (r"\boxed{1{,}000}", "1000"),
+    (r"The answer is $9{,}500.$", "9500"),
+    ("#### 1 1/2", "1 1/2"),
+    (r"#### 1\frac{1}{2}", "1 1/2"),
+    ("#### 10-15", None),
+    ("#### 10\N{EN DASH}15", None),
+    ("#### 5 + 5 = 10", "10"),
+    ("#### 48/2=24", "24"),
+    ("#### x = 5", "5"),
+    ("#### 3 + 4", None),
+    ("#### 1.5e3", "1500"),
+    ("#### 10^3", "1000"),
+    (r"#### 3.5 \times 10^2", "350"),
+    ("#### \N{EN DASH}18", "-18"),
+    (r"\boxed{\frac{1}{2}}", "1/2"),
+    (r"\boxed{x=5}, which is 7 less", "5"),
+    ("#### 1. Cost: 3\n#### 2. Tip: 4\nThe answer is 13.", "13"),
+    ("#### none", None),  # what a marker marks cannot be read, so nothing is claimed
+    ("so 5\n####", None),
+    (r"\boxed{}, not 7", None),
+    (r"so 5: \boxed{5", None),
+    (r"\boxed{\text{no}}, not 7", None),
+    ("#### 2 million", None),
+    ("so about 2 million", None),
+    (r"\boxed{2\text{ million}}", None),
+    ("The answer is 5 dozen.", None),
+    ("#### 5 squared", None),
+    ("#### 5 and a half", None),
+    ("#### 5 or 6", None),
+    ("#### 5 to 6", None),
+    ("#### 20 below zero", None),
+    ("#### 12:30", None),
+    ("#### 3 pm", None),
+    ("#### 5x", None),
+    ("#### 5k", None),
+    ("#### ~5", None),
+    ("#### 1 2", None),
+    ("#### 1,23", None),
+    ("#### 1234,567", None),
+    ("#### 1.234.567", None),
+    ("#### 18 eggs", "18"),
+    (r"\boxed{18 \text{ eggs}}", "18"),
+    ("#### 12cm", "12"),
+    ("#### $2/hour", "2"),
+    ("#### 50\\%", "50"),
+    ("#### -$5", "-5"),
+    ("#### $-5", "-5"),
+    ("#### --5", None),
+    ("#### **18**", "18"),
+    ("#### 7 (seven)", "7"),
+    ("the 18th floor", "18"),
+    ("15 oranges", "15"),
+]
+
+
+@pytest.mark.parametrize("text, answer", CLAIMS)
+def test_a_number_is_claimed_whole_or_not_at_all(text, answer):
+    assert extract_answer(text, "gsm8k") == answer
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$.", "1, 2, 3"),
+        (r"\boxed{(2,2)} \quad \text{and} \quad \boxed{(6,2)}", "(2,2), (6,2)"),
+        (r"\boxed{1}. Wait: \boxed{2}", "2"),
+        (r"\boxed{1} or \boxed{2}", "2"),
+        (r"\boxed{1} and \boxed{2", None),
+    ],
+)
+def test_boxes_that_are_one_list(text, answer):
+    assert extract_answer(text, "math") == answer
+
+
+def one_character_changes(label, rng, n):
+    """n labels that differ from label in one character."""
+    for _ in range(n):
+        place = rng.randrange(len(label) + 1)
+        new = rng.choice("0123456789-+.,/ xe%")
+        yield rng.choice(
+            [
+                label[:place] + new + label[place:],
+                label[:place] + new + label[place + 1 :],
+                label[:place] + label[place + 1 :],
+            ]
+        )
+
+
+def number_of(text):
+    """The number that a text is, by rules of its own; None if it is none."""
+    text = text.strip().rstrip(".,").removesuffix("%").strip()  # punctuation, and a percentage is its number
+    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    if mixed := re.fullmatch(r"(-?)(\d+) (\d+)/(\d+)", text):
+        sign, whole, top, bottom = mixed.groups()
+        return (-1 if sign else 1) * (int(whole) + Fraction(int(top), int(bottom))) if int(bottom) else None
+    try:
+        return Fraction(text.lstrip("+"))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def assert_no_false_positive(labels):
+    rng = random.Random(0)
+    wrong = 0
+    for label in labels:
+        for text in one_character_changes(label, rng, 8):
+            right = number_of(text) == number_of(label)
+            wrong += not right
+            assert right or not same_answer(text, label, "math"), (text, label)
+            for marked in (f"#### {text}", rf"\boxed{{{text}}}", f"The answer is {text}"):
+                assert right or not grade(marked, label, "gsm8k")[1], (marked, label)
+    assert wrong > 3 * len(labels)
+
+
+def test_no_false_positive_on_one_character_changes_of_made_labels():
+    rng = random.Random(1)
+    whole = [str(rng.randint(0, 10 ** rng.randint(1, 7))) for _ in range(300)]
+    others = [f"-{n}" for n in whole[:50]] + [f"{int(n) // 7}.{rng.randint(1, 99):02d}" for n in whole[:50]]
+    assert_no_false_positive(whole + others)
+
+
+@real
+def test_no_false_positive_on_one_character_changes_of_real_labels():
+    assert_no_false_positive([gsm8k_label(row["answer"]) for row in rows("test.jsonl")])
+
+
+@pytest.mark.parametrize(
+    "label, answer",
+    [
+        (r"\begin{pmatrix}6\3\0\end{pmatrix}", r"\begin{pmatrix}6\\3\\0\end{pmatrix}"),
+        (r"\dfrac{1}{2}", r"\frac{1}{2}"),
+        (r"\frac{1}{2}", r"\tfrac{1}{2}"),
+        (r"\left(1,2\right)", "(1,2)"),
+        (r"10\mbox{cm}", "10"),
+        (r"11,\!111", "11,111"),
+    ],
+)
+def test_the_authors_grader_reads_their_files_as_they_do(label, answer):
+    assert grade(rf"\boxed{{{answer}}}", label, "math", "authors") == (answer, True)
 
 
 PARTS = [
@@ -381,7 +645,7 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 15 rejected answers right; of the 5 chosen ones
+    """The authors sorted 787 pairs by their rule. Ours finds 14 rejected answers right; of the 5 chosen ones
     that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), and 2 are right but close with a remark ("8
     sheets (or 1/8 of ...)")."""
     labels = {row["question"].strip(): gsm8k_label(row["answer"]) for row in rows("test.jsonl")}
@@ -398,7 +662,7 @@ def test_the_authors_test_pairs():
         ("chosen", "authors"): 787,
         ("rejected", "authors"): 0,
         ("chosen", "ours"): 782,
-        ("rejected", "ours"): 15,
+        ("rejected", "ours"): 14,
     }
 
 

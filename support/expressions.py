@@ -1,0 +1,443 @@
+r"""The value of one LaTeX expression, exactly, at one point: equal values, equal expressions
+(Schwartz-Zippel).
+
+A variable, and everything else without a value of its own (pi, sin(x), a word), is replaced by a large
+integer, a hash of its name. Expressions that are equal as polynomials have equal values there; any others
+differ, but for a chance of about 1e-18. Numbers are Fractions; an irrational root is a Decimal of 60 digits.
+
+    expression   [+-] term  (+|- term)*
+    term         factor  ([*/] factor | factor)*              2x, \frac12 \sqrt3; 1\frac12 is 3/2
+    factor       atom  [_ index]  [^ exponent]  [!]
+    atom         number | letter | word | ( expression ) | \frac | \sqrt | \sin factors ... | another command
+"""
+
+import hashlib
+import re
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from typing import NamedTuple
+
+DIGITS = 60  # of an irrational number
+SAME_DIGITS = 40  # of these count in a comparison
+MAX_BITS = 20_000  # of a numerator or denominator
+MAX_POWER = 1_000
+SHORT_UNITS = ("cm", "mm", "km", "dm", "kg", "mg", "ft", "in", "yd", "mi", "lb", "oz", "hr", "ml", "or")
+FUNCTIONS = (
+    "\\sin",
+    "\\cos",
+    "\\tan",
+    "\\cot",
+    "\\sec",
+    "\\csc",
+    "\\arcsin",
+    "\\arccos",
+    "\\arctan",
+    "\\log",
+    "\\ln",
+)
+APPLIED = ("f", "g", "h")  # f(2) is no product
+TIMES = ("*", "\\cdot", "\\times")
+OVER = ("/", "\\div")
+SIGNS = ("+", "-", "\\pm", "\\mp")
+
+
+# What other spellings are replaced by, in this order.
+SPELLINGS = [
+    (r"[\N{MINUS SIGN}\N{EN DASH}]", "-"),
+    ("\N{INFINITY}", r"\\infty "),
+    ("\N{UNION}", r"\\cup "),
+    ("\N{ELEMENT OF}", r"\\in "),
+    ("\N{LESS-THAN OR EQUAL TO}|<=|\\\\leq?(?:slant|q)?(?![a-z])", r"\\le "),
+    ("\N{GREATER-THAN OR EQUAL TO}|>=|\\\\geq?(?:slant|q)?(?![a-z])", r"\\ge "),
+    ("\N{NOT EQUAL TO}|!=|\\\\neq?(?![a-z])", r"\\ne "),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    ("\N{ALMOST EQUAL TO}", r"\\approx "),
+    ("\N{PLUS-MINUS SIGN}", r"\\pm "),
+    ("\N{MULTIPLICATION SIGN}", r"\\times "),
+    ("\N{MIDDLE DOT}", r"\\cdot "),
+    ("\N{GREEK SMALL LETTER PI}", r"\\pi "),
+    ("\N{SQUARE ROOT}", r"\\sqrt "),
+    ("\N{SUPERSCRIPT TWO}", "^2"),
+    ("\N{SUPERSCRIPT THREE}", "^3"),
+    (r"\{,\}|(?<=\d)\\[!,](?=\d{3})|(?<=\d),\\!\s*(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
+    (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
+    (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\\?%(?!\w)|\N{EURO SIGN}|\N{POUND SIGN}", " "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\N{DEGREE SIGN}|\\degree(?![a-z])", " "),
+    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+    (r"(?i)(?<![a-z])([ap])\.\s?m\.?(?![a-z])", "\x01\\1m\x02"),
+    (r"(?<=\d)(\s*)([APap])([Mm])(?![A-Za-z])", "\x01\\2m\x02"),
+]
+TEXT = r"\\(?:text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|operatorname)\s*\{([^{}]*)\}"
+TOKEN = re.compile(
+    r"\\begin\{\w+\*?\}(?:\{[clr|]*\})?|\\end\{\w+\*?\}|\\\\|\\[a-zA-Z]+|\\."
+    r"|(?P<thousands>\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)|(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<letters>[A-Za-z]+)|\S",
+    re.DOTALL,
+)
+OPENING = ("(", "[", "{", "\\{")
+CLOSING = (")", "]", "}", "\\}")
+
+
+class NoValue(ValueError):
+    """The text is no expression of this grammar."""
+
+
+class Token(NamedTuple):
+    """kind: number, letter, word (a run of letters that is a name), command, symbol."""
+
+    kind: str
+    text: str
+
+
+def tokens_of(text):
+    """The tokens of a LaTeX or plain answer; dollar, percent and degree signs, spaces and brackets' sizes are
+    dropped."""
+    if "\\begin" not in text:
+        text = text.replace("\\\\", "\\")  # no rows to end: it was escaped twice
+    for pattern, replacement in SPELLINGS:
+        text = re.sub(pattern, replacement, text)
+    text = re.sub(TEXT, "\x01\\1\x02", text)
+    tokens = []
+    depth = 0
+    in_text = False
+    place = 0
+    while match := TOKEN.search(text, place):
+        place = match.end()
+        found = match[0]
+        in_text = found == "\x01" or in_text and found != "\x02"
+        depth += (found in ("(", "[", "\\{")) - (found in (")", "]", "\\}"))
+        if match["thousands"] and depth > 0:  # (1,234) is a pair
+            found, place = re.match(r"\d+", found)[0], match.start() + re.match(r"\d+", found).end()
+            tokens.append(Token("number", found))
+        elif match["thousands"] or match["number"]:
+            tokens.append(Token("number", found.replace(",", "")))
+        elif match["letters"]:
+            tokens += words_or_letters(found, in_text, tokens)
+        elif found not in ("\x01", "\x02"):
+            tokens.append(Token("command" if found[0] == "\\" and found[1:].isalpha() else "symbol", found))
+    return tokens
+
+
+def words_or_letters(run, in_text, before):
+    """A run of letters is one word if it is long, a unit or in \text; else a product of letters."""
+    after_number = bool(before) and before[-1].kind == "number"
+    if len(run) > 2 or in_text and (len(run) > 1 or after_number) or run in SHORT_UNITS:
+        return [Token("word", run.lower())]
+    return [Token("letter", letter) for letter in run]
+
+
+def hashed(*key):
+    """The integer that stands for something without a value of its own."""
+    return Fraction(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big"))
+
+
+def bounded(value):
+    """value, if it is not too long to compute with."""
+    if isinstance(value, Fraction):
+        bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+        if bits > MAX_BITS:
+            raise NoValue("too long")
+    return value
+
+
+def as_decimal(value):
+    """A Decimal of DIGITS digits."""
+    return value if isinstance(value, Decimal) else Decimal(value.numerator) / Decimal(value.denominator)
+
+
+def snapped(value):
+    """A Decimal that is a short fraction as that fraction: the root of 4 is 2."""
+    if isinstance(value, Fraction):
+        return value
+    near = Fraction(value).limit_denominator(10**6)
+    close = near and abs(as_decimal(near) - value) <= abs(value).scaleb(-SAME_DIGITS)
+    return near if close else value
+
+
+def canonical(value):
+    """A value that can be compared and hashed: a Fraction, or a Decimal of SAME_DIGITS."""
+    value = snapped(value)
+    if isinstance(value, Fraction):
+        return value
+    with localcontext() as context:
+        context.prec = SAME_DIGITS
+        return +value
+
+
+def both(a, b):
+    """The two as numbers of one type."""
+    if isinstance(a, Decimal) or isinstance(b, Decimal):
+        return as_decimal(a), as_decimal(b)
+    return a, b
+
+
+def add(a, b):
+    a, b = both(a, b)
+    return bounded(a + b)
+
+
+def multiply(a, b):
+    a, b = both(a, b)
+    return bounded(a * b)
+
+
+def divide(a, b):
+    if b == 0:
+        raise NoValue("division by zero")
+    a, b = both(a, b)
+    return bounded(a / b)
+
+
+def power(base, exponent):
+    """base ** exponent: exact for a whole exponent, else by logarithms, of a positive base."""
+    exponent = snapped(exponent)
+    if isinstance(exponent, Fraction) and exponent.denominator == 1:
+        n = int(exponent)
+        if abs(n) <= MAX_POWER:
+            size = (
+                1
+                if isinstance(base, Decimal)
+                else max(base.numerator.bit_length(), base.denominator.bit_length())
+            )
+            if base == 0 and n <= 0 or size * abs(n) > MAX_BITS:
+                raise NoValue("power")
+            return base**n
+    if base <= 0:
+        raise NoValue("power of a number that is not positive")
+    logarithm = as_decimal(base).ln() * as_decimal(exponent)
+    if abs(logarithm) > MAX_POWER:
+        return hashed("power", canonical(base), canonical(exponent))
+    return snapped(logarithm.exp())
+
+
+POWER = Token("symbol", "^")
+
+
+class Reader:
+    """Reads one expression from tokens. sign: what \\pm stands for; salt: which point."""
+
+    def __init__(self, tokens, sign=1, salt=0):
+        self.tokens, self.sign, self.salt = tokens, sign, salt
+        self.i = 0
+        self.computed = True  # nothing is left to compute with whole numbers: 9 + 1, 2 * 5, 2^10, 5!
+
+    def peek(self, ahead=0):
+        """The text of the next token, or ""."""
+        i = self.i + ahead
+        return self.tokens[i].text if i < len(self.tokens) else ""
+
+    def kind(self, ahead=0):
+        i = self.i + ahead
+        return self.tokens[i].kind if i < len(self.tokens) else ""
+
+    def next(self):
+        self.i += 1
+        if self.i > len(self.tokens):
+            raise NoValue("cut off")
+        return self.tokens[self.i - 1]
+
+    def expect(self, text):
+        if self.next().text != text:
+            raise NoValue(f"expected {text}")
+
+    def whole(self):
+        """The value of all tokens."""
+        value = self.expression()
+        if self.i < len(self.tokens):
+            raise NoValue("more follows")
+        return canonical(value)
+
+    def expression(self):
+        """A sum. One in brackets, with variables, is opaque: 2(x+1) is not 2x+2, which a task may ask for."""
+        start = self.i
+        total = Fraction(0)
+        terms, plain = 0, 0
+        sign = self.one_sign() if self.peek() in SIGNS else 1
+        while True:
+            before = self.i
+            value = self.term()
+            total = add(total, sign * value)
+            terms += 1
+            plain += self.is_plain(value, before)
+            if self.peek() not in SIGNS:
+                break
+            sign = self.one_sign()
+        self.computed = self.computed and plain < 2
+        if terms > 1 and start > 0 and self.is_symbolic(start) and self.tokens[start - 1].text in ("(", "{"):
+            return hashed("sum", abs(canonical(total))) * (1 if total > 0 else -1)
+        return total
+
+    def is_symbolic(self, start):
+        """Whether a name was read since token `start`."""
+        known = ("\\frac", "\\sqrt", *TIMES, *OVER, *SIGNS)
+        return any(
+            t.kind in ("letter", "word") or t.kind == "command" and t.text not in known
+            for t in self.tokens[start : self.i]
+        )
+
+    def is_plain(self, value, start):
+        """Whether what was read since token `start` is a rational number."""
+        return isinstance(value, Fraction) and not self.is_symbolic(start)
+
+    def one_sign(self):
+        text = self.next().text
+        return {"+": 1, "-": -1, "\\pm": self.sign, "\\mp": -self.sign}[text]
+
+    def term(self):
+        """A product or quotient of factors."""
+        start = self.i
+        value = self.factor()
+        while True:
+            if self.peek() in TIMES or self.peek() in OVER:
+                divides = self.next().text in OVER
+                plain = self.is_plain(value, start)
+                before = self.i
+                negative = self.peek() == "-"  # 3 * -2
+                if negative:
+                    self.next()
+                other = -self.factor() if negative else self.factor()
+                scientific = self.tokens[before].text == "10" and self.tokens[before + 1 : before + 2] == [
+                    POWER
+                ]
+                self.computed = self.computed and (
+                    divides or scientific or not (plain and self.is_plain(other, before))
+                )
+                value = divide(value, other) if divides else multiply(value, other)
+            elif self.starts_factor():
+                value = multiply(value, self.factor())
+            else:
+                return value
+
+    def starts_factor(self):
+        """Whether the next token multiplies without a sign; a number does not: "1 2" is not 2."""
+        return (
+            self.kind() in ("letter", "word")
+            or self.peek() in ("(", "{")
+            or self.kind() == "command"
+            and (self.peek() not in (*SIGNS, *TIMES, *OVER))
+        )
+
+    def factor(self):
+        """An atom with what is attached to it."""
+        start = self.tokens[self.i] if self.i < len(self.tokens) else Token("", "")
+        value = self.atom()
+        if self.peek() == "_":  # a number in another base, or another variable
+            value = hashed("index", str(start.text), self.index(), self.salt * (start.kind == "letter"))
+        if self.peek() == "^":
+            self.next()
+            whole = start.kind == "number" and start.text != "10"
+            self.computed = self.computed and not whole
+            value = power(value, self.group())
+        if self.peek() == "!":
+            self.next()
+            self.computed = False
+            value = factorial(value)
+        return value
+
+    def index(self):
+        """What a subscript says, as text."""
+        self.next()
+        token = self.next()
+        if token.text != "{":
+            return token.text
+        inside = []
+        while self.peek() != "}":
+            inside.append(self.next().text)
+        self.next()
+        return "".join(inside)
+
+    def group(self):
+        """A {group}, a signed number or one factor, as the exponent of a power."""
+        if self.peek() == "-":
+            self.next()
+            return -self.atom()
+        return self.atom()
+
+    def argument(self):
+        """A {group} or one token, as LaTeX takes it: \\frac12 is 1/2."""
+        text = self.peek()
+        if self.kind() == "number" and len(text) > 1 and text.isdigit():
+            self.tokens[self.i : self.i + 1] = [Token("number", text[0]), Token("number", text[1:])]
+            return Fraction(self.next().text)
+        return self.atom()
+
+    def bracketed(self, closing):
+        value = self.expression()
+        self.expect(closing)
+        return value
+
+    def atom(self):
+        kind, text = self.next()
+        if kind == "number":
+            return self.mixed(Fraction(text))
+        if kind == "letter":
+            if text in APPLIED and self.peek() == "(":
+                self.next()
+                return hashed("apply", text, canonical(self.bracketed(")")))
+            return hashed("letter", text, self.salt)
+        if kind == "word":
+            return hashed("word", text)
+        if text in ("(", "{"):
+            return self.bracketed({"(": ")", "{": "}"}[text])
+        if kind == "command" and text not in (*SIGNS, *TIMES, *OVER):
+            return self.command(text)
+        raise NoValue(text)
+
+    def mixed(self, whole):
+        """1\\frac12 and 1 1/2: the sum of a whole number and a fraction of two whole numbers."""
+        shape = "".join(token.text for token in self.tokens[self.i : self.i + 7])
+        if whole.denominator == 1 and re.match(r"\\frac(\{\d+\}|\d)(\{\d+\}|\d)", shape):
+            return add(whole, self.factor())
+        if [self.kind(), self.peek(1), self.kind(2)] == ["number", "/", "number"]:
+            top, _, bottom = Fraction(self.next().text), self.next(), Fraction(self.next().text)
+            return add(whole, divide(top, bottom))
+        return whole
+
+    def command(self, name):
+        if name == "\\frac":
+            top = self.argument()
+            return divide(top, self.argument())
+        if name == "\\sqrt":
+            root = Fraction(2)
+            if self.peek() == "[":
+                self.next()
+                root = self.bracketed("]")
+            return power(self.argument(), divide(Fraction(1), root))
+        if name in FUNCTIONS:
+            return self.function(name)
+        return hashed("command", name)  # pi, infinity, a triangle
+
+    def function(self, name):
+        """\\sin 2x, \\log_2 8, \\sin^2 x: opaque, but its argument is read."""
+        index = self.index() if self.peek() == "_" else ""
+        exponent = Fraction(1)
+        if self.peek() == "^":
+            self.next()
+            exponent = self.group()
+        value = self.factor()
+        while self.starts_factor() and self.peek() not in FUNCTIONS:
+            value = multiply(value, self.factor())
+        return power(hashed("function", name, index, canonical(value)), exponent)
+
+
+def factorial(value):
+    """n! of a small whole number."""
+    if value not in range(0, 200):
+        raise NoValue("factorial")
+    product = Fraction(1)
+    for n in range(2, int(value) + 1):
+        product *= n
+    return product
+
+
+def value_of(tokens, sign=1, salt=0):
+    """-> (the canonical value of tokens, whether nothing is left to compute); None if they are no
+    expression."""
+    with localcontext() as context:
+        context.prec = DIGITS
+        try:
+            reader = Reader(list(tokens), sign, salt)
+            return reader.whole(), reader.computed
+        except (NoValue, ArithmeticError, RecursionError):
+            return None
