@@ -965,7 +965,9 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
         "n_pairs": 6,
         "pair_accuracy": right / 6,
         "pair_accuracy_95": found["pair_accuracy_95"],
-        "length_baseline": pytest.approx(4 / 6),  # two of the chosen are the shorter ones, so the longer is preferred
+        "length_baseline": pytest.approx(
+            4 / 6
+        ),  # two of the chosen are the shorter ones, so the longer is preferred
     }
     assert [chosen < rejected for chosen, rejected in zip(*lengths)] == [False] * 4 + [True] * 2
     assert (
