@@ -52,6 +52,8 @@ from qrm import REWARD_MODELS, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
 from support.checkpoints import Training, fingerprints, out_of_date, run_path, sources
 from support.evaluate import (
+    all_ranks,
+    best_rows,
     count_right,
     eval_policy,
     eval_reward_model,
@@ -66,6 +68,7 @@ from support.evaluate import (
     log_to,
     make_pairs,
     read_rows,
+    reward_name,
     reward_of_run,
     sample_graded,
     score_examples,
@@ -308,48 +311,50 @@ def with_advantage(cfg, reward):
 
 
 def stage_pairs(cfg, grid):
-    """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate."""
+    """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate.
+
+    With --best: the best answer of each prompt instead, as rows for --stage sft (rejection sampling).
+    """
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
     policy = load(LanguageModel, cfg.model, cfg, grid)
-    sample_pairs(policy, tokenizer, rows, out_path(cfg), cfg, grid)
+    reward = None
+    if cfg.best and cfg.reward_model:
+        reward = load_reward(reward_name(cfg.reward_model), cfg.reward_model, tokenizer, cfg, grid)
+    sample_rows(policy, tokenizer, reward, rows, out_path(cfg), cfg, grid)
     if cfg.heldout:
         cfg = dataclasses.replace(cfg, data=cfg.heldout)
         rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid)
-        sample_pairs(policy, tokenizer, rows, heldout_path(cfg), cfg, grid)
+        sample_rows(policy, tokenizer, reward, rows, heldout_path(cfg), cfg, grid)
     barrier(grid)
 
 
-def sample_pairs(policy, tokenizer, rows, path, cfg, grid):
-    """Writes the pairs of the prompts in `rows` to `path`."""
+def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
+    """Writes the pairs (with --best the best answers) of the prompts in `rows` to `path`."""
     mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
     seed = hash_seed(cfg.seed, "pairs")
     chunk = max(1, 1024 // cfg.k)  # prompts decoded at a time
     for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
         part = mine[start : start + chunk]
-        for row, answers in zip(
-            part, sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
-        ):
-            correct += count_right(answers)
-            found += [
-                (row["line"], pair) for pair in make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
-            ]
+        samples = sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
+        correct += count_right(flat(samples))
+        if cfg.best:
+            found += best_rows(part, samples, reward, tokenizer, cfg, grid)
+            continue
+        for row, answers in zip(part, samples):
+            pairs = make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
+            found += [(row["line"], pair) for pair in pairs]
     correct = all_sum({"correct": correct}, grid)["correct"]
-    written = write_rows(path, found, grid)
+    found = all_ranks(found, grid)
+    missing = "has a right answer" if cfg.best else "has both a right and a wrong answer"
+    require(found, f"{cfg.data}: no prompt {missing}; raise --k or --limit, or use another policy")
     if grid.is_main:
+        write_rows(path, found, Grid())
         run = {"config": dataclasses.asdict(cfg), "made_from": sources(cfg)}
         write_atomically(run_path(path), json.dumps(run, indent=1))
-    require(
-        written,
-        f"{cfg.data}: no prompt has both a right and a wrong answer;"
-        " raise --k or --limit, or use another policy",
-    )
     share = correct / len(rows) / cfg.k
-    say(
-        grid,
-        f"pairs: {path}: {written} pairs from {len(rows)} prompts x {cfg.k} samples,"
-        f" {share:.3f} of them right",
-    )
+    made = f"{len(found)} {'answers' if cfg.best else 'pairs'} from {len(rows)} prompts x {cfg.k} samples"
+    say(grid, f"pairs: {path}: {made}, {share:.3f} of them right")
 
 
 # -------------------------------------------------------------------------------- eval, score, grade
@@ -614,7 +619,7 @@ def main(argv=None):
             require(on_cuda, f"--{name}: works on CUDA only; expected --device cuda")
         for name in unread_flags(argv):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
-        say(grid, "config: " + config_line(cfg))
+        say(grid, config_text(cfg, grid))
         run_stage(cfg, grid)
     except (BadInput, OSError) as e:
         if int(os.environ.get("RANK", 0)):
@@ -638,10 +643,15 @@ def main(argv=None):
     return status
 
 
-def config_line(cfg):
-    """The fields that the stage reads, with their values."""
-    names = [name for name in FIELDS if cfg.stage in STAGES_OF[name] and getattr(cfg, name) != ""]
-    return "  ".join(f"{name} {getattr(cfg, name)}" for name in names)
+def config_text(cfg, grid):
+    """The run in words: the grid's true sizes, and the fields that the stage reads in three columns."""
+    sizes = f"tp {grid.tp_size} x dp {grid.dp_size} = {grid.tp_size * grid.dp_size} process(es)"
+    lines = [f"--stage {cfg.stage} on {grid.device}, {sizes}"]
+    read = [name for name in FIELDS if cfg.stage in STAGES_OF[name] and name not in ("stage", "tp", "device")]
+    cells = [f"{name} {getattr(cfg, name)}" for name in read if getattr(cfg, name) not in ("", False)]
+    for start in range(0, len(cells), 3):
+        lines.append("  " + "".join(f"{cell:<34}" for cell in cells[start : start + 3]).rstrip())
+    return "\n".join(lines)
 
 
 def one_line(error, cfg):

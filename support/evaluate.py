@@ -397,6 +397,32 @@ def best_answers(reward, tokenizer, rows, samples, cfg, grid):
     return best
 
 
+def best_rows(rows, samples, reward, tokenizer, cfg, grid):
+    """[(line, row for --stage sft)]: each prompt's best answer, with the ids that were sampled.
+
+    reward   the highest total wins, right or wrong; None: the first right answer, and a prompt without one is
+             left out
+    """
+    kept_rows, kept = [], []
+    for row, answers in zip(rows, samples):
+        whole = [answer for answer in answers if not answer.truncated and answer.text.strip()]
+        chosen = whole if reward else [answer for answer in whole if answer.correct][:1]
+        if chosen:
+            kept_rows.append(row)
+            kept.append(chosen)
+    best = best_answers(reward, tokenizer, kept_rows, kept, cfg, grid) if reward else flat(kept)
+    out = []
+    for row, answer in zip(kept_rows, best):
+        ids = {
+            "prompt_ids": tokenizer.encode_prompt(row["prompt"]),
+            "ids": answer.ids,
+            "tokenizer": tokenizer.fingerprint,
+        }
+        sft_row = {"prompt": row["prompt"], "response": answer.text, "label": row["label"], **ids}
+        out.append((row["line"], sft_row))
+    return out
+
+
 def flat(lists: Iterable) -> list:
     """One list of the items of several."""
     return [item for items in lists for item in items]

@@ -70,7 +70,9 @@ class Run:
         stages=("pairs", "rm", "reinforce", "ppo", "eval"),
     )
     reward_model: str = flag(
-        "", "a reward model's directory (eval: it ranks best-of-k)", stages=("reinforce", "ppo", "eval")
+        "",
+        "a reward model's directory (eval, pairs --best: it ranks the answers)",
+        stages=("pairs", "reinforce", "ppo", "eval"),
     )
     seed: int = flag(0, "of weights, data order and sampling", least=0)
     tp: int = flag(0, "processes that share one model; 0: all of them; the rest is data parallel", least=0)
@@ -170,6 +172,11 @@ class Sampling:
     temperature: float = flag(1.0, "of the samples; pass@1 is always greedy", least=0)
     max_new_tokens: int = flag(512, "longest answer, tokens", above=0)
     pairs_per_prompt: int = flag(4, "at most", above=0, stages=("pairs",))
+    best: bool = flag(
+        False,
+        "write the best of k as rows for --stage sft: the first right one, or the highest by --reward_model",
+        stages=("pairs",),
+    )
     show: bool = flag(False, "also print the answers, each token coloured by its number", stages=("score",))
 
 
@@ -539,7 +546,7 @@ def check_paths(cfg):
 def out_path(cfg):
     """--out, or the place where the other stages look for this one's result."""
     names = {
-        "pairs": "pairs.jsonl",
+        "pairs": "best.jsonl" if cfg.best else "pairs.jsonl",
         "rm": "rm" if cfg.reward == "qrm" else f"rm-{cfg.reward}",
         "score": "score.jsonl",
         "grade": "grade.jsonl",

@@ -10,6 +10,7 @@ METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
 SUPPORT = (
     "checkpoints",
     "evaluate",
+    "expressions",
     "files",
     "graders",
     "rewards",
@@ -21,7 +22,8 @@ SUPPORT = (
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
     "support.tokenizers": ("support.files",),
-    "support.graders": ("support.files",),
+    "support.expressions": ("support.files",),
+    "support.graders": ("support.expressions", "support.files"),
     "parallel": ("support.files",),
     "model": ("parallel", "support.files"),
     "support.rows": ("support.files", "support.tokenizers", "support.graders"),

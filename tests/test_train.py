@@ -289,6 +289,32 @@ def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
     assert not prompts[0] & prompts[1]
 
 
+def test_the_best_of_k_become_sft_rows(built, command, tmp_path):
+    """Graded: the first right answer; by a reward model: the highest mean of Z. Then sft learns from them."""
+    run = shutil.copytree(built, tmp_path / "run")
+    words = ["--stage", "pairs", "--run_dir", run, "--best", "--limit", 25, "--k", 8]
+    assert command(*words, "--out", tmp_path / "graded.jsonl")[0] == 0
+    graded = rows_of(tmp_path / "graded.jsonl")
+    assert 0 < len(graded) <= 25
+    for row in graded:
+        assert graders.grade(row["response"], row["label"], "arith")[1]
+    assert command(*words, "--reward_model", run / "rm", "--out", tmp_path / "ranked.jsonl")[0] == 0
+    ranked = {row["prompt"]: row for row in rows_of(tmp_path / "ranked.jsonl")}
+    assert len(ranked) >= len(graded)
+    model = load_model(ScalarModel, run / "rm", Grid())
+
+    def mean(prompt_ids, ids):
+        with torch.no_grad():
+            stream = model.model(torch.tensor([prompt_ids + ids]))
+            return model.scalars(stream)[0, len(prompt_ids) :].mean().item()
+
+    for row in graded:  # no answer of the same samples has a higher mean
+        best = ranked[row["prompt"]]
+        assert mean(best["prompt_ids"], best["ids"]) >= mean(row["prompt_ids"], row["ids"]) - 1e-5
+    sft = ["--stage", "sft", "--model", run / "sft", "--data", tmp_path / "ranked.jsonl", "--steps", 1]
+    assert command(*sft, "--out", tmp_path / "sft")[0] == 0
+
+
 def test_a_stage_makes_what_it_needs_first(command, tmp_path):
     status, out, _ = command("--stage", "rm", "--run", tmp_path / "run", "--steps", 1, "--reward", "orm")
     assert status == 0 and out.index("running --stage sft first") < out.index("running --stage pairs first")
