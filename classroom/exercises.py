@@ -465,7 +465,10 @@ def chapter_cells(number, exercises):
     intro = (
         f"# {number}. {chapter.title}\n\nAbout {chapter.minutes} minutes. Needs: {chapter.needs}.\n\n{goals}"
     )
-    cells = [cell("markdown", intro), cell("code", f"{FIND_PROJECT}\nfrom exercises import check")]
+    cells = [
+        cell("markdown", intro),
+        cell("code", f"{FIND_PROJECT}\nimport torch\nfrom exercises import check"),
+    ]
     for e in exercises:
         nudge, idea = HINTS[e.id]
         more = f"<details><summary>The idea</summary>{idea}</details>"

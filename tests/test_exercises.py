@@ -819,21 +819,15 @@ def test_no_stand_in_is_a_solution(id):
         checks.CHECKS[id](module)
 
 
-def test_failures_say_what_was_expected_on_which_input():
-    """One line each, and more than a number: the input or the rule, then what was found and expected."""
-    short = []
-    for id, mutants in MUTANTS.items():
-        head, body = source_of(EXERCISES[id])
-        for old, new in mutants:
-            error = verdict(EXERCISES[id], head + body.replace(old, new))
-            text = str(error)
-            if not ("expected" in text or "found" in text) or len(text) < 30 or "\n" in text:
-                short.append((id, text))
-    assert not short, "\n".join(map(str, short))
+def says_enough(error):
+    """One line, and more than a number: the input or the rule, and what was found or expected."""
+    text = str(error)
+    return len(text) >= 30 and "\n" not in text and ("expected" in text or "found" in text)
 
 
 def test_mutants_die(capsys):
-    survivors, killed = [], 0
+    """By a failure that tells a student what was expected on which input."""
+    survivors, killed, curt = [], 0, []
     for id, mutants in MUTANTS.items():
         head, body = source_of(EXERCISES[id])
         assert len(set(mutants)) == len(mutants) >= 4
@@ -842,12 +836,15 @@ def test_mutants_die(capsys):
             error = verdict(EXERCISES[id], head + body.replace(old, new))
             if isinstance(error, AssertionError):  # a wrong number; a crash would prove nothing
                 killed += 1
+                if not says_enough(error):
+                    curt.append((id, old, new, error))
             else:
                 survivors.append((id, old, new, error))
     total = sum(map(len, MUTANTS.values()))
     with capsys.disabled():
         print(f"\n{killed} of {total} mutants of {len(MUTANTS)} exercises killed: {killed / total:.0%}")
     assert not survivors, "\n".join(map(str, survivors))
+    assert not curt, "\n".join(map(str, curt))
 
 
 # -------------------------------------------------------------------------------- the command
@@ -1139,6 +1136,16 @@ def test_chapter_notebooks(tmp_path, monkeypatch, capsys):
             compile(text, number, "exec")
     run_notebook(tmp_path / "chapter-3.ipynb")
     assert re.findall(r"^(\S+)  (\S+)", capsys.readouterr().out, re.M) == [("FAIL", "3.1"), ("FAIL", "3.2")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", CHAPTERS)
+def test_every_chapter_notebook_runs(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exercises_py("notebooks", tmp_path)
+    run_notebook(tmp_path / f"chapter-{number}.ipynb")
+    mine = [e.id for e in EXERCISES.values() if e.chapter == number]
+    assert re.findall(r"^FAIL  (\S+) .*: blank$", capsys.readouterr().out, re.M) == mine
 
 
 @pytest.mark.parametrize("id", ["1.1", "1.2", "2.1", "2.3", "4.2"])
