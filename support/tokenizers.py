@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import tiktoken
 
+from support.chats import CHATS, Chat, recognised, template_of
 from support.files import BadInput, read_json, require
 
 # Regular expressions that cut text into pieces; no token spans two pieces.
@@ -34,12 +35,6 @@ FILES = (
     "config.json",
 )
 ROLES = ("system", "user", "assistant")
-# Template: the special tokens it needs, its stop token last.
-CHATS = {
-    "none": (),
-    "llama3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-}
 # Characters without a change between whitespace and other text, as in Meta's llama3/tokenizer.py.
 LONGEST_RUN = 25_000
 
@@ -55,6 +50,7 @@ class Vocabulary(NamedTuple):
 
     ranks: dict  # {bytes: id}, the lowest id merged first
     specials: dict  # {name: id}, never made from text
+    added: dict  # {text: id}, found in a text before it is cut into pieces, such as "<think>"
     pattern: str  # cuts text into pieces
     nfc: bool  # text is normalised to NFC first
     first: str | None  # name of the special token that opens every text
@@ -73,9 +69,22 @@ def last_merge(token, ranks):
     return tuple(parts) if len(parts) == 2 else None
 
 
+def flattened(step, key):
+    """The steps of a normalizer, pre_tokenizer or post_processor, without the sequences around them."""
+    if step is None:
+        return []
+    if step.get("type") != "Sequence":
+        return [step]
+    found = []
+    for part in step[key]:
+        found += flattened(part, key)
+    return found
+
+
 def split_pattern(pre_tokenizer, path):
     """One regular expression that cuts text as the pre_tokenizer of a tokenizer.json does."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    require(pre_tokenizer is not None, f"{path}: pre_tokenizer is not supported: null")
+    steps = flattened(pre_tokenizer, "pretokenizers")
     kinds = [step.get("type") for step in steps]
     first, last = steps[0], steps[-1]
     if kinds[-1] == "ByteLevel" and last.get("add_prefix_space") is False:
@@ -131,7 +140,7 @@ def check_merges(merges, ranks, ignore_merges, path):
 def read_tokenizer_json(path, raw):
     """The Vocabulary in Hugging Face's tokenizer.json, if it is byte-level BPE (see check_merges)."""
     spec = read_json(path, raw)
-    model, normalizer = spec["model"], spec.get("normalizer")
+    model, normalizers = spec["model"], flattened(spec.get("normalizer"), "normalizers")
     usual = {
         "type": "BPE",
         "byte_fallback": False,
@@ -145,28 +154,49 @@ def read_tokenizer_json(path, raw):
             f"{path}: model.{key} is {model.get(key)!r}, but only byte-level BPE is supported",
         )
     require(
-        normalizer in (None, {"type": "NFC"}),
-        f"{path}: normalizer is not supported: {json.dumps(normalizer)[:200]}",
+        all(step == {"type": "NFC"} for step in normalizers),
+        f"{path}: normalizer is not supported: {json.dumps(normalizers)[:200]}",
     )
     pattern = split_pattern(spec.get("pre_tokenizer"), path)
-    specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
+    specials = {token["content"]: token["id"] for token in spec["added_tokens"] if token.get("special", True)}
+    added = added_tokens(spec["added_tokens"], path)
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     try:
-        ranks = {to_bytes(word): id for word, id in model["vocab"].items() if word not in specials}
+        ranks = {to_bytes(word): id for word, id in model["vocab"].items() if word not in specials | added}
         merges = {(to_bytes(left), to_bytes(right)): i for i, (left, right) in enumerate(pairs)}
     except KeyError as error:
         raise BadInput(
             f"{path}: {error} is no letter of the byte-level alphabet (a SentencePiece model?)"
         ) from None
     check_merges(merges, ranks, model.get("ignore_merges"), path)
-    return Vocabulary(ranks, specials, pattern, normalizer is not None, first_special(spec))
+    return Vocabulary(ranks, specials, added, pattern, bool(normalizers), first_special(spec, path))
 
 
-def first_special(spec):
+def added_tokens(tokens, path):
+    """{text: id} of the added tokens that are not special: wherever a text spells one, it becomes this id."""
+    found = {}
+    for token in tokens:
+        if token.get("special", True):
+            continue
+        odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
+        require(not odd, f"{path}: added token {token['content']!r} has {odd}, which is not supported")
+        found[token["content"]] = token["id"]
+    return found
+
+
+def first_special(spec, path):
     """Name of the special token that a tokenizer.json puts before a text, or None."""
-    processor = spec.get("post_processor") or {}
-    templates = [step["single"] for step in processor.get("processors", [processor]) if "single" in step]
-    return templates[0][0].get("SpecialToken", {}).get("id") if templates else None
+    steps = flattened(spec.get("post_processor"), "processors")
+    kinds = [step for step in steps if step.get("type") not in ("ByteLevel", "TemplateProcessing")]
+    require(not kinds, f"{path}: post_processor is not supported: {json.dumps(kinds)[:200]}")
+    templates = [step["single"] for step in steps if step["type"] == "TemplateProcessing"]
+    names = [[part.get("SpecialToken", {}).get("id") for part in template] for template in templates]
+    usual = not names or len(names) == 1 and names[0][-1] is None and len(names[0]) <= 2
+    require(
+        usual,
+        f"{path}: post_processor is not supported: tokens {names}; expected one before the text, at most",
+    )
+    return names[0][0] if names else None
 
 
 def read_tokenizer_model(path, raw):
@@ -198,7 +228,7 @@ def read_tokenizer_model(path, raw):
         *spare[5:],
     ]
     specials = {name: len(ranks) + i for i, name in enumerate(names)}
-    return Vocabulary(ranks, specials, LLAMA3, False, names[0])
+    return Vocabulary(ranks, specials, {}, LLAMA3, False, names[0])
 
 
 def is_message(value):
@@ -223,9 +253,14 @@ def token_name(token):
 class Tokenizer:
     """A model's tokenizer with its chat template: every id that a model reads is made here.
 
-    chat            none: text as it is; llama3 and chatml: their templates, without a default system message
+    chat            none: text as it is; llama3 and chatml: these templates; auto: the directory's own, which
+                    must be
+                    one of these, none if it has none
     date            None, or such as "26 Jul 2024": llama3 then opens with the system block of Llama 3.1 and
                     3.2
+    system          the system message of prompts without one; None: the default of the directory's own
+                    template, if
+                    it is the template in use; "" for none
     bos_id          what the tokenizer itself puts first, or None (Qwen2.5, SmolLM2, GPT-2)
     stop_id         what encode_response appends: the template's stop token; for "none" tokenizer_config's
                     eos_token
@@ -235,40 +270,76 @@ class Tokenizer:
     fingerprint     sha256 of everything that decides which ids a text becomes: equal fingerprints, equal ids
     """
 
-    def __init__(self, files, path, chat="none", date=None):
+    def __init__(self, files, path, chat="none", date=None, system=None):
         """files: {name: bytes} of a model directory; path: that directory, for messages."""
         require(
-            chat in CHATS and (not date or chat == "llama3"),
-            f"expected chat {', '.join(CHATS)}, and a date only with llama3; found {chat!r}, {date!r}",
+            chat in (*CHATS, "auto") and (not date or chat in ("llama3", "auto")),
+            f"expected chat {', '.join(CHATS)} or auto, a date only with llama3; found {chat!r}, {date!r}",
         )
-        self.files, self.path, self.chat, self.date = files, Path(path), chat, date
+        self.files, self.path = files, Path(path)
         vocabulary = self.read_vocabulary()
         config = self.read_settings("tokenizer_config.json")
         bos, eos = token_name(config.get("bos_token")), token_name(config.get("eos_token"))
+        self.chat = self.choose_chat(chat, date, system, bos)
         first = vocabulary.first
-        if chat == "llama3":
+        if self.chat.name == "llama3":
             first = "<|begin_of_text|>"  # its template says so itself
         elif first is None and config.get("add_bos_token"):
             first = bos
         stops = self.stops(eos)
-        needed = [self.special(name) for name in CHATS[chat]]
-        self.bos_id = None if first is None else self.special(first)
+        needed = [self.special(name) for name in CHATS[self.chat.name]]
+        self.bos_id = None if first is None or not self.chat.bos else self.special(first)
         self.stop_id = needed[-1] if needed else self.special(eos) if eos else stops[0]
         self.stop_ids = tuple(sorted({*stops, self.stop_id}))
         rows = self.read_settings("config.json").get("vocab_size")
         self.rows = max(self.vocab_size, rows if type(rows) is int else 0)
-        ranks = sorted(vocabulary.ranks.items())
-        rules = ranks, vocabulary.pattern, self.nfc, chat, date, self.bos_id, needed, self.stop_id
+        rules = self.rules(vocabulary, needed)
         self.fingerprint = hashlib.sha256(repr(rules).encode()).hexdigest()
 
+    def choose_chat(self, chat, date, system, bos):
+        """The Chat in use: the named one, with what the directory's own template adds to it."""
+        try:
+            template = template_of(self.files)
+        except ValueError as error:
+            raise BadInput(f"{self.path}: the chat template cannot be read: {error}") from None
+        own = recognised(template, bos or "") if template is not None else Chat("none")
+        if chat == "auto":
+            require(
+                own is not None,
+                f"{self.path}: its own chat template is none of {', '.join(CHATS)}; name one of these with "
+                "--chat (none: text as it is)",
+            )
+            chat = own.name
+        chosen = own if own is not None and own.name == chat else Chat(chat)
+        require(
+            not date or chat == "llama3", f"{self.path}: --date belongs to the template llama3, found {chat}"
+        )
+        require(
+            not system or chat != "none", f"{self.path}: --system needs a chat template (--chat), found none"
+        )
+        if system is not None:
+            chosen = chosen._replace(system=system or None)
+        return chosen._replace(date=date or chosen.date)
+
+    def rules(self, vocabulary, needed):
+        """Everything that decides which ids a text becomes."""
+        chat = self.chat
+        ranks = sorted(vocabulary.ranks.items())
+        rules = ranks, vocabulary.pattern, self.nfc, chat.name, chat.date, self.bos_id, needed, self.stop_id
+        more = chat.system, sorted(self.added.items())
+        return rules if more == (None, []) else (*rules, *more)
+
     def read_vocabulary(self):
-        """-> Vocabulary; sets specials, nfc, token_bytes {id: bytes}, vocab_size and bpe (tiktoken)."""
+        """-> Vocabulary; sets specials, added, nfc, token_bytes {id: bytes}, vocab_size and bpe
+        (tiktoken)."""
         name = "tokenizer.json" if "tokenizer.json" in self.files else "tokenizer.model"
         require(name in self.files, f"{self.path}: neither tokenizer.json nor tokenizer.model is there")
         read = read_tokenizer_json if name == "tokenizer.json" else read_tokenizer_model
         try:
             vocabulary = read(self.path / name, self.files[name])
-            self.specials, self.nfc = vocabulary.specials, vocabulary.nfc
+            self.added, self.nfc = vocabulary.added, vocabulary.nfc
+            self.specials = vocabulary.specials | vocabulary.added
+            self.find_added = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))))
             named = [(special.encode(), id) for special, id in self.specials.items()]
             self.token_bytes = {id: token for token, id in [*vocabulary.ranks.items(), *named]}
             sound = all(
@@ -310,14 +381,14 @@ class Tokenizer:
         return stops
 
     @classmethod
-    def load(cls, directory, chat="none", date=None):
+    def load(cls, directory, chat="none", date=None, system=None):
         """The Tokenizer of a model directory; BadInput if a file cannot be read."""
         paths = [Path(directory, name) for name in FILES]
         try:
             files = {path.name: path.read_bytes() for path in paths if path.exists()}
         except OSError as error:
             raise BadInput(f"{error.filename}: {error.strerror}") from None
-        return cls(files, directory, chat, date)
+        return cls(files, directory, chat, date, system)
 
     def save(self, directory):
         """The files as they were read, without config.json, which is the model's."""
@@ -329,12 +400,24 @@ class Tokenizer:
     def special(self, name):
         """The id of a special token."""
         known = isinstance(name, str) and name in self.specials
-        require(known, f"{self.path}: the tokenizer has no special token {name!r} (chat {self.chat})")
+        require(known, f"{self.path}: the tokenizer has no special token {name!r} (chat {self.chat.name})")
         return self.specials[name]
 
     def encode(self, text):
         """Ids of ordinary text: no BOS; the spelling of a special token stays text. decode(encode(text)) ==
         text.
+
+        Added tokens that are not special ("<think>") are found first, as in tokenizers; no piece spans one.
+        """
+        ids = []
+        end = 0
+        for match in self.find_added.finditer(text) if self.added else ():
+            ids += [*self.encode_pieces(text[end : match.start()]), self.added[match[0]]]
+            end = match.end()
+        return ids + self.encode_pieces(text[end:])
+
+    def encode_pieces(self, text):
+        """Ids of text without added tokens.
 
         Runs of more than LONGEST_RUN characters without a change between whitespace and other text are cut,
         because tiktoken overflows its stack on very long ones. Meta's llama3/tokenizer.py cuts them too,
@@ -375,43 +458,27 @@ class Tokenizer:
         return [self.decode([id]) for id in ids]
 
     def messages(self, value, role):
-        """[(role, content)] of a text, a message or a list of messages; Llama 3's template trims every
-        content."""
+        """[(role, content)] of a text, a message or a list of messages."""
         value = {"role": role, "content": value} if isinstance(value, str) else value
         value = [value] if isinstance(value, dict) else value
         require(
             is_conversation(value),
             f"expected text or a list of {{role, content}} messages, found {str(value)[:60]!r}",
         )
-        strip = self.chat == "llama3"
-        return [(m["role"], m["content"].strip() if strip else m["content"]) for m in value]
-
-    def turn(self, role, content):
-        """Ids of one message in the template; with content None, of the header that a reply continues."""
-        if self.chat == "llama3":
-            start, end = self.special("<|start_header_id|>"), self.special("<|end_header_id|>")
-            ids = [start, *self.encode(role), end, *self.encode("\n\n" + (content or ""))]
-        else:
-            ids = [self.special("<|im_start|>"), *self.encode(f"{role}\n{content or ''}")]
-        after = self.encode("\n") if self.chat == "chatml" else []
-        return ids if content is None else [*ids, self.stop_id, *after]
+        return [(message["role"], message["content"]) for message in value]
 
     def encode_prompt(self, prompt):
         """Ids of a text or of messages in the chat template, up to the reply's header; BOS once, if there is
         one."""
         messages = self.messages(prompt, "user")
-        if self.chat == "none":
+        if self.chat.name == "none":
             if len(messages) > 1:
                 raise BadInput(f"{len(messages)} messages need a chat template (--chat llama3 or chatml)")
             ids = self.encode(messages[0][1])
         else:
-            if self.date is not None:  # Llama 3.1's template puts this before the system message, or alone
-                system = messages.pop(0)[1] if messages[0][0] == "system" else ""
-                block = f"Cutting Knowledge Date: December 2023\nToday Date: {self.date}\n\n{system}"
-                messages.insert(0, ("system", block))
             ids = []
-            for role, content in [*messages, ("assistant", None)]:
-                ids += self.turn(role, content)
+            for is_special, text in self.chat.parts(messages):
+                ids += [self.special(text)] if is_special else self.encode(text)
         return ids if self.bos_id is None else [self.bos_id, *ids]
 
     def encode_response(self, response):
@@ -419,7 +486,7 @@ class Tokenizer:
         messages = self.messages(response, "assistant")
         if len(messages) > 1:
             raise BadInput(f"expected one message as response, found {len(messages)}")
-        return self.encode(messages[0][1]) + [self.stop_id]
+        return self.encode(self.chat.trimmed(messages[0][1])) + [self.stop_id]
 
 
 def build_tokenizer(words):

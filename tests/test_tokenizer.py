@@ -7,6 +7,7 @@ import unicodedata
 
 import pytest
 
+from support.chats import Chat
 from support.files import BadInput
 from support.tokenizers import BYTE_TO_CHAR, LLAMA3, Tokenizer, build_tokenizer, last_merge
 
@@ -78,14 +79,14 @@ def tokenizer_json(steps, merges=MERGES, words=(), bos=False, **changes):
     return spec
 
 
-def load(directory, spec, chat="none", date=None, **settings):
+def load(directory, spec, chat="none", date=None, system=None, **settings):
     directory.mkdir(exist_ok=True)
     raw = spec if isinstance(spec, bytes) else json.dumps(spec).encode()
     directory.joinpath("tokenizer.json").write_bytes(raw)
     settings.setdefault("tokenizer_config", {"eos_token": "<|end_of_text|>"})
     for name, value in settings.items():
         directory.joinpath(name + ".json").write_text(json.dumps(value))
-    return Tokenizer.load(directory, chat, date)
+    return Tokenizer.load(directory, chat, date, system)
 
 
 FORMS = {
@@ -396,6 +397,294 @@ def test_chat_template_agrees_with_jinja(tmp_path, name, messages):
     )
     theirs = hf.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode_prompt(messages) == theirs.encode(text, add_special_tokens=False).ids
+
+
+SYSTEM_BLOCK = """{{- bos_token }}
+{%- if not date_string is defined %}
+    DATE
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\n\n" }}
+{{- "Cutting Knowledge Date: December 2023\n" }}
+{{- "Today Date: " + date_string + "\n\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim }}
+    {{- '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}
+"""
+FIXED = '{%- set date_string = "26 Jul 2024" %}'
+TODAY = """{%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}"""
+OF_QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+OF_SMOL = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+# The templates of these models' directories, less what they do with tools: form, BOS, template, what it is.
+OWN = {
+    "Llama 3": (
+        "llama3",
+        "<|begin_of_text|>",
+        "{% set loop_messages = messages %}{% for message in loop_messages %}"
+        "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+        "+ message['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
+        Chat("llama3"),
+    ),
+    "Llama 3.1": (
+        "llama3",
+        "<|begin_of_text|>",
+        SYSTEM_BLOCK.replace("DATE", FIXED),
+        Chat("llama3", "26 Jul 2024"),
+    ),
+    "Llama 3.2": (
+        "llama3",
+        "<|begin_of_text|>",
+        SYSTEM_BLOCK.replace("DATE", TODAY),
+        Chat("llama3", "26 Jul 2024"),
+    ),
+    "Qwen2.5": (
+        "qwen",
+        None,
+        """{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+{%- else %}
+    {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
+    {{- '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != "system" or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+""",
+        Chat("chatml", system=OF_QWEN, bos=False),
+    ),
+    "SmolLM2": (
+        "smollm2",
+        "<|im_start|>",
+        "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face' }}"
+        "{{ '<|im_end|>\n' }}"
+        "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        Chat("chatml", system=OF_SMOL, bos=False),
+    ),
+}
+CONVERSATIONS = [
+    [{"role": "user", "content": " low\n"}],
+    [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "owl"}],
+    [
+        {"role": "user", "content": "low"},
+        {"role": "assistant", "content": " 12 "},
+        {"role": "user", "content": "lower\n"},
+    ],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "low"},
+        {"role": "assistant", "content": "12"},
+        {"role": "user", "content": "lower"},
+    ],
+]
+
+
+def own(directory, name, chat="auto", as_file=False, **more):
+    """A directory with a model's own chat template, in tokenizer_config.json or beside it."""
+    form, bos, template, _ = OWN[name]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end_of_text|>", "bos_token": bos}
+    directory.mkdir(exist_ok=True)
+    if as_file:
+        (directory / "chat_template.jinja").write_text(template)
+    else:
+        config["chat_template"] = template
+    return load(directory, FORMS[form], chat, tokenizer_config=config, **more)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_auto_is_the_directorys_own_template(tmp_path, name):
+    """Golden texts; the ids of special tokens and texts are golden elsewhere."""
+    *_, expected = OWN[name]
+    tokenizer = own(tmp_path / "a", name)
+    assert tokenizer.chat == expected
+    again = own(tmp_path / "b", name, as_file=True)
+    assert again.chat == expected and again.fingerprint == tokenizer.fingerprint
+    assert own(tmp_path / "c", name, expected.name).fingerprint == tokenizer.fingerprint
+    tokenizer.save(tmp_path / "d")
+    assert Tokenizer.load(tmp_path / "d", "auto").fingerprint == tokenizer.fingerprint
+    text = tokenizer.decode(tokenizer.encode_prompt(CONVERSATIONS[0]))
+    assert (
+        text
+        == {
+            "Llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nlow<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "Llama 3.1": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+            + CUTTING
+            + "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nlow<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "Qwen2.5": f"<|im_start|>system\n{OF_QWEN}<|im_end|>\n<|im_start|>user\n low\n<|im_end|>\n"
+            "<|im_start|>assistant\n",
+            "SmolLM2": f"<|im_start|>system\n{OF_SMOL}<|im_end|>\n<|im_start|>user\n low\n<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        }[name.replace("3.2", "3.1")]
+    )
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+@pytest.mark.parametrize("name", OWN)
+def test_ids_are_those_of_transformers(tmp_path, name, as_file):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = own(tmp_path, name, as_file=as_file)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in CONVERSATIONS:
+        found = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, date_string="26 Jul 2024", return_dict=False
+        )
+        assert tokenizer.encode_prompt(messages) == found, (name, messages)
+        brief = load(
+            tmp_path,
+            FORMS[OWN[name][0]],
+            "auto",
+            None,
+            "Be brief.",
+            tokenizer_config=json.loads((tmp_path / "tokenizer_config.json").read_text()),
+        )
+        asked = (
+            messages
+            if messages[0]["role"] == "system"
+            else [{"role": "system", "content": "Be brief."}, *messages]
+        )
+        assert brief.encode_prompt(messages) == theirs.apply_chat_template(
+            asked, add_generation_prompt=True, date_string="26 Jul 2024", return_dict=False
+        )
+
+
+def test_system(tmp_path):
+    qwen = own(tmp_path, "Qwen2.5")
+    brief = own(tmp_path, "Qwen2.5", system="Be brief.")
+    none = own(tmp_path, "Qwen2.5", system="")
+    row = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a"}]
+    assert brief.encode_prompt("a") == qwen.encode_prompt(
+        [{"role": "system", "content": "Be brief."}, row[1]]
+    )
+    assert none.encode_prompt("a") == brief.encode_prompt("a")[len(brief.encode("system\nBe brief.\n")) + 2 :]
+    assert (
+        brief.encode_prompt(row) == none.encode_prompt(row) == qwen.encode_prompt(row)
+    )  # a row's own counts
+    assert len({t.fingerprint for t in (qwen, brief, none)}) == 3
+    dated = own(tmp_path / "3.1", "Llama 3.1", system=" Be brief.\n")
+    assert (CUTTING + "Be brief.<|eot_id|>") in dated.decode(dated.encode_prompt("a"))
+    plain = load(tmp_path / "plain", FORMS["llama3"], "llama3", system="Be brief.")
+    assert "system<|end_header_id|>\n\nBe brief.<|eot_id|>" in plain.decode(plain.encode_prompt("a"))
+    with pytest.raises(BadInput, match="--system needs a chat template"):
+        load(tmp_path / "plain", FORMS["llama3"], "none", system="Be brief.")
+    for chat in ("chatml", "none"):  # named, and not the directory's own: nothing of it is used
+        assert own(tmp_path / "3.1", "Llama 3.1", chat).chat == Chat(chat)
+    assert own(tmp_path / "3.1", "Llama 3.1", date="1 May 2025").chat.date == "1 May 2025"
+
+
+def test_auto_without_a_template_is_none_and_an_unknown_one_is_refused(tmp_path):
+    assert load(tmp_path, FORMS["llama3"], "auto").chat == Chat("none")
+    unknown = [
+        "{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}",
+        OWN["Qwen2.5"][2].replace("message.content", "message.content | trim"),  # not chatml to the letter
+        OWN["Qwen2.5"][2].replace("assistant\n", "assistant\n<think>\n"),
+        "{{ broken",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+    ]
+    for template in unknown:
+        config = {"eos_token": "<|end_of_text|>", "chat_template": template}
+        with pytest.raises(BadInput, match="its own chat template is none of none, llama3, chatml") as error:
+            load(tmp_path, FORMS["qwen"], "auto", tokenizer_config=config)
+        assert "\n" not in str(error.value)
+        assert load(tmp_path, FORMS["qwen"], "chatml", tokenizer_config=config).chat == Chat("chatml")
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OWN["Qwen2.5"][2]}]
+    config = {"eos_token": "<|end_of_text|>", "chat_template": several}
+    assert load(tmp_path, FORMS["qwen"], "auto", tokenizer_config=config).chat.system == OF_QWEN
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="cannot be read"):
+        load(tmp_path, FORMS["qwen"], "auto")
+
+
+def with_added(*tokens, form="qwen", **flags):
+    """FORMS[form] with added tokens that are not special."""
+    spec = json.loads(json.dumps(FORMS[form]))
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    first = max(token["id"] for token in spec["added_tokens"]) + 1
+    spec["added_tokens"] += [{"id": first + i, "content": t, **usual, **flags} for i, t in enumerate(tokens)]
+    return spec, first
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_added_tokens_that_are_not_special(tmp_path, form):
+    """<think> of the R1-distilled models, <tool_call> of Qwen2.5: text that spells one becomes its id."""
+    spec, first = with_added("<think>", "</think>", "<thinking>", "  ", form=form)
+    tokenizer = load(tmp_path, spec)
+    assert tokenizer.encode("a<think>low</think>") == [97, first, 257, first + 1]
+    assert tokenizer.encode("<thinking><think") == [
+        first + 2,
+        *load(tmp_path / "x", FORMS[form]).encode("<think"),
+    ]
+    assert tokenizer.encode("<|eot_id|>") == load(tmp_path / "x", FORMS[form]).encode("<|eot_id|>")
+    assert tokenizer.fingerprint != load(tmp_path / "x", FORMS[form]).fingerprint
+    texts = random_texts(800)
+    rng = random.Random(3)
+    assert_agrees(
+        tokenizer,
+        tmp_path,
+        [text + rng.choice(["<think>", "<thinking>", "</think>", "   "]) + text for text in texts],
+    )
+    assert tokenizer.vocab_size == first + 4
+
+
+def test_odd_added_tokens_and_processors_are_refused(tmp_path):
+    for flag in ("lstrip", "rstrip", "single_word"):
+        with pytest.raises(BadInput, match=f"tokenizer.json: added token '<think>' has .*{flag}"):
+            load(tmp_path, with_added("<think>", **{flag: True})[0])
+    text, eos = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "<|end_of_text|>", "type_id": 0}},
+    )
+    for single in ([text, eos], [eos, eos, text]):
+        processor = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+        with pytest.raises(BadInput, match="post_processor is not supported"):
+            load(tmp_path, tokenizer_json([BYTE_LEVEL], post_processor=processor))
+    with pytest.raises(BadInput, match="post_processor is not supported"):
+        load(tmp_path, tokenizer_json([BYTE_LEVEL], post_processor={"type": "BertProcessing"}))
+
+
+def test_sequences_of_one_or_none(tmp_path):
+    nothing = {"type": "Sequence", "normalizers": []}
+    for normalizer in (nothing, {"type": "Sequence", "normalizers": [nothing, {"type": "NFC"}]}):
+        spec = tokenizer_json([BYTE_LEVEL], normalizer=normalizer)
+        spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [spec["pre_tokenizer"]]}
+        spec["post_processor"] = {
+            "type": "Sequence",
+            "processors": [BYTE_LEVEL, spec["post_processor"]],
+        }
+        tokenizer = load(tmp_path, spec)
+        assert tokenizer.nfc == ("NFC" in str(normalizer))
+        assert_agrees(tokenizer, tmp_path, random_texts(300))
+    spec = tokenizer_json(
+        [BYTE_LEVEL], normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}]}
+    )
+    with pytest.raises(BadInput, match="normalizer is not supported"):
+        load(tmp_path, spec)
 
 
 def test_last_merge():
