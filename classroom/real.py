@@ -633,6 +633,8 @@ def run_heads(args):
     scores = answer_scores(answers, saved["scores"])
     shares = np.array([labels.correct[labels.authors == a].mean() for a in range(len(SAMPLERS))])
     scores["who wrote it"] = shares[labels.authors]
+    everyone = np.mean([row["correct"] for row in solutions], axis=0)
+    print("\nright answers by author, all questions: " + ", ".join(f"{share:.3f}" for share in everyone))
     print("\npair accuracy on held-out questions: balanced, and pairs as they come")
     clusters = labels.questions[labels.pairs[:, 0]]
     weights = balanced_weights(*labels.authors[labels.pairs].T)
@@ -656,6 +658,7 @@ def print_rerank(answers, labels, solutions, scores):
     ways = {
         "random": np.zeros(correct.shape),
         "majority": votes(claims),
+        "majority, ties to the first author": votes(claims) - 0.01 * np.arange(len(SAMPLERS)),
         "any of the four": correct.astype(float),
     }
     ways |= {name: values.reshape(shape)[mixed] for name, values in scores.items()}
@@ -764,50 +767,50 @@ def by_answer(scores, answers):
 
 
 def error_measures(scores, answers, notes, labels):
-    """What a score does at the first wrong notes of wrong answers: {measure: (values, their questions)}.
+    """Reads a score at the first wrong notes of wrong answers -> {measure: [(value, question), ...]}.
 
     within        chance that a token before the error scores higher than the error: a cheat gets 1
     same index    chance that the token of the same index in a right answer of the same author scores higher
     same kind     the same against last digits of notes in these answers, at most 3 tokens off that index
     fall          the same for the score minus the mean of all scores before it in the answer
-    paired        chance that the same note (first, second ...) of a right answer to the same question scores
+    paired        chance that the same note (first, second ...) of a right answer to the question scores
                   higher
-    paired before the same for the note before the first wrong one, which is right in both: a control
+    "same kind before" and "paired before" are controls: the same for the note before the first wrong one.
     """
     z = by_answer(scores, answers)
     falls = [s - mean_before(torch.from_numpy(s)).numpy() for s in z]
     right_answers = np.flatnonzero(labels.correct)
-    kept = [n for n in range(len(notes.answer)) if labels.correct[notes.answer[n]]]
-    where = {(notes.answer[n], notes.number[n]): n for n in range(len(notes.answer))}
-    rivals = {q: [a for a in right_answers if labels.questions[a] == q] for q in set(labels.questions)}
-    out = {name: [] for name in ("within", "same index", "same kind", "fall", "paired", "paired before")}
+    right_notes = np.flatnonzero(labels.correct[notes.answer])
+    where = {key: n for n, key in enumerate(zip(notes.answer, notes.number))}
+    names = ("within", "same index", "same kind", "same kind before", "fall", "paired", "paired before")
+    out = {name: [] for name in names}
 
-    def note_score(a, number):
-        n = where.get((a, number))
-        return None if n is None else z[a][notes.place[n]]
+    def add(measure, others, here, question):
+        if len(others):
+            out[measure].append((wins(np.array(others), here).mean(), question))
 
-    for n in np.flatnonzero(notes.wrong):
-        a, t, number = notes.answer[n], notes.place[n], notes.number[n]
-        question = labels.questions[a]
-        here = z[a][t]
-        if t:
-            out["within"].append((wins(z[a][:t], here).mean(), question))
+    def same_kind(values, n):
+        """`values` at notes of right answers that are like note n"""
+        near = right_notes[np.abs(notes.place[right_notes] - notes.place[n]) <= 3]
+        near = near[labels.authors[notes.answer[near]] == labels.authors[notes.answer[n]]]
+        return [values[notes.answer[m]][notes.place[m]] for m in near]
+
+    for wrong in np.flatnonzero(notes.wrong):
+        a, question = notes.answer[wrong], labels.questions[notes.answer[wrong]]
+        t = notes.place[wrong]
+        add("within", z[a][:t], z[a][t], question)
         peers = [b for b in right_answers if labels.authors[b] == labels.authors[a] and len(z[b]) > t]
-        if peers:
-            others = np.array([z[b][t] for b in peers])
-            out["same index"].append((wins(others, here).mean(), question))
-        near = [m for m in kept if abs(notes.place[m] - t) <= 3]
-        near = [m for m in near if labels.authors[notes.answer[m]] == labels.authors[a]]
-        if near:
-            others = np.array([z[notes.answer[m]][notes.place[m]] for m in near])
-            out["same kind"].append((wins(others, here).mean(), question))
-            others = np.array([falls[notes.answer[m]][notes.place[m]] for m in near])
-            out["fall"].append((wins(others, falls[a][t]).mean(), question))
-        for measure, k in (("paired", number), ("paired before", number - 1)):
-            others = [note_score(rival, k) for rival in rivals[question]]
-            others = np.array([s for s in others if s is not None])
-            if k >= 0 and len(others):
-                out[measure].append((wins(others, note_score(a, k)).mean(), question))
+        add("same index", [z[b][t] for b in peers], z[a][t], question)
+        add("fall", same_kind(falls, wrong), falls[a][t], question)
+        for number, suffix in ((notes.number[wrong], ""), (notes.number[wrong] - 1, " before")):
+            n = where.get((a, number))
+            if n is None:
+                continue
+            here = z[a][notes.place[n]]
+            add("same kind" + suffix, same_kind(z, n), here, question)
+            rivals = [where.get((b, number)) for b in right_answers if labels.questions[b] == question]
+            rivals = [z[notes.answer[m]][notes.place[m]] for m in rivals if m is not None]
+            add("paired" + suffix, rivals, here, question)
     return out
 
 
@@ -841,7 +844,7 @@ def run_credit(args):
     for name, values in scores.items():
         print(f"  {name}")
         for measure, found in error_measures(values, answers, notes, labels).items():
-            print(f"    {measure:16}{describe(*map(np.array, zip(*found)))}   n = {len(found)}")
+            print(f"    {measure:18}{describe(*map(np.array, zip(*found)))}   n = {len(found)}")
     print_planted(args, solutions, answers, saved, scores, tokenizer)
 
 

@@ -250,6 +250,7 @@ def test_error_measures_by_hand():
     assert found["same index"] == [(0.75, 0)]  # 3 and 1 at index 3 of the right answers
     assert found["same kind"] == [(2 / 3, 0)]  # notes at 1, 3 and 2 of right answers: 1, 3, 1 against 1
     assert found["paired"] == [(1.0, 0)] and found["paired before"] == [(0.0, 0)]
+    assert found["same kind before"] == [(1 / 3, 0)]  # 2 against 1, 3 and 1
     # falls: answer 0 at 1: 1 - 0, at 3: 3 - 2/3; answer 2 at 2: 0; the error: 1 - 4/3
     assert found["fall"] == [(1.0, 0)]
     labels.authors[1] = 1  # nobody else writes like that
