@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
@@ -48,6 +48,12 @@ from parallel import (
 from support.files import BadInput, read_json, require, write_atomically
 
 # -------------------------------------------------------------------------------- configuration
+
+
+DEFAULTS = {  # what transformers takes for a key that config.json lacks; None: as many as query heads
+    "llama": {"kv_heads": None, "positions": 2048},
+    "qwen2": {"kv_heads": 32, "positions": 32768},
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class ModelConfig:
             rule in ("default", "llama3"),
             f"RoPE type {rule!r} is not supported; expected 'default' or 'llama3'",
         )
+        absent = DEFAULTS[raw["model_type"]]
         try:
             heads = int(raw["num_attention_heads"])
             cfg = cls(
@@ -99,13 +106,13 @@ class ModelConfig:
                 intermediate_size=int(raw["intermediate_size"]),
                 num_hidden_layers=int(raw["num_hidden_layers"]),
                 num_attention_heads=heads,
-                num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
+                num_key_value_heads=int(raw.get("num_key_value_heads", absent["kv_heads"]) or heads),
                 head_dim=int(raw.get("head_dim") or raw["hidden_size"] // heads),
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
                 rope_theta=float(rope["rope_theta"]),
                 rope_scaling=_rope_scaling(rope) if rule == "llama3" else None,
                 tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
+                max_position_embeddings=int(raw.get("max_position_embeddings", absent["positions"])),
                 model_type=raw["model_type"],
             )
         except (KeyError, TypeError, ValueError, ArithmeticError) as e:
@@ -176,12 +183,23 @@ def _require_supported(raw):
         not biased and not raw.get("use_sliding_window"),
         "mlp_bias, attention_bias and use_sliding_window are not supported; expected false",
     )
+    named = raw.get("transformers_weights")
+    require(
+        not named,
+        f"transformers_weights names {str(named)[:60]!r}; rename that file to model.safetensors"
+        " and delete the key",
+    )
 
 
 def _rope_fields(raw):
-    """The object that describes RoPE, under its new name or its old one; {} if there is none."""
-    fields = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    """The object that describes RoPE, under its old name or its new one; {} if there is none.
+
+    Where both are there, transformers takes the old one.
+    """
+    fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     require(isinstance(fields, dict), f"rope_scaling is {str(fields)[:40]!r}; expected an object")
+    part = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    require(part in (None, 1), f"partial_rotary_factor {part!r} is not supported; expected 1")
     return fields
 
 
@@ -732,7 +750,7 @@ def sampling_uniforms(seed, numbers, steps):
     for number in numbers:
         own = zlib.crc32(f"{seed} {number}".encode())  # a generator reads 32 bits
         rows.append(torch.rand(steps, generator=torch.Generator().manual_seed(own)))
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else torch.empty(0, steps)
 
 
 @torch.no_grad()
@@ -816,6 +834,7 @@ def build_model(model_class, cfg, grid, dtype=torch.float32, *, flex=False, rema
 
 def read_config(directory):
     """config.json of a model directory -> (ModelConfig, the raw dict); BadInput if it is unusable."""
+    _refuse_adapter(Path(directory))
     path = Path(directory) / "config.json"
     try:
         raw = read_json(path, path.read_bytes())
@@ -829,23 +848,108 @@ def read_config(directory):
         raise BadInput(f"{path}: {e}") from None
 
 
-def _weight_files(directory):
-    """{tensor name: file}, from model.safetensors or the index of its shards; never outside `directory`."""
-    directory = Path(directory)
-    path = directory / "model.safetensors.index.json"
-    try:
-        if not path.exists():
-            path = directory / "model.safetensors"
-            with safe_open(path, "pt") as file:
-                return dict.fromkeys(file.keys(), path)
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        require(
-            all(isinstance(f, str) and Path(f).name == f and f.isprintable() for f in files.values()),
-            "a shard lies outside the directory, or its name cannot be printed",
+def _refuse_adapter(directory):
+    """BadInput for adapters, with or without other files beside them: transformers would load their base."""
+    path = directory / "adapter_config.json"
+    if path.exists():
+        base = read_json(path, path.read_bytes()).get("base_model_name_or_path")
+        raise BadInput(
+            f"{directory}: holds PEFT adapters of {str(base)[:200]}, not a whole model;"
+            " expected the directory of the merged weights (for <out>/adapter that is <out>); to write one:"
+            " PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)"
         )
-        return {name: directory / file for name, file in files.items()}
+
+
+def stored_head(directory):
+    """ "lm" for the directory of a language model, "score" for that of a reward model; BadInput for another.
+
+    Where config.json names no architecture, transformers goes by model_type, and so the tensors tell.
+    """
+    _, raw = read_config(directory)
+    architectures = raw.get("architectures")
+    if not architectures:
+        return "score" if "score.weight" in _weight_files(directory) else "lm"
+    for name, head in (("ForCausalLM", "lm"), ("ForTokenClassification", "score")):
+        if name in str(architectures):
+            return head
+    raise BadInput(
+        f"{directory}: config.json says {architectures}; expected a language model (LlamaForCausalLM or"
+        " Qwen2ForCausalLM) or a reward model (LlamaForTokenClassification or Qwen2ForTokenClassification)"
+    )
+
+
+def _weight_files(directory):
+    """{tensor name: file}, found as transformers does; never outside `directory`.
+
+    model.safetensors comes first: an index beside it, with the shards of an older model, is not read. Of an
+    index only the names of the files count, and each of them holds what it holds.
+    """
+    directory = Path(directory)
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        path = directory / "model.safetensors.index.json"
+    require(path.exists(), _no_weights(directory))
+    try:
+        shards = [path] if path.suffix == ".safetensors" else _shards(path)
+        found = {}
+        for path in shards:
+            with safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
-        raise BadInput(f"{path}: not a readable safetensors file or index: {e}") from None
+        raise BadInput(f"{path}: cannot read it as a safetensors file or index: {e}") from None
+    # The angles of RoPE, which older versions saved, follow from config.json.
+    return {name: path for name, path in found.items() if "rotary_emb.inv_freq" not in name}
+
+
+def _shards(index):
+    """The files that an index names, each once."""
+    names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    require(
+        all(isinstance(name, str) and Path(name).name == name and name.isprintable() for name in names),
+        "a shard lies outside the directory, or its name cannot be printed",
+    )
+    return [index.parent / name for name in names]
+
+
+OTHER_WEIGHTS = {  # file name: how to make a model.safetensors of it
+    "pytorch_model*.bin*": "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)",
+    "model.*.safetensors": "AutoModelForCausalLM.from_pretrained(..., variant=...).save_pretrained(...)",
+    "*.gguf": "AutoModelForCausalLM.from_pretrained(..., gguf_file=...).save_pretrained(...)",
+    "consolidated*": "transformers' convert_llama_weights_to_hf.py",
+    "tf_model.h5": "AutoModelForCausalLM.from_pretrained(..., from_tf=True) of transformers 4",
+    "flax_model.msgpack": "AutoModelForCausalLM.from_pretrained(..., from_flax=True) of transformers 4",
+}
+
+
+def _no_weights(directory):
+    """The message for a directory without safetensors: which weights it has instead, and what to do."""
+    missing = f"{directory / 'model.safetensors'}: no such file, nor an index of shards"
+    for pattern, converter in OTHER_WEIGHTS.items():
+        other = next(iter(sorted(directory.glob(pattern))), None)
+        if other is not None:
+            return f"{missing}; found {other.name}, which is not read; convert it with {converter}"
+    return f"{missing}; expected the weights of a Hugging Face model"
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _tied_as_stored(cfg, files):
+    """`cfg`, untied where the files hold two matrices that differ: transformers 5 ties equal ones only."""
+    if not cfg.tie_word_embeddings or not {EMBEDDING, HEAD} <= files.keys():
+        return cfg
+    try:
+        with safe_open(files[EMBEDDING], "pt") as embedding_file, safe_open(files[HEAD], "pt") as head_file:
+            embedding, head = embedding_file.get_slice(EMBEDDING), head_file.get_slice(HEAD)
+            equal = embedding.get_shape() == head.get_shape()
+            parts = range(
+                0, embedding.get_shape()[0] if equal else 0, 4096
+            )  # some rows at a time, for memory
+            for rows in (slice(start, start + 4096) for start in parts):
+                equal = equal and torch.equal(embedding[rows].float(), head[rows].float())
+    except (OSError, SafetensorError) as e:
+        raise BadInput(f"{files[HEAD]}: cannot read {HEAD}: {e}") from None
+    return replace(cfg, tie_word_embeddings=equal)
 
 
 @torch.no_grad()
@@ -857,64 +961,73 @@ def load_model(model_class, directory, grid, dtype=torch.float32, *, flex=False,
     flex, remat: see the constructor.
     """
     cfg, raw = read_config(directory)
-    architectures = str(raw.get("architectures"))
-    is_lm = "ForCausalLM" in architectures
-    wants_lm = model_class is LanguageModel
+    is_lm, wants_lm = stored_head(directory) == "lm", model_class is LanguageModel
     require(
-        is_lm or (not wants_lm and "ForTokenClassification" in architectures),
-        f"{directory}: config.json says {architectures}; "
-        f"expected {'a language model' if wants_lm else 'a reward model'}",
+        is_lm or not wants_lm,
+        f"{directory}: config.json says {raw.get('architectures')}; expected a language model",
     )
     files = _weight_files(directory)
     require(  # before so many layers are built
         cfg.num_hidden_layers <= len(files),
         f"{directory}: config.json says {cfg.num_hidden_layers} layers, but there are {len(files)} tensors",
     )
+    if wants_lm:
+        cfg = _tied_as_stored(cfg, files)
     try:
         model = build_model(model_class, cfg, grid, dtype, flex=flex, remat=remat)
     except RuntimeError as e:
         raise BadInput(f"{directory}: no memory for a model of the sizes in config.json: {e}") from None
-    params = dict(model.named_parameters())
-    new_head = {"score.weight"} if is_lm and not wants_lm else set()
+    stored_names = _stored_names(directory, model, files, is_lm)
+    for name, param in model.named_parameters():
+        if name in stored_names:
+            _load_tensor(model, name, param, stored_names[name], files[stored_names[name]])
+        else:
+            param.zero_()  # the new head
+    if "score.bias" in files:
+        _require_zero(files["score.bias"], "score.bias")
+    return model
+
+
+def _stored_names(directory, model, files, is_lm):
+    """{parameter of `model`: its name in the files}, less a new scalar head; BadInput if they do not fit."""
+    names = {name: name for name, _ in model.named_parameters()}
     ignored = set()  # tensors that may be in the files, beside the parameters
-    if is_lm and (new_head or cfg.tie_word_embeddings):
-        ignored = {"lm_head.weight"}
+    if is_lm and model.head == "score":
+        del names["score.weight"]
+        ignored = {HEAD}
+    elif is_lm and model.cfg.tie_word_embeddings:
+        ignored = {HEAD}
     elif not is_lm:
         ignored = {"score.bias"}
-    missing = params.keys() - files.keys() - new_head
-    unexpected = files.keys() - params.keys() - ignored
+    if is_lm and model.cfg.tie_word_embeddings and EMBEDDING not in files and HEAD in files:
+        names[EMBEDDING] = HEAD  # tied, and stored under its other name
+    missing = set(names.values()) - files.keys()
+    unexpected = files.keys() - set(names.values()) - ignored
     require(
         not missing and not unexpected,
         f"{directory}: weights do not fit config.json; "
         f"missing: {sorted(missing)[:3]}, unexpected: {sorted(unexpected)[:3]}",
     )
-    for name, param in params.items():
-        if name in files:
-            _load_tensor(model, name, param, files[name])
-    if "score.bias" in files:
-        _require_zero(files["score.bias"], "score.bias")
-    if new_head:
-        model.score.weight.zero_()
-    return model
+    return names
 
 
-def _load_tensor(model, name, param, path):
+def _load_tensor(model, name, param, stored_name, path):
     """Copies this rank's slice of a stored tensor into `param`; BadInput for a wrong shape or number."""
     expected = model.full_shape(name, param.shape)
     try:
         # Reopened for each tensor: pages read from an open file count as memory of this process.
         with safe_open(path, "pt") as file:
-            stored = file.get_slice(name)
+            stored = file.get_slice(stored_name)
             shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
             require(
                 shape == expected and dtype in ("F32", "F16", "BF16", "F64"),
-                f"{path}: {name} is {dtype} {list(shape)}, expected floats {list(expected)}",
+                f"{path}: {stored_name} is {dtype} {list(shape)}, expected floats {list(expected)}",
             )
             param.copy_(model.my_slice(name, stored))
     except (OSError, SafetensorError) as e:
-        raise BadInput(f"{path}: cannot read {name}: {e}") from None
+        raise BadInput(f"{path}: cannot read {stored_name}: {e}") from None
     finite = param.sum().isfinite()  # one pass, no copy
-    require(finite, f"{path}: {name} has numbers that are not finite")
+    require(finite, f"{path}: {stored_name} has numbers that are not finite")
 
 
 def _require_zero(path, name):
@@ -951,11 +1064,13 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
             write_atomically(directory / file, tensors)
     if not is_main:
         return
-    index = directory / "model.safetensors.index.json"
-    index.unlink(missing_ok=True)  # an old index would take precedence over the new file
+    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_atomically(index, json.dumps(content, indent=1))
+        whole.unlink(missing_ok=True)  # an old one would take precedence over the index
+    else:
+        index.unlink(missing_ok=True)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = {**model.cfg.to_dict(model.head), "torch_dtype": dtype}
     write_atomically(directory / "config.json", json.dumps(config, indent=1))

@@ -28,7 +28,7 @@ from data import (
     spans,
     stable_hash,
 )
-from model import LanguageModel, ScalarModel, load_model, read_config
+from model import LanguageModel, ScalarModel, load_model, read_config, stored_head
 from parallel import Grid, all_sum, say
 from qrm import REWARD_MODELS, bind_reward, credit_counts, response_scores
 from reinforce import standardize
@@ -59,8 +59,8 @@ def load_tokenizer(directory, cfg):
     BadInput if an id has no embedding row, or the chat template differs from training (sft and rm may change
     it).
     """
-    tokenizer = Tokenizer.load(directory, cfg.chat, cfg.date or None)
     rows = read_config(directory)[0].vocab_size
+    tokenizer = Tokenizer.load(directory, cfg.chat, cfg.date or None)
     require(
         tokenizer.vocab_size <= rows,
         f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1},"
@@ -90,7 +90,7 @@ def read_run(directory):
 
 def is_reward_model(directory):
     """Whether config.json names a model with one scalar per token."""
-    return "ForTokenClassification" in str(read_config(directory)[1].get("architectures"))
+    return stored_head(directory) == "score"
 
 
 def reward_name(directory, otherwise="qrm"):

@@ -34,9 +34,11 @@ from model import (
     sampling_uniforms,
     save_adapter,
     save_model,
+    stored_head,
     token_logprobs,
 )
 from parallel import Grid
+from support.files import BadInput
 from support.sampling import KVCache, generate
 
 SCALING = RopeScaling(
@@ -624,11 +626,142 @@ def test_a_model_of_the_other_kind_is_refused(tmp_path):
     ):
         load_model(LanguageModel, tmp_path, Grid())
     raw = json.loads((tmp_path / "config.json").read_text())
-    for classes in (None, [], ["LlamaForSequenceClassification"], ["LlamaModel"], "LlamaModel", 5, [None]):
+    for classes in (["LlamaForSequenceClassification"], ["LlamaModel"], "LlamaModel", 5, [None]):
         (tmp_path / "config.json").write_text(json.dumps({**raw, "architectures": classes}))
         for Model in (LanguageModel, ScalarModel):
             with pytest.raises(ValueError, match="config.json"):
                 load_model(Model, tmp_path, Grid())
+
+
+def change_config(directory, **changes):
+    raw = json.loads((directory / "config.json").read_text()) | changes
+    raw = {name: value for name, value in raw.items() if value != "absent"}
+    (directory / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("classes", [None, [], "absent"])
+def test_without_architectures_the_tensors_tell_the_head(tmp_path, classes):
+    for Model in (LanguageModel, ScalarModel):
+        (tmp_path / Model.head).mkdir()
+        model = random_model(Model, small_config())
+        save_model(model, tmp_path / Model.head)
+        change_config(tmp_path / Model.head, architectures=classes)
+        assert stored_head(tmp_path / Model.head) == Model.head
+        assert same_parameters(load_model(Model, tmp_path / Model.head, Grid()), model)
+    assert not load_model(ScalarModel, tmp_path / "lm", Grid()).score.weight.any()  # a reward model's start
+    with pytest.raises(BadInput, match="expected a language model"):
+        load_model(LanguageModel, tmp_path / "score", Grid())
+
+
+def test_the_single_file_comes_before_an_index_and_its_shards(tmp_path):
+    """As transformers looks for them; a directory of shards that a single file was put into is no mixture."""
+    old, new = (random_model(LanguageModel, small_config(), seed) for seed in (0, 1))
+    save_model(old, tmp_path, 3000)
+    stale = {path.name: path.read_bytes() for path in tmp_path.glob("model*")}
+    assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), old)
+    save_model(new, tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    for name, content in stale.items():
+        (tmp_path / name).write_bytes(content)
+    assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), new)
+    save_model(old, tmp_path, 3000)  # now the index has to count, here and in transformers
+    assert not (tmp_path / "model.safetensors").exists()
+    assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), old)
+
+
+def test_shards_hold_what_they_hold_whatever_the_index_says(tmp_path):
+    """transformers reads the names of the files from the index, and those of the tensors from the files."""
+    model = random_model(LanguageModel, small_config())
+    save_model(model, tmp_path, 3000)
+    index = tmp_path / "model.safetensors.index.json"
+    shards = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
+    index.write_text(
+        json.dumps({"weight_map": {f"a name of old {i}": name for i, name in enumerate(shards)}})
+    )
+    assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), model)
+
+
+def test_saved_rope_angles_are_ignored(tmp_path):
+    model = random_model(LanguageModel, small_config())
+    save_model(model, tmp_path)
+    path = tmp_path / "model.safetensors"
+    angles = {
+        "model.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.full((4,), torch.nan),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(2, 9, dtype=torch.int64),
+    }
+    save_file(load_file(path) | angles, path)
+    assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), model)
+    assert same_parameters(load_model(ScalarModel, tmp_path, Grid()).model, model.model)
+
+
+@pytest.mark.parametrize("change", [lambda x: 2 * x, lambda x: x[:28].clone(), lambda x: x[:, :19].clone()])
+def test_a_tied_head_that_differs_is_not_thrown_away(tmp_path, change):
+    """Equal matrices are tied, different ones are both used (transformers 5); no shape is taken on trust."""
+    save_model(random_model(LanguageModel, small_config()), tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    head = change(tensors["model.embed_tokens.weight"])
+    save_file(tensors | {"lm_head.weight": head}, path)
+    if head.shape != tensors["model.embed_tokens.weight"].shape:
+        with pytest.raises(BadInput, match="lm_head.weight is F32"):
+            load_model(LanguageModel, tmp_path, Grid())
+        return
+    model = load_model(LanguageModel, tmp_path, Grid())
+    assert not model.cfg.tie_word_embeddings and torch.equal(model.head_weight, head)
+    assert torch.equal(model.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+    save_model(model, tmp_path / "again")
+    assert same_parameters(load_model(LanguageModel, tmp_path / "again", Grid()), model)
+    assert load_model(ScalarModel, tmp_path, Grid()).score.weight.shape == (1, 20)
+
+
+def test_a_tied_matrix_may_be_stored_under_either_name(tmp_path):
+    policy = random_model(LanguageModel, small_config())
+    save_model(policy, tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, path)
+    assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), policy)
+    assert same_parameters(load_model(ScalarModel, tmp_path, Grid()).model, policy.model)
+    change_config(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(BadInput, match="missing: .*embed_tokens"):
+        load_model(LanguageModel, tmp_path, Grid())
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("pytorch_model.bin", "AutoModelForCausalLM.from_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "AutoModelForCausalLM.from_pretrained"),
+        ("model.fp16.safetensors", "variant"),
+        ("smollm2-q4.gguf", "gguf_file"),
+        ("consolidated.00.pth", "convert_llama_weights_to_hf"),
+        ("tf_model.h5", "from_tf"),
+        ("flax_model.msgpack", "from_flax"),
+    ],
+)
+def test_other_weights_are_named_with_a_way_out(tmp_path, name, says):
+    save_model(random_model(LanguageModel, small_config()), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(BadInput) as error:
+        load_model(LanguageModel, tmp_path, Grid())
+    assert f"found {name}, which is not read; convert it with" in str(error.value)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_adapters_are_no_model(tmp_path):
+    """Alone, or beside a whole model: there transformers would read the base that they name, and add them."""
+    base = random_model(LanguageModel, small_config())
+    save_model(base, tmp_path / "base")
+    adapted = with_adapters(load_model(LanguageModel, tmp_path / "base", Grid()))
+    for directory in (tmp_path / "alone", tmp_path / "base"):
+        save_adapter(adapted, directory, tmp_path / "base")
+        for Model in (LanguageModel, ScalarModel):
+            with pytest.raises(
+                BadInput, match=f"holds PEFT adapters of {tmp_path / 'base'}, not a whole model"
+            ):
+                load_model(Model, directory, Grid())
 
 
 LOADER = """import sys
@@ -784,6 +917,8 @@ def test_config_in_the_old_form_and_with_rope_parameters():
     assert ModelConfig.from_dict({**RAW, "rope_theta": 5e5, "rope_scaling": LLAMA3}) == expected
     assert ModelConfig.from_dict({**RAW, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}) == expected
     assert ModelConfig.from_dict({**RAW, "rope_theta": 5e5, "rope_parameters": LLAMA3}) == expected
+    both = {**RAW, "rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}
+    assert ModelConfig.from_dict(both) == expected  # transformers lets rope_scaling win
     plain = ModelConfig(100, 64, 96, 3, 8, 2, 16, 1e-5, 5e5, None, True, 4096, "qwen2")
     shared = {
         **RAW,
@@ -803,6 +938,12 @@ def test_config_defaults_are_transformers_own():
     needed = {k: RAW[k] for k in RAW if k not in ("num_key_value_heads", "rms_norm_eps", "hidden_act")}
     cfg = ModelConfig.from_dict({**needed, "head_dim": None})
     assert cfg == ModelConfig(100, 64, 96, 3, 8, 8, 8, 1e-6, 10000.0, None, False, 2048, "llama")
+    needed |= {"num_attention_heads": 64, "model_type": "qwen2"}
+    cfg = ModelConfig.from_dict(needed | {"head_dim": 2})
+    assert cfg == ModelConfig(100, 64, 96, 3, 64, 32, 2, 1e-6, 10000.0, None, False, 32768, "qwen2")
+    assert (
+        ModelConfig.from_dict(needed | {"head_dim": 2, "num_key_value_heads": None}).num_key_value_heads == 64
+    )
 
 
 @pytest.mark.parametrize(
@@ -832,6 +973,9 @@ def test_config_round_trip(cfg):
         ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "dynamic"),
         ({"rope_scaling": {k: LLAMA3[k] for k in LLAMA3 if k != "factor"}}, "factor"),
+        ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25"),
+        ({"transformers_weights": "other.safetensors"}, "'other.safetensors'; rename"),
         ({"vocab_size": None}, "number"),
         ({"hidden_size": "wide"}, "wide"),
         ({"num_hidden_layers": 0}, "positive"),
@@ -906,3 +1050,44 @@ def test_transformers_reads_our_reward_model_and_we_read_its(tmp_path, kind):
         near(ours.scalars(ours.model(ids)), expected[..., 0], 2e-4)
     theirs.save_pretrained(tmp_path / "back")
     assert same_parameters(load_model(ScalarModel, tmp_path / "back", Grid()), ours)
+
+
+def test_transformers_reads_the_same_numbers_from_odd_directories(tmp_path):
+    """A stale index, saved angles, a tied head that differs, a tied matrix under its other name, no class."""
+    transformers = pytest.importorskip("transformers")
+    old, new = (random_model(LanguageModel, small_config(), seed) for seed in (0, 1))
+    embedding, head, ids = "model.embed_tokens.weight", "lm_head.weight", random_ids(2, 30)
+
+    def logits_of(what, change):
+        directory = tmp_path / what
+        save_model(new, directory)
+        tensors = load_file(directory / "model.safetensors")
+        save_file(change(tensors) or tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(directory).float().eval()
+        ours = load_model(LanguageModel, directory, Grid())
+        with torch.no_grad():
+            expected = theirs(ids).logits
+            near(ours.logits(ours.model(ids)), expected, 2e-4)
+        return expected
+
+    def doubled_head(tensors):
+        tensors[head] = 2 * tensors[embedding]
+
+    usual = logits_of("usual", lambda tensors: None)
+    save_model(old, tmp_path / "stale", 3000)
+    index = tmp_path / "stale/model.safetensors.index.json"
+    content = index.read_text()
+    save_model(new, tmp_path / "stale")
+    index.write_text(content)
+    assert torch.equal(logits_of("stale", lambda tensors: None), usual)
+    angle = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    assert torch.equal(logits_of("angles", lambda tensors: tensors | angle), usual)
+    assert torch.equal(
+        logits_of("renamed", lambda tensors: tensors.update({head: tensors.pop(embedding)})), usual
+    )
+    assert not torch.equal(logits_of("doubled", doubled_head), usual)
+    change_config(tmp_path / "usual", architectures="absent")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "usual").float().eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, usual)
+    assert same_parameters(load_model(LanguageModel, tmp_path / "usual", Grid()), new)

@@ -879,6 +879,22 @@ def every_shard(file):
     return hurt
 
 
+def sharded(hurt):
+    """Damage to the index, which counts where no model.safetensors is beside it."""
+
+    def hurt_both(d):
+        hurt(d)
+        (d / "model.safetensors").unlink()
+
+    return hurt_both
+
+
+def only_adapters(d):
+    for path in d.iterdir():
+        path.unlink()
+    (d / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+
+
 def put(name, value, where=()):
     return tensors(lambda w: w[name].view(-1).__setitem__(len(w[name].view(-1)) // 2, value))
 
@@ -970,17 +986,24 @@ BAD_MODELS = {  # what is done to a good policy directory: what the one line say
         "model-00001-of-00002.safetensors",
     ),
     "index: another file": (every_shard("tokenizer.json"), "tokenizer.json"),
-    "index: no map": (index(None), "index.json"),
-    "index: a list": (index([1, 2]), "index.json"),
-    "index: empty": (raw("model.safetensors.index.json", lambda b: b""), "index.json"),
+    "index: no map": (sharded(index(None)), "index.json"),
+    "index: a list": (sharded(index([1, 2])), "index.json"),
+    "index: lists as names": (sharded(index({"a": ["b"]})), "index.json"),
+    "index: of no tensors": (sharded(index({})), "0 tensors"),
+    "index: empty": (sharded(raw("model.safetensors.index.json", lambda b: b"")), "index.json"),
     "index: not UTF-8": (
-        raw("model.safetensors.index.json", lambda b: b'{"weight_map": {"\xff": 1}}'),
+        sharded(raw("model.safetensors.index.json", lambda b: b'{"weight_map": {"\xff": 1}}')),
         "index.json",
     ),
     "index: nested 100,000 deep": (
-        raw("model.safetensors.index.json", lambda b: b"[" * 100_000),
+        sharded(raw("model.safetensors.index.json", lambda b: b"[" * 100_000)),
         "index.json",
     ),
+    "weights: pickled": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "found pytorch_model.bin, which is not read; convert it",
+    ),
+    "weights: adapters alone": (only_adapters, "PEFT adapters of some/base, not a whole model"),
     "config: nothing": (raw("config.json", lambda b: b""), "config.json"),
     "config: a list": (raw("config.json", lambda b: b"[]"), "config.json"),
     "config: not UTF-8": (raw("config.json", lambda b: b"\xff\xfe{}"), "config.json"),
@@ -991,7 +1014,8 @@ BAD_MODELS = {  # what is done to a good policy directory: what the one line say
         "config.json",
     ),
     "config: another family": (config(model_type="mamba"), "'mamba'"),
-    "config: no class": (config(architectures=None), "None"),
+    "config: no head": (config(architectures=["LlamaModel"]), "['LlamaModel']"),
+    "config: weights elsewhere": (config(transformers_weights="x.safetensors"), "rename that file"),
     "config: quantised": (config(quantization_config={"bits": 4}), "quantised"),
     **{
         f"config: {name} {value!r}"[:60]: (config(**{name: value}), "")
