@@ -60,7 +60,8 @@ def load_tokenizer(directory, cfg):
     it).
     """
     rows = read_config(directory)[0].vocab_size
-    tokenizer = Tokenizer.load(directory, cfg.chat, cfg.date or None)
+    system = {"": None, "none": ""}.get(cfg.system, cfg.system)
+    tokenizer = Tokenizer.load(directory, cfg.chat, cfg.date or None, system)
     require(
         tokenizer.vocab_size <= rows,
         f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1},"
@@ -71,7 +72,7 @@ def load_tokenizer(directory, cfg):
         chat = re.search(r"'chat': '(\w+)'", str(made.get("config")))
         raise BadInput(
             f"{directory}: was trained with another tokenizer or chat template"
-            f" (--chat {chat and chat[1]}); found --chat {cfg.chat}"
+            f" (--chat {chat and chat[1]}); found --chat {tokenizer.chat.name}"
         )
     return tokenizer
 

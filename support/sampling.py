@@ -228,7 +228,7 @@ def generate(
     require(all(prompts), "a prompt has no tokens; expected at least one")
     device, n = policy.grid.device, len(prompts)
     numbers = range(n) if numbers is None else numbers
-    uniforms = sampling_uniforms(seed, [*numbers, 0], max_new_tokens).to(device)  # the last row: free slots
+    uniforms = sampling_uniforms(seed, [*numbers, -1], max_new_tokens).to(device)  # the last row: free slots
     tokens = torch.zeros(n + 1, max_new_tokens, dtype=torch.int64, device=device)
     lengths = torch.zeros(n + 1, dtype=torch.int64, device=device)
     stops = torch.tensor(stop_ids, device=device)

@@ -86,7 +86,12 @@ class Run:
     )
     flex: bool = flag(False, "attention over packed rows by torch's FlexAttention, compiled (CUDA only)")
     chat: str = flag(
-        "none", " | ".join(CHATS) + ": the template that prompts are written in", choices=tuple(CHATS)
+        "auto",
+        f"auto (the model directory's own template) | {' | '.join(CHATS)}: how prompts are written",
+        choices=("auto", *CHATS),
+    )
+    system: str = flag(
+        "", "system message of prompts without one; default: the template's own; none: no system message"
     )
     date: str = flag(
         "", 'with --chat llama3: the date in the system block of Llama 3.1 and 3.2, e.g. "26 Jul 2024"'
@@ -458,7 +463,8 @@ def check_combinations(cfg):
         not cfg.preset or (cfg.model and cfg.data),
         f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data",
     )
-    require(not cfg.date or cfg.chat == "llama3", f"--date {cfg.date!r}: only --chat llama3 has a date")
+    dated = cfg.chat in ("llama3", "auto")
+    require(not cfg.date or dated, f"--date {cfg.date!r}: only --chat llama3 has a date")
     check_reward(cfg)
     require(
         not rl or cfg.batch_size % cfg.group_size == 0,

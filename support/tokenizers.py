@@ -254,13 +254,10 @@ class Tokenizer:
     """A model's tokenizer with its chat template: every id that a model reads is made here.
 
     chat            none: text as it is; llama3 and chatml: these templates; auto: the directory's own, which
-                    must be
-                    one of these, none if it has none
-    date            None, or such as "26 Jul 2024": llama3 then opens with the system block of Llama 3.1 and
-                    3.2
+                    must be one of these; none if it has none
+    date            None, or such as "26 Jul 2024": llama3 then opens with the system block of Llama 3.1
     system          the system message of prompts without one; None: the default of the directory's own
-                    template, if
-                    it is the template in use; "" for none
+                    template, if that is in use; "" for none
     bos_id          what the tokenizer itself puts first, or None (Qwen2.5, SmolLM2, GPT-2)
     stop_id         what encode_response appends: the template's stop token; for "none" tokenizer_config's
                     eos_token

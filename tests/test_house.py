@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
 SUPPORT = (
+    "chats",
     "checkpoints",
     "evaluate",
     "expressions",
@@ -21,7 +22,8 @@ SUPPORT = (
 )
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
-    "support.tokenizers": ("support.files",),
+    "support.chats": (),
+    "support.tokenizers": ("support.chats", "support.files"),
     "support.expressions": ("support.files",),
     "support.graders": ("support.expressions", "support.files"),
     "parallel": ("support.files",),

@@ -249,7 +249,7 @@ def test_a_rollout_token_by_token(temperature, kl):
         return poisoned(token_scores(scorer, ids).detach(), mask)
 
     cfg = config(temperature=temperature, kl=kl, batch_size=12, micro_tokens=30, group_size=2)
-    rollout = a_rollout(policy, cfg, n=6, reward=Reward(reward_fn))
+    rollout = a_rollout(policy, cfg, n=6, reward=Reward(reward_fn), seed=1)
     reference = random_model(LanguageModel, policy.cfg, seed=50)
     lengths = rollout.response_mask.sum(1).tolist()
     assert len(set(lengths)) > 2 and rollout.truncated.any() and not rollout.truncated.all()
@@ -301,7 +301,7 @@ def test_a_rollout_token_by_token(temperature, kl):
 def test_training_starts_from_the_very_bits_of_the_rollout(kl):
     policy = a_policy()
     cfg = config(temperature=0.7, kl=kl, batch_size=11, micro_tokens=12, minibatch=4)
-    rollout = a_rollout(policy, cfg, n=11)
+    rollout = a_rollout(policy, cfg, n=11, seed=1)
     cuts = minibatches(rollout.lengths(), cfg)
     assert (
         len(cuts) == 3

@@ -760,7 +760,9 @@ def test_score_shows_coloured_tokens(built, command, tmp_path, monkeypatch):
     assert "\x1b[" not in command(*words, "--task", "arith")[1]
     coloured = command(*words, "--task", "arith", "--show")[1]
     assert coloured.count("\x1b[1;4;") == 1 and re.search(r"\x1b\[1;4;38;5;16;48;5;\d+m-\x1b\[0m", coloured)
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\n")[3:6] == [
+    plain_lines = re.sub(r"\x1b\[[0-9;]*m", "", coloured).split("\n")
+    first = next(i for i, line in enumerate(plain_lines) if line.startswith("<|begin_of_text|>"))
+    assert plain_lines[first : first + 3] == [
         "<|begin_of_text|>Tom has 2 pens. Tom buys 3. How many?",
         "2-3=5↵",
         "#### 5<|end_of_text|>",
@@ -1298,7 +1300,7 @@ def test_model_directories_that_cannot_be_used(built, command, pairs_file, tmp_p
         *more,
     ]
     (tmp_path / "empty").mkdir()
-    assert_refused(command, tmp_path, words(tmp_path / "empty"), tmp_path / "empty", "tokenizer.json")
+    assert_refused(command, tmp_path, words(tmp_path / "empty"), tmp_path / "empty", "config.json")
     broken = shutil.copytree(built / "sft", tmp_path / "broken")
     for name, content, says in (
         ("model.safetensors", b"\xff" * 64, "safetensors"),
@@ -1516,6 +1518,8 @@ def test_the_dated_system_block_comes_on_request(command, tmp_path):
             tmp_path / "run",
             "--model",
             tmp_path,
+            "--chat",
+            "chatml",
             "--date",
             "26 Jul 2024",
             "--out",
