@@ -455,20 +455,18 @@ def fit_pairs(kind, x, pairs, weights, l2):
 
 
 def fit_outcome(x, correct, weights, l2):
-    """A head on the weighted cross-entropy of right and wrong: x (rows, D), the others (rows,) -> weight,
-    bias"""
+    """A head on the weighted cross-entropy of right and wrong: x (n, D), the others (n,) -> weight, bias"""
     weights = weights / weights.sum()
 
     def loss_of(weight, bias):
-        losses = F.binary_cross_entropy_with_logits(x @ weight + bias, correct, reduction="none")  # (rows,)
+        losses = F.binary_cross_entropy_with_logits(x @ weight + bias, correct, reduction="none")  # (n,)
         return (losses * weights).sum()
 
     return fit(loss_of, x.shape[1], l2)
 
 
 class Layer:
-    """One layer's residual stream, standardised per dimension over all tokens, and its summaries by
-    answer."""
+    """One layer's residual stream, standardised by dimension over all tokens, and its mean and last rows."""
 
     def __init__(self, answers, layer):
         x = answers.hidden[layer].float()  # (n, D)
@@ -506,15 +504,16 @@ class Labels:
 
 
 def train_head(kind, layer, answers, labels, folds, l2, thin=1):
-    """Fits a head on the pairs of these folds, or on the answers in them; every `thin`-th token of these."""
+    """Fits a head on the pairs of these folds; on outcomes, an answer weighs as much as its pairs together.
+
+    thin   of the tokens in the loss, one in `thin` is used
+    """
     pairs, pair_weights = labels.pairs_in(folds, kind.balanced)
     if kind.loss != "outcome":
         x, weights = layer.summary[kind.reads], torch.from_numpy(pair_weights).float()
         return fit_pairs(kind, x, torch.from_numpy(pairs), weights, l2)
     n_answers = len(labels.correct)
-    weights = np.bincount(
-        pairs.T.flatten(), np.tile(pair_weights, 2), n_answers
-    )  # (A,) of the pairs it is in
+    weights = np.bincount(pairs.T.flatten(), np.tile(pair_weights, 2), n_answers)  # (A,)
     places = np.flatnonzero(weights)
     owner = places
     x = layer.summary.get(kind.reads)
@@ -531,38 +530,43 @@ def pair_accuracy(scores, pairs):
     return wins(scores[pairs[:, 0]], scores[pairs[:, 1]])
 
 
-def choose_settings(answers, labels):
-    """For each fold and kind the (layer, l2) that does best on held-out parts of the other four folds.
+def validation_accuracy(kind, layer, answers, labels, fold, l2):
+    """Pair accuracy on other folds than `fold`, of heads that have seen neither: mean over the folds tried.
 
-    A head that reads one vector an answer is trained four times, each time on three of the four folds; a
-    head that reads every token is trained once, on every eighth token.
-    -> {(kind name, fold): (layer, l2)}, {(kind name, layer): validation accuracy of its best l2, mean of the
-    folds}
+    A head that reads one vector an answer is trained four times, each time on three of the four other folds;
+    a head that reads every token is trained once, on every eighth token.
     """
-    found = {}
+    trials, thin = (1, 8) if kind.reads == "tokens" else (FOLDS - 1, 1)
+    right = []
+    for other in range(fold + 1, fold + 1 + trials):
+        inner = [f for f in range(FOLDS) if f not in (fold, other % FOLDS)]
+        weight, _ = train_head(kind, layer, answers, labels, inner, l2, thin)
+        scores = (layer.summary[kind.score] @ weight).numpy()
+        pairs, weights = labels.pairs_in([other % FOLDS], kind.balanced)
+        right.append((pair_accuracy(scores, pairs) * weights).sum())
+    return float(np.mean(right))
+
+
+def choose_settings(answers, labels):
+    """For each fold and kind the (layer, l2) of the best validation_accuracy.
+
+    -> {(kind name, fold): (layer, l2)}, {(kind name, layer): accuracy of its best l2, mean over the folds}
+    """
+    found = {(name, fold): {} for name in KINDS for fold in range(FOLDS)}
     for number in LAYERS:
         layer = Layer(answers, number)
-        for name, kind in KINDS.items():
-            tokens = kind.reads == "tokens"
-            for fold in range(FOLDS):
-                for l2 in L2S["tokens" if tokens else "answers"]:
-                    right = []
-                    for other in range(fold + 1, fold + (2 if tokens else FOLDS)):
-                        inner = [f for f in range(FOLDS) if f not in (fold, other % FOLDS)]
-                        weight, _ = train_head(kind, layer, answers, labels, inner, l2, 8 if tokens else 1)
-                        scores = (layer.summary[kind.score] @ weight).numpy()
-                        pairs, weights = labels.pairs_in([other % FOLDS], kind.balanced)
-                        right.append((pair_accuracy(scores, pairs) * weights).sum())
-                    found[name, fold, number, l2] = np.mean(right)
-            print(f"layer {number}, {name}: settings tried", flush=True)
-    best, table = {}, {}
+        for name, fold in found:
+            kind = KINDS[name]
+            for l2 in L2S["tokens" if kind.reads == "tokens" else "answers"]:
+                accuracy = validation_accuracy(kind, layer, answers, labels, fold, l2)
+                found[name, fold][number, l2] = accuracy
+        print(f"layer {number}: settings tried", flush=True)
+    best = {key: max(tried, key=tried.get) for key, tried in found.items()}
+    table = {}
     for name in KINDS:
-        for fold in range(FOLDS):
-            settings = [key[2:] for key in found if key[:2] == (name, fold)]
-            best[name, fold] = max(settings, key=lambda s: found[(name, fold, *s)])
         for number in LAYERS:
-            tops = [max(v for k, v in found.items() if k[:3] == (name, f, number)) for f in range(FOLDS)]
-            table[name, number] = float(np.mean(tops))
+            tried = [[v for (n, _), v in found[name, f].items() if n == number] for f in range(FOLDS)]
+            table[name, number] = float(np.mean([max(values) for values in tried]))
     return best, table
 
 
@@ -645,8 +649,10 @@ def run_heads(args):
 
 
 def print_rerank(answers, labels, solutions, scores):
-    """Best of the four given candidates, on questions with right and wrong ones; on the others any way does
-    the same, so the figure for all questions follows."""
+    """Best of the four given candidates, on questions with right and wrong ones.
+
+    On the other questions every way of choosing does the same, so the figure for all questions follows.
+    """
     shape = (-1, len(SAMPLERS))
     mixed = labels.mixed.reshape(shape)[:, 0]
     correct = labels.correct.reshape(shape)[mixed]
@@ -913,8 +919,7 @@ def shade(z):
 
 
 def token_boxes(texts, scores, marked, top):
-    """SVG elements of an answer's tokens, the first line at height `top`, and the height below the last
-    line."""
+    """SVG elements of an answer's tokens from height `top` on, and the height below the last line."""
     out, column, row = [], 0, 0
     for i, (text, z) in enumerate(zip(texts, scores)):
         shown = text.replace("\n", "\u23ce")

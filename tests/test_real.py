@@ -1,5 +1,6 @@
 """classroom/real.py on made data with numbers worked out by hand; one test needs the real weights."""
 
+import doctest
 import os
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -231,6 +232,25 @@ def test_held_out_scores_come_from_the_other_folds():
             assert accuracy[turned].mean() < 0.1 and accuracy[~turned].mean() > 0.9, name
     again = real.score_hidden(answers, heads, "ORM", folds)
     torch.testing.assert_close(again, scores["ORM"], atol=2e-3, rtol=1e-3)
+
+
+def test_choose_settings_finds_the_layer_that_knows():
+    """Only layer 20 tells right from wrong; in the other layers there is noise."""
+    rows = np.repeat(np.arange(40), 2)
+    answers = made_answers([3] * 80, rows, width=2)
+    authors = np.array([i % 2 for i in range(80)])
+    correct = np.array([(i % 2 == 0) ^ (i // 2 % 2 == 0) for i in range(80)])
+    answers.hidden[20][:, 0] = torch.from_numpy(np.repeat(correct * 2.0 - 1, 3)).half()
+    labels = real.Labels(rows, authors, correct, rows // 2 % 5, real.mixed_pairs(rows, correct))
+    best, table = real.choose_settings(answers, labels)
+    assert set(best) == {(name, fold) for name in real.KINDS for fold in range(real.FOLDS)}
+    for name in real.KINDS:
+        assert table[name, 20] == 1.0 and max(table[name, 12], table[name, 30]) < 0.85
+        assert all(best[name, fold][0] == 20 for fold in range(real.FOLDS))
+
+
+def test_doctests():
+    assert doctest.testmod(real).failed == 0
 
 
 def test_error_measures_by_hand():
