@@ -610,10 +610,9 @@ def main(argv=None):
         cfg = parse(argv)
         check_paths(cfg)
         grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
-        if not cfg.model and not cfg.data:
-            torch.set_num_threads(
-                1
-            )  # the built-in model is too small for more; and every machine gets the same numbers
+        if cfg.preset == "tiny" or not (cfg.model or cfg.data):
+            # The built-in model is too small for more, and every machine gets the same numbers.
+            torch.set_num_threads(1)
         for name in ("flex", "graphs"):
             on_cuda = grid.device.type == "cuda" or not getattr(cfg, name)
             require(on_cuda, f"--{name}: works on CUDA only; expected --device cuda")

@@ -27,7 +27,7 @@ STAGES = {
 }
 TRAINING = ("sft", "rm", "reinforce", "ppo")
 POLICY_GRADIENT = ("reinforce", "ppo")
-PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce")
+PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce", "tiny")
 GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
 
 # -------------------------------------------------------------------------------- the fields
@@ -52,7 +52,9 @@ class Run:
 
     stage: str = flag("demo", " | ".join(STAGES), choices=tuple(STAGES))
     preset: str = flag(
-        "", f"{' | '.join(PRESET_NAMES)}: settings of the paper's runs, stage included; a flag wins over them"
+        "",
+        f"{' | '.join(PRESET_NAMES)}: settings of the paper's runs, stage included;"
+        " tiny: the built-in task's of any stage, for its model on your own --data; a flag wins over them",
     )
     run_dir: str = flag(
         "runs/arith", "directory where the stages of the built-in task write and find results"
@@ -322,13 +324,19 @@ PRESETS = {
 }
 
 
+def tiny_settings(stage):
+    """--preset tiny: what the built-in task's model needs in this stage, on data of someone's own task."""
+    return {name: value for name, value in ARITH.get(stage, {}).items() if name != "task"}
+
+
 def defaults_of(given):
     """{field: default}: the built-in task's settings, unless --data is given; the preset's win over them.
 
     given   {name: text} of the command line
     """
-    preset = PRESETS.get(given.get("preset"), {})
-    stage = given.get("stage", preset.get("stage"))
+    paper = PRESETS.get(given.get("preset"), {})
+    stage = given.get("stage", paper.get("stage"))
+    preset = tiny_settings(stage) if given.get("preset") == "tiny" else paper
     task = {} if given.get("data") else ARITH.get(stage, {})
     if given.get("model"):
         task = {name: value for name, value in task.items() if name in NOT_TRAINING}
@@ -455,14 +463,7 @@ def unread_flags(argv):
 def check_combinations(cfg):
     """Flags that are right each by itself, but not together."""
     rl = cfg.stage in POLICY_GRADIENT
-    require(
-        not cfg.preset or cfg.preset in PRESETS,
-        f"--preset {cfg.preset!r}: expected one of {', '.join(PRESETS)}",
-    )
-    require(
-        not cfg.preset or (cfg.model and cfg.data),
-        f"--preset {cfg.preset} is not meant for the built-in task: expected --model and --data",
-    )
+    check_preset(cfg)
     dated = cfg.chat in ("llama3", "auto")
     require(not cfg.date or dated, f"--date {cfg.date!r}: only --chat llama3 has a date")
     check_reward(cfg)
@@ -490,6 +491,23 @@ def check_combinations(cfg):
     require(
         cfg.stage != "grade" or cfg.data,
         "--stage grade needs --data: JSON lines with a response and a label",
+    )
+
+
+def check_preset(cfg):
+    """A preset needs someone's own files; only the first model of --preset tiny is made from scratch."""
+    if not cfg.preset:
+        return
+    tiny = cfg.preset == "tiny"
+    require(cfg.preset in PRESET_NAMES, f"--preset {cfg.preset!r}: expected one of {', '.join(PRESET_NAMES)}")
+    require(not tiny or cfg.stage in ARITH, f"--preset tiny: expected --stage {' | '.join(ARITH)}")
+    needed = ["data"] if tiny and cfg.stage == "sft" else ["model", "data"]
+    if tiny and cfg.stage in POLICY_GRADIENT and cfg.reward in REWARD_MODELS:
+        needed.append("reward_model")
+    require(
+        all(getattr(cfg, name) for name in needed),
+        f"--preset {cfg.preset} is not meant for the built-in task:"
+        f" expected {' and '.join(f'--{name}' for name in needed)}",
     )
 
 

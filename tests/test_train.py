@@ -1216,6 +1216,10 @@ def test_bad_rows(built, command, tmp_path, kind):
         (["--stage", "ppo", "--batch_size", "2", "--minibatch", "1", "--group_size", "4"], []),
         (["--preset", "paper"], ["--preset 'paper'", "paper-rm, paper-ppo"]),
         (["--preset", "paper-rm"], ["--preset paper-rm", "--model and --data"]),
+        (["--preset", "tiny"], ["--preset tiny", "expected --stage sft | pairs"]),
+        (["--preset", "tiny", "--stage", "sft"], ["--preset tiny", "expected --data"]),
+        (["--preset", "tiny", "--stage", "pairs", "--data", "d"], ["--preset tiny", "--model and --data"]),
+        (["--preset", "tiny", "--stage", "ppo", "--model", "m", "--data", "d"], ["and --reward_model"]),
         (["--stage", "rm", "--flex", "--device", "cpu"], ["--flex", "--device cuda"]),
         (["--stage", "ppo", "--graphs", "--device", "cpu"], ["--graphs", "--device cuda"]),
         (["--stage", "grade"], ["--data"]),
@@ -1677,6 +1681,45 @@ def test_presets(built, command, pairs_file, tmp_path, capsys, preset):
         ]
         small += ["--critic_lora_rank", 2] if cfg.stage == "ppo" else []
     assert command("--preset", preset, *small)[0] == 0 and len(rows_of(tmp_path / "o/metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("stage", ["sft", "pairs", "rm", "reinforce", "ppo", "eval"])
+def test_the_tiny_preset(capsys, stage):
+    """The built-in task's settings for someone's own task: only the grader stays what they say."""
+    files = {"data": "d", "model": "m", "reward_model": "r"}
+    words = ["--preset", "tiny", "--stage", stage]
+    words += [word for name, value in files.items() for word in (f"--{name}", value)]
+    cfg, built_in = settings.parse(words), settings.parse(["--stage", stage])
+    changed = {name for name in settings.FIELDS if getattr(cfg, name) != getattr(built_in, name)}
+    assert changed - {"task"} == {"preset", *files} and cfg.task == "gsm8k"
+    assert settings.parse([*words, "--task", "math", "--limit", "7", "--lr", "1"]).task == "math"
+    assert settings.parse([*words, "--limit", "7"]).limit == 7
+    with pytest.raises(SystemExit):
+        train.main([*words, "--help"])
+    page = " ".join(capsys.readouterr().out.split())
+    assert "paper-reinforce | tiny" in page
+    assert stage in ("pairs", "eval") or f"(default: {built_in.lr})" in page
+
+
+def test_the_tiny_preset_needs_no_reward_model_for_graded_answers():
+    words = ["--preset", "tiny", "--stage", "ppo", "--model", "m", "--data", "d", "--reward", "outcome"]
+    assert settings.parse(words).steps == settings.ARITH["ppo"]["steps"]
+
+
+def test_a_tiny_model_learns_someones_own_data_from_scratch(built, command, tmp_path, monkeypatch):
+    """--preset tiny --stage sft with --data alone: the built-in task's untrained model, on one thread."""
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    rows = [{"prompt": f"{n}+{n}=?", "response": f"#### {2 * n}", "label": str(2 * n)} for n in range(40)]
+    own = write_jsonl(tmp_path / "own.jsonl", rows)
+    tiny = ["--preset", "tiny", "--run_dir", tmp_path / "run"]
+    assert command(*tiny, "--stage", "sft", "--data", own)[0] == 0
+    assert threads == [1]
+    policy = tmp_path / "run/sft"
+    assert len(rows_of(policy / "metrics.jsonl")) == settings.ARITH["sft"]["steps"]
+    assert (policy / "config.json").read_bytes() == (built / "sft/config.json").read_bytes()
+    status, out, _ = command(*tiny, "--stage", "eval", "--model", policy, "--data", own)
+    assert status == 0 and f"n_prompts {settings.ARITH['eval']['limit']}" in out
 
 
 # -------------------------------------------------------------------------------- processes and Ctrl-C
