@@ -41,10 +41,11 @@ def read_jsonl(path):
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    with at_line(path, number):
-                        row = read_line(line)
-                    yield number, row
+                if not line.strip():
+                    continue
+                with at_line(path, number):
+                    row = read_line(line)
+                yield number, row
     except OSError as e:
         raise BadInput(f"{path}: cannot be read ({e.strerror}); --data names a JSON lines file") from None
 
