@@ -68,7 +68,7 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     return kept, kept_rows
 
 
-SAMPLED = {"response": "ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
+ID_KEYS = {"response": "ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
 
 
 def sampled_ids(row, tokenizer, prompt_ids):
@@ -86,7 +86,7 @@ def sampled_ids(row, tokenizer, prompt_ids):
     same_prompt = sampled.get("prompt_ids", prompt_ids) == prompt_ids
     require(same_prompt, "prompt_ids are not those of the prompt; expected both unchanged, or no ids")
     found = {}
-    for key, name in SAMPLED.items():
+    for key, name in ID_KEYS.items():
         if key not in row or name not in sampled:
             continue
         ids = sampled[name]

@@ -63,7 +63,7 @@ SPELLINGS = [
     (r"\{,\}|(?<=\d)\\[!,](?=\d{3})|(?<=\d),\\!\s*(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
     (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
-    (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\\?%(?!\w)|\N{EURO SIGN}|\N{POUND SIGN}", " "),
+    (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\\?%(?!\s*[-/\w])|\N{EURO SIGN}|\N{POUND SIGN}", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\N{DEGREE SIGN}|\\degree(?![a-z])", " "),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r"(?i)(?<![a-z])([ap])\.\s?m\.?(?![a-z])", "\x01\\1m\x02"),

@@ -22,7 +22,7 @@ FRACTION = r"\\[dtc]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)"
 POWER_OF_TEN = r"\s?(?:\*|×|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<ten>-?\d{1,3})\}?"
 NUMBER = re.compile(
     rf"(?P<sign>(?:(?<![\w)\]}}%.])-)?)(?:\\?[$€£](?P<minus>-?))?"
-    rf"(?:(?P<whole>\d{{1,20}})\s?(?P<mixed>\d{{1,20}}/\d+|{FRACTION})|(?P<frac>{FRACTION})"
+    rf"(?:(?P<whole>\d{{1,20}})(?P<mixed>\s\d{{1,20}}/\d+|\s?{FRACTION})|(?P<frac>{FRACTION})"
     rf"|(?P<digits>{DIGITS})(?P<over>/\d+)?)"
     rf"(?:e(?P<exp>[+-]?\d{{1,3}})(?!\w)|{POWER_OF_TEN}|\^\{{?(?P<power>\d{{1,3}})\}}?)?"
 )
@@ -147,7 +147,7 @@ def after_words(text):
     None."""
     for words in (r"\banswer(?: is|:)", "^A:"):
         found = re.findall(
-            rf"(?im){words}([\s:=*_$({{\\[]*(?:[a-z]\s*=\s*)?(?:[-+.\d\\$€£]|[,/%]-?\d)[^\n]*)", text
+            rf"(?im){words}([\s:=*_$({{\\[]*(?:[a-z]\s*=\s*)?(?:[-+.\d\\$€£]|[,/%][-.]?[.\d])[^\n]*)", text
         )
         if found:
             return found[-1]
@@ -176,7 +176,7 @@ def whole_number(match):
     if match["digits"] and re.match(r"\d{4,},", match["digits"]) or match["sign"] and match["minus"]:
         return None
     sign = "-" if match["sign"] or match["minus"] else ""
-    fraction = match["frac"] or match["mixed"]
+    fraction = match["frac"] or (match["mixed"] or "").strip()
     if fraction:
         braced = re.fullmatch(r"\\[dtc]?frac\s?(?:\{(\d+)\}|(\d))\s?(?:\{(\d+)\}|(\d))", fraction)
         top, bottom = [part for part in braced.groups() if part] if braced else fraction.split("/")

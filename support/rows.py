@@ -69,9 +69,9 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
     log               gets one line that counts the rows dropped because their label is empty
-    -> list of {"prompt": ..., ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A
-       prompt is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a
-       text or a list of one assistant message; a label is a text.
+    -> list of {"prompt": ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A prompt
+       is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a text or a
+       list of one assistant message; a label is a text.
     Raises BadInput with the line number for a row that lacks something or says something that would be lost.
     """
     rows = []

@@ -397,6 +397,7 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     (r"The answer is $9{,}500.$", "9500"),
     ("#### 1 1/2", "1 1/2"),
     (r"#### 1\frac{1}{2}", "1 1/2"),
+    ("#### 50/109", "50/109"),
     ("#### 10-15", None),
     ("#### 10\N{EN DASH}15", None),
     ("#### 5 + 5 = 10", "10"),
@@ -484,6 +485,7 @@ def one_character_changes(label, rng, n):
 def number_of(text):
     """The number that a text is, by rules of its own; None if it is none."""
     text = text.strip().rstrip(".,").removesuffix("%").strip()  # punctuation, and a percentage is its number
+    text = re.sub(r"^([+-]) | ?(/) ?", r"\1\2", text)
     if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
     if mixed := re.fullmatch(r"(-?)(\d+) (\d+)/(\d+)", text):
@@ -512,7 +514,8 @@ def test_no_false_positive_on_one_character_changes_of_made_labels():
     rng = random.Random(1)
     whole = [str(rng.randint(1, 10 ** rng.randint(1, 7))) for _ in range(300)]
     others = [f"-{n}" for n in whole[:50]] + [f"{int(n) // 7}.{rng.randint(1, 99):02d}" for n in whole[:50]]
-    assert_no_false_positive(whole + others)
+    fractions = [f"{int(n) % 97 + 1}/{int(n) % 89 + 2}" for n in whole[:50]]
+    assert_no_false_positive(whole + others + fractions)
 
 
 @real
