@@ -20,12 +20,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data import (
+    Example,
     arith_rows,
     arith_tokenizer,
     batch_indices,
@@ -117,8 +119,7 @@ def stage_sft(cfg, grid):
 
 
 def stage_rm(cfg, grid):
-    """The reward model: pairs -> token scores -> length-normalised pairwise loss (qrm.py), or another
-    one's."""
+    """The reward model: pairs -> token scores -> pairwise loss on means (or another one's, qrm.py)."""
     tokenizer = load_tokenizer(cfg.model, cfg)
     pairs = load_pairs(cfg, tokenizer, grid)
     kind = REWARD_MODELS[cfg.reward]
@@ -133,12 +134,13 @@ def stage_rm(cfg, grid):
     with Training(cfg, grid, steps, trained, fingerprints(tokenizer, cfg.data)) as training:
         for step in training:
             lr = lr_at(step, steps, cfg.lr, cfg)
-            batch = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
+            batch = pick_pairs(pairs, step, cfg)
             update = Update(optimizer, micro_batches(batch, cfg, grid, weigh))
             for part in update:
                 ids, mask = collate(flat(pair[:2] for pair in part), grid.device)  # (2P, T+1), (2P, T)
-                errors = torch.tensor(flat(pair[2:] for pair in part), device=grid.device)  # (2P,), prm only
-                update.backward(*reward_model_loss(model, ids, mask, cfg, reference, step_ids, errors))
+                errors = first_errors(part, grid)  # (2P,), for prm only
+                own = with_margins(cfg, part, grid)
+                update.backward(*reward_model_loss(model, ids, mask, own, reference, step_ids, errors))
             training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
     training.publish(model, tokenizer, reward=cfg.reward, reference=cfg.model)
     if cfg.heldout:
@@ -254,15 +256,50 @@ def say_accuracy(cfg, grid):
     say(grid, f"rm: pair accuracy {accuracy} on {result['n_pairs']} held-out pairs of {cfg.heldout}")
 
 
+class Pair(NamedTuple):
+    """A row of preference data."""
+
+    chosen: Example
+    rejected: Example
+    margin: float | None  # the row's own; None: --margin
+    errors: tuple = ()  # prm: index of the first wrong token of each
+
+
 def load_pairs(cfg, tokenizer, grid):
-    """[(chosen, rejected)] as Examples; for prm followed by the index of the first wrong token of each."""
+    """A list of Pair. With --balance_prompts a list of such lists, one per prompt."""
     rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid)
-    pairs, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
-    if REWARD_MODELS[cfg.reward].needs_steps:
-        for i, row in enumerate(rows):
+    examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
+    pairs, prompts = [], {}
+    for row, (chosen, rejected) in zip(rows, examples):
+        pair = Pair(chosen, rejected, row.get("margin"))
+        if REWARD_MODELS[cfg.reward].needs_steps:
             with at_line(cfg.data, row["line"]):
-                pairs[i] += tuple(error_places(tokenizer, row["prompt"], pairs[i]))
-    return pairs
+                pair = pair._replace(errors=tuple(error_places(tokenizer, row["prompt"], pair[:2])))
+        pairs.append(pair)
+        prompts.setdefault(tuple(chosen.prompt_ids), []).append(pair)
+    return list(prompts.values()) if cfg.balance_prompts else pairs
+
+
+def first_errors(pairs, grid):
+    """The index of the first wrong token of each answer, where load_pairs has looked: (2P,) int64"""
+    return torch.tensor(flat(pair.errors for pair in pairs), dtype=torch.int64, device=grid.device)
+
+
+def with_margins(cfg, pairs, grid):
+    """cfg, or, where a row has a margin of its own, cfg with margin (P,) instead of a number."""
+    if all(pair.margin is None for pair in pairs):
+        return cfg
+    margins = [cfg.margin if pair.margin is None else pair.margin for pair in pairs]
+    return dataclasses.replace(cfg, margin=torch.tensor(margins, device=grid.device))
+
+
+def pick_pairs(pairs, step, cfg):
+    """The pairs of update `step`. Balanced, each prompt counts once an epoch, by one of its pairs in turn."""
+    places = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
+    picked = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
+    if cfg.balance_prompts:
+        return [own[place // len(pairs) % len(own)] for own, place in zip(picked, places)]
+    return picked
 
 
 def load_prompts(cfg, grid):

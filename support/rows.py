@@ -32,7 +32,7 @@ CONVERSATION = (
     "messages",
     "conversations",
 )  # a prompt and, if the last message is the assistant's, its response
-SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", *CONVERSATION)
+SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", "margin", *CONVERSATION)
 
 # The ids that a policy sampled, and the fingerprint of its tokenizer.
 SAMPLED = ("tokenizer", "prompt_ids", "ids", "chosen_ids", "rejected_ids")
@@ -104,7 +104,17 @@ def read_row(fields, needs, optional=()):
     if "label" in wanted:
         row["label"] = read_label(fields)
     refuse_unknown(fields, row)
-    return {key: row[key] for key in wanted}
+    row = {key: row[key] for key in wanted}
+    if "chosen" in wanted and not is_empty(fields.get("margin")):
+        row["margin"] = read_margin(fields["margin"])
+    return row
+
+
+def read_margin(value):
+    """What the scaled difference of a pair must exceed, in the place of --margin: a finite number."""
+    finite = type(value) in (int, float) and math.isfinite(value)
+    require(finite, f"margin is {json.dumps(value)[:60]}; expected a finite number")
+    return float(value)
 
 
 def is_empty(value):

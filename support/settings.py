@@ -153,7 +153,10 @@ class Loss:
         stages=("rm", "reinforce", "ppo"),
     )
     beta: float = flag(0.2, "scale of the mean score difference (the paper); dpo: its paper has 0.1", above=0)
-    margin: float = flag(2.0, "what the scaled difference must exceed (the paper's gamma)")
+    margin: float = flag(
+        2.0, "what the scaled difference must exceed (the paper's gamma); a row's margin wins"
+    )
+    balance_prompts: bool = flag(False, "each prompt counts once an epoch, by one of its pairs in turn")
 
 
 @dataclass(frozen=True)

@@ -289,6 +289,42 @@ def test_pairs_are_right_and_wrong_answers_of_held_apart_prompts(built):
     assert not prompts[0] & prompts[1]
 
 
+def test_a_margin_of_the_rows_is_the_flag(built, command, tmp_path):
+    """Rows with margin 3 train as --margin 3 does; a row without one takes the flag's; a text is refused."""
+    words = ["--stage", "rm", "--model", built / "sft", "--lr", 1e-2, "--steps", 3, "--batch_size", 4]
+    rows = {"own": [row | {"margin": 3} for row in PAIRS], "none": PAIRS}
+    rows["mixed"] = [*rows["own"][:2], *PAIRS[2:]]
+    paths = {name: write_jsonl(tmp_path / f"{name}.jsonl", some) for name, some in rows.items()}
+    runs = {"own": ("own", 1), "none": ("none", 3), "mixed": ("mixed", 3), "other": ("mixed", 1)}
+    losses = {}
+    for out, (data_name, margin) in runs.items():
+        status, *_ = command(*words, "--data", paths[data_name], "--margin", margin, "--out", tmp_path / out)
+        assert status == 0
+        losses[out] = [row["loss"] for row in rows_of(tmp_path / out / "metrics.jsonl")]
+    assert losses["own"] == pytest.approx(losses["none"], rel=1e-6)
+    assert losses["mixed"] == pytest.approx(losses["none"], rel=1e-6)
+    assert losses["other"][0] != pytest.approx(losses["none"][0], rel=1e-2)
+    bad = write_jsonl(tmp_path / "bad.jsonl", [PAIRS[0] | {"margin": "wide"}])
+    assert_refused(command, tmp_path, [*words, "--data", bad, "--out", tmp_path / "b"], "line 1", "margin is")
+
+
+def test_balanced_prompts_take_turns():
+    """Prompts of 1, 2 and 3 pairs: in six epochs every prompt counts six times, and its pairs equally often."""
+    pairs = [["a0"], ["b0", "b1"], ["c0", "c1", "c2"]]
+    cfg = settings.Config(batch_size=2, seed=5, balance_prompts=True)
+    picked = [pair for step in range(9) for pair in train.pick_pairs(pairs, step, cfg)]
+    assert {name: picked.count(name) for name in set(picked)} == {
+        "a0": 6,
+        "b0": 3,
+        "b1": 3,
+        "c0": 2,
+        "c1": 2,
+        "c2": 2,
+    }
+    for epoch in range(6):
+        assert sorted(name[0] for name in picked[3 * epoch : 3 * epoch + 3]) == ["a", "b", "c"]
+
+
 def test_the_best_of_k_become_sft_rows(built, command, tmp_path):
     """Graded: the first right answer; by a reward model: the highest mean of Z. Then sft learns from them."""
     run = shutil.copytree(built, tmp_path / "run")
