@@ -309,7 +309,7 @@ def test_a_margin_of_the_rows_is_the_flag(built, command, tmp_path):
 
 
 def test_balanced_prompts_take_turns():
-    """Prompts of 1, 2 and 3 pairs: in six epochs every prompt counts six times, and its pairs equally often."""
+    """Prompts of 1, 2 and 3 pairs: in six epochs each counts six times, its pairs equally often."""
     pairs = [["a0"], ["b0", "b1"], ["c0", "c1", "c2"]]
     cfg = settings.Config(batch_size=2, seed=5, balance_prompts=True)
     picked = [pair for step in range(9) for pair in train.pick_pairs(pairs, step, cfg)]
