@@ -631,8 +631,11 @@ STAGE_FUNCTIONS = {
 
 
 def run_stage(cfg, grid):
-    """One stage, after what it needs."""
-    STAGE_FUNCTIONS[cfg.stage](prepare(cfg, grid), grid)
+    """One stage, after what it needs; says with which settings."""
+    cfg = prepare(cfg, grid)
+    if cfg.stage != "demo":
+        say(grid, config_text(cfg, grid))
+    STAGE_FUNCTIONS[cfg.stage](cfg, grid)
 
 
 # -------------------------------------------------------------------------------- the process
@@ -655,7 +658,6 @@ def main(argv=None):
             require(on_cuda, f"--{name}: works on CUDA only; expected --device cuda")
         for name in unread_flags(argv):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
-        say(grid, config_text(cfg, grid))
         run_stage(cfg, grid)
     except (BadInput, OSError) as e:
         if int(os.environ.get("RANK", 0)):
