@@ -13,7 +13,15 @@ import torch.distributed as dist
 
 from model import at_states, scatter_to_mask, token_logprobs
 from parallel import Update, all_reduce, all_sum
-from reinforce import by_parts, mean_stats, micro_batches, minibatches, reinforce_advantages, shape_rewards
+from reinforce import (
+    by_parts,
+    kl_loss,
+    mean_stats,
+    micro_batches,
+    minibatches,
+    reinforce_advantages,
+    shape_rewards,
+)
 
 # -------------------------------------------------------------------------------- equations
 
@@ -135,6 +143,8 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
                     logprobs, chunk.old_logprobs, chunk_advantages, chunk.response_mask, cfg.clip
                 )
                 ratio_max = max(ratio_max, stats.pop("ratio_max"))  # a maximum, not a mean
+                if cfg.kl_loss_coef:
+                    loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, chunk)
                 update.backward(loss, stats)
             steps.append(update.step(lr))
 

@@ -295,6 +295,16 @@ def reinforce_loss(logprobs, advantages, response_mask):
     return -(advantages.detach()[response_mask] * logprobs[response_mask]).mean(), {}
 
 
+def kl_loss(logprobs, chunk):
+    """GRPO's penalty in the loss (Shao et al. 2024): mean of k3 = ref/pi - 1 - log(ref/pi).
+
+    logprobs (B, T) nats carry the gradient; chunk: rows of a Rollout -> scalar, the mean over response tokens
+    At the policy that sampled, the expected gradient is that of KL(ref || pi) at each state.
+    """
+    ref_logprobs = chunk.old_logprobs - chunk.kl_k1
+    return kl_estimates(logprobs, ref_logprobs)[1][chunk.response_mask].mean()
+
+
 def reinforce_step(policy, optimizer, rollout, cfg, lr):
     """The updates of one rollout, one per minibatch. -> {"loss", "grad_norm"}: means over the minibatches"""
     advantages = reinforce_advantages(rollout, cfg, policy.grid)  # (B, T)
@@ -304,6 +314,8 @@ def reinforce_step(policy, optimizer, rollout, cfg, lr):
         for chunk, chunk_advantages in update:
             logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
             loss, stats = reinforce_loss(logprobs, chunk_advantages, chunk.response_mask)
+            if cfg.kl_loss_coef:
+                loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, chunk)
             update.backward(loss, stats)
         steps.append(update.step(lr))
     return mean_stats(steps)

@@ -212,6 +212,7 @@ class RL:
         choices=("k1", "k3", "exact", "abs"),
     )
     kl_coef: float = flag(0.0, "weight of that penalty (the paper: ppo 0.01, reinforce none)", least=0)
+    kl_loss_coef: float = flag(0.0, "weight of k3 in the loss instead, as GRPO has it", least=0)
     eos_to_mean: bool = flag(False, "the last token's reward becomes its sequence's mean (the authors' code)")
     group_size: int = flag(
         1, "samples per prompt; batch_size counts trajectories: prompts = batch / group", above=0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from reinforce import (
     eos_to_mean,
     group_advantages,
     kl_estimates,
+    kl_loss,
     kl_penalty,
     minibatches,
     reinforce_advantages,
@@ -208,6 +210,44 @@ def test_a_baseline_leaves_the_gradient_unchanged(monkeypatch):
     )
     assert (penalised - weights).abs().max() > 1
     near(world.expected_gradient(penalised), plain, 3e-5)
+
+
+def one_state(scale):
+    """A softmax policy over 6 actions, and a reference whose logits are `scale` away (fp64)."""
+    generator = torch.Generator().manual_seed(4)
+    logits, direction = torch.randn(2, 6, generator=generator, dtype=torch.float64)
+    logits.requires_grad_(True)
+    return logits, logits.log_softmax(0), (logits.detach() + scale * direction).log_softmax(0)
+
+
+def test_k3_in_the_loss_has_the_gradient_of_the_forward_kl():
+    """All six actions as answers of one token, weighted by probability: the expectation, enumerated."""
+    logits, log_pi, log_ref = one_state(0.7)
+    weights = log_pi.detach().exp()
+    chunk = types.SimpleNamespace(
+        old_logprobs=log_pi.detach()[:, None],
+        kl_k1=(log_pi.detach() - log_ref)[:, None],
+        response_mask=torch.ones(6, 1, dtype=torch.bool),
+    )
+    rows = [{name: value[i : i + 1] for name, value in vars(chunk).items()} for i in range(6)]
+    k3 = [kl_loss(log_pi[i : i + 1, None], types.SimpleNamespace(**row)) for i, row in enumerate(rows)]
+    k3 = torch.stack(k3)
+    (found,) = torch.autograd.grad((weights * k3).sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((log_ref.exp() * (log_ref - log_pi)).sum(), logits)  # KL(ref || pi)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    assert kl_loss(log_pi[:, None], chunk).item() == pytest.approx(k3.mean().item())
+
+
+def test_k3_as_a_reward_is_of_second_order():
+    """Ten times nearer to the reference, k1's expected gradient is a tenth, and k3's a hundredth."""
+    norms = {"k1": [], "k3": []}
+    for scale in (1e-3, 1e-4):
+        logits, log_pi, log_ref = one_state(scale)
+        for name, penalty in zip(("k1", "k3"), kl_estimates(log_pi.detach(), log_ref)):
+            expected = (log_pi.detach().exp() * penalty * log_pi).sum()
+            norms[name].append(torch.autograd.grad(expected, logits, retain_graph=True)[0].norm().item())
+    assert norms["k1"][0] / norms["k1"][1] == pytest.approx(10, rel=0.05)
+    assert norms["k3"][0] / norms["k3"][1] == pytest.approx(100, rel=0.05)
 
 
 def test_k1_has_the_gradient_of_the_kl(monkeypatch):
