@@ -512,13 +512,12 @@ def credit_counts(scores, first_errors, repaired=None):
     first_errors   list of int: index of the first wrong token; an answer that starts with it (0) is left out
     repaired       list of (n_i,) float: scores of the same answers up to there, the wrong token put right
     -> {"wins", "comparisons", "hits", "choices", "n_errors"}, to be added over ranks:
-       wins / comparisons   AUC: P(Z at the first wrong token < Z at a token before it), ties 1/2, within one
-                            answer; .5 is blind. (Theory predicts a step down, not that the first wrong token
-                            is the lowest of all.)
+       choices / n_errors   share in which the right token scores higher than the wrong one at the same state:
+                            read this one first, .5 is blind
        hits / n_errors      share of answers whose largest drop Z_t - Z_(t-1) is at the first wrong token
-       choices / n_errors   share in which the right token scores higher than the wrong one at the same state.
-                            (AUC compares different states: to a policy all but a few tokens are near certain,
-                            and its own log pi gets .99)
+       wins / comparisons   AUC: P(Z at the first wrong token < Z at a token before it), ties 1/2, within one
+                            answer. It compares different states, and scores that know nothing do well: minus
+                            the index gets 1, "is it no operator" about .86 on the built-in task
     Ties count 1/2 in choices, too. Without `repaired`, choices is 0.
     """
     counts = {"wins": 0.0, "comparisons": 0, "hits": 0, "choices": 0.0, "n_errors": 0}

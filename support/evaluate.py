@@ -282,6 +282,14 @@ def clustered_interval(hits, clusters, draws=2000):
     return [float(x) for x in np.quantile(means, (0.025, 0.975))]
 
 
+def means_of(values, names):
+    """{name: mean of the values under it}, in the order of the names."""
+    found = {}
+    for value, name in zip(values, names):
+        found.setdefault(name, []).append(value)
+    return {name: sum(own) / len(own) for name, own in sorted(found.items())}
+
+
 def eval_reward_model(directory, cfg, grid):
     """Pair accuracy on held-out pairs, a length-only baseline, and credit where the first error is known.
 
@@ -298,13 +306,13 @@ def eval_reward_model(directory, cfg, grid):
     mine, rows = pairs[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scores = score_examples(reward.rewards, flat(mine), cfg, grid)
     counts = {"right": 0.0, "shorter": 0.0}
-    ordered = []  # (line, (prompt, whether its pair is in the right order))
+    ordered = []  # (line, (prompt, whether its pair is in the right order, RewardBench's subset))
     for row, chosen, rejected in zip(rows, scores[0::2], scores[1::2]):
         right = float(reward.total(chosen) > reward.total(rejected))
-        ordered.append((row["line"], (str(row["prompt"]), right)))
+        ordered.append((row["line"], (str(row["prompt"]), right, str(row["raw"].get("subset", "")))))
         counts["right"] += right
         counts["shorter"] += (len(chosen) < len(rejected)) + 0.5 * (len(chosen) == len(rejected))
-    prompts, hits = zip(*(pair for _, pair in all_ranks(ordered, grid)))
+    prompts, hits, subsets = zip(*(pair for _, pair in all_ranks(ordered, grid)))
     if cfg.task == "arith":  # one right answer per prompt, so the first wrong token is known
         counts |= count_credit(name, directory, reward, tokenizer, rows, mine, cfg, grid)
     counts = all_sum(counts, grid)
@@ -315,6 +323,8 @@ def eval_reward_model(directory, cfg, grid):
         "pair_accuracy_95": clustered_interval(hits, prompts),
         "length_baseline": max(shorter, 1 - shorter),
     }
+    if any(subsets):
+        out["pair_accuracy_of"] = means_of(hits, subsets)
     if cfg.task == "arith":
         errors = max(counts["n_errors"], 1)
         out["error_auc"] = counts["wins"] / max(counts["comparisons"], 1)

@@ -894,6 +894,18 @@ def test_clustered_interval():
     assert (low, high) == (0, 1)
 
 
+def test_accuracy_by_subset(built, command, tmp_path):
+    """RewardBench's `subset` column: one accuracy for each, and together the whole."""
+    rows = [row | {"subset": name} for row, name in zip(PAIRS, ("math", "chat", "math", "chat"))]
+    path = write_jsonl(tmp_path / "p.jsonl", rows)
+    words = ["--stage", "eval", "--model", built / "rm", "--data", path, "--out", tmp_path / "e"]
+    assert command(*words)[0] == 0
+    found = json.loads((tmp_path / "e/eval.json").read_text())
+    assert list(found["pair_accuracy_of"]) == ["chat", "math"]
+    assert sum(found["pair_accuracy_of"].values()) / 2 == pytest.approx(found["pair_accuracy"])
+    assert evaluate.means_of([1.0, 0.0, 1.0], ["b", "a", "b"]) == {"a": 0, "b": 1}
+
+
 def test_wilson_interval():
     """Newcombe 1998 (Statistics in Medicine 17), method 3: 81 of 263, 15 of 148, 0 of 20, 1 of 29; and its
     defining equation."""
