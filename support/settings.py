@@ -544,10 +544,12 @@ def check_paths(cfg):
     """Inputs exist, and --out replaces nothing but a result of the same kind."""
     for name in ("model", "reward_model"):
         directory = getattr(cfg, name)
-        if directory and not Path(directory).is_dir():
-            raise BadInput(
-                f"--{name} {directory}: no such directory; expected a Hugging Face model directory"
-            )
+        hub = directory.count("/") == 1 and directory[0] not in "./~"
+        get_it = f"; if it is a hub id, get it with: hf download {directory} --local-dir DIR" if hub else ""
+        require(
+            not directory or Path(directory).is_dir(),
+            f"--{name} {directory}: no such directory; expected a Hugging Face model directory{get_it}",
+        )
     for path in filter(None, (cfg.data, cfg.heldout)):
         next(read_jsonl(path), None)
     out = out_path(cfg)

@@ -1272,6 +1272,7 @@ def test_bad_rows(built, command, tmp_path, kind):
         (["--stage", "ppo", "--graphs", "--device", "cpu"], ["--graphs", "--device cuda"]),
         (["--stage", "grade"], ["--data"]),
         (["--stage", "rm", "--model", "no/such"], ["no/such", "no such directory"]),
+        (["--stage", "rm", "--model", "Qwen/Qwen2.5-0.5B"], ["hf download Qwen/Qwen2.5-0.5B --local-dir"]),
         (["--stage", "ppo", "--reward_model", "no/such"], ["no/such"]),
         (["--stage", "rm", "--data", "no/such.jsonl"], ["no/such.jsonl", "No such file"]),
     ],
