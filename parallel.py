@@ -469,7 +469,10 @@ class Optimizer:
         return norm
 
     def apply_gradients(self, grads, norm, lr):
-        """Clips the gradients, steps the masters, and copies them into their parameters."""
+        """Clips the gradients, steps the masters, and copies them into their parameters.
+
+        The 1e-6 is that of torch's clip_grad_norm_: a clipped norm is short by a share of 1e-6 / norm.
+        """
         scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
         for master, grad in zip(self.masters, grads):
             master.grad = grad.mul_(scale)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from model import at_states, scatter_to_mask, token_logprobs
 from parallel import Update, all_reduce, all_sum
 from reinforce import (
+    ROUNDING,
     by_parts,
     kl_loss,
     mean_stats,
@@ -90,7 +91,8 @@ def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
     logprobs, old_logprobs, advantages (B, T); clip is eps. Only logprobs carries a gradient. At rho = 1 it is
     REINFORCE's; a token whose ratio has left the interval in the direction of its advantage has none.
     -> loss (scalar), {"clip_frac": share of such tokens, "ratio_max"}
-    clip_frac counts ratios above 1 + eps with A > 0 and below 1 - eps with A < 0.
+    clip_frac counts ratios above 1 + eps with A > 0 and below 1 - eps with A < 0. Ratios are bounded to
+    e^-20 .. e^20, which keeps the loss finite; beyond, a token has no gradient.
     """
     log_ratio = (logprobs - old_logprobs.detach())[response_mask]  # (N,)
     ratio = log_ratio.clamp(-20, 20).exp()
@@ -108,16 +110,20 @@ def value_loss(values, returns, response_mask):
 def explained_variance(values, returns, response_mask, grid):
     """1 - Var(returns - V) / Var(returns) over all ranks; (B, T) each -> float
 
-    1 is a perfect critic; 0 is no better than a constant, or the returns are constant themselves.
+    1 is a perfect critic; 0 is no better than a constant, or the returns are constant themselves (standardize
+    says when).
     """
 
-    def variance(x):
-        sums = all_sum({"n": x.numel(), "total": x.sum().item(), "squares": x.square().sum().item()}, grid)
-        return sums["squares"] / sums["n"] - (sums["total"] / sums["n"]) ** 2
+    def moments(x):
+        sums = all_sum({"n": x.numel(), "total": x.sum().item()}, grid)
+        mean = sums["total"] / sums["n"]
+        return mean, all_sum({"squares": (x - mean).square().sum().item()}, grid)["squares"] / sums["n"]
 
     values, returns = values[response_mask].double(), returns[response_mask].double()  # (N,), (N,)
-    total = variance(returns)
-    return 1.0 - variance(returns - values) / total if total > 1e-12 else 0.0
+    mean, total = moments(returns)
+    _, unexplained = moments(returns - values)
+    constant = total**0.5 <= max(1e-6, ROUNDING * abs(mean))
+    return 0.0 if constant else 1.0 - unexplained / total
 
 
 # -------------------------------------------------------------------------------- the update

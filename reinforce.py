@@ -105,10 +105,11 @@ def kl_estimates(logprobs, ref_logprobs):
         k1 = log pi - log ref        k3 = exp(-k1) - 1 + k1
 
     logprobs, ref_logprobs (...) nats -> k1, k3 (...) nats
-    k3 keeps its digits where k1 is small, about k1^2 / 2.
+    k3 keeps its digits where k1 is small, about k1^2 / 2. A ratio ref / pi above e^60 counts as e^60, which
+    keeps k3 finite in fp32.
     """
     k1 = logprobs - ref_logprobs
-    return k1, torch.expm1(-k1) + k1
+    return k1, torch.expm1((-k1).clamp(max=60.0)) + k1
 
 
 @torch.no_grad()
@@ -162,6 +163,10 @@ def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed, pla
 
 # -------------------------------------------------------------------------------- rewards to advantages
 
+# Forward passes over the same tokens in fp32 agree to 1e-5 of their scores, mostly to 1e-7, and no further. A
+# spread below this share of the rewards is rounding: divided by its own size, it would pass for a difference.
+ROUNDING = 1e-5
+
 
 # exercise 5.2 (4 points): standardised rewards
 def standardize(rewards, reward_mask, how, grid):
@@ -170,8 +175,8 @@ def standardize(rewards, reward_mask, how, grid):
     rewards (B, T) float, reward_mask (B, T) bool -> (B, T), 0 outside the mask
     how   "mean_std": the paper. "std": only divided by sigma, as in the authors' code; a non-zero mean then
           rewards length as such. "none": raw. Equal rewards give 0 (or remain as they are), never NaN.
-    The variance is divided by the count, not by one less. A sigma below 1e-6 counts as 1. Rewards outside
-    the mask are ignored.
+    The variance is divided by the count, not by one less. A sigma below 1e-6, or below ROUNDING times |mu|,
+    counts as 1. Rewards outside the mask are ignored.
     """
     if how == "none":
         return rewards.masked_fill(~reward_mask, 0.0)
@@ -180,7 +185,8 @@ def standardize(rewards, reward_mask, how, grid):
     mean = sums["total"] / sums["n"]
     squares = all_sum({"squares": (picked - mean).square().sum().item()}, grid)["squares"]
     sigma = (squares / sums["n"]) ** 0.5
-    sigma = sigma if sigma > 1e-6 else 1.0  # equal rewards: nothing to scale
+    rounding = max(1e-6, ROUNDING * abs(mean))
+    sigma = sigma if sigma > rounding else 1.0  # equal rewards: nothing to scale
     return ((rewards - (mean if how == "mean_std" else 0.0)) / sigma).masked_fill(~reward_mask, 0.0)
 
 
@@ -210,24 +216,32 @@ def returns_to_go(rewards, response_mask, gamma):
 
 
 # exercise 5.4 (3 points): RLOO and GRPO
-def group_advantages(sequence_rewards, group_size, how):
+def group_advantages(sequence_rewards, group_size, how, sizes=None):
     """One advantage per trajectory, relative to the other samples of the same prompt.
 
-    "rloo"   R_i - mean of the others              (Ahmadian et al. 2024)
-    "grpo"   (R_i - mean) / (std + 1e-6)           (Shao et al. 2024); the std divides by group_size - 1
+    "rloo"   R_i - mean of the others   (Ahmadian et al. 2024)
+    "grpo"   (R_i - mean) / std         (Shao et al. 2024); the std divides by group_size - 1
 
-    sequence_rewards (B,): groups are group_size neighbours -> (B,)
+    A group whose std is at most 1e-6, or ROUNDING times its largest size, says nothing: 0 for all of it. The
+    moments are computed in fp64.
+
+    sequence_rewards (B,) float: groups are group_size neighbours -> (B,) of its dtype
+    sizes   (B,): the largest number that each reward is made of, to which its rounding error is relative;
+            None: |R_i|
     Raises BadInput for a group of one.
     """
     if group_size < 2:
         raise BadInput(
             f"--advantage {how} compares the samples of one prompt: expected --group_size 2 or more"
         )
-    groups = sequence_rewards.view(-1, group_size)  # (prompts, group)
+    groups = sequence_rewards.double().view(-1, group_size)  # (prompts, group)
     centred = groups - groups.mean(1, keepdim=True)
-    if how == "rloo":
-        return (centred * group_size / (group_size - 1)).flatten()
-    return (centred / (groups.std(1, keepdim=True) + 1e-6)).flatten()
+    std = groups.std(1, keepdim=True)  # (prompts, 1)
+    largest = (sequence_rewards if sizes is None else sizes).double().abs().view(groups.shape).amax(1, True)
+    rounding = max(ROUNDING, torch.finfo(sequence_rewards.dtype).eps) * largest  # (prompts, 1)
+    out = centred * group_size / (group_size - 1) if how == "rloo" else centred / std
+    out = out.masked_fill(std <= rounding.clamp(min=1e-6), 0.0)
+    return out.flatten().to(sequence_rewards.dtype)
 
 
 def kl_penalty(rollout, kl):
@@ -272,9 +286,9 @@ def reinforce_advantages(rollout, cfg, grid):
     if cfg.advantage == "gae":
         raise BadInput("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
     if cfg.advantage in ("rloo", "grpo"):
-        sums = rollout.scores.masked_fill(~rollout.reward_mask, 0.0).sum(1)  # (B,)
-        means = sums / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)
-        relative = group_advantages(means, cfg.group_size, cfg.advantage)  # (B,)
+        scores = rollout.scores.masked_fill(~rollout.reward_mask, 0.0)  # (B, T)
+        means = scores.sum(1) / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)
+        relative = group_advantages(means, cfg.group_size, cfg.advantage, scores.abs().amax(1))  # (B,)
         penalty = cfg.kl_coef * kl_penalty(rollout, cfg.kl)  # (B, T)
         return (relative[:, None] - penalty).masked_fill(~response_mask, 0.0)
     _, rewards = shape_rewards(rollout, cfg, grid)

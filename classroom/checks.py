@@ -928,9 +928,14 @@ def check_5_4(m):
     expect(m.group_advantages(rewards, 3, "rloo"), others, f"{where}, rloo: R_i - mean of the others")
     std = ((1 - 2) ** 2 + (0 - 2) ** 2 + (5 - 2) ** 2) ** 0.5 / 2**0.5
     expected = [-1 / std, -2 / std, 3 / std, 0, 0, 0]
-    expect(
-        m.group_advantages(rewards, 3, "grpo"), expected, f"{where}, grpo: (R_i - mean) / (sample std + 1e-6)"
-    )
+    expect(m.group_advantages(rewards, 3, "grpo"), expected, f"{where}, grpo: (R_i - mean) / sample std")
+    equal = torch.full((14,), 45.1)
+    equal[3] = 45.1 * (1 + 1e-6)
+    for how in ("rloo", "grpo"):
+        found = m.group_advantages(equal, 7, how)
+        assert not found.any(), (
+            f"rewards of 45.1 that differ by 1e-6 of that, {how}: expected 0, {found.tolist()}"
+        )
     for how in ("rloo", "grpo"):
         try:
             found = m.group_advantages(rewards, 1, how)

@@ -241,7 +241,8 @@ HINTS = {  # {exercise: (a nudge, the idea)}
     "5.2": (
         "Which of mean and sigma does each `how` use? What if sigma is 0?",
         "Count and sum over the mask, summed over the ranks by all_sum; then the squares of what is left "
-        "after the mean, summed likewise; divide by the count. A sigma below 1e-6 counts as 1.",
+        "after the mean, summed likewise; divide by the count. A sigma that is "
+        "only rounding counts as 1.",
     ),
     "5.3": (
         "Begin at the end: what is G at the last token?",
@@ -252,7 +253,7 @@ HINTS = {  # {exercise: (a nudge, the idea)}
         "View the rewards as (prompts, group). For rloo: what is the mean of the others in terms of the "
         "mean of all?",
         "R_i minus the mean of the others is (R_i - mean of all) n / (n - 1). For grpo, torch's std is "
-        "already that of a sample.",
+        "already that of a sample. Zero the groups whose std is rounding last, when 0 / 0 has been made.",
     ),
     "5.5": (
         "Ascent on A log pi is descent on what? Whose gradient must not flow?",

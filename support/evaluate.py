@@ -262,7 +262,8 @@ def score_examples(rewards, examples, cfg, grid):
 def wilson(right, n, z=1.96):
     """95 % interval of a share of n independent trials (Wilson 1927); it stays within [0, 1]."""
     half = z * math.sqrt(right * (n - right) / n + z * z / 4)
-    return [(right + z * z / 2 - half) / (n + z * z), (right + z * z / 2 + half) / (n + z * z)]
+    low, high = (right + z * z / 2 - half) / (n + z * z), (right + z * z / 2 + half) / (n + z * z)
+    return [max(low, 0.0), min(high, 1.0)]  # rounding may leave them outside by 1e-17
 
 
 def clustered_interval(hits, clusters, draws=2000):

@@ -339,19 +339,19 @@ MUTANTS = {
     ],
     "5.1": [
         ("logprobs - ref_logprobs", "ref_logprobs - logprobs"),
-        ("torch.expm1(-k1) + k1", "torch.expm1(k1) - k1"),
-        ("(-k1) + k1", "(-k1) - k1"),
-        ("torch.expm1(-k1) + k1", "k1.square() / 2"),
-        ("torch.expm1(-k1) + k1", "torch.exp(-k1) + k1"),
-        ("torch.expm1(-k1) + k1", "torch.exp(-k1) - 1 + k1"),
-        ("torch.expm1(-k1) + k1", "k1.abs()"),
+        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "torch.expm1(k1) - k1"),
+        ("(max=60.0)) + k1", "(max=60.0)) - k1"),
+        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "k1.square() / 2"),
+        ("torch.expm1((-k1)", "torch.exp((-k1)"),
+        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "torch.exp(-k1) - 1 + k1"),
+        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "k1.abs()"),
     ],
     "5.2": [
         ('squares / sums["n"]', 'squares / (sums["n"] - 1)'),
         ("picked = rewards[reward_mask]", "picked = rewards.flatten()"),
         ('mean if how == "mean_std" else 0.0', "mean"),
         (" ** 0.5", ""),
-        ("if sigma > 1e-6 else 1.0", "+ 1e-6"),
+        ("if sigma > rounding else 1.0", "+ rounding"),
         (
             'sums = all_sum({"n": picked.numel(), "total": picked.sum().item()}, grid)',
             'sums = {"n": picked.numel(), "total": picked.sum().item()}',
@@ -377,7 +377,7 @@ MUTANTS = {
         ("        out[:, t] = running", "        out[:, t] = running - rewards[:, t]"),
     ],
     "5.4": [
-        ("view(-1, group_size)", "view(group_size, -1).T"),
+        (".double().view(-1, group_size)", ".double().view(group_size, -1).T"),
         ("groups.mean(1, keepdim=True)", "groups.mean(0, keepdim=True)"),
         (" * group_size / (group_size - 1)", ""),
         ("* group_size / (group_size - 1)", "* (group_size - 1) / group_size"),
@@ -387,6 +387,11 @@ MUTANTS = {
         ("groups - groups", "groups + groups"),
         ("group_size < 2", "group_size < 1"),
         ("groups.std(", "groups.var("),
+        (
+            "    out = out.masked_fill(std <= rounding.clamp(min=1e-6), 0.0)",
+            "    out = out.nan_to_num()",
+        ),
+        ("centred / std", "centred / (std + 1e-2)"),
     ],
     "5.5": [
         ("-(adv", "(adv"),
@@ -662,10 +667,16 @@ OTHERS = {
     "5.4": """
     if group_size == 1:
         raise ValueError("one is no group")
-    groups = sequence_rewards.reshape(-1, group_size)
-    if how == "grpo":
-        return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)).reshape(-1)
-    return (groups - (groups.sum(1, keepdim=True) - groups) / (group_size - 1)).reshape(-1)""",
+    out = []
+    for i in range(0, len(sequence_rewards), group_size):
+        group = sequence_rewards[i : i + group_size].double()
+        largest = group.abs().max() if sizes is None else sizes[i : i + group_size].abs().max()
+        others = (group.sum() - group) / (group_size - 1)
+        if group.std() <= max(1e-6, ROUNDING * largest):
+            out.append(torch.zeros_like(group))
+        else:
+            out.append((group - group.mean()) / group.std() if how == "grpo" else group - others)
+    return torch.cat(out).to(sequence_rewards.dtype)""",
     "5.5": """
     weights = torch.where(response_mask, advantages.detach(), 0.0)
     return -(weights * logprobs).sum() / response_mask.sum(), {}""",

@@ -262,6 +262,42 @@ def test_explained_variance_is_numpys():
     assert math.isfinite(explained_variance(returns, torch.ones(3, 6), MASK, Grid()))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_explained_variance_at_every_scale_and_offset(scale, shift, dtype):
+    """Two passes: the squares of large numbers would not leave enough digits to their difference."""
+    returns, values = (scale * (shift + grow(3, 6, seed=seed)).to(dtype) for seed in (1, 2))
+    r, v = returns[MASK].double().numpy(), values[MASK].double().numpy()
+    found = explained_variance(values, returns, MASK, Grid())
+    if np.var(r) ** 0.5 > 1e-5 * abs(r.mean()):
+        assert found == pytest.approx(1 - np.var(r - v) / np.var(r), rel=1e-9)
+        assert explained_variance(returns, returns, MASK, Grid()) == 1
+    else:
+        assert found == 0 and (shift == 1e6 or dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 45.1, 1e3])
+def test_returns_that_are_equal_up_to_rounding_are_constant(scale):
+    noise = torch.randint(-4, 5, (3, 6), generator=torch.Generator().manual_seed(1))
+    returns = scale * (1 + noise * 2**-24)
+    assert returns.std() > 0 and explained_variance(grow(3, 6), returns, MASK, Grid()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ratios_are_bounded_to_e_20(dtype):
+    """Within the bound to the digit; beyond, the loss is finite and the token has no gradient."""
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    old = torch.zeros(1, 4, dtype=dtype)
+    logprobs = torch.tensor([[-1e3, -19.0, 19.0, 1e3]], dtype=dtype, requires_grad=True)
+    loss, stats = ppo_loss(logprobs, old, -torch.ones_like(old), mask, 0.2)
+    loss.backward()
+    assert stats["ratio_max"] == pytest.approx(math.exp(20), rel=1e-2)
+    assert loss.item() == pytest.approx((0.8 + 0.8 + math.exp(19) + math.exp(20)) / 4, rel=1e-2)
+    assert logprobs.grad[0, [0, 1, 3]].tolist() == [0, 0, 0]
+    assert logprobs.grad[0, 2].item() == pytest.approx(math.exp(19) / 4, rel=1e-2)
+
+
 # -------------------------------------------------------------------------------- the update
 
 

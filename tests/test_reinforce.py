@@ -599,6 +599,104 @@ def test_group_advantages_by_hand():
             group_advantages(rewards, 1, how)
 
 
+SCALES = [1e-3, 1.0, 45.0, 1e3]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 16])
+def test_groups_that_say_nothing_get_exactly_0(dtype, scale, size):
+    """Equal rewards, and rewards that differ by some units in the last place, as forward passes give them."""
+    values = (2 * torch.rand(500, generator=torch.Generator().manual_seed(0)) - 1) * scale
+    equal = values.to(dtype).repeat_interleave(size)
+    noise = torch.randint(-4, 5, equal.shape, generator=torch.Generator().manual_seed(1))
+    nearly = equal * (1 + noise * 2**-24) if dtype == torch.float32 else equal
+    for how in ("rloo", "grpo"):
+        for rewards in (equal, nearly):
+            found = group_advantages(rewards, size, how)
+            assert found.dtype == dtype and not found.any()
+    real = (grow(500, size).clamp(-2, 2) + 6 * torch.arange(size)).to(
+        dtype
+    ) * scale  # and these do say something
+    assert (group_advantages(real.flatten(), size, "grpo").view(500, size).abs().amax(1) > 0.5).all()
+
+
+@pytest.mark.parametrize("how", ["rloo", "grpo"])
+def test_the_size_of_what_was_summed_decides_what_is_rounding(how):
+    """A mean near 0 of large scores has their rounding error, which only its size tells from a difference."""
+    rewards = tensor([1e-3, 1.02e-3, 1e-3, 0.98e-3])[0]
+    assert group_advantages(rewards, 4, how).abs().max() > 1e-5
+    assert group_advantages(rewards, 4, how, torch.full((4,), 0.1)).abs().max() > 1e-5
+    assert not group_advantages(rewards, 4, how, torch.full((4,), -30.0)).any()
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    scores = tensor([30, -30, 0.001, 0], [30, -30, 0.0012, 0])
+    cfg = config(advantage=how, group_size=2)
+    assert not reinforce_advantages(hand_made(scores, mask, 0.0, mask), cfg, Grid()).any()
+    scores[:, :2] /= 1e4
+    assert reinforce_advantages(hand_made(scores, mask, 0.0, mask), cfg, Grid()).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_group_advantages_under_permutations_shifts_and_scales(dtype):
+    groups = grow(20, 8).to(dtype)
+    advantages = {how: group_advantages(groups.flatten(), 8, how).view(20, 8) for how in ("rloo", "grpo")}
+    order, prompts = torch.randperm(8), torch.randperm(20)
+    for how, expected in advantages.items():
+        found = group_advantages(groups[prompts][:, order].flatten(), 8, how).view(20, 8)
+        near(found, expected[prompts][:, order], 1e-6 if dtype == torch.float32 else 1e-2)
+        for scale in (2.0**-10, 2.0**10):  # powers of two: exact, however small or large
+            found = group_advantages((groups * scale).flatten(), 8, how).view(20, 8)
+            assert torch.equal(found, expected * (scale if how == "rloo" else 1))
+        near(group_advantages(-groups.flatten(), 8, how), -expected.flatten(), 1e-6)
+    if dtype == torch.float32:
+        for shift in (1.0, -300.0, 1e3):
+            found = group_advantages((groups + shift).flatten(), 8, "grpo")
+            near(found, advantages["grpo"].flatten(), 1e-3)  # what is left of the digits of fp32
+
+
+@pytest.mark.parametrize("how", ["mean_std", "std"])
+@pytest.mark.parametrize("scale", SCALES)
+def test_standardize_under_permutations_shifts_and_scales(how, scale):
+    rewards = grow(3, 6)
+    expected = standardize(rewards, MASK, how, Grid())
+    near(standardize(rewards * scale, MASK, how, Grid()), expected, 1e-6)
+    order = torch.tensor([2, 0, 1])
+    near(standardize(rewards[order], MASK[order], how, Grid()), expected[order], 1e-6)
+    near(standardize((scale * rewards).bfloat16(), MASK, how, Grid()).float(), expected, 2e-2)
+    if how == "mean_std":
+        near(standardize(scale * (rewards + 300), MASK, how, Grid()), expected, 2e-4)
+        near(standardize(-rewards, MASK, how, Grid()), -expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_equal_rewards_up_to_rounding_are_not_blown_up(dtype, scale):
+    equal = torch.full((3, 6), 0.4507 * scale, dtype=dtype)
+    assert not standardize(equal, MASK, "mean_std", Grid()).any()
+    assert torch.equal(standardize(equal, MASK, "std", Grid()), equal * MASK)
+    noise = torch.randint(-4, 5, (3, 6), generator=torch.Generator().manual_seed(1))
+    nearly = 0.4507 * scale * (1 + noise * 2**-24)
+    assert standardize(nearly, MASK, "mean_std", Grid()).abs().max() <= 1e-6 * scale
+    near(standardize(nearly, MASK, "std", Grid()), nearly * MASK, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kl_estimates_at_every_scale(dtype):
+    """Against the definition in fp64; a ratio beyond fp32 is bounded, and no estimate is below 0 but k1."""
+    for scale in (1e-3, 1.0, 50.0, 1e3):
+        k1 = (scale * grow(200)).to(dtype)
+        found, k3 = kl_estimates(k1, torch.zeros_like(k1))
+        assert torch.equal(found, k1) and torch.isfinite(k3).all() and (k3 >= 0).all()
+        exact = torch.expm1(-k1.double()) + k1.double()
+        usual = k1 > -59
+        accuracy = 2e-7 if dtype == torch.float32 else 1e-2
+        torch.testing.assert_close(
+            k3.double()[usual], exact[usual], rtol=20 * accuracy, atol=accuracy * min(scale, 1)
+        )
+        assert torch.isfinite(k3.float().sum())
+
+
 def hand_made(scores, reward_mask=MASK, kl=0.0, response_mask=MASK):
     zeros = torch.zeros(response_mask.shape)
     return Rollout(

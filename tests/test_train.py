@@ -918,6 +918,11 @@ def test_wilson_interval():
         assert evaluate.wilson(right, n) == pytest.approx([low, high], abs=6e-5)
         for p in evaluate.wilson(right, n):
             assert (right / n - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / n, abs=1e-12)
+    for n in range(1, 3000):  # none and all of them: within [0, 1], and never certain
+        (low, some), (most, high) = evaluate.wilson(0, n), evaluate.wilson(n, n)
+        assert low == pytest.approx(0, abs=1e-12) and high == pytest.approx(1, abs=1e-12)
+        assert 0 <= low < some <= 1 and 0 <= most < high <= 1
+        assert some == pytest.approx(1 - most, rel=1e-9)
 
 
 def test_eval_takes_only_a_judge_of_the_same_run(built, command, tmp_path):
