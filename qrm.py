@@ -213,7 +213,8 @@ def step_loss(scores, ends, labels):
     -> loss (scalar), {"step_accuracy": share of steps whose tanh(Z) is less than 1 from the label}
     """
     error = torch.tanh(scores[ends].float()) - labels[ends]
-    return error.square().mean(), {"step_accuracy": (error.abs() < 1).float().mean().item()}
+    n = max(len(error), 1)  # no step end: a loss of 0
+    return error.square().sum() / n, {"step_accuracy": (error.abs() < 1).sum().item() / n}
 
 
 def verifier_loss(scores, response_mask, correct):
@@ -221,7 +222,8 @@ def verifier_loss(scores, response_mask, correct):
 
     scores, response_mask (B, T), correct (B,)
     -> loss (scalar), {"token_accuracy": share of tokens whose Z has the sign of their answer's label}
-    Z(s_t, a_t) becomes the log-odds that an answer of the sampling policy with this beginning ends right.
+    Z(s_t, a_t) becomes the log-odds that an answer of the sampling policy with this beginning ends right,
+    minus those of its prompt, since pairs hold as many right answers as wrong ones.
     """
     labels = correct.float()[:, None].expand(response_mask.shape)[response_mask]  # (n,)
     logits = scores[response_mask].float()

@@ -119,7 +119,7 @@ def out_of_date_notice(run):
 MEASURES = {  # of a reward model, in its eval.json
     "pair_accuracy": "held-out pairs whose right answer scores higher; chance 0.5",
     "length_baseline": "the same when the shorter answer is preferred",
-    "error_auc": "chance that the first wrong token scores below a token before it; blind 0.5",
+    "error_auc": "chance that the first wrong token scores below a token before it; minus the index scores 1",
     "first_error_choice": "at the first wrong token, the right one scores higher; chance 0.5",
     "first_error_hit": "wrong answers whose largest drop is at the first wrong token",
 }

@@ -318,7 +318,7 @@ print("means {:+.3f} and {:+.3f}".format(*masked_mean(scores, mask).tolist()))
 # %%
 section("12. How good is it?")
 # Pairs in the right order, and whether the score finds the place: P(Z at the first wrong token < Z before
-# it); 0.5 is blind.
+# it); minus the index scores 1, so the choice below says more.
 ids, mask = data.collate([example for pair in test_pairs for example in pair])
 with torch.no_grad():
     scores = token_scores(reward_model, ids)
