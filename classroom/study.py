@@ -583,8 +583,9 @@ def reward_model_table(study, chosen, metrics):
     text = (
         f"Per seed one SFT policy, its own pairs, one training run; {n_pairs} test pairs. "
         f"{tuning(study.plan.rm_lrs, 'pair accuracy on the validation half of the held-out pairs')} The rows "
-        "are the test half. AUC: Z at the first wrong token against tokens before it (minus the index scores 1). "
-        "Choice: there, the right token scores higher than the wrong one. Hit: the largest drop of Z is there. The "
+        "are the test half. AUC: Z at the first wrong token against tokens before it (minus the index "
+        "scores 1). Choice: there, the right token scores higher than the wrong one. Hit: the largest drop "
+        "of Z is there. The "
         "step PRM learns from exact step labels, the others from pairs. DPO-RM starts at 0 everywhere."
     )
     return {"title": "1. Reward models", "text": text, "rows": rows}
