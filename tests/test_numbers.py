@@ -1,5 +1,5 @@
-"""Every number that train.py and support/evaluate.py compute themselves, by hand: models, sampler and updates are
-replaced by tables.
+"""Every number that train.py and support/evaluate.py compute themselves, by hand: models, sampler and updates
+are replaced by tables.
 """
 
 import dataclasses
