@@ -10,7 +10,15 @@ import torch
 
 import train
 from data import Example, arith_solve, batch_indices, first_error
-from model import LanguageModel, load_model, token_logprobs
+from model import (
+    LanguageModel,
+    ScalarModel,
+    build_model,
+    init_weights,
+    load_model,
+    save_model,
+    token_logprobs,
+)
 from parallel import Grid, Optimizer
 from qrm import Reward, at_last_token, mean_of_rewards, sum_of_rewards
 from support import evaluate, settings
@@ -203,6 +211,53 @@ def test_short_prompts_leave_room_for_the_answer(start, capsys):
     kept = train.short_prompts(rows, tokenizer, cfg, Grid())
     assert [len(ids) for ids in kept] == lengths[:3]
     assert "dropped 1 prompts" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- what training starts from
+
+
+def same_decoder(a, b):
+    a, b = a.model.state_dict(), b.model.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_critic_is_the_reward_models_decoder_under_a_head_of_zeros(start, tmp_path):
+    """The policy's decoder where the reward is no scalar model: a language model, or a grader."""
+    policy = load_model(LanguageModel, start, Grid())
+    judge = init_weights(build_model(ScalarModel, policy.cfg, Grid()), 5)
+    judge.score.weight.data.fill_(0.3)
+    save_model(judge, tmp_path / "rm")
+    other = init_weights(build_model(LanguageModel, policy.cfg, Grid()), 6)
+    save_model(other, tmp_path / "dpo")
+    for reward_model, decoder in ((tmp_path / "rm", judge), (tmp_path / "dpo", policy), ("", policy)):
+        cfg = config(stage="ppo", model=str(start), reward_model=str(reward_model), critic_lora_rank=0)
+        critic = train.load_critic(cfg, Grid())
+        assert same_decoder(critic, decoder) and not critic.score.weight.any()
+        assert all(param.requires_grad for param in critic.parameters())
+    adapted = train.load_critic(dataclasses.replace(cfg, critic_lora_rank=2, lora_rank=3), Grid())
+    assert {len(param) for name, param in adapted.named_parameters() if "lora_A" in name} == {2}
+
+
+def test_the_reference_of_a_loss_is_frozen_and_apart_from_what_is_trained(start):
+    """Adapters leave the start as it is, and share it; otherwise it is loaded a second time."""
+    model = load_model(LanguageModel, start, Grid())
+    reference = train.frozen_start(model, config(model=str(start)), Grid())
+    assert reference is not model and same_decoder(reference, model)
+    assert not any(param.requires_grad for param in reference.parameters())
+    assert all(param.requires_grad for param in model.parameters())
+    assert train.frozen_start(model, config(model=str(start), lora_rank=2), Grid()) is model
+
+
+def test_rows_held_out_for_pass_at_1_are_the_last_and_not_learned_from(tmp_path):
+    rows = [{"prompt": p, "label": str(i)} for i, p in enumerate(PROMPTS)]
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    for limit, learned, held_out in ((0, 3, []), (1, 2, ["2"]), (2, 1, ["1", "2"])):
+        cfg = config(stage="reinforce", data=str(data), limit=limit, reward="outcome")
+        mine, heldout = train.load_prompts(cfg, Grid())
+        assert [row["label"] for row in mine] == ["0", "1", "2"][:learned]
+        assert [row["label"] for row in heldout] == held_out
+    mine, heldout = train.load_prompts(dataclasses.replace(cfg, heldout=str(data)), Grid())
+    assert len(mine) == len(heldout) == 3
 
 
 # -------------------------------------------------------------------------------- eval.json of a policy
