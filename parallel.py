@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from support.files import require
+from support.files import BadInput, require
 
 # -------------------------------------------------------------------------------- the grid
 
@@ -51,16 +51,18 @@ def make_grid(tp_size=0, device="auto", timeout=1800):
     device    "auto" (CUDA if available), "cpu" or "cuda"
     timeout   seconds a rank waits for a peer before aborting
     -> Grid; neighbouring ranks form a tp group, so that tp stays within a machine
-    Raises BadInput if tp_size does not divide the number of processes, or if CUDA is requested and absent.
+    Raises BadInput if tp_size does not divide the number of processes, if CUDA is requested and absent, or if
+    the variables describe no group of processes that meet within `timeout`.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = launch_number("WORLD_SIZE", 1)
     tp_size = tp_size or world
     require(world % tp_size == 0, f"--tp {tp_size} does not divide the {world} processes of this run")
     device = my_device(device)
     if "WORLD_SIZE" not in os.environ:
+        require("RANK" not in os.environ, f"RANK is set, and WORLD_SIZE is not: {BY_TORCHRUN}")
         return Grid(device)
     timeout = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    start_process_group("nccl" if device.type == "cuda" else "gloo", world, timeout)
     rows = [list(range(start, start + tp_size)) for start in range(0, world, tp_size)]  # as drawn above
     columns = [list(ranks) for ranks in zip(*rows)]
     tp_group, _ = dist.new_subgroups_by_enumeration(rows, timeout)
@@ -76,6 +78,32 @@ def make_grid(tp_size=0, device="auto", timeout=1800):
     )
 
 
+BY_TORCHRUN = "expected the variables as torchrun sets them, or none of them for one process"
+
+
+def launch_number(name, default=None):
+    """A variable of torchrun's as a number; BadInput if it is none, is missing, or counts no processes."""
+    text = os.environ.get(name, "" if default is None else str(default))
+    counts = name.endswith("WORLD_SIZE")
+    require(text.isdecimal() and int(text) >= counts, f"{name} is {text[:40]!r}: {BY_TORCHRUN}")
+    return int(text)
+
+
+def start_process_group(backend, world, timeout):
+    """dist.init_process_group for the processes that the variables describe; BadInput if they do not meet."""
+    rank = launch_number("RANK")
+    require(rank < world, f"RANK is {rank}, and WORLD_SIZE is {world}: {BY_TORCHRUN}")
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except (RuntimeError, ValueError) as e:  # a port in use, a host that is not there, a peer that never came
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        reason = str(e).split("\n")[0][:300]
+        raise BadInput(
+            f"rank {rank} of {world} meets no others at {place} (MASTER_ADDR, MASTER_PORT): {reason};"
+            " use another port (torchrun --master_port), or unset RANK and WORLD_SIZE to run one process"
+        ) from None
+
+
 def my_device(device):
     """This process's own device; on the CPU, torchrun's processes share the cores evenly."""
     require(
@@ -83,12 +111,14 @@ def my_device(device):
         "--device cuda: this torch sees no CUDA device; use --device cpu or auto",
     )
     if device != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, count = launch_number("LOCAL_RANK", 0), torch.cuda.device_count()
+        require(local_rank < count, f"LOCAL_RANK is {local_rank}, but there are {count} CUDA devices")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)  # before the process group, or every rank would open GPU 0
         return device
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun sets one thread per process; undo that
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+        torch.set_num_threads(max(1, cores // launch_number("LOCAL_WORLD_SIZE")))
     return torch.device("cpu")
 
 

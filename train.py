@@ -660,7 +660,7 @@ def main(argv=None):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
         run_stage(cfg, grid)
     except (BadInput, OSError) as e:
-        if int(os.environ.get("RANK", 0)):
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(
                 2
             )  # rank 0 mostly says the same and ends this process; an error only this rank hit is printed

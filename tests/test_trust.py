@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -788,6 +789,43 @@ def test_a_stuck_rank_is_waited_for_no_longer_than_timeout(base, tmp_path):
     assert processes[0].returncode == 1 and time.time() - began > 5 and processes[1].poll() is None
     processes[1].kill(), processes[1].communicate()
     assert "--stage rm: rank 0 waited longer than --timeout 5 s for a peer" in err
+
+
+BY_HAND = {  # variables that somebody set: what the one line says
+    "no rank": (dict(WORLD_SIZE="2"), "RANK is ''"),
+    "no world": (dict(RANK="1"), "RANK is set, and WORLD_SIZE is not"),
+    "no port": (dict(WORLD_SIZE="1", RANK="0"), "MASTER_ADDR expected, but not set"),
+    "no number": (dict(WORLD_SIZE="two", RANK="0"), "WORLD_SIZE is 'two'"),
+    "a rank that is no number": (dict(WORLD_SIZE="2", RANK="x"), "RANK is 'x'"),
+    "a negative rank": (dict(WORLD_SIZE="2", RANK="-1"), "RANK is '-1'"),
+    "no processes": (dict(WORLD_SIZE="0", RANK="0"), "WORLD_SIZE is '0'"),
+    "a rank too high": (dict(WORLD_SIZE="2", RANK="2"), "RANK is 2, and WORLD_SIZE is 2"),
+    "no local processes": (dict(WORLD_SIZE="2", RANK="0", LOCAL_WORLD_SIZE="0"), "LOCAL_WORLD_SIZE is '0'"),
+    "no such port": (
+        dict(WORLD_SIZE="1", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="a"),
+        "rank 0 of 1 meets no others at 127.0.0.1:a",
+    ),
+    "a port in use": (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1"), "use another port"),
+    "nobody else": (dict(WORLD_SIZE="2", RANK="0", MASTER_ADDR="127.0.0.1"), "1/2 clients joined"),
+}
+
+
+@pytest.mark.parametrize("kind", BY_HAND)
+def test_variables_set_by_hand_and_a_port_in_use(base, command, tmp_path, monkeypatch, kind):
+    """Exit status 2 and one line, which names what was found: no traceback, and nobody waits forever."""
+    variables, says = BY_HAND[kind]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    given = words("rm", base, tmp_path / "o")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        if "MASTER_ADDR" in variables and "MASTER_PORT" not in variables:
+            monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        if kind == "nobody else":
+            server.close()
+        status, _, err = command(*given, "--tp", 1, "--timeout", 2)
+    assert status == 2 and err.count("\n") == 1 and says in err and "Traceback" not in err, err
+    assert not dist.is_initialized() and not (tmp_path / "o").exists()
 
 
 def test_what_only_another_rank_met_is_said_too(base, command, monkeypatch):
