@@ -95,6 +95,12 @@ def attempt(what, draw):
         return missing(f"{what} ({e}).")
 
 
+def expected(run):
+    """{name: Stage}: those of the demo, or, of one's own task, those that are there."""
+    there = {name: stage for name, stage in run.stages.items() if stage.is_there}
+    return run.stages if run.builtin or not there else there
+
+
 def out_of_date_notice(run):
     """What on this page was made from something that has changed since; "" if nothing was."""
     lines = []
@@ -278,15 +284,14 @@ def judges_table(judged):
 
 def headline(run):
     """Section 1: the eval.json files."""
-    policies = run.of_kind(*POLICIES)
-    judges = run.of_kind("rm") | outside_judges(run)
-    expected = policies | judges
-    own = not run.builtin and any(stage.is_there for stage in expected.values())
-    absent = [name for name, stage in expected.items() if not stage.eval and (stage.is_there or not own)]
+    stages = expected(run)
+    policies = {name: stage for name, stage in stages.items() if stage.kind in POLICIES}
+    judges = {name: stage for name, stage in stages.items() if stage.kind == "rm"} | outside_judges(run)
+    absent = [name for name, stage in (policies | judges).items() if not stage.eval]
     out = []
     if absent:
         how = f"python train.py --stage eval --run_dir {shlex.quote(str(run.path))}"
-        if own:
+        if not run.builtin:
             how = "python train.py --stage eval --model <its directory> --data <held-out rows>"
         out.append(missing(f"{', '.join(absent)}: no eval.json ({how} writes it)."))
     found = {shown_name(run, name): accuracy(stage.eval) for name, stage in policies.items() if stage.eval}
@@ -901,6 +906,26 @@ def told_of_update(sampled, seen, i):
     return told, {"reward": shown, "adv.": advantage}
 
 
+def update_caption(cfg):
+    """What to look for in the tokens of an update."""
+    differ = "the KL penalty"
+    clipped = ""
+    if cfg.stage == "ppo":
+        differ = (
+            "the KL penalty and the baseline V, which foretells the reward from what was written before: a "
+            "token whose reward is as expected teaches nothing, however good it is"
+        )
+        clipped = (
+            f" A ratio that ran out of 1 ± {cfg.clip:g} in the direction of its advantage is clipped: it no "
+            "longer moves the policy."
+        )
+    return (
+        f"<b>What to look for.</b> Reward and advantage differ by {differ}. The ratio is the token's new "
+        "probability over its old one after all updates of this rollout, with a fresh optimizer."
+        f"{clipped}"
+    )
+
+
 def inspector(run, samples):
     """Section 5: answers of the last policy token by token, and what the update makes of them: reward, KL, V,
     advantage, ratio."""
@@ -908,23 +933,12 @@ def inspector(run, samples):
     sampled = samples.found[name]
     seen = one_update(run.stages[name], sampled)
     exact = knows_first_error(samples.rows)
-    clipped = (
-        f" A ratio that ran out of 1 ± {sampled.cfg.clip:g} in the direction of its advantage is clipped: it "
-        "no longer moves the policy."
-        if sampled.cfg.stage == "ppo"
-        else ""
-    )
     out = [
         f"<p>What one more update of {escape(name)} does with {len(samples.rows)} answers that it sampled: "
         f"the first {EXAMPLES} right and wrong ones. Below each token: its standardised reward and its "
-        f"advantage. {HOW}</p>{colour_key('first wrong token' if exact else '')}"
-        + note(
-            "<b>What to look for.</b> Reward and advantage differ by what the token could not help: the "
-            "baseline V (with PPO), which foretells the reward from what was written before, and the KL "
-            "penalty. A reward as good as expected teaches nothing. The ratio is the token's new probability "
-            f"over its old one after all updates of this rollout, with a fresh optimizer.{clipped}"
-        )
-        + "<div class='pair'>"
+        "advantage. "
+        f"{HOW}</p>{colour_key('first wrong token' if exact else '')}{note(update_caption(sampled.cfg))}<div "
+        "class='pair'>"
     ]
     for i in first_of_each(sampled.correct):
         told, numbers = told_of_update(sampled, seen, i)
@@ -1002,8 +1016,8 @@ def start_pass(run, stage):
 
 def curves(run):
     """Section 4: metrics.jsonl."""
-    own = not run.builtin and any(stage.is_there for stage in run.stages.values())
-    absent = [name for name, stage in run.stages.items() if not stage.rows and (stage.is_there or not own)]
+    drawn = {name: stage for name, stage in expected(run).items() if stage.kind != "rm" or name == "rm"}
+    absent = [name for name, stage in drawn.items() if not stage.rows]
     out = [missing(f"the curves of {', '.join(absent)}: no metrics.jsonl.")] if absent else []
     trained = run.of_kind(*settings.POLICY_GRADIENT)
     starts = starts_of(run, trained)
@@ -1078,7 +1092,9 @@ def command(config):
 def making(run):
     """Section 6: settings and commands of every stage."""
     rows, commands = [], []
-    for name, stage in run.stages.items():
+    for name, stage in expected(run).items():
+        if name not in KINDS and not stage.config:
+            continue
         config = {"stage": stage.kind or name} | stage.config
         resolved = (escape(str(config.get(key, "–"))) for key in ("seed", "steps", "lr", "batch_size"))
         logged = f"{len(stage.rows)}{', unfinished' * stage.unfinished}"
@@ -1161,4 +1177,6 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    if status:
+        sys.exit(status)

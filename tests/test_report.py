@@ -1,5 +1,7 @@
-"""The page of a tiny run: self-contained, escaped, the first wrong token marked, even of a partial run."""
+"""The page of a tiny run: self-contained, escaped, the first wrong token marked; any run, even partial."""
 
+import ast
+import hashlib
 import json
 import math
 import re
@@ -7,11 +9,14 @@ import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 
 from classroom import report
+from classroom.page import interval_chart, line_chart, share_place, ticks
+from classroom.run_files import located, read_run, read_stage
 from data import Example, arith_rows, arith_solve, arith_tokenizer, collate, first_error
 from model import (
     LanguageModel,
@@ -24,6 +29,7 @@ from model import (
 )
 from parallel import Grid
 from qrm import token_scores
+from support.checkpoints import digest
 from support.files import BadInput
 
 HOSTILE = "<script>alert('&')</script>"
@@ -142,6 +148,19 @@ def write_runs(root):
         )
 
 
+def answer_of(model, tokenizer, prompt, most):
+    """The greedy answer, one whole forward a token."""
+    ids = tokenizer.encode_prompt(prompt)
+    start = len(ids)
+    while len(ids) < start + most:
+        with torch.no_grad():
+            logits = model.logits(model.model(torch.tensor([ids])))[0, -1]
+        ids.append(int(logits.argmax()))
+        if ids[-1] in tokenizer.stop_ids:
+            return tokenizer.decode(ids[start:-1])
+    return tokenizer.decode(ids[start:])
+
+
 SIZES = ModelConfig(arith_tokenizer().vocab_size, 16, 32, 1, 2, 1, 8)
 
 
@@ -221,7 +240,7 @@ def test_whole_run_shows_every_section_and_figure(run):
     for _, _, _, label, _ in report.CHARTS:
         assert page.count(f">{label}</text>") == 1, label
     assert (
-        "trajectories sampled. reinforce: 0 at 64, 3 at 256; ppo" in page
+        "trajectories learned from. reinforce: 0 at 0, 3 at 192; ppo" in page
     )  # the NaN in between is not drawn
     assert (
         "--seed 3 --steps 150 --lr 0.004 --batch_size 16 --data " in page
@@ -252,7 +271,9 @@ def test_first_wrong_token_is_marked_and_nothing_else(run):
 
 
 def test_scores_are_those_of_the_models_and_standardised_together(run):
-    tokenizer, judges, scored = report.score_pairs(run)
+    found = report.score_pairs(read_run(run))
+    tokenizer, judges, scored = found.tokenizer, found.judges, found.pairs
+    assert found.mark == "first wrong token" and found.held_out and not found.failed
     assert [*judges] == ["rm", "rm-dpo", "rm-orm", "rm-prm"]
     start, trained, every = policy(4), policy(3), {name: [] for name in judges}
     for (prompt, *texts, _, _), (_, *answers) in zip(PAIRS, scored):
@@ -310,9 +331,9 @@ def test_histogram_by_hand():
 
 def test_update_shows_what_the_algorithms_saw(run):
     """Z, KL, V and A of every shown token by other means; the ratio is of a policy that was updated."""
-    tokenizer, rows, found = report.sample(
-        run, {name: report.read_stage(run / name) for name in report.POLICIES}
-    )
+    whole = read_run(run)
+    samples = report.sample(whole)
+    tokenizer, rows, found = samples.tokenizer, samples.rows, samples.found
     assert [*found] == ["sft", "reinforce", "ppo"] and [row["prompt"] for row in rows] == [
         row["prompt"] for row in arith_rows("test", 6, 1)
     ]
@@ -325,7 +346,7 @@ def test_update_shows_what_the_algorithms_saw(run):
             z_std = (z - z[mask].mean()) / z[mask].std(correction=0)
             kl = token_logprobs(policy(number), ids, mask)[0] - token_logprobs(policy(4), ids, mask)[0]
             values = critic.scalars(critic.model(ids[:, :-1])) if name == "ppo" else torch.zeros(z.shape)
-        page = report.inspector(run, tokenizer, rows, {name: sampled})
+        page = report.inspector(whole, samples._replace(found={name: sampled}))
         told = [label for answer in Tokens(page).answers for label, _ in answer]
         right = [i for i, is_right in enumerate(sampled.correct) if is_right][: report.EXAMPLES]
         wrong = [i for i, is_right in enumerate(sampled.correct) if not is_right][: report.EXAMPLES]
@@ -338,7 +359,7 @@ def test_update_shows_what_the_algorithms_saw(run):
         numbers = []
         for label in told:
             said = label.split(": ", 1)[1]
-            found_here = re.findall(r"(?:Z|standardised|sft|V|advantage|ratio) ([-+0-9.]+)", said)
+            found_here = re.findall(r"(?:Z|standardised|start|V|advantage|ratio) ([-+0-9.]+)", said)
             numbers.append([float(x) for x in found_here])
         assert len(numbers) == len(expected)
         assert numbers == [pytest.approx(row, abs=0.0051) for row in expected.tolist()]
@@ -346,17 +367,17 @@ def test_update_shows_what_the_algorithms_saw(run):
 
 
 def test_line_chart_places_points():
-    chart = report.line_chart("a <b>", "steps", {"x": [(0, 0.0), (10, 1.0)]}, (0, 1), mark=5)
+    chart = line_chart("a <b>", "steps", {"x": [(0, 0.0), (10, 1.0)]}, (0, 1), mark=5)
     assert (
         "points='48.0,190.0 348.0,44.0'" in chart and "d='M198.0 44V190'" in chart and "a &lt;b&gt;" in chart
     )
     for low, high in ((0, 1), (-3.7, 12.1), (1e-5, 1.1e-5), (999, 16001)):
-        found = report.ticks(low, high)
+        found = ticks(low, high)
         slack = 1e-6 * (high - low)
         assert 2 <= len(found) <= 6 and low - slack <= found[0] and found[-1] <= high + slack
-    assert "0.2" in report.line_chart(
-        "flat", "steps", {"x": [(0, 0.2)]}
-    ) and "nothing was logged" in report.line_chart("none", "steps", {"x": []})
+    assert "0.2" in line_chart("flat", "steps", {"x": [(0, 0.2)]}) and "nothing was logged" in line_chart(
+        "none", "steps", {"x": []}
+    )
 
 
 def test_half_finished_run_still_gives_a_page(tmp_path):
@@ -391,7 +412,7 @@ def test_what_is_missing_is_named_with_its_command(run, tmp_path):
     )
     assert "What one more update of reinforce does" in page and "baseline V" not in page
     (part / "reinforce" / "run.json").write_text(json.dumps({"config": {"reward": "outcome"}}))
-    assert page_of(part).count("reinforce was trained on another reward") == 2
+    assert "scored by the graded outcome, which reinforce was trained on" in page_of(part)
     weights = reward_model()
     weights.score.weight.data.fill_(float("nan"))
     save_model(weights, part / "rm")  # a reward model that diverged
@@ -408,3 +429,197 @@ def test_command_line(run, tmp_path, monkeypatch, capsys):
     assert "no such directory" in capsys.readouterr().err
     with pytest.raises(BadInput):
         report.write_report(tmp_path / "absent")
+
+
+# -------------------------------------------------------------------------------- any run directory
+
+OWN_PAIRS = [  # prompt, right, wrong, the text of the first token that differs and its index, counted by hand
+    ("carry the one?\n", "7+8=15\n#### 15", "7+8=5\n#### 5", "5", 4),
+    ("and now?\n", "1\n#### 1", "1", "stop", 1),
+]
+
+
+@pytest.fixture
+def own(run, tmp_path):
+    """A run of someone's own task: no sft, models that --model and --reward_model name, prompts in --data."""
+    home, elsewhere = tmp_path / "mine", tmp_path / "models"
+    shutil.copytree(run / "sft", elsewhere / "base")
+    shutil.copytree(run / "rm", elsewhere / "judge")
+    shutil.copytree(run / "ppo", home / "ppo")
+    (elsewhere / "base" / "eval.json").unlink()
+    labelled = [{"prompt": f"carry {i}?\n", "label": str(i)} for i in range(9)]
+    write_lines(tmp_path / "prompts.jsonl", labelled)
+    write_lines(
+        home / "pairs-heldout.jsonl",
+        [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in OWN_PAIRS],
+    )
+    config = {
+        "stage": "ppo", "run_dir": "runs/arith", "out": str(home / "ppo"), "task": "gsm8k", "limit": 4,
+        "model": str(elsewhere / "base"), "reward_model": str(elsewhere / "judge"),
+        "data": str(tmp_path / "prompts.jsonl"), "batch_size": 16, "minibatch": 8, "max_new_tokens": 6,
+        "seed": 5,
+    }  # fmt: skip
+    (home / "ppo" / "run.json").write_text(json.dumps({"config": config}))
+    return home
+
+
+def test_a_run_of_ones_own_task_has_every_section(own):
+    page = page_of(own)
+    assert re.findall("Left out: [^<]*", page) == [
+        "Left out: DPO, outcome, which this run has not trained: the demo trains Q-RM only.",
+    ]
+    answers = Tokens(page).answers
+    for (_, chosen, _, text, index), right, wrong in zip(OWN_PAIRS, answers[0::2], answers[1::2]):
+        assert [i for i, (_, marked) in enumerate(wrong) if marked] == [index]
+        assert wrong[index][0].startswith(f"{text!r}, the first token that differs from the right answer: ")
+        assert not any(marked for _, marked in right) and len(right) == len(
+            arith_tokenizer().encode_response(chosen)
+        )
+    later = [label for answer in answers[2 * len(OWN_PAIRS) :] for label, marked in answer if marked]
+    assert later == [] and "What one more update of ppo does with 6 answers" not in page
+    assert "What one more update of ppo does with 4 answers" in page  # the rows that --limit holds out
+    assert "answers word problems" not in page and "--reward prm" not in page
+
+
+def test_prompts_rewards_and_start_are_those_of_the_run(own, tmp_path):
+    samples = report.sample(read_run(own))
+    assert [row["prompt"] for row in samples.rows] == [f"carry {i}?\n" for i in range(5, 9)]
+    assert [*samples.found] == ["start", "ppo"] and samples.reward == "Q-RM"
+    rollout = samples.found["ppo"].rollout
+    with torch.no_grad():
+        z = token_scores(reward_model(), rollout.ids)[rollout.response_mask]
+        kl = (
+            token_logprobs(policy(6), rollout.ids, rollout.response_mask)[0]
+            - token_logprobs(policy(4), rollout.ids, rollout.response_mask)[0]
+        )
+    assert torch.allclose(rollout.scores[rollout.response_mask], z, atol=1e-5)
+    assert torch.allclose(rollout.kl_k1, kl * rollout.response_mask, atol=1e-5)
+    stage = read_stage(own / "ppo")
+    assert located(own, stage, "model") == tmp_path / "models" / "base"
+    moved = own.rename(tmp_path / "moved")
+    named = {"config": stage.config | {"reward_model": str(own / "ppo" / "critic")}}
+    (moved / "ppo" / "run.json").write_text(json.dumps(named))
+    assert located(moved, read_stage(moved / "ppo"), "reward_model") == moved / "ppo" / "critic"
+    assert located(moved, read_stage(moved / "ppo"), "heldout") is None
+
+
+def test_the_commands_of_other_rewards_name_the_run_s_own_files(run, tmp_path):
+    part = shutil.copytree(run, tmp_path / "part")
+    for name in ("rm-orm", "rm-dpo", "rm-prm"):
+        shutil.rmtree(part / name)
+    pairs = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in OWN_PAIRS]
+    write_lines(part / "pairs-heldout.jsonl", pairs)
+    config = {"stage": "rm", "model": "base", "data": "my pairs.jsonl", "lr": 0.002, "beta": 0.2}
+    (part / "rm" / "run.json").write_text(json.dumps({"config": config}))
+    commands = report.comparison(read_run(part), {"rm": read_stage(part / "rm")})
+    expected = (
+        "python train.py --stage rm --model base --data &#x27;my pairs.jsonl&#x27; --lr 0.002 --reward orm"
+    )
+    assert f"{expected} --out {part}/rm-orm\n" in commands and "step" not in commands
+    assert commands.index("where inside an answer") < commands.index("python train.py")
+
+
+def test_a_model_too_large_for_the_page_is_said_to_be(own, monkeypatch):
+    monkeypatch.setattr(report, "SMALL", 1000)
+    page = page_of(own)
+    assert page.count("MB of weights, too many to sample answers for a page") == 2
+    assert "Averages over 2 held-out pairs" in page  # scoring costs less
+    monkeypatch.setattr(report, "LARGE", 1000)
+    assert "too many to score pairs for a page" in page_of(own)
+
+
+# -------------------------------------------------------------------------------- out of date
+
+
+def test_what_was_made_from_something_else_is_said_to_be_out_of_date(run, tmp_path):
+    part = shutil.copytree(run, tmp_path / "part")
+    assert "Out of date" not in page_of(part)
+    write_lines(part / "pairs.jsonl", [dict(zip(("prompt", "chosen", "rejected"), PAIRS[0]))])
+
+    def made_from(name, field, path, sha256):
+        run_json = json.loads((part / name / "run.json").read_text())
+        run_json["made_from"] = {field: {"path": str(path), "sha256": sha256}}
+        (part / name / "run.json").write_text(json.dumps(run_json))
+
+    made_from(
+        "rm", "data", part / "pairs.jsonl", hashlib.sha256((part / "pairs.jsonl").read_bytes()).hexdigest()
+    )
+    made_from("ppo", "reward_model", part / "rm", digest(part / "rm"))
+    assert read_run(part).changed == {}
+    with open(part / "pairs.jsonl", "a") as file:
+        file.write("\n")
+    assert read_run(part).changed == {
+        "rm": [f"{part}/pairs.jsonl, which has changed since"],
+        "ppo": [f"{part}/rm, which is out of date"],
+    }
+    page = page_of(part)
+    assert f"<b>ppo</b> was made from {part}/rm, which is out of date" in page
+    assert "<th scope='col'>ppo (out of date)" in page and "<th scope='col'>reinforce</th>" in page
+    assert "<th scope='row'>rm (out of date)" in page
+
+
+# -------------------------------------------------------------------------------- captions and charts
+
+
+def test_curves_start_with_the_policy_before_rl(run, tmp_path):
+    part = shutil.copytree(run, tmp_path / "part")
+    tokenizer, rows = arith_tokenizer(), arith_rows("test", 5, 0)
+    truth = [answer_of(policy(4), tokenizer, row["prompt"], 10) for row in rows]
+    rows[1]["label"], rows[3]["label"] = truth[1].split()[-1], "no number"
+    kept = [{name: row[name] for name in ("prompt", "label")} for row in rows]
+    write_lines(part / "heldout.jsonl", kept)
+    right = sum(f"#### {row['label']}" in text for row, text in zip(rows, truth))
+    for name in ("reinforce", "ppo"):
+        run_json = json.loads((part / name / "run.json").read_text())
+        run_json["config"] |= {"heldout": str(part / "heldout.jsonl"), "task": "arith"}
+        (part / name / "run.json").write_text(json.dumps(run_json))
+    starts = report.starts_of(read_run(part), read_run(part).policies)
+    assert starts == {"reinforce": right / 5, "ppo": right / 5}
+    page = page_of(part)
+    assert f"reinforce: {right / 5:.4g} at 0, 0.625 at 256; ppo" in page
+    assert "measured for this page on the same prompts" in page
+
+
+def test_captions_hold_the_numbers_of_the_run():
+    policies = {
+        "sft": report.accuracy(
+            {"pass@1": 0.3, "pass@k": {"1": 0.4, "8": 0.9}, "best_of_k": 0.8, "n_prompts": 100}
+        ),
+        "ppo": report.accuracy(
+            {"pass@1": 0.6, "pass@k": {"1": 0.5, "8": 0.85}, "best_of_k": 0.7, "n_prompts": 100}
+        ),
+    }
+    text = report.best_caption(policies, "8")
+    assert (
+        "ppo: greedy +0.300, best of 8 -0.100, prompts without a right answer among the 8 +0.050, "
+        "wrong choices +0.050" in text
+    )
+    assert report.best_caption({"sft": policies["sft"]}, "8") == ""
+    assert "sft -0.100, ppo +0.100" in report.greedy_caption(policies)
+    html = report.policies_part(policies)
+    assert "0.150 <small>± 0.036" in html and "0.100 <small>± 0.030" in html  # none right among the 8
+    assert "majority" not in html.split("<p", 1)[0]  # eval.json has no maj@k here
+    assert "the same 100 prompts" in html
+
+
+def test_interval_chart_places_shares_and_their_errors():
+    chart = interval_chart("a <b>", ["x", "y"], {"greedy": [(0.5, 0.1), None], "best": [(0.9, 0.05), (1, 0)]})
+    low, high = share_place(0.5 - 0.196), share_place(0.5 + 0.196)
+    assert f"M{low:.1f} 57H{high:.1f}M" in chart and ">.500</text>" in chart and ">1</text>" in chart
+    assert chart.count("<title>") == 3 and "a &lt;b&gt;" in chart
+    assert f"M{share_place(0.9 - 0.098):.1f} " in chart and f"H{share_place(0.998):.1f}" in chart
+
+
+def test_scores_near_the_ends_by_hand():
+    values = torch.tensor([0.0, 1.0, 1.1, 3.0, 6.0])  # the outer sixths of 0 .. 6: up to 1, from 5
+    assert report.near_an_end(values, 0.0, 6.0) == pytest.approx([0.4, 0.2])
+
+
+def test_course_files_do_not_import_train():
+    for module in ("report", "page", "run_files"):
+        tree = ast.parse((Path(report.__file__).parent / f"{module}.py").read_text(encoding="utf-8"))
+        names = [
+            alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names
+        ]
+        names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert "train" not in names and len(names) > 1
