@@ -35,9 +35,9 @@ def sequence_length(example):
 
 
 def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=print):
-    """Rows -> tuples with one Example per key, (response,) or (chosen, rejected), and the rows they came
-    from.
+    """Rows to ids. -> one tuple of Example per row kept, one for each of `keys`, and the rows kept
 
+    keys   ("response",), or ("chosen", "rejected") for pairs
     Rows longer than max_seq_len tokens (prompt and response) and identical pairs are dropped and counted in
     one line that goes to `log`; nothing is ever cut. Raises BadInput when no row is left.
     """
@@ -72,13 +72,13 @@ ID_KEYS = {"response": "ids", "chosen": "chosen_ids", "rejected": "rejected_ids"
 
 
 def sampled_ids(row, tokenizer, prompt_ids):
-    """{key: ids} of the replies that a policy sampled with this very tokenizer: they stay the ids it sampled.
+    """{key: ids} of the replies in a row that were sampled with this tokenizer: trained on as sampled.
 
-    Text would not bring them back: a policy may sample any ids, not only those that encode() makes, and a
-    byte that is not UTF-8 is lost as text. `row["sampled"]` holds `ids` (response), `chosen_ids`,
-    `rejected_ids`, with the stop token where the policy sampled one, `prompt_ids`, and `tokenizer`, a
-    fingerprint; where that is another tokenizer's, the text counts. Raises BadInput if the row's ids and
-    texts say different things.
+    Encoding their text again could give other ids: a policy may sample ids that encode() never produces, and
+    bytes that are not UTF-8 do not survive as text. row["sampled"] has `ids` (of the response), `chosen_ids`
+    and `rejected_ids`, with the stop token where the policy sampled one, `prompt_ids`, and `tokenizer`, a
+    fingerprint; under another tokenizer's fingerprint the ids are ignored and the text is encoded. Raises
+    BadInput if a row's ids and texts disagree.
     """
     sampled = row.get("sampled", {})
     if sampled.get("tokenizer") != tokenizer.fingerprint:
@@ -167,23 +167,21 @@ def spans(lengths, budget):
     return list(zip(starts, [*starts[1:], len(lengths)]))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=4)  # a batch may need two epochs' orders
 def _permutation(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 # exercise 3.2 (3 points): shuffling without a state
 def batch_indices(n, batch_size, step, seed):
-    """Indices of the rows in batch `step` (from 0), reshuffled every epoch: a function of its arguments
-    alone.
+    """Rows of batch `step` (from 0), reshuffled every epoch: list of batch_size indices into n rows.
 
-    There is no state to save: a resumed run asks for the next step. A batch may span two epochs; no row is
-    left out.
+    A function of its arguments alone, so there is no state to save: a resumed run asks for the next step. A
+    batch may span two epochs; no row is left out. The order within an epoch depends on n, seed and epoch, not
+    on batch_size.
 
     >>> sorted(int(i) for step in range(2) for i in batch_indices(6, 3, step, seed=0))
     [0, 1, 2, 3, 4, 5]
-
-    -> list of batch_size int. The order of an epoch depends on n, seed and epoch, not on batch_size.
     """
     places = range(step * batch_size, (step + 1) * batch_size)
     return [int(_permutation(n, seed, p // n)[p % n]) for p in places]
@@ -203,8 +201,7 @@ OPERATOR = {verb: op for op, verbs in VERBS.items() for verb in verbs}
 
 @dataclass(frozen=True)
 class Arith:
-    """Word problems over 0..9 whose answers restate each step, like GSM8K's, by an author who misreads some
-    verbs.
+    """Word problems over 0..9 with step-by-step answers, like GSM8K's, by an author who misreads some verbs.
 
     In the training answers a misread verb gets the wrong sign with probability q, and the next step continues
     from the wrong value. A policy fine-tuned on them inherits this: greedy decoding gets those verbs wrong,
@@ -213,7 +210,7 @@ class Arith:
     """
 
     steps: tuple = (4, 6)  # sentences after the first: at least, at most
-    verbs: int = 12  # half of them add, half subtract
+    verbs: int = 12  # verbs in use: half of them add, half subtract
     misread: int = 6  # how many of these verbs are misread
     operand: int = 3  # the largest
     q: float = 0.65  # probability that a misread verb is written with the wrong sign
@@ -233,10 +230,10 @@ class Arith:
         return frozenset(adding + subtracting)
 
     def problem(self, rng):
-        """(start, [(verb, operand)]) with every value in 0..9, whatever is misread.
+        """(start, [(verb, operand)]), drawn until two promises hold.
 
-        No set of misreadings ends on the right number, so a right number means a right path (for the author;
-        a policy can still be lucky). Drawn until a problem meets both.
+        Every running value is in 0..9, whatever is misread. No set of misreadings ends on the right number,
+        so a right number means a right path (for the author; a policy can still be lucky).
         """
         while True:
             start = rng.randint(0, 9)
@@ -262,7 +259,7 @@ class Arith:
         return moves if value not in wrong else None
 
     def answer(self, start, moves, rng=None):
-        """The worked answer; with `rng`, as the author writes it."""
+        """The worked answer: the right one, or, with `rng`, the author's."""
         lines = []
         value = start
         for verb, operand in moves:

@@ -50,7 +50,7 @@ from support.files import BadInput, read_json, require, write_atomically
 # -------------------------------------------------------------------------------- configuration
 
 
-DEFAULTS = {  # what transformers takes for a key that config.json lacks; None: as many as query heads
+DEFAULTS = {  # what transformers assumes where config.json lacks a key; None: as many as query heads
     "llama": {"kv_heads": None, "positions": 2048},
     "qwen2": {"kv_heads": 32, "positions": 32768},
 }
@@ -88,7 +88,7 @@ class ModelConfig:
     def from_dict(cls, raw):
         """From config.json as transformers 4 (`rope_scaling`) or 5 (`rope_parameters`) writes it.
 
-        Raises BadInput with one line for anything that this code would silently get wrong.
+        Raises BadInput for anything that this code would silently get wrong.
         """
         _require_supported(raw)
         rope = {"rope_theta": raw.get("rope_theta", 10000.0), **_rope_fields(raw)}
@@ -192,9 +192,9 @@ def _require_supported(raw):
 
 
 def _rope_fields(raw):
-    """The object that describes RoPE, under its old name or its new one; {} if there is none.
+    """The object that describes RoPE, under its old or its new name; {} if there is none.
 
-    Where both are there, transformers takes the old one.
+    If both exist, the old one wins, as in transformers.
     """
     fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     require(isinstance(fields, dict), f"rope_scaling is {str(fields)[:40]!r}; expected an object")
@@ -225,9 +225,7 @@ class RMSNorm(nn.Module):
 
     # exercise 1.1 (1 point): RMSNorm
     def forward(self, x):
-        """x (..., D) of any float dtype -> the same shape and dtype: mean over D and eps inside the root,
-        in fp32.
-        """
+        """x (..., D) of any float dtype -> the same; mean over D and eps inside the root, in fp32."""
         x32 = x.float()
         y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # (..., D)
         return self.weight * y.to(x.dtype)
@@ -263,7 +261,7 @@ def rope_table(positions, cfg):
 def apply_rope(x, cos, sin):
     """Rotates pair (i, i + E/2) of each head: Hugging Face's "rotate half" layout. x (B, T, H, E)
 
-    The result has the dtype of x; cos and sin may be of another one.
+    The result has the dtype of x, whatever that of cos and sin.
     """
     a, b = x.chunk(2, dim=-1)  # (B, T, H, E/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -273,7 +271,7 @@ def apply_rope(x, cos, sin):
 # causal_attention (padded rows, the plain one), Packed.attend (training) and KVCache.attend (sampling).
 # exercise 1.4 (2 points): causal attention with grouped heads
 def causal_attention(layer, q, k, v):
-    """Each row by itself, each token sees the past and itself; H/K neighbouring query heads share a kv head.
+    """Each token of a row sees itself and the past; H/K neighbouring query heads share a key/value head.
 
     q (B, T, H/tp, E), k, v (B, T, K/tp, E) -> (B, T, H/tp, E)
     Scores are q . k / sqrt(E).
@@ -300,9 +298,8 @@ class Attention(nn.Module):
         """Projects x to q, k and v, rotates q and k, lets `attend(layer, q, k, v)` mix, and applies o_proj.
 
         x (B, T, D), rope (cos, sin) of rope_table -> (B, T, D)
-        attend takes q (B, T, H/tp, E), k, v (B, T, K/tp, E) and gives what has the shape of q
-        copy_to_tp is applied to x, before the projections, and reduce_from_tp to the result, each once on
-        every path. q and k are rotated by apply_rope; `attend` gets the number `layer` as it is.
+        attend takes the number `layer`, q (B, T, H/tp, E), k, v (B, T, K/tp, E) and returns q's shape
+        x goes through copy_to_tp once, before the projections, and the result through reduce_from_tp once.
         """
         x = copy_to_tp(x, self.grid)  # f, once for q, k and v
         features = (proj(x) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads * E)
@@ -323,8 +320,9 @@ class MLP(nn.Module):
 
     # exercise 1.6 (2 points): SwiGLU, cut over tp
     def forward(self, x):
-        """x (B, T, D) -> (B, T, D); copy_to_tp is applied to x, before the projections, and reduce_from_tp
-        to the result, each once on every path.
+        """x (B, T, D) -> (B, T, D)
+
+        x goes through copy_to_tp once, before the projections, and the result through reduce_from_tp once.
         """
         x = copy_to_tp(x, self.grid)  # f, once for gate and up
         y = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, F/tp)
@@ -352,7 +350,7 @@ class Decoder(nn.Module):
     `forward` returns the residual stream BEFORE the final norm: the heads apply it, because the fused Q-RM
     head wants the norm, the head and the loss in one piece.
 
-    remat   keep each block's input only, and compute the block again in backward: less memory, more time
+    remat   keep only each block's input, and recompute the block in backward: less memory, more time
     """
 
     def __init__(self, cfg, grid, remat=False):
@@ -396,9 +394,9 @@ class _Model(nn.Module):
         self.model = Decoder(cfg, grid, remat)
 
     def sharding(self, name):
-        """How a parameter is cut over tp, by its layer's own account -> (dimension, its full extent there).
+        """How a parameter is cut over tp, as its layer tells -> (dimension, its full extent there).
 
-        The dimension is None for a parameter that every rank holds whole: norms, the scalar head.
+        (None, None) for a parameter of a layer that is not cut at all, such as a norm or the scalar head.
         """
         path, _, leaf = name.rpartition(".")
         layer = self.get_submodule(path)
@@ -491,7 +489,7 @@ class Packed:
             self.lengths.append(len(prompt))
             ids += prompt
             positions += range(len(prompt))
-            prompt_end = len(ids) - 1  # the first token of each response is said here
+            prompt_end = len(ids) - 1  # the state in which each response's first token is chosen
             for response in responses:
                 sequence = (prompt_piece, len(self.lengths))
                 self.sequences.setdefault((len(prompt), len(response)), []).append(sequence)
@@ -522,7 +520,7 @@ class Packed:
     def attend(self, layer, q, k, v):
         """One causal call for all sequences (prompt + response) of equal lengths.
 
-        No mask is needed, and only the prompt's part of a second response is computed twice.
+        This needs no mask; only a shared prompt attends to itself once per response.
         q (1, N, H/tp, E), k, v (1, N, K/tp, E) -> (1, N, H/tp, E)
         """
         if self.flex:
@@ -540,7 +538,7 @@ class Packed:
         return torch.cat(out)[None]
 
     def attend_flex(self, q, k, v):
-        """The same by one kernel for the whole row."""
+        """`attend` as one kernel for the whole row."""
         kernel = compiled_flex() if q.is_cuda else flex_attention
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (1, heads, N, E)
         y = kernel(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
@@ -583,11 +581,11 @@ def scatter_to_mask(response_mask, values):
 # -------------------------------------------------------------------------------- log-probabilities
 
 
-LOGITS = 3 * 2**22  # computed at a time, per rank
+LOGITS = 3 * 2**22  # logits computed at a time on each rank, to bound memory
 
 
 def rows_at_a_time(policy):
-    """Tokens whose logits are computed together; equal on all ranks, even if their slices of V are not."""
+    """Tokens whose logits are computed at a time; equal on all ranks, even if their slices of V are not."""
     return max(1, LOGITS // -(-policy.cfg.vocab_size // policy.grid.tp_size))
 
 
@@ -613,8 +611,7 @@ def _chunk_logprobs(logits, probs, columns, mine, grid):
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """See token_logprobs. Logits are computed for `rows` tokens at a time, and again in backward: only
-    their log-sum-exp is kept."""
+    """See token_logprobs. Logits exist for `rows` tokens at a time, and backward computes them again."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, vocab_size, grid, rows):
@@ -640,9 +637,8 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad, _):
         """d logprob / d l_v = [v is the target] - softmax(l)_v, then through l = x weight^T / temperature."""
         x, weight, columns, mine, log_sum = ctx.saved_tensors
-        dx, dw = torch.empty_like(x), None
-        if ctx.needs_input_grad[1]:
-            dw = torch.zeros_like(weight, dtype=torch.float32)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         logits = x.new_empty(min(ctx.rows, len(x)), len(weight), dtype=torch.float32)
         for start in range(0, len(x), ctx.rows):
             part = slice(start, start + ctx.rows)
@@ -664,10 +660,12 @@ class _TokenLogprobs(torch.autograd.Function):
 def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
     """log pi(targets[:, t] | inputs[:, :t+1]) and the entropy of pi there, in nats.
 
-    ids (B, T+1) int64, response_mask (B, T) bool -> logprobs, entropy: (B, T) fp32, 0 outside the mask.
-    The entropy carries no gradient. temperature: the one that the tokens were sampled at.
-    rows: tokens whose logits are computed at a time; 0 is as many as make 12 M logits. The plain way is
-    response_log_softmax(...).gather(targets): with 128,256 words and 2,048 tokens it takes 2 GB more.
+    ids (B, T+1) int64, response_mask (B, T) bool
+    temperature   the one that the tokens were sampled at
+    rows          tokens whose logits are computed at a time; 0 is as many as make LOGITS logits
+    -> logprobs, entropy   (B, T) fp32, 0 outside the mask; the entropy carries no gradient
+    The plain way is response_log_softmax(...).gather(targets): with 128,256 words and 2,048 tokens it takes
+    2 GB more.
     """
     x = copy_to_tp(policy.model.norm(at_states(policy, ids, response_mask)), policy.grid)  # (n, D)
     targets = ids[:, 1:][response_mask]
@@ -707,7 +705,8 @@ def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
     ref_states = at_states(reference, ids, response_mask).split(rows)
     kl = []
     for x, ref_x in zip(states, ref_states):
-        log_pi, log_ref = log_softmax(policy, x), log_softmax(reference, ref_x)
+        log_pi = log_softmax(policy, x)
+        log_ref = log_softmax(reference, ref_x)
         kl.append(vocab_sum(log_pi.exp() * (log_pi - log_ref), policy.grid))  # (rows,)
     return scatter_to_mask(response_mask, torch.cat(kl))
 
@@ -744,7 +743,7 @@ def sampling_uniforms(seed, numbers, steps):
     """The random numbers that answers are sampled with: functions of (seed, number of the answer, step).
 
     So an answer depends on no other prompt, on no rank, and not on the batch it is sampled in.
-    numbers   list of n int >= 0, one per answer -> (n, steps) fp32 in [0, 1)
+    numbers   list of n int, one per answer -> (n, steps) fp32 in [0, 1)
     """
     rows = []
     for number in numbers:
@@ -755,7 +754,7 @@ def sampling_uniforms(seed, numbers, steps):
 
 @torch.no_grad()
 def generate_plainly(policy, prompts, max_new_tokens, stop_ids, temperature=1.0, seed=0):
-    """One answer per prompt, without cache or batch: what support.sampling.generate must give, only faster.
+    """One answer per prompt, without cache or batch: what support.sampling.generate must match.
 
     -> responses (list of id lists), truncated (list of bool: no stop token within max_new_tokens)
     """
@@ -784,7 +783,7 @@ def init_weights(model, seed, only=""):
     """Normal weights of variance 1/fan_in; norms 1; biases, lora_B and the scalar head 0 (neutral).
 
     Every matrix is drawn whole from (seed, its name) and then sliced, so all tp sizes get the same model.
-    only   part of a name: all other parameters are left alone
+    only   leave parameters alone whose name does not contain it
     """
     for name, param in model.named_parameters():
         if only not in name:
@@ -802,7 +801,7 @@ def init_weights(model, seed, only=""):
 
 
 def add_lora(model, rank, seed, alpha=0):
-    """A model to train: the weights of `model`, shared, and adapters on the linear layers of its blocks.
+    """A model to train: the weights of `model`, shared, plus adapters on the linear layers of its blocks.
 
     Only the adapters and the scalar head are trained. The first forward is that of `model`, which is frozen
     and can serve as the reference.
@@ -822,7 +821,7 @@ def add_lora(model, rank, seed, alpha=0):
 def build_model(model_class, cfg, grid, dtype=torch.float32, *, flex=False, remat=False):
     """An uninitialised LanguageModel or ScalarModel on the grid's device.
 
-    It is made on the meta device, so that no weight is filled twice.
+    Built on the meta device, so that no weight is filled twice.
     """
     with torch.device("meta"):
         model = model_class(cfg, grid, flex, remat)
@@ -849,7 +848,7 @@ def read_config(directory):
 
 
 def _refuse_adapter(directory):
-    """BadInput for adapters, with or without other files beside them: transformers would load their base."""
+    """BadInput if PEFT adapters are there, even beside a model: transformers would load their base."""
     path = directory / "adapter_config.json"
     if path.exists():
         base = read_json(path, path.read_bytes()).get("base_model_name_or_path")
@@ -861,9 +860,9 @@ def _refuse_adapter(directory):
 
 
 def stored_head(directory):
-    """ "lm" for the directory of a language model, "score" for that of a reward model; BadInput for another.
+    """The head of a model directory: "lm" or "score"; BadInput for any other.
 
-    Where config.json names no architecture, transformers goes by model_type, and so the tensors tell.
+    Where config.json names no architecture, the names of the tensors decide.
     """
     _, raw = read_config(directory)
     architectures = raw.get("architectures")
@@ -881,8 +880,8 @@ def stored_head(directory):
 def _weight_files(directory):
     """{tensor name: file}, found as transformers does; never outside `directory`.
 
-    model.safetensors comes first: an index beside it, with the shards of an older model, is not read. Of an
-    index only the names of the files count, and each of them holds what it holds.
+    model.safetensors wins over an index beside it, which may belong to an older model. An index only names
+    the files; which tensors each holds is read from the file.
     """
     directory = Path(directory)
     path = directory / "model.safetensors"
@@ -940,12 +939,12 @@ def _tied_as_stored(cfg, files):
         return cfg
     try:
         with safe_open(files[EMBEDDING], "pt") as embedding_file, safe_open(files[HEAD], "pt") as head_file:
-            embedding, head = embedding_file.get_slice(EMBEDDING), head_file.get_slice(HEAD)
+            embedding = embedding_file.get_slice(EMBEDDING)
+            head = head_file.get_slice(HEAD)
             equal = embedding.get_shape() == head.get_shape()
-            parts = range(
-                0, embedding.get_shape()[0] if equal else 0, 4096
-            )  # some rows at a time, for memory
-            for rows in (slice(start, start + 4096) for start in parts):
+            n_rows = embedding.get_shape()[0] if equal else 0
+            for start in range(0, n_rows, 4096):  # a part at a time, to bound memory
+                rows = slice(start, start + 4096)
                 equal = equal and torch.equal(embedding[rows].float(), head[rows].float())
     except (OSError, SafetensorError) as e:
         raise BadInput(f"{files[HEAD]}: cannot read {HEAD}: {e}") from None
@@ -961,7 +960,8 @@ def load_model(model_class, directory, grid, dtype=torch.float32, *, flex=False,
     flex, remat: see the constructor.
     """
     cfg, raw = read_config(directory)
-    is_lm, wants_lm = stored_head(directory) == "lm", model_class is LanguageModel
+    is_lm = stored_head(directory) == "lm"
+    wants_lm = model_class is LanguageModel
     require(
         is_lm or not wants_lm,
         f"{directory}: config.json says {raw.get('architectures')}; expected a language model",
@@ -991,7 +991,7 @@ def load_model(model_class, directory, grid, dtype=torch.float32, *, flex=False,
 def _stored_names(directory, model, files, is_lm):
     """{parameter of `model`: its name in the files}, less a new scalar head; BadInput if they do not fit."""
     names = {name: name for name, _ in model.named_parameters()}
-    ignored = set()  # tensors that may be in the files, beside the parameters
+    ignored = set()  # other tensors that the files may hold
     if is_lm and model.head == "score":
         del names["score.weight"]
         ignored = {HEAD}
@@ -1041,7 +1041,7 @@ def _require_zero(path, name):
 
 @torch.no_grad()
 def save_model(model, directory, max_shard_bytes=5 * 10**9):
-    """Writes config.json and safetensors shards as Hugging Face does. All ranks call it, the main one writes.
+    """Writes config.json and safetensors shards as Hugging Face does. All ranks call it; the main one writes.
 
     The files do not depend on tp: tensors are gathered one by one, and a shard is written as soon as it is
     full. Adapters are merged into their weights (and rounded to their dtype).
@@ -1064,7 +1064,8 @@ def save_model(model, directory, max_shard_bytes=5 * 10**9):
             write_atomically(directory / file, tensors)
     if not is_main:
         return
-    index, whole = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    whole = directory / "model.safetensors"
     if len(shards) > 1:
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         write_atomically(index, json.dumps(content, indent=1))
@@ -1089,7 +1090,7 @@ def _shard_names(sizes, max_bytes):
 
 
 def _merged(model, name, param):
-    """`param`, or its sum with the layer's adapter where there is one."""
+    """`param`, or, for a weight with an adapter, the sum of both."""
     path, _, leaf = name.rpartition(".")
     layer = model.get_submodule(path)
     return merged_weight(layer) if leaf == "weight" and isinstance(layer, ParallelLinear) else param
@@ -1097,7 +1098,7 @@ def _merged(model, name, param):
 
 @torch.no_grad()
 def save_adapter(model, directory, base):
-    """Writes the adapters, and the scalar head if any, as PEFT does. All ranks call it, the main one writes.
+    """Writes the adapters, and the scalar head if any, as PEFT does. All ranks call it; the main one writes.
 
     base   the model directory that they were trained on, which adapter_config.json names
     """

@@ -160,9 +160,7 @@ class _CopyToTP(torch.autograd.Function):
 
 # exercise 2.2 (1 point): g, the sum of what the ranks hold
 class _ReduceFromTP(torch.autograd.Function):
-    """Forward: the sum of the ranks' x, which is left as it is. Backward: the gradient, unchanged; None for
-    the group.
-    """
+    """Forward: the sum of the ranks' x, which stays as it is. Backward: the gradient; None for the group."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -245,7 +243,7 @@ def linear(x, weight, bias=None):
 
 
 class ParallelLinear(nn.Linear):
-    """nn.Linear with a slice of the weight W (d_out, d_in), which says how W is cut; alone it is nn.Linear.
+    """nn.Linear with this rank's slice of the weight W (d_out, d_in); with one rank it is exactly nn.Linear.
 
     cut    dimension of W that is cut over tp: 0 its rows, 1 its columns, None when every rank holds all of W
     full   extent of the whole W along that dimension
@@ -330,7 +328,7 @@ class KeyValueLinear(ParallelLinear):
 
 
 class VocabEmbedding(nn.Module):
-    """Each tp rank holds the rows of its words and answers zeros for the other words; g adds them up."""
+    """Each tp rank holds the rows of its words and gives zeros for the other words; g adds them up."""
 
     def __init__(self, vocab_size, width, grid):
         super().__init__()
@@ -343,9 +341,7 @@ class VocabEmbedding(nn.Module):
 
     # exercise 2.5 (3 points): an embedding whose rows lie on several ranks
     def forward(self, ids):
-        """ids (...) int64 -> (..., D), the same on every rank; each rank's weight gets the gradient of its
-        own words.
-        """
+        """ids (...) int64 -> (..., D), the same on every rank. Each weight gets its own words' gradient."""
         if self.grid.tp_size == 1:
             return F.embedding(ids, self.weight)
         mine = (ids >= self.start) & (ids < self.stop)
@@ -375,7 +371,7 @@ def vocab_log_softmax(logits, grid):
 
 # exercise 2.7 (3 points): the target's log-probability, wherever it lies
 def vocab_pick(logprobs, targets, vocab_size, grid):
-    """logprobs[..., targets] when the last dimension is cut over tp: its owner answers, the others add zero.
+    """logprobs[..., targets] when the last dimension is cut over tp: its owner picks it, the others add zero.
 
     logprobs (..., V/tp) fp32, targets (...) int64 -> (...) fp32, the same on every tp rank
     The gradient reaches logprobs at the targets alone, on the rank that holds them.
@@ -440,9 +436,9 @@ class Optimizer:
     not averaged.
 
     updates      updates made, which Adam's bias correction needs
-    skipped      updates skipped because of a loss or gradient that was not finite, in total
-    in_a_row     the latest of them, since the last good update
-    bad_inputs   the micro-batches that the first of these had read
+    skipped      updates skipped because a loss or gradient was not finite
+    in_a_row     how many of those came since the last good update
+    bad_inputs   the micro-batches of the first update in the latest run of skipped ones
     """
 
     def __init__(self, model, grid, lr, betas=(0.9, 0.999), weight_decay=0.0, max_grad_norm=1.0):
@@ -530,10 +526,8 @@ class Optimizer:
             master.copy_(tensors[f"master.{name}"])
             param.copy_(master)
             state = {"step": torch.tensor(float(updates), device=master.device)}
-            for moment in (
-                "exp_avg",
-                "exp_avg_sq",
-            ):  # in the memory layout of the master: fused AdamW relies on it
+            for moment in ("exp_avg", "exp_avg_sq"):
+                # In the master's memory layout, which fused AdamW relies on.
                 state[moment] = torch.empty_like(master).copy_(tensors[f"{moment}.{name}"])
             self.adam.state[master] = state
 
@@ -547,9 +541,8 @@ class Update:
             update.backward(loss, stats)
         row = update.step(lr)
 
-    parts   this rank's micro-batches as (weight, batch): the weight is the number of pairs, rows or tokens
-            that the
-            loss is a mean over
+    parts   this rank's micro-batches as (weight, batch); the weight is the number of pairs, rows or tokens
+            that the loss is a mean over
     """
 
     def __init__(self, optimizer, parts):
@@ -573,7 +566,7 @@ class Update:
     def step(self, lr):
         """-> {"loss": ..., the stats ..., "grad_norm": ...}: means over the whole step, equal on all ranks"""
         grid, optimizer, sums = self.optimizer.grid, self.optimizer, self.sums
-        if self.idle_ranks:  # ranks without rows learn the names from the others
+        if self.idle_ranks:  # a rank without rows has no names, and all ranks must sum the same ones
             names = [None] * grid.dp_size
             dist.all_gather_object(names, list(sums), group=grid.dp_group)
             sums = {name: sums.get(name, 0.0) for name in max(names, key=len)}
@@ -584,11 +577,11 @@ class Update:
         return {**sums, "grad_norm": norm}
 
 
-# -------------------------------------------------------------------------------- results on disk
+# -------------------------------------------------------------------------------- printing and waiting
 
 
 def say(grid, text):
-    """One line on the main rank; a tqdm bar that is being drawn stays whole."""
+    """Prints a line on the main rank, above a progress bar if there is one."""
     if grid.is_main:
         tqdm.write(text)
 

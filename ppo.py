@@ -31,8 +31,7 @@ from reinforce import (
 def state_values(critic, ids, response_mask):
     """V(s_t), read at inputs[:, t], where the state ends and before the action is seen.
 
-    ids (B, T+1) int64, response_mask (B, T) bool -> values (B, T) fp32, 0 outside the mask
-    The values keep their gradient.
+    ids (B, T+1) int64, response_mask (B, T) bool -> values (B, T) fp32, with gradient, 0 outside the mask
     """
     return scatter_to_mask(response_mask, critic.scalars(at_states(critic, ids, response_mask)))
 
@@ -70,8 +69,7 @@ def ppo_advantages(rollout, values, cfg, grid):
         gae      generalised advantages and returns of the rewards Z_std - kl_coef * KL
         other    the critic-free advantages of reinforce.py; the critic learns Z_std but is not used
 
-    shape_rewards gives both Z_std and Z_std - kl_coef * KL.
-    With cfg.eos_to_mean the target is Z_std after eos_to_mean, as shape_rewards returns it.
+    shape_rewards returns both Z_std (after eos_to_mean, if cfg has it) and Z_std - kl_coef * KL.
     """
     response_mask = rollout.response_mask
     z_std, rewards = shape_rewards(rollout, cfg, grid)
@@ -88,11 +86,11 @@ def ppo_loss(logprobs, old_logprobs, advantages, response_mask, clip):
 
         rho = pi(a_t | s_t) / pi_old(a_t | s_t)        loss = -mean min(rho A, clip(rho, 1 - eps, 1 + eps) A)
 
-    logprobs, old_logprobs, advantages (B, T); clip is eps. Only logprobs carries a gradient. At rho = 1 it is
-    REINFORCE's; a token whose ratio has left the interval in the direction of its advantage has none.
-    -> loss (scalar), {"clip_frac": share of such tokens, "ratio_max"}
-    clip_frac counts ratios above 1 + eps with A > 0 and below 1 - eps with A < 0. Ratios are bounded to
-    e^-20 .. e^20, which keeps the loss finite; beyond, a token has no gradient.
+    logprobs, old_logprobs, advantages (B, T); clip is eps
+    -> loss (scalar), {"clip_frac", "ratio_max"}: share of clipped tokens, and the largest rho
+    Only logprobs carries a gradient: REINFORCE's at rho = 1, and none at a clipped token, which is one with
+    rho > 1 + eps and A > 0, or rho < 1 - eps and A < 0. Ratios are bounded to e^-20 .. e^20, which keeps the
+    loss finite; beyond, a token has no gradient.
     """
     log_ratio = (logprobs - old_logprobs.detach())[response_mask]  # (N,)
     ratio = log_ratio.clamp(-20, 20).exp()
@@ -171,7 +169,7 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
 
 @torch.no_grad()
 def old_values(critic, rollout, cuts):
-    """V(s_t) before the first update, in the micro-batches of the updates: (B, T)"""
+    """V(s_t) before the first update, computed in the micro-batches of the updates: (B, T)"""
 
     def values(ids, response_mask):
         return {"values": state_values(critic, ids, response_mask)}

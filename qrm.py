@@ -29,8 +29,7 @@ def token_scores(reward_model, ids):
 
     ids (B, T+1) int64 -> scores (B, T) fp32, in the place of targets[:, t] (= ids[:, t+1]).
     A score depends on its own token and those before it, and on no later one.
-    reward_model.model(ids) is (B, T+1, D), reward_model.scalars of it (B, T+1); the scores keep their
-    gradient.
+    reward_model.model(ids) is (B, T+1, D), and reward_model.scalars of it (B, T+1). Scores carry gradient.
     """
     return reward_model.scalars(reward_model.model(ids))[:, 1:]  # (B, T+1) -> (B, T)
 
@@ -73,17 +72,16 @@ def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
 
         loss = -log sigmoid( beta * (1/N sum_t Z(s_t^w, a_t^w) - 1/M sum_t Z(s_t^l, a_t^l)) - margin )
 
-    scores, response_mask (2P, T); the means run over response tokens, the stop token included. The paper
-    calls the margin gamma. With equal means the loss is log(1 + e^2) = 2.1269, and it reaches log 2 only at a
-    gap of margin / beta = 10: trained scores span tens of units, and are standardised before they become
-    rewards. -> as pairwise_loss
-    -> what pairwise_loss returns
+    scores, response_mask (2P, T) -> what pairwise_loss returns
+    The means run over response tokens, the stop token included. The paper calls the margin gamma. With equal
+    means the loss is log(1 + e^2) = 2.1269, and it reaches log 2 only at a gap of margin / beta = 10: trained
+    scores span tens of units, and are standardised before they become rewards.
     """
     means = masked_mean(scores.float(), response_mask)  # (2P,)
     return pairwise_loss(means[0::2], means[1::2], beta, margin)
 
 
-CHUNK = 4096  # rows of x that are in fp32 at a time: a whole fp32 copy of a bf16 x would double its memory
+CHUNK = 4096  # rows of x converted to fp32 at a time: a whole fp32 copy takes twice the memory of a bf16 x
 
 
 class _Constants(NamedTuple):
@@ -137,13 +135,16 @@ def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2
 
     The plain way keeps a normalised copy of x for backward; this one keeps two numbers per token.
 
-        u = g * w (norm weight times head),  r_t = (mean_d x_td^2 + eps)^(-1/2)
-                                                      Z_t = r_t (x_t . u)
-        c_t = +1/N on a chosen response, -1/M on a rejected one, 0 elsewhere
-                                                      m = beta sum_t c_t Z_t - margin
-        L = mean over pairs of log(1 + e^-m)          dL/dZ_t = -sigmoid(-m) beta c_t / P
-        dr_t/dx_t = -r_t^3 x_t / D                    dZ_t/dx_t = r_t u - r_t^3 (x_t . u) x_t / D
-        s = sum_t dL/dZ_t r_t x_t  (dZ_t/du = r_t x_t)       dL/dg = s * w,  dL/dw = s * g
+    forward     u   = g * w                                norm weight times head
+                r_t = (mean_d x_td^2 + eps)^(-1/2)
+                Z_t = r_t (x_t . u)
+                c_t = +1/N on a chosen response, -1/M on a rejected one
+                m   = beta sum_t c_t Z_t - margin          one per pair; L = mean of log(1 + e^-m)
+
+    backward    dL/dZ_t   = -sigmoid(-m) beta c_t / P
+                dr_t/dx_t = -r_t^3 x_t / D
+                dZ_t/dx_t = r_t u - r_t^3 (x_t . u) x_t / D
+                dZ_t/du   = r_t x_t, so with s = sum_t dL/dZ_t r_t x_t:   dL/dg = s * w,   dL/dw = s * g
 
     x                         (n, D) residual stream before the final norm, one row per token in any order
     norm_weight, head_weight  (D,), and (1, D) or (D,); computed in fp32 whatever the dtypes
@@ -168,9 +169,9 @@ def token_shares(response_mask):
 
 # exercise 4.6 (1 point): the place of an outcome reward
 def last_token_mask(response_mask):
-    """(B, T) bool -> the same, True at the last response token only: the stop token, unless truncated.
+    """(B, T) bool -> (B, T) bool: True at the last response token, which is the stop token unless truncated.
 
-    A row without response tokens has none.
+    A row without response tokens is False throughout.
     """
     return response_mask & ~F.pad(response_mask, (0, 1))[:, 1:]
 
@@ -185,9 +186,9 @@ def step_end_mask(ids, response_mask, step_ids):
 
 
 def orm_loss(scores, response_mask):
-    """Outcome reward model, pairwise: -log sigmoid(Z^w - Z^l) at the last tokens; no other token is trained.
+    """Outcome reward model, pairwise: -log sigmoid(Z^w - Z^l) at the last tokens; no other Z enters the loss.
 
-    scores, response_mask (2P, T) -> as pairwise_loss
+    scores, response_mask (2P, T) -> what pairwise_loss returns
     """
     last = masked_mean(scores.float(), last_token_mask(response_mask))  # (2P,)
     return pairwise_loss(last[0::2], last[1::2])
@@ -222,7 +223,7 @@ def verifier_loss(scores, response_mask, correct):
 
     scores, response_mask (B, T), correct (B,)
     -> loss (scalar), {"token_accuracy": share of tokens whose Z has the sign of their answer's label}
-    Z(s_t, a_t) becomes the log-odds that an answer of the sampling policy with this beginning ends right,
+    Z(s_t, a_t) becomes the log-odds that the sampling policy, going on from there, ends with a right answer,
     minus those of its prompt, since pairs hold as many right answers as wrong ones.
     """
     labels = correct.float()[:, None].expand(response_mask.shape)[response_mask]  # (n,)
@@ -235,8 +236,8 @@ def verifier_loss(scores, response_mask, correct):
 def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
     """DPO (Rafailov et al. 2023): -log sigmoid(beta * (sum log pi/ref of the chosen - that of the rejected)).
 
-    logprobs, ref_logprobs, response_mask (2P, T) -> as pairwise_loss
-    What is outside the mask, NaN included, changes nothing.
+    logprobs, ref_logprobs, response_mask (2P, T) -> what pairwise_loss returns
+    Values outside the mask, NaN included, have no effect.
     """
     sums = (logprobs - ref_logprobs).masked_fill(~response_mask, 0.0).sum(1)  # (2P,)
     return pairwise_loss(sums[0::2], sums[1::2], beta)
@@ -246,22 +247,21 @@ def dpo_loss(logprobs, ref_logprobs, response_mask, beta=0.1):
 def plackett_luce_loss(ranked):
     """K-wise ranking (Plackett 1975): mean over prompts and ranks of -log exp(s_k) / sum_{j >= k} exp(s_j).
 
-    ranked (prompts, K): sequence scores from best to worst. Each prompt weighs the same, however many pairs
-    its K answers make; K = 2 is Bradley-Terry. -> loss (scalar), {}
-    The last rank leaves no choice and is not in the mean: it runs over K - 1 ranks. Finite for scores of
-    any size.
+    ranked (prompts, K): sequence scores from best to worst -> loss (scalar), {}
+    Each prompt weighs the same, however many pairs its K answers make; K = 2 is Bradley-Terry. The last rank
+    leaves no choice, so the mean is over K - 1 ranks. The loss is finite for scores of any size.
     """
     rest = ranked.float().flip(1).logcumsumexp(1).flip(1)  # (prompts, K): log sum over the remaining choices
     return (rest - ranked.float())[:, :-1].mean(), {}
 
 
-# Rewards: (model, ids (B, T+1), response_mask (B, T)) -> (B, T) in the place of targets, 0 outside the mask.
-# Those of Q-RM are its raw scores, response_scores; those of "logit" are model.token_logits.
+# Rewards: (model, ids (B, T+1), response_mask (B, T)) -> (B, T) aligned with targets, 0 outside the mask.
+# Q-RM's rewards are response_scores above, and those of "logit" are model.token_logits.
 
 
 # exercise 4.10 (2 points): one reward for the whole answer
 def outcome_rewards(reward_model, ids, response_mask, every_token=False):
-    """ORM: the score at the last token, 0 elsewhere; or it at every token, as in the authors' REINFORCE."""
+    """ORM: the last token's score, there and 0 elsewhere, or at every token, as in the authors' REINFORCE."""
     scores = response_scores(reward_model, ids, response_mask)  # (B, T)
     last = scores.masked_fill(~last_token_mask(response_mask), 0.0)
     return last.sum(1, keepdim=True) * response_mask if every_token else last  # (B, T)
@@ -275,17 +275,17 @@ def step_rewards(reward_model, ids, response_mask, step_ids):
 
 # exercise 4.11 (2 points): DPO's token rewards
 def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
-    """DPO as a token reward: beta (log pi(a_t | s_t) - log ref(a_t | s_t)), at the token it belongs to.
+    """DPO as a token reward: beta (log pi(a_t | s_t) - log ref(a_t | s_t)), at the token a_t itself.
 
-    (The authors' code reads it one token late: a_i gets the ratio of a_(i+1), the stop token that of a pad.)
-    0 outside the mask, as token_logprobs is.
+    0 outside the mask, as token_logprobs is. The authors' code reads the ratio one token late: a_i gets that
+    of a_(i+1), and the stop token that of a pad.
     """
     logprobs, _ = token_logprobs(policy, ids, response_mask)  # (B, T)
     ref_logprobs, _ = token_logprobs(reference, ids, response_mask)
     return beta * (logprobs - ref_logprobs)
 
 
-# -------------------------------------------------------------------------------- one record for each
+# -------------------------------------------------------------------------------- what --reward chooses from
 
 
 def count_pairs(pairs, step_ids=()):
@@ -304,7 +304,7 @@ def count_step_ends(pairs, step_ids=()):
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A kind of reward model: all that differs between Q-RM and the others. Its functions are called alike.
+    """A kind of reward model: everything that differs between Q-RM and the others.
 
     loss(model, ids, response_mask, cfg, reference, step_ids, errors)    see reward_model_loss
     rewards(model, ids, response_mask, reference, step_ids) -> (B, T)    0 outside the mask
@@ -317,15 +317,15 @@ class RewardModel:
     loss: Callable
     rewards: Callable
     speaks: Callable
-    is_q: bool  # a token's reward already is a Q(s_t, a_t), not to be accumulated over later tokens
+    is_q: bool  # a token's reward is a Q(s_t, a_t) already: later rewards are not added to it
     total: Callable
     needs_reference: bool = False  # the frozen model that training started from
-    needs_steps: bool = False  # training pairs with step labels: the index of the first wrong token
+    needs_steps: bool = False  # step labels, made from the index of the first wrong token
     weigh: Callable = count_pairs
 
 
 def fused_loss_on_pairs(model, ids, response_mask, cfg, **_):
-    """qrm_loss by fused_qrm_loss: the same numbers, with less memory."""
+    """qrm_loss(response_scores(...)) through fused_qrm_loss: the same numbers in less memory."""
     norm = model.model.norm
     x = at_actions(model, ids, response_mask)  # (n, D)
     shares, pairs = token_shares(response_mask)  # (n,), (n,)
@@ -413,7 +413,7 @@ def last_reward(rewards):
 
 
 def mean_of_steps(rewards):
-    """Mean over the step ends: everywhere else the reward is 0."""
+    """Mean over the step ends; the reward of any other token is 0."""
     return rewards.sum().item() / max(int((rewards != 0).sum()), 1)
 
 
@@ -503,7 +503,7 @@ def bind_reward(name, model, reference=None, step_ids=()):
     return Reward(rewards, speaks, kind.is_q, kind.total)
 
 
-# -------------------------------------------------------------------------------- how good is it
+# -------------------------------------------------------------------------------- credit assignment
 
 
 # exercise 4.12 (4 points): does a score know where the answer went wrong?

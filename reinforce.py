@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Example, collate, spans
+from data import Example, collate, sequence_length, spans
 from model import exact_kl, token_logprobs
 from parallel import Update, all_sum, shard_range
 from support.files import BadInput
@@ -26,7 +26,7 @@ from support.sampling import generate
 
 @dataclass(kw_only=True)
 class Rollout:
-    """Sampled answers, and what the models said of them then; (B, T) is aligned with targets, else 0."""
+    """Sampled answers and their numbers at that time; (B, T) is aligned with targets, 0 outside the mask."""
 
     ids: torch.Tensor  # (B, T+1) int64: prompt, sampled response with its stop token unless truncated, pad
     response_mask: torch.Tensor  # (B, T) bool
@@ -37,9 +37,7 @@ class Rollout:
     kl_k3: torch.Tensor  # (B, T) nats: ref/pi - 1 + log pi - log ref; unbiased, never negative
     kl_exact: torch.Tensor  # (B, T) nats: sum over the vocabulary; zeros unless asked for
     scores: torch.Tensor  # (B, T) raw rewards
-    reward_mask: (
-        torch.Tensor
-    )  # (B, T) bool: where rewards are given (all tokens, step ends, or the last token)
+    reward_mask: torch.Tensor  # (B, T) bool: where rewards are given (every token, step ends, or the last)
 
     def lengths(self):
         """Tokens of prompt and response, row by row: list of int"""
@@ -67,12 +65,12 @@ def used_columns(response_mask):
 
 
 def minibatches(lengths, cfg):
-    """Cuts this process's rows: [[(start, stop) of each micro-batch] of each minibatch].
+    """Cuts this process's rows into minibatches (updates), and these into micro-batches (forwards).
 
-    Every process gets the same number of minibatches. Old and new log-probabilities use the same cut, so the
-    first ratio is exactly 1.
-
-    lengths   tokens of each row     cfg   has batch_size, minibatch, micro_tokens
+    lengths   tokens of each row
+    cfg       has batch_size, minibatch, micro_tokens
+    -> [[(start, stop) of each micro-batch] of each minibatch]; every process gets as many minibatches
+    Old and new log-probabilities use the same cuts, so the first ratio is exactly 1.
     """
     n = -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
     cuts = []
@@ -86,8 +84,8 @@ def minibatches(lengths, cfg):
 def by_parts(f, ids, response_mask, cuts):
     """Runs f on one micro-batch at a time. -> {name: (B, T) fp32}, 0 in the columns that f did not see
 
-    f      (ids (b, t+1), response_mask (b, t)) -> {name: (b, t)}; columns only longer rows need are left out
-    cuts   as minibatches returns them: together they cover all rows in order
+    f      (ids (b, t+1), response_mask (b, t)) -> {name: (b, t)}; t drops columns that only other rows need
+    cuts   what minibatches returns: together they cover all rows, in order
     """
     T, parts = response_mask.shape[1], {}
     for start, stop in (span for minibatch in cuts for span in minibatch):
@@ -150,7 +148,7 @@ def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed, pla
             "scores": reward.rewards(ids, response_mask).masked_fill(~response_mask, 0.0),
         }
 
-    lengths = [len(example.prompt_ids) + len(example.response_ids) for example in examples]
+    lengths = [sequence_length(example) for example in examples]
     scored = by_parts(score, ids, response_mask, minibatches(lengths, cfg))
     return Rollout(
         ids=ids,
@@ -205,7 +203,7 @@ def returns_to_go(rewards, response_mask, gamma):
     """G_t = r_t + gamma G_(t+1): turns an outcome or step reward into a weight for each token.
 
     rewards (B, T) float, response_mask (B, T) bool -> (B, T), 0 outside the mask
-    What is outside the mask is ignored.
+    Rewards outside the mask are ignored.
     """
     out = torch.zeros_like(rewards)
     running = torch.zeros_like(rewards[:, 0])  # (B,)
@@ -247,11 +245,12 @@ def group_advantages(sequence_rewards, group_size, how, sizes=None):
 def kl_penalty(rollout, kl):
     """The per-token penalty (B, T), nats, that a config's `kl` names.
 
-    "exact", as in Algorithm 1, depends on the state alone: unless rewards are accumulated over time it is
-    only a baseline, and leaves the expected policy gradient unchanged. "k1" does depend on the action, and
-    its gradient is that of the KL at each state: it is the default. "k3" as a reward is nearly inert: its
-    gradient is the difference of the two KLs' gradients, of second order near the reference; GRPO has
-    it in the loss instead. "abs" is the authors' |k1|, which punishes both directions.
+    exact   Algorithm 1. It depends on the state alone: unless rewards are accumulated over time it is only a
+            baseline, and leaves the expected policy gradient unchanged.
+    k1      the default. It depends on the action, and its gradient is that of KL(pi || ref) at each state.
+    k3      nearly inert as a reward: its gradient is that of KL(pi || ref) less that of KL(ref || pi), of
+            second order near the reference. GRPO has it in the loss instead (kl_loss).
+    abs     the authors' |k1|, which punishes both directions.
     """
     if kl == "abs":
         return rollout.kl_k1.abs()
@@ -259,7 +258,7 @@ def kl_penalty(rollout, kl):
 
 
 def shape_rewards(rollout, cfg, grid):
-    """Rewards to learn from, made of the rollout's raw scores; the same for REINFORCE and PPO.
+    """Turns a rollout's raw scores into rewards to learn from; the same for REINFORCE and PPO.
 
         z_std   = standardize(scores), then eos_to_mean if cfg.eos_to_mean
         rewards = z_std - kl_coef * KL
@@ -300,11 +299,10 @@ def reinforce_advantages(rollout, cfg, grid):
 
 # exercise 5.5 (2 points): the policy gradient
 def reinforce_loss(logprobs, advantages, response_mask):
-    """loss = -mean over response tokens of A_t log pi(a_t | s_t): its gradient is the policy gradient.
+    """REINFORCE (Williams 1992): -mean over response tokens of A_t log pi(a_t | s_t).
 
-    All (B, T); A carries no gradient; values outside the mask have no effect. -> loss (scalar), {}
-    Source: Williams 1992.
-    No gradient may go into the advantages.
+    logprobs, advantages, response_mask (B, T) -> loss (scalar), {}
+    No gradient flows into the advantages. Values outside the mask have no effect.
     """
     return -(advantages.detach()[response_mask] * logprobs[response_mask]).mean(), {}
 
@@ -352,12 +350,12 @@ def micro_batches(rollout, per_token, minibatch):
 
 
 def mean_stats(steps):
-    """The mean of each figure over the updates of a rollout."""
+    """The mean of each number over the updates of a rollout: [{name: float}] -> {name: float}"""
     return {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
 
 
 def rollout_stats(rollout, grid):
-    """The figures of every RL log line, over all ranks: raw reward, KL, entropy, length, truncation."""
+    """What every RL log line says of the rollout, over all ranks: reward, KL, entropy, length, truncation."""
     sums = all_sum(
         {
             "tokens": rollout.response_mask.sum().item(),

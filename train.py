@@ -1,14 +1,12 @@
 """Every stage of Q-RM from the command line; read top to bottom, it is the method.
 
     python train.py                                        the whole path on the built-in task (--stage demo)
-    torchrun --nproc_per_node 8 train.py --stage rm        the same code on 8 GPUs (NCCL) or 8 CPU processes
-    (gloo)
+    torchrun --nproc_per_node 8 train.py --stage rm        one stage on 8 GPUs (NCCL) or CPU processes (gloo)
 
     sft ─► policy ─► pairs ─► pairs.jsonl ─► rm ─► reward model ─► reinforce, ppo ─► policy
                                                                    eval, score and grade look at any of them
 
-Each stage reads files and writes files; `prepare`, near the end, makes those of the built-in task that are
-missing.
+Each stage reads files and writes files; `prepare`, near the end, creates missing files of the built-in task.
 """
 
 import dataclasses
@@ -119,7 +117,7 @@ def stage_sft(cfg, grid):
 
 
 def stage_rm(cfg, grid):
-    """The reward model: pairs -> token scores -> pairwise loss on means (or another one's, qrm.py)."""
+    """The reward model: pairs -> token scores -> pairwise loss on their means; --reward names other kinds."""
     tokenizer = load_tokenizer(cfg.model, cfg)
     pairs = load_pairs(cfg, tokenizer, grid)
     kind = REWARD_MODELS[cfg.reward]
@@ -139,8 +137,9 @@ def stage_rm(cfg, grid):
             for part in update:
                 ids, mask = collate(flat(pair[:2] for pair in part), grid.device)  # (2P, T+1), (2P, T)
                 errors = first_errors(part, grid)  # (2P,), for prm only
-                own = with_margins(cfg, part, grid)
-                update.backward(*reward_model_loss(model, ids, mask, own, reference, step_ids, errors))
+                loss_cfg = with_margins(cfg, part, grid)
+                loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_ids, errors)
+                update.backward(loss, stats)
             training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
     training.publish(model, tokenizer, reward=cfg.reward, reference=cfg.model)
     if cfg.heldout:
@@ -148,7 +147,7 @@ def stage_rm(cfg, grid):
 
 
 def stage_rl(cfg, grid):
-    """REINFORCE or PPO: sample, score every token, update; greedy pass@1 on held-out prompts now and then."""
+    """REINFORCE or PPO: sample, score every token, update; every --eval_every rollouts, held-out pass@1."""
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows, heldout = load_prompts(cfg, grid)
     prompts = short_prompts(rows, tokenizer, cfg, grid)
@@ -163,14 +162,15 @@ def stage_rl(cfg, grid):
         critic = load_critic(cfg, grid)
         critic_optimizer = make_optimizer(critic, cfg.critic_lr, cfg, grid)
         trained["critic"] = (critic, critic_optimizer)
-    n = cfg.batch_size // cfg.group_size  # prompts a rollout
+    n = cfg.batch_size // cfg.group_size  # prompts per rollout
     steps = cfg.steps or -(-len(prompts) // n)
     with Training(cfg, grid, steps, trained, fingerprints(tokenizer, cfg.data)) as training:
         for step in training:
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [prompts[i] for i in batch_indices(len(prompts), n, step, cfg.seed)]
             mine = batch[grid.dp_rank :: grid.dp_size]
-            seed, places = hash_seed(cfg.seed, cfg.stage, step), range(grid.dp_rank, n, grid.dp_size)
+            seed = hash_seed(cfg.seed, cfg.stage, step)
+            places = range(grid.dp_rank, n, grid.dp_size)  # of `mine` in `batch`
             rollout = collect_rollout(policy, reference, reward, mine, tokenizer.stop_ids, cfg, seed, places)
             if cfg.stage == "ppo":
                 critic_lr = lr_at(step, steps, cfg.critic_lr, cfg)
@@ -198,25 +198,24 @@ def lr_at(step, steps, peak, cfg):
 
 
 def make_optimizer(model, lr, cfg, grid):
-    """AdamW on all that `model` trains."""
+    """AdamW on the trainable parameters of `model`."""
     return Optimizer(model, grid, lr, weight_decay=cfg.weight_decay, max_grad_norm=cfg.max_grad_norm)
 
 
 def with_adapters(model, rank, cfg):
-    """What is trained: the model itself, or, with a rank, adapters on its frozen weights."""
+    """The model to train: `model` itself, or, with a rank, LoRA adapters on its frozen weights."""
     return add_lora(model, rank, cfg.seed, cfg.lora_alpha) if rank else model
 
 
 def frozen_start(model, cfg, grid):
-    """The model that training starts from, for losses that compare with it; adapters leave it as it is."""
+    """The model that training starts from, for losses that compare with it."""
     if cfg.lora_rank:
-        return model
+        return model  # adapters do not change it
     return load(type(model), cfg.model, cfg, grid).requires_grad_(False)
 
 
 def load_critic(cfg, grid):
-    """PPO's critic: the reward model's decoder (the policy's, if no scalar model judges) under a new head of
-    zeros."""
+    """PPO's critic: the reward model's decoder (else the policy's) with a new scalar head, zero at first."""
     start = cfg.model
     if cfg.reward_model and is_reward_model(cfg.reward_model):
         start = cfg.reward_model
@@ -226,25 +225,23 @@ def load_critic(cfg, grid):
 
 
 def micro_batches(batch, cfg, grid, weigh):
-    """This rank's rows of a batch as [(weight, rows)], cut to at most cfg.micro_tokens tokens a forward.
+    """This rank's rows of a batch as [(weight, rows)], at most cfg.micro_tokens tokens in each.
 
     weigh   rows -> how many numbers the loss is a mean over, such as pairs or response tokens
     """
     mine = batch[grid.dp_rank :: grid.dp_size]
-    parts = [
-        mine[start:stop] for start, stop in spans([count_tokens([row]) for row in mine], cfg.micro_tokens)
-    ]
+    lengths = [count_tokens([row]) for row in mine]
+    parts = [mine[start:stop] for start, stop in spans(lengths, cfg.micro_tokens)]
     return [(weigh(part), part) for part in parts]
 
 
 def count_tokens(rows):
-    """Tokens of all prompts and responses; a row is one Example, or the two of a pair and what is known of
-    them."""
+    """Tokens of all prompts and responses. A row is an (Example,), or a Pair, which starts with two."""
     return sum(sequence_length(example) for row in rows for example in row[:2])
 
 
 def response_tokens(rows):
-    """Response tokens of rows of one Example."""
+    """Response tokens of rows that are an (Example,) each."""
     return sum(len(example.response_ids) for (example,) in rows)
 
 
@@ -261,12 +258,12 @@ class Pair(NamedTuple):
 
     chosen: Example
     rejected: Example
-    margin: float | None  # the row's own; None: --margin
-    errors: tuple = ()  # prm: index of the first wrong token of each
+    margin: float | None  # the row's own; None: --margin applies
+    errors: tuple = ()  # prm: index of the first wrong token in chosen and in rejected
 
 
 def load_pairs(cfg, tokenizer, grid):
-    """A list of Pair. With --balance_prompts a list of such lists, one per prompt."""
+    """A list of Pair; with --balance_prompts, a list of such lists, one per prompt."""
     rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
     pairs, prompts = [], {}
@@ -281,12 +278,12 @@ def load_pairs(cfg, tokenizer, grid):
 
 
 def first_errors(pairs, grid):
-    """The index of the first wrong token of each answer, where load_pairs has looked: (2P,) int64"""
+    """Index of the first wrong token of each answer, as load_pairs found it: (2P,), empty if unneeded"""
     return torch.tensor(flat(pair.errors for pair in pairs), dtype=torch.int64, device=grid.device)
 
 
 def with_margins(cfg, pairs, grid):
-    """cfg, or, where a row has a margin of its own, cfg with margin (P,) instead of a number."""
+    """cfg; if a row has a margin of its own, with cfg.margin a (P,) tensor instead of a number."""
     if all(pair.margin is None for pair in pairs):
         return cfg
     margins = [cfg.margin if pair.margin is None else pair.margin for pair in pairs]
@@ -298,7 +295,8 @@ def pick_pairs(pairs, step, cfg):
     places = range(step * cfg.batch_size, (step + 1) * cfg.batch_size)
     picked = [pairs[i] for i in batch_indices(len(pairs), cfg.batch_size, step, cfg.seed)]
     if cfg.balance_prompts:
-        return [own[place // len(pairs) % len(own)] for own, place in zip(picked, places)]
+        epochs = [place // len(pairs) for place in places]
+        return [of_prompt[epoch % len(of_prompt)] for of_prompt, epoch in zip(picked, epochs)]
     return picked
 
 
@@ -337,8 +335,7 @@ def short_prompts(rows, tokenizer, cfg, grid):
 
 
 def with_advantage(cfg, reward):
-    """--advantage, unless it is given: a token's own Q is used as it is, other rewards are summed over
-    time."""
+    """cfg with --advantage filled in: a reward that is a Q is used as it is, others are summed over time."""
     summed = "gae" if cfg.stage == "ppo" else "return"
     default = "token" if reward.is_q else summed
     return dataclasses.replace(cfg, advantage=cfg.advantage or default)
@@ -350,7 +347,7 @@ def with_advantage(cfg, reward):
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate.
 
-    With --best: the best answer of each prompt instead, as rows for --stage sft (rejection sampling).
+    With --best, the best answer of each prompt instead, as rows for --stage sft (rejection sampling).
     """
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
@@ -368,9 +365,11 @@ def stage_pairs(cfg, grid):
 
 def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
     """Writes the pairs (with --best the best answers) of the prompts in `rows` to `path`."""
-    mine, found, correct = rows[grid.dp_rank :: grid.dp_size], [], 0
+    mine = rows[grid.dp_rank :: grid.dp_size]
+    found = []  # (line of the prompt, row to write)
+    correct = 0
     seed = hash_seed(cfg.seed, "pairs")
-    chunk = max(1, 1024 // cfg.k)  # prompts decoded at a time
+    chunk = max(1, 1024 // cfg.k)  # prompts per call of the sampler
     for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
         part = mine[start : start + chunk]
         samples = sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
@@ -425,14 +424,16 @@ def stage_score(cfg, grid):
     else:
         key = "logprobs"
         policy = load(LanguageModel, cfg.model, cfg, grid)
-        numbers_of = lambda ids, mask: token_logprobs(policy, ids, mask)[0]  # noqa: E731
+
+        def numbers_of(ids, mask):
+            return token_logprobs(policy, ids, mask)[0]
+
     rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid, cfg.limit)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
+    scored = score_examples(numbers_of, flat(examples), cfg, grid)
     written = []
-    for row, (example,), numbers in zip(
-        rows, examples, score_examples(numbers_of, flat(examples), cfg, grid)
-    ):
+    for row, (example,), numbers in zip(rows, examples, scored):
         ids = {
             "prompt_ids": example.prompt_ids,
             "ids": example.response_ids,
@@ -474,7 +475,7 @@ DEMO = {  # what the demo runs, in order
 
 
 def stage_demo(cfg, grid):
-    """The whole path on the built-in task: what is there and up to date is kept, the rest is made."""
+    """The whole path on the built-in task; results that exist and are up to date are kept."""
     for number, (stage, about) in enumerate(DEMO.items(), 1):
         say(grid, f"\nstage {number} of {len(DEMO)}: {about}")
         if stage == "eval":
@@ -502,10 +503,9 @@ def accuracy_table(cfg):
 
 
 def prepare(cfg, grid):
-    """The Config with files of the built-in task in the place of paths that are not given; makes what is
-    missing.
+    """cfg with every missing path set to a file of the built-in task, which is made first if need be.
 
-    After this, the stages know files only.
+    After this, a stage only reads and writes files.
     """
     paths = {}
     if not cfg.model and cfg.stage in ("pairs", "rm", *POLICY_GRADIENT):
@@ -522,7 +522,7 @@ def prepare(cfg, grid):
 
 
 def task_files(cfg, grid):
-    """{field: path}: what a stage reads of the built-in task where no --data is given."""
+    """{field: path}: the built-in task's files for a stage without --data, less the paths that were given."""
     limit = cfg.limit or ARITH.get(cfg.stage, {}).get("limit", 0)
     paths = {}
     if cfg.stage == "sft":
@@ -562,7 +562,7 @@ def judge_files(cfg, grid):
 
 
 def result_of(stage, cfg, grid):
-    """Path of a stage's result in --run_dir; if missing or out of date, the main rank makes it first."""
+    """Path of a stage's result in --run_dir; the main rank makes it first if missing or out of date."""
     earlier = stage_config(cfg, stage)
     path = out_path(earlier)
     barrier(grid)
@@ -578,14 +578,11 @@ def result_of(stage, cfg, grid):
 
 
 def arith_file(split, n, seed, cfg, grid):
-    """Path of n rows of the built-in task as JSON lines in <run_dir>/data; the name says all that decides
-    them."""
+    """Path of n rows of the built-in task as JSON lines in <run_dir>/data, written unless already there."""
     path = Path(cfg.run_dir) / "data" / f"{split}-seed{seed}-{n}.jsonl"
     if grid.is_main and not path.exists():
-        rows = [
-            {name: row[name] for name in ("prompt", "response", "label")}
-            for row in arith_rows(split, n, seed)
-        ]
+        keys = ("prompt", "response", "label")
+        rows = [{key: row[key] for key in keys} for row in arith_rows(split, n, seed)]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     barrier(grid)
     return str(path)
@@ -631,7 +628,7 @@ STAGE_FUNCTIONS = {
 
 
 def run_stage(cfg, grid):
-    """One stage, after what it needs; says with which settings."""
+    """Prepares the inputs of a stage, prints its settings, and runs it."""
     cfg = prepare(cfg, grid)
     if cfg.stage != "demo":
         say(grid, config_text(cfg, grid))
@@ -642,8 +639,7 @@ def run_stage(cfg, grid):
 
 
 def main(argv=None):
-    """-> exit status: 0; 2 for bad input or a full disk (one line on stderr); 130 after Ctrl-C, with a
-    checkpoint."""
+    """-> exit status: 0; 2 for bad input or a full disk, after one line on stderr; 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     status, cfg = 0, None
     try:
@@ -661,9 +657,9 @@ def main(argv=None):
         run_stage(cfg, grid)
     except (BadInput, OSError) as e:
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(
-                2
-            )  # rank 0 mostly says the same and ends this process; an error only this rank hit is printed
+            # Rank 0 usually reports the same error, and its exit ends this process before it prints; an error
+            # that only this rank hit must still be printed.
+            time.sleep(2)
         print(one_line(e, cfg), file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
@@ -676,13 +672,13 @@ def main(argv=None):
         raise
     if status == 2 and dist.is_initialized() and dist.get_backend() == "nccl":
         os._exit(status)  # NCCL's shutdown is a collective, and the other ranks may not have met this error
-    if dist.is_initialized():  # not after an exception: it would wait for what other ranks still wait for
+    if dist.is_initialized():  # not reached by a re-raised error: the shutdown would wait for stuck ranks
         dist.destroy_process_group()
     return status
 
 
 def config_text(cfg, grid):
-    """The run in words: the grid's true sizes, and the fields that the stage reads in three columns."""
+    """The resolved settings as text: the size of the grid, and the fields that the stage reads."""
     sizes = f"tp {grid.tp_size} x dp {grid.dp_size} = {grid.tp_size * grid.dp_size} process(es)"
     lines = [f"--stage {cfg.stage} on {grid.device}, {sizes}"]
     read = [name for name in FIELDS if cfg.stage in STAGES_OF[name] and name not in ("stage", "tp", "device")]

@@ -25,8 +25,7 @@ class Chat(NamedTuple):
     bos: bool = True  # whether a conversation opens with the tokenizer's BOS, if it has one
 
     def parts(self, messages):
-        """[(whether it is the name of a special token, text)] of (role, content) messages, up to the reply's
-        header."""
+        """(role, content) messages, up to the reply's header -> [(is it a special token's name, text)]"""
         messages = [(role, self.trimmed(content)) for role, content in messages]
         if self.system is not None and messages[0][0] != "system":
             messages.insert(0, ("system", self.trimmed(self.system)))

@@ -1,4 +1,4 @@
-"""A result in the making: a stage's steps, log lines, exact resume, signals, skipped updates, publishing."""
+"""A training run: its steps, log lines, exact resume, signals, skipped updates, and publishing the result."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ NOT_IDENTITY = {
 
 
 class Training:
-    """The steps of one stage, with everything around an update that is not the method.
+    """The steps of one stage, with everything around an update that is not part of the method.
 
         with Training(cfg, grid, steps, {"model": (model, optimizer)}, inputs) as training:
             for step in training:
@@ -76,7 +76,7 @@ class Training:
         self.interrupts.close()
 
     def __iter__(self):
-        """Yields the steps still to do; after each one it saves, stops or goes on."""
+        """Yields the remaining steps; after each one it saves if due, and stops on an interrupt."""
         first = self.work.first_step
         hidden = None if self.grid.is_main else True  # None: hidden where stderr is no terminal
         self.bar = tqdm(
@@ -111,8 +111,7 @@ class Training:
             self.show(row)
 
     def show(self, row):
-        """A step on the terminal: in the progress bar; where there is none, a line for every tenth of the
-        steps."""
+        """A step on the terminal: in the progress bar, or else a line for every tenth of the steps."""
         tenth = max(self.steps // 10, 1)
         due = (self.step + 1) % tenth == 0 or self.step + 1 == self.steps or "skipped" in row
         if self.cfg.verbose or (self.bar.disable and due):
@@ -195,16 +194,20 @@ def deferred_interrupt(grid):
 
 
 def save_bad_inputs(work, step):
-    """Writes what the first skipped update had read to <out>.partial/skipped.<dp rank>.json."""
+    """Writes the micro-batches of the first skipped update to <out>.partial/skipped.<dp rank>.json."""
     path = work.path / f"skipped.{work.grid.dp_rank}.json"
-    inputs = {
-        name: optimizer.bad_inputs for name, (_, optimizer) in work.trained.items() if optimizer.bad_inputs
-    }
-    if work.grid.tp_rank == 0 and not path.exists():
-        plain = json.dumps(
-            {"step": step, **inputs}, default=lambda x: x.tolist() if torch.is_tensor(x) else vars(x)
-        )
-        write_atomically(path, plain)
+    if work.grid.tp_rank != 0 or path.exists():
+        return
+    content = {"step": step}
+    for name, (_, optimizer) in work.trained.items():
+        if optimizer.bad_inputs:
+            content[name] = optimizer.bad_inputs
+    write_atomically(path, json.dumps(content, default=plain_data))
+
+
+def plain_data(x):
+    """A tensor, or an object with tensors, for json.dumps."""
+    return x.tolist() if torch.is_tensor(x) else vars(x)
 
 
 def fingerprints(tokenizer, path):
@@ -246,8 +249,7 @@ def run_path(result):
 
 
 def out_of_date(result):
-    """The paths that a result was made from and that have changed since; a source that is gone tells
-    nothing."""
+    """Which of the paths that a result was made from have changed since; one that is gone does not count."""
     path = run_path(result)
     made_from = read_json(path, path.read_bytes()).get("made_from", {}) if path.exists() else {}
     there = [source for source in made_from.values() if Path(source["path"]).exists()]
@@ -266,8 +268,7 @@ class Workdir:
     """
 
     def __init__(self, cfg, out, grid, trained, inputs=None):
-        """inputs: {description: value} that a checkpoint must fit, beside the flags and the model's
-        architecture."""
+        """inputs: {description: value}; a checkpoint must fit these, the flags and the models' sizes."""
         self.cfg, self.out, self.grid, self.trained = cfg, Path(out), grid, trained
         self.path = self.out.with_name(self.out.name + ".partial")
         self.old = self.out.with_name(self.out.name + ".old")
@@ -283,9 +284,8 @@ class Workdir:
         elif cfg.resume:
             self._restore()
         elif self.state.exists():
-            say(
-                grid, f"note: the unfinished run in {self.path} is replaced; --resume would have continued it"
-            )
+            replaced = f"note: the unfinished run in {self.path} is replaced"
+            say(grid, f"{replaced}; --resume would have continued it")
         barrier(self.grid)  # every rank has looked before the main one touches anything
         if grid.is_main:
             self._start_metrics()
@@ -376,9 +376,7 @@ class Workdir:
         if self.grid.is_main:
             for path in (*self.path.rglob("*"), self.path):
                 flush(path)
-            shutil.rmtree(
-                self.old, ignore_errors=True
-            )  # a leftover: `<out>` is there, or there never was one
+            shutil.rmtree(self.old, ignore_errors=True)  # left by a publish that was killed
             if self.out.exists():
                 self.out.rename(self.old)
             self.path.rename(self.out)

@@ -1,4 +1,4 @@
-"""Loading what a command names, sampling and grading answers, eval, score and show."""
+"""Behind the stages: loading models and rewards, sampling and grading, eval, and writing and showing rows."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from qrm import REWARD_MODELS, bind_reward, credit_counts, response_scores
 from reinforce import standardize
 from support.files import BadInput, at_line, read_json, require, write_atomically
 from support.graders import MAX_CHARS, extract_answer, grade, meaning
-from support.rewards import graded_reward, user_reward
+from support.rewards import answer_text, graded_reward, user_reward
 from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
 from support.tokenizers import Tokenizer
@@ -56,11 +56,11 @@ def load(model_class, directory, cfg, grid):
 def load_tokenizer(directory, cfg):
     """The tokenizer of a model directory in the run's chat template.
 
-    BadInput if an id has no embedding row, or the chat template differs from training (sft and rm may change
-    it).
+    BadInput if an id has no embedding row, or if the chat template differs from training; sft and rm may
+    change the template.
     """
     rows = read_config(directory)[0].vocab_size
-    system = {"": None, "none": ""}.get(cfg.system, cfg.system)
+    system = {"": None, "none": ""}.get(cfg.system, cfg.system)  # None: the template's own; "": none
     tokenizer = Tokenizer.load(directory, cfg.chat, cfg.date or None, system)
     require(
         tokenizer.vocab_size <= rows,
@@ -78,7 +78,7 @@ def load_tokenizer(directory, cfg):
 
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
-    """load_rows with the run's --ignore_keys; what it has to say goes to the main rank's terminal."""
+    """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal."""
     ignored = tuple(filter(None, cfg.ignore_keys.split(",")))
     return load_rows(path, needs, limit, optional, ignored, log_to(grid))
 
@@ -95,8 +95,7 @@ def is_reward_model(directory):
 
 
 def reward_name(directory, otherwise="qrm"):
-    """A key of REWARD_MODELS, as the rm stage noted it in run.json; a directory made elsewhere is
-    `otherwise`."""
+    """The key of REWARD_MODELS that stage rm wrote to run.json; `otherwise` for a model made elsewhere."""
     name = read_run(directory).get("reward", otherwise)
     require(
         isinstance(name, str) and name in REWARD_MODELS,
@@ -106,7 +105,7 @@ def reward_name(directory, otherwise="qrm"):
 
 
 def judges(directory):
-    """Whether a directory holds a reward model; those that are language models say so in run.json."""
+    """Whether a directory holds a reward model; dpo's and logit's are known by run.json alone."""
     return is_reward_model(directory) or REWARD_MODELS[reward_name(directory)].base is LanguageModel
 
 
@@ -161,7 +160,7 @@ class Answer(NamedTuple):
 def sample_graded(policy, tokenizer, rows, cfg, seed, temperature, k):
     """k answers to each row's prompt, graded -> one list of k Answers per row
 
-    What is sampled is a function of (seed, line of the row, 0 .. k - 1), and of no rank.
+    An answer depends on its prompt and (seed, line of the row, 0 .. k - 1), and on no rank.
     """
     prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg.data) for _ in range(k)]
     numbers = [row["line"] * k + i for row in rows for i in range(k)]
@@ -171,14 +170,14 @@ def sample_graded(policy, tokenizer, rows, cfg, seed, temperature, k):
     )
     answers = []
     for i, (ids, cut) in enumerate(zip(responses, truncated)):
-        text = tokenizer.decode([t for t in ids if t not in tokenizer.stop_ids])
+        text = answer_text(tokenizer, ids)
         correct = grade(text, rows[i // k]["label"], cfg.task, cfg.grader)[1]
         answers.append(Answer(text, ids, correct, cut))
     return [answers[i : i + k] for i in range(0, len(answers), k)]
 
 
 def count_right(answers):
-    """Right ones among Answers."""
+    """How many Answers are correct."""
     return sum(answer.correct for answer in answers)
 
 
@@ -193,7 +192,7 @@ def make_pairs(row, answers, most, tokenizer):
     """Right answers paired with wrong ones of the same prompt; each pair once, the shorter list repeated.
 
     Beside its texts a pair holds the ids that were sampled, which data.encode uses. Truncated answers are
-    left out: a reader of the text alone would take them for whole.
+    left out: as text they would look complete.
     """
     right, wrong = {}, {}
     for answer in answers:
@@ -222,16 +221,14 @@ def make_pairs(row, answers, most, tokenizer):
 
 
 def pass_at_k(n, correct, k):
-    """Chance that at least one of k answers drawn from these n is right: 1 - C(n-c, k) / C(n, k) (Chen et al.
-    2021)."""
+    """P(at least one of k of these n answers is right) = 1 - C(n-c, k) / C(n, k) (Chen et al. 2021)."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 def majority_is_right(answers, cfg):
-    """Whether the claim that most of the answers make is right (maj@k).
+    """Whether the most frequent claim among the answers is right (maj@k).
 
-    Equal values are one claim; of equally frequent ones the earliest counts; an answer without a claim does
-    not vote.
+    Equal values are one claim; the earliest wins a tie; an answer without a claim does not vote.
     """
     votes = {}
     for answer in answers:
@@ -251,7 +248,10 @@ def hash_seed(*parts):
 
 @torch.no_grad()
 def score_examples(rewards, examples, cfg, grid):
-    """One number per response token of each example, in chunks: list of (n_i,) fp32 tensors on the CPU."""
+    """One number per response token of each example: list of (n_i,) fp32 tensors on the CPU.
+
+    rewards   (ids (B, T+1), response_mask (B, T)) -> (B, T), called on at most cfg.micro_tokens tokens
+    """
     out = []
     for start, stop in spans(list(map(sequence_length, examples)), cfg.micro_tokens):
         ids, mask = collate(examples[start:stop], grid.device)
@@ -337,9 +337,8 @@ def eval_reward_model(directory, cfg, grid):
 def count_credit(name, directory, reward, tokenizer, rows, pairs, cfg, grid):
     """credit_counts of the rejected answers of the built-in task."""
     rewards = reward.rewards
-    if name in ("orm", "prm"):  # their head read at every token, trained there or not
-        model = load(ScalarModel, directory, cfg, grid)
-        rewards = lambda ids, mask: response_scores(model, ids, mask)  # noqa: E731
+    if name in ("orm", "prm"):  # read their head at every token, trained there or not
+        rewards = partial(response_scores, load(ScalarModel, directory, cfg, grid))
     scores = score_examples(rewards, [rejected for _, rejected in pairs], cfg, grid)
     errors, repaired = [], []
     for row, (_, rejected) in zip(rows, pairs):
@@ -355,8 +354,7 @@ def count_credit(name, directory, reward, tokenizer, rows, pairs, cfg, grid):
 
 
 def eval_policy(directory, cfg, grid):
-    """Greedy pass@1, unbiased pass@k of k samples, their majority, and best-of-k by --reward_model, if
-    given."""
+    """Greedy pass@1; of k samples the unbiased pass@k, maj@k, and best-of-k if --reward_model is given."""
     tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     reward = None
@@ -396,7 +394,7 @@ def eval_policy(directory, cfg, grid):
 
 
 def best_answers(reward, tokenizer, rows, samples, cfg, grid):
-    """Of each row's answers the one with the highest total reward; of equal ones the first."""
+    """The answer with the highest total reward for each row; the first wins a tie."""
     examples = []
     for row, answers in zip(rows, samples):
         prompt = tokenizer.encode_prompt(row["prompt"])
@@ -435,8 +433,8 @@ def best_rows(rows, samples, reward, tokenizer, cfg, grid):
     return out
 
 
-def flat(lists: Iterable) -> list:
-    """One list of the items of several."""
+def flat(lists):
+    """The items of several lists as one list."""
     return [item for items in lists for item in items]
 
 
@@ -458,8 +456,7 @@ def all_ranks(rows, grid):
 
 
 def write_rows(path, rows, grid):
-    """JSON lines from all dp ranks: rows is a list of (line, object), written in the order of the lines ->
-    count"""
+    """Writes the (line, object) rows of all dp ranks as JSON lines, ordered by line. -> how many"""
     rows = all_ranks(rows, grid)
     if grid.is_main:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
@@ -472,11 +469,10 @@ SHADES = (208, 215, 223, 231, 153, 111, 75)
 
 
 def show_tokens(cfg, tokenizer, key):
-    """Prints the answers that stage_score has just written, each token on a background by its number.
+    """Prints the answers that stage_score has just written, each token coloured by its number.
 
-    The numbers are standardised over all of them; the first wrong token is underlined where the task knows
-    it. Into a file or pipe, or with NO_COLOR set, the numbers themselves are printed, and a cross at the
-    first wrong token.
+    The numbers are standardised over all answers. The first wrong token is underlined where the task knows
+    it. If stdout is no terminal, or NO_COLOR is set, the numbers are printed, and a cross marks that token.
     key   "scores" or "logprobs"
     """
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
@@ -498,13 +494,12 @@ def show_tokens(cfg, tokenizer, key):
 
 
 def printable(text):
-    """No control codes from someone's data."""
+    """`text` with control characters replaced: data must not drive the terminal."""
     return "".join(c if c.isprintable() else "↵" if c == "\n" else "·" for c in text)
 
 
 def coloured(text, x, wrong):
-    """A token on a background by its standardised number; bold and underlined if it is the first wrong
-    one."""
+    """A token on the colour of its standardised number x; bold and underlined if it is wrong."""
     shade = SHADES[round(1.5 * min(max(x, -2), 2)) + 3]
     return f"\x1b[{'1;4;' * wrong}38;5;16;48;5;{shade}m{text}\x1b[0m"
 

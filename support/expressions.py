@@ -91,8 +91,7 @@ class Token(NamedTuple):
 
 
 def tokens_of(text):
-    """The tokens of a LaTeX or plain answer; dollar, percent and degree signs, spaces and brackets' sizes are
-    dropped."""
+    """The tokens of a LaTeX or plain answer, without spaces, $, %, degree signs and the sizes of brackets."""
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")  # no rows to end: it was escaped twice
     for pattern, replacement in SPELLINGS:
@@ -432,8 +431,7 @@ def factorial(value):
 
 
 def value_of(tokens, sign=1, salt=0):
-    """-> (the canonical value of tokens, whether nothing is left to compute); None if they are no
-    expression."""
+    """-> (canonical value of tokens, whether nothing is left to compute), or None for no expression"""
     with localcontext() as context:
         context.prec = DIGITS
         try:

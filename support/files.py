@@ -65,8 +65,7 @@ def read_line(line):
 
 
 def without_doubles(pairs):
-    """The dict of a JSON object's pairs; BadInput for a key that is there twice, whose first value would be
-    lost."""
+    """The dict of a JSON object's pairs; BadInput for a duplicate key, whose first value would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -127,8 +127,7 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
 
 
 def after_hashes(text):
-    """What follows the last "####" that is no heading: words, or "1. Words", with more lines below; or
-    None."""
+    """What follows the last "####" that is no heading (words, or "1. Words", with lines below); or None."""
     found = None
     end = len(text.rstrip())
     for match in re.finditer(r"####([^\n]*)", text):
@@ -143,8 +142,7 @@ def after_boxed(text):
 
 
 def after_words(text):
-    """What follows the last "answer is", else the last "A:" at the start of a line, if it can be a number; or
-    None."""
+    """What follows the last "answer is", else the last "A:" that starts a line, if it may be a number."""
     for words in (r"\banswer(?: is|:)", "^A:"):
         found = re.findall(
             rf"(?im){words}([\s:=*_$({{\\[]*(?:[a-z]\s*=\s*)?(?:[-+.\d\\$€£]|[,/%][-.]?[.\d])[^\n]*)", text
@@ -269,8 +267,7 @@ def closing_brace(text):
 
 
 def hendrycks(s: str) -> str:
-    """String normalisation of Hendrycks et al. 2021 (MATH): fractions, roots, units, degrees, \\$, \\%, "x=",
-    spaces."""
+    """String normalisation of Hendrycks et al. 2021 (MATH): fractions, roots, units, signs, "x=", spaces."""
     s = re.sub(r"\n|\\!", "", s).replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     s = re.sub(r"\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$", "", s).split(r"\text{ ")[0].replace(r"\%", "")
     s = re.sub(r"^[^=]{0,2}=([^=]*)$", r"\1", re.sub(r"(^|[ {])\.", r"\g<1>0.", s))
@@ -433,8 +430,7 @@ def equation_of(sides):
 
 
 def relation_of(sides, relations):
-    """The Piece of a chain of relations, turned so that it ascends: x > 5 is (5, infinity), \ne has no
-    direction."""
+    """The Piece of a chain of relations, turned to ascend: x > 5 is (5, infinity); != has no direction."""
     if any(sign in (">", "\\ge") for sign in relations):
         sides, relations = (
             sides[::-1],
@@ -490,8 +486,7 @@ def value_of_part(tokens):
 
 
 def bracketed_value(tokens):
-    """The value of a tuple, an interval or a set; of what stands in a pair of brackets that only group; or
-    None."""
+    """The value of a tuple, interval or set, or of the contents of brackets that only group; or None."""
     opening, closing = (tokens[0].text, tokens[-1].text) if tokens else ("", "")
     if opening not in OPENING or closing not in CLOSING or not closes(tokens):
         return None
@@ -539,8 +534,7 @@ def number_value(tokens):
 
 
 def without_unit(tokens):
-    """-> tokens before a unit such as "cm", "square feet" or "km/h", and the unit's words, abbreviations
-    written out."""
+    """-> tokens before a unit such as "cm" or "km/h", and the unit's words, abbreviations written out"""
     end = len(tokens)
     exponent = "".join(token.text for token in tokens[-4:]).replace("{", "").replace("}", "")
     if re.search(r"[a-z]\^[23]$", exponent):
@@ -585,7 +579,6 @@ def authors_latex(answer: str) -> str:
 
 
 def authors_label(label: str) -> str:
-    """The Q-RM authors' normalisation of a MATH label; their files end a row of a matrix with one
-    backslash."""
+    """The Q-RM authors' normalisation of a MATH label; in their files a matrix row ends in one backslash."""
     s = re.sub(r"dfrac|tfrac", "frac", re.sub(r"\s|\\!", "", label))
     return re.sub(r"\\mbox\{\w+}|\\left|\\right", "", s)

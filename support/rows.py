@@ -144,8 +144,7 @@ def texts(row):
 
 
 def pick(fields, names):
-    """-> (key, value) of the one key among `names` that says something; BadInput if two of them say different
-    things."""
+    """-> (key, value) of the one key among `names` that says something; BadInput if two of them disagree"""
     found = [name for name in names if not is_empty(fields.get(name))]
     if not found:
         return None, None
@@ -240,8 +239,7 @@ def read_conversation(fields, wanted):
 
 
 def reply_keys(fields, wanted):
-    """[(canonical key, the row's key)] of the wanted replies, and of the conversations that hold the
-    prompt."""
+    """[(canonical key, the row's key)] of the wanted replies, and of conversations that hold the prompt."""
     found = []
     if "response" in wanted:
         name, _ = pick(fields, RESPONSE)
@@ -274,8 +272,7 @@ def said(reply):
 
 
 def common_context(contexts):
-    """The messages before every reply; BadInput if they differ. chosen and rejected must both have them, or
-    neither."""
+    """The messages before every reply; BadInput if they differ, or if only one of a pair has any."""
     if "chosen" in contexts and "rejected" in contexts:
         same = contexts["chosen"] == contexts["rejected"]
         require(same, "chosen and rejected answer different messages; expected one prompt for both")

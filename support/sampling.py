@@ -100,9 +100,7 @@ class KVCache:
 
     def _step(self, width, tokens):
         _, heads, columns, _ = self.keys[0].shape
-        rows = torch.arange(len(tokens) * heads, device=tokens.device).view(
-            -1, heads
-        )  # one per slot and head
+        rows = torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads)  # (B, K/tp)
         self.places = (rows * columns + self.lengths[:, None]).flatten()  # (B * K/tp,) of the new keys
         unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, width)
         mask = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys[0].dtype)
@@ -151,9 +149,9 @@ def record(f, x):
 
 
 class Slots:
-    """Which prompt each slot of the cache answers, and how far it is.
+    """Which prompt each slot of the cache answers, and how far it has got.
 
-    prompt   (B,) int64: index of the prompt; n, which is none, for a free slot
+    prompt   (B,) int64: index of the prompt; n, one past the last, for a free slot
     step     (B,) int64: tokens sampled so far
     going    (B,) bool: False for a free slot
     x        (B, D) residual stream at the token that was read last
@@ -172,9 +170,9 @@ class Slots:
         self.busy = False  # whether any slot is going
 
     def refill(self):
-        """Gives free slots to waiting prompts, or drops them when no prompt waits; many at a time.
+        """Gives free slots to waiting prompts, or drops them when no prompt waits; either for many at once.
 
-        Prompts are read more cheaply in bulk, and dropping a slot copies the cache.
+        Prefill is cheaper in bulk, and dropping a slot copies the cache.
         """
         free = (~self.going).nonzero()[:, 0]
         if self.waiting and len(free) * 8 >= len(self.going):
@@ -191,7 +189,7 @@ class Slots:
             self.step, self.going = self.step[kept], self.going[kept]
 
     def advance(self, tokens, ended):
-        """Frees the slots whose answer has ended, reads the others' new tokens. tokens, ended (B,)"""
+        """Frees the slots whose answer has ended; the others read their new token. tokens, ended (B,)"""
         self.going = self.going & ~ended
         self.prompt = self.prompt.where(self.going, len(self.prompts))
         self.step = (self.step + 1).where(self.going, 0)
@@ -216,7 +214,7 @@ def generate(
     """Samples one answer per prompt; ids in, ids out, so that exactly what was sampled is scored later.
 
     prompts       list of id lists
-    stop_ids      end an answer and belong to it
+    stop_ids      ids that end an answer and belong to it
     temperature   0 is greedy
     numbers       list of int, one per prompt: an answer depends on its prompt, seed and number alone, and on
                   no rank (model.sampling_uniforms); default 0, 1, 2 ...
@@ -265,10 +263,9 @@ REORDERS = (
 def reordered_weights(weights, at_least=2**16):
     """Inside, parallel.linear multiplies by a copy of these weights in the memory layout of oneDNN's kernels.
 
-    F.linear reorders a matrix at each call, which for 2 to 16 rows can cost as much as the product itself.
-    Only fp32 matrices on the CPU with `at_least` numbers are copied (they take twice the memory then), and
-    they must not change inside. Elsewhere (CUDA, other processors, a torch without these operations) this
-    does nothing.
+    F.linear reorders the matrix at each call, which for 2 to 16 rows of x can cost as much as the product.
+    Only fp32 matrices on the CPU with `at_least` numbers are copied, which doubles their memory; they must
+    not change inside. Elsewhere (CUDA, other processors, a torch without these operations) this does nothing.
     """
     marked = []
     try:

@@ -251,7 +251,7 @@ STAGES_OF = {
 
 # -------------------------------------------------------------------------------- defaults and presets
 
-# What the built-in task needs instead: 0.15 M parameters learn at rates that would ruin a large model.
+# Defaults for the built-in task: 0.15 M parameters learn at rates that would ruin a large model.
 ARITH_RL = dict(
     steps=12, lr=1e-4, batch_size=256, minibatch=64, kl_coef=0.2, limit=300, max_new_tokens=64, task="arith"
 )
@@ -264,10 +264,10 @@ ARITH = {
     "eval": dict(limit=500, k=8, max_new_tokens=64, task="arith"),
     "score": dict(limit=8, task="arith"),
 }
-NOT_TRAINING = ("task", "limit", "k", "max_new_tokens")  # what of it also fits someone's own model
+NOT_TRAINING = ("task", "limit", "k", "max_new_tokens")  # those of them that also suit another model
 
-# The runs of Chen et al. 2025 ("paper"), of the authors' "scripts" and "code"; "ours" is what they leave
-# open.
+# The runs of Chen et al. 2025. A comment names the source of a value: their "paper", "scripts" or "code", or
+# "ours" where they leave it open.
 PAPER = dict(
     chat="llama3",
     date="26 Jul 2024",  # code: written into it, for every model
@@ -329,7 +329,7 @@ PRESETS = {
 
 
 def tiny_settings(stage):
-    """--preset tiny: what the built-in task's model needs in this stage, on data of someone's own task."""
+    """--preset tiny: the settings of the built-in task's model for a stage, on data of another task."""
     return {name: value for name, value in ARITH.get(stage, {}).items() if name != "task"}
 
 
@@ -356,7 +356,7 @@ def given_flags(argv):
     words = iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
-        name = "run_dir" if name == "run" else name
+        name = "run_dir" if name == "run" else name  # --run is short for it
         if word in ("-h", "--help"):
             given["help"] = ""
         elif not word.startswith("--") or name not in FIELDS:
@@ -455,7 +455,7 @@ def help_text(stage, defaults):
 
 
 def unread_flags(argv):
-    """Names of given flags that the stage does not read: no error, but not ignored in silence either."""
+    """Names of given flags that the stage does not read: worth a note, not an error."""
     given = given_flags(argv)
     stage = parse(argv).stage
     return [name for name in given if stage != "demo" and stage not in STAGES_OF[name]]
@@ -465,7 +465,7 @@ def unread_flags(argv):
 
 
 def check_combinations(cfg):
-    """Flags that are right each by itself, but not together."""
+    """BadInput for flags that are valid one by one, but not together."""
     rl = cfg.stage in POLICY_GRADIENT
     check_preset(cfg)
     dated = cfg.chat in ("llama3", "auto")
@@ -499,7 +499,7 @@ def check_combinations(cfg):
 
 
 def check_preset(cfg):
-    """A preset needs someone's own files; only the first model of --preset tiny is made from scratch."""
+    """A preset needs the user's own files, except that --preset tiny makes the first model from scratch."""
     if not cfg.preset:
         return
     tiny = cfg.preset == "tiny"
@@ -516,7 +516,7 @@ def check_preset(cfg):
 
 
 def check_reward(cfg):
-    """--reward takes other values where a reward is used than where a reward model is trained."""
+    """--reward takes other values in the RL stages than in --stage rm."""
     rl = cfg.stage in POLICY_GRADIENT
     own = ".py:" in cfg.reward
     known = cfg.reward in REWARD_MODELS or cfg.reward in GRADED_REWARDS or own

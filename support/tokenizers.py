@@ -57,8 +57,7 @@ class Vocabulary(NamedTuple):
 
 
 def last_merge(token, ranks):
-    """The two parts that byte-pair encoding by lowest rank joins last to form token; None if it never gets
-    there."""
+    """The two parts that byte-pair encoding by lowest rank joins last to form token, or None."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [ranks.get(a + b, float("inf")) for a, b in zip(parts, parts[1:])]
@@ -200,8 +199,7 @@ def first_special(spec, path):
 
 
 def read_tokenizer_model(path, raw):
-    """The Vocabulary in Meta's tokenizer.model: lines of base64 and rank; its specials are
-    llama3/tokenizer.py's."""
+    """The Vocabulary in Meta's tokenizer.model, lines of base64 and rank, with Llama 3's specials."""
     ranks = {}
     for number, line in enumerate(raw.splitlines(), 1):
         try:
@@ -327,8 +325,7 @@ class Tokenizer:
         return rules if more == (None, []) else (*rules, *more)
 
     def read_vocabulary(self):
-        """-> Vocabulary; sets specials, added, nfc, token_bytes {id: bytes}, vocab_size and bpe
-        (tiktoken)."""
+        """Sets specials, added, nfc, token_bytes {id: bytes}, vocab_size and bpe (tiktoken). -> Vocabulary"""
         name = "tokenizer.json" if "tokenizer.json" in self.files else "tokenizer.model"
         require(name in self.files, f"{self.path}: neither tokenizer.json nor tokenizer.model is there")
         read = read_tokenizer_json if name == "tokenizer.json" else read_tokenizer_model
@@ -465,8 +462,7 @@ class Tokenizer:
         return [(message["role"], message["content"]) for message in value]
 
     def encode_prompt(self, prompt):
-        """Ids of a text or of messages in the chat template, up to the reply's header; BOS once, if there is
-        one."""
+        """Ids of a text or of messages in the chat template, up to the reply's header; at most one BOS."""
         messages = self.messages(prompt, "user")
         if self.chat.name == "none":
             if len(messages) > 1:
