@@ -13,7 +13,7 @@ from decimal import Decimal
 
 from support.files import BadInput, at_line, read_jsonl, require
 from support.graders import MAX_CHARS, boxed, gsm8k_label
-from support.tokenizers import ROLES, is_conversation
+from support.tokenizers import CHATS, ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row
 
@@ -27,6 +27,7 @@ SOLUTION = (
     "answer",
 )  # the response where none of RESPONSE is there (MATH, GSM8K), else the reference
 PAIR = ("chosen", "rejected")
+REPLIES = ("response", *PAIR)
 LABEL = ("label", "answer", "solution")  # what follows "####" (GSM8K), what stands in the last \boxed (MATH)
 CONVERSATION = (
     "messages",
@@ -89,7 +90,34 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     if unlabelled:
         log(f"{path}: dropped {unlabelled} rows with an empty label; {len(rows)} left")
     require(rows, f"{path}: no row is left: every label is empty")
+    with at_line(path, rows[0]["line"]):
+        refuse_rendered(rows)
     return rows
+
+
+def refuse_rendered(rows):
+    """BadInput for a file whose texts hold more than their keys say: in one row it can be chance, in all it
+    is how the file was made."""
+    prompts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
+    for opening in (CHATS["chatml"][0], CHATS["llama3"][1]):  # of every message
+        rendered = len(prompts) == len(rows) and all(opening in prompt for prompt in prompts)
+        require(
+            not rendered,
+            f"the prompt holds {opening}, as all prompts of the file do: a chat template was applied; "
+            "expected messages, or texts without it",
+        )
+    replies = [(row["prompt"], row[key]) for row in rows for key in REPLIES if key in row and "prompt" in row]
+    repeated = all(begins_with_prompt(prompt, reply) for prompt, reply in replies)
+    require(
+        not (replies and repeated),
+        "every reply of the file begins with its prompt, which would be trained on; expected replies alone",
+    )
+
+
+def begins_with_prompt(prompt, reply):
+    """Whether a text goes on from the text of its prompt."""
+    texts = isinstance(prompt, str) and isinstance(reply, str)
+    return texts and len(reply) > len(prompt) and reply.startswith(prompt)
 
 
 def read_row(fields, needs, optional=()):
@@ -103,7 +131,8 @@ def read_row(fields, needs, optional=()):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
         row["label"] = read_label(fields)
-    refuse_unknown(fields, row)
+    refuse_verdict(fields)
+    refuse_unknown(fields)
     row = {key: row[key] for key in wanted}
     if "chosen" in wanted and not is_empty(fields.get("margin")):
         row["margin"] = read_margin(fields["margin"])
@@ -111,10 +140,21 @@ def read_row(fields, needs, optional=()):
 
 
 def read_margin(value):
-    """What the scaled difference of a pair must exceed, in the place of --margin: a finite number."""
-    finite = type(value) in (int, float) and math.isfinite(value)
+    """What the scaled difference of a pair must exceed, in the place of --margin: finite in fp32."""
+    finite = type(value) in (int, float) and abs(value) < 1e38  # False for nan
     require(finite, f"margin is {json.dumps(value)[:60]}; expected a finite number")
     return float(value)
+
+
+def refuse_verdict(fields):
+    """BadInput for a label that is no answer, wanted or not: TRL's unpaired preferences and PRM800K have
+    verdicts on the response there."""
+    verdict = fields.get("label")
+    require(
+        is_empty(verdict) or isinstance(verdict, str) or is_number(verdict),
+        f"label is {json.dumps(verdict)[:60]}; expected an answer: a finite number or a text (if it is a "
+        "verdict on the response, keep the rows that are wanted, then --ignore_keys label)",
+    )
 
 
 def is_empty(value):
@@ -122,25 +162,24 @@ def is_empty(value):
     return value is None or value in ([], {}) or isinstance(value, str) and not value.strip()
 
 
-def refuse_unknown(fields, row):
-    """BadInput for a field that says something and has no place in `row`."""
+def refuse_unknown(fields):
+    """BadInput for a field that says something and that nothing here reads."""
     for name, value in fields.items():
         if name in SPEAKING or name in HARMLESS or is_empty(value):
             continue
-        if name == "text" and all(part in str(value) for part in texts(row)):
-            continue  # Alpaca's rendering of the whole row
+        if name == "text" and is_rendering(value, fields):
+            continue
         raise BadInput(
             f"{name} is {json.dumps(value)[:60]}, which nothing here reads; expected keys among "
             f"{', '.join(SPEAKING)}; if it may be left out: --ignore_keys {name}"
         )
 
 
-def texts(row):
-    """Every text in a row's canonical values."""
-    found = []
-    for value in row.values():
-        found += [value] if isinstance(value, str) else [m["content"] for m in value or ()]
-    return found
+def is_rendering(text, fields):
+    """Whether a text is Alpaca's rendering of its row: it holds all that the row says."""
+    said = [fields.get(name) for name in (*PROMPT, *CONTEXT, *RESPONSE)]
+    parts = [part for part in said if not is_empty(part)]
+    return bool(parts) and all(isinstance(part, str) and part.strip() in str(text) for part in parts)
 
 
 def pick(fields, names):
@@ -187,9 +226,10 @@ def read_label(fields):
     if isinstance(value, str):
         if "####" in value:
             value = gsm8k_label(value)
-        elif name == "solution":
+        elif name == "solution" or "\\boxed" in value:
             value = boxed(value)
-            require(value, f"solution is {fields[name][-60:]!r}; expected \\boxed{{...}} in it")
+            require(value, f"{name} is {fields[name][-60:]!r}; expected \\boxed{{...}} in it")
+        value = value.strip()
     elif is_number(value):
         value = plain_digits(value)
     short = isinstance(value, str) and len(value) <= MAX_CHARS
@@ -226,9 +266,10 @@ def read_conversation(fields, wanted):
             raise missing(fields, key)
     check_same_reply(replies, wanted)
     if "prompt" in wanted:
-        prompt = with_system(join_context(read_prompt(fields), common_context(contexts)), fields)
+        prompt = join_context(read_prompt(fields), common_context(contexts))
         if prompt is None:
             raise missing(fields, "prompt")
+        prompt = with_system(prompt, fields)
         is_text = isinstance(prompt, str)
         require(
             is_text or prompt[-1]["role"] != "assistant",
@@ -353,11 +394,13 @@ def split_reply(value, name):
 def read_prompt(fields):
     """The prompt that a row states: a text or messages, with what belongs to it; None if it states none."""
     name, prompt = pick(fields, PROMPT)
+    context_name, context = pick(fields, CONTEXT)
     if prompt is None:
+        beside = f"{context_name} is {json.dumps(context)[:60]}; expected {' or '.join(PROMPT)} beside it"
+        require(context is None, f"{beside} (--ignore_keys {context_name})")
         return None
     if not isinstance(prompt, str):
         prompt = check_messages(prompt, name)
-    context_name, context = pick(fields, CONTEXT)
     if context is not None:
         both = isinstance(prompt, str) and isinstance(context, str)
         require(both, f"{context_name} is {json.dumps(context)[:60]}; expected a text beside a text {name}")

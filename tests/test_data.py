@@ -153,6 +153,7 @@ PAIRS = ("prompt", "chosen", "rejected")
 ONE = ("prompt", "response")
 TURNS = [system("s"), user("q1"), assistant("a1"), user("q2")]
 ALPACA = {"instruction": "Sort these.", "input": "9, 4", "output": "4, 9"}
+ALPACA_TEXT = "Below.\n\n### Instruction:\nSort these.\n\n### Input:\n9, 4\n\n### Response:\n4, 9"
 HH = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
 MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so $\boxed{\frac{1}{2}}$."}
 
@@ -162,6 +163,7 @@ MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so 
     [  # prompt, then the replies (and the label)
         (ONE, ALPACA, ["Sort these.\n\n9, 4", "4, 9"]),
         (ONE, {**ALPACA, "input": "", "text": "... Sort these.\n\n9, 4 ... 4, 9"}, ["Sort these.", "4, 9"]),
+        (ONE, {**ALPACA, "text": ALPACA_TEXT}, ["Sort these.\n\n9, 4", "4, 9"]),
         (ONE, {**ALPACA, "input": None, "system": "s"}, [[system("s"), user("Sort these.")], "4, 9"]),
         (ONE, {"instruction": "q", "context": "c", "response": "r", "category": "open_qa"}, ["q\n\nc", "r"]),
         (ONE, {"messages": [*TURNS, assistant("a2")]}, [TURNS, [assistant("a2")]]),
@@ -200,6 +202,8 @@ MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so 
         ((*ONE, "label"), MATH, ["q", MATH["solution"], r"\frac{1}{2}"]),
         ((*ONE, "label"), {**MATH, "answer": "0.5", "unique_id": "x"}, ["q", MATH["solution"], "0.5"]),
         (("prompt", "label"), {"prompt": "q", "response": "r", "label": "5", "solution": "z"}, ["q", "5"]),
+        (("prompt", "label"), {"prompt": "q", "answer": r"so $\boxed{\frac{1}{2}}$."}, ["q", r"\frac{1}{2}"]),
+        (("prompt", "label"), {"prompt": "q", "label": " 5\n"}, ["q", "5"]),
     ],
 )
 def test_shapes_of_public_data_sets(file, needs, row, expected):
@@ -257,7 +261,22 @@ def test_shapes_of_public_data_sets(file, needs, row, expected):
         (PAIRS, {"chosen": HH + " a", "rejected": HH.replace("q2", "q3") + " b"}, "different messages"),
         (PAIRS, {"chosen": HH + " a", "rejected": HH + " "}, "is empty"),
         (PAIRS, {"chosen": "The sky is blue", "rejected": "The sky is red"}, "common beginning as prompt"),
-        (PAIRS, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}, "margin is 2"),
+        (PAIRS, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": "2"}, 'margin is "2"'),
+        (PAIRS, {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 1e39}, "margin is 1e.39"),
+        # a verdict on the response where another data set has the answer
+        (ONE, {"prompt": "q", "completion": "bad", "label": False}, "label is false"),
+        (ONE, {"prompt": "q", "completion": "good", "label": True}, "label is true"),
+        (ONE, {"question": "q", "response": "r", "label": {"steps": []}}, "label is {.*verdict"),
+        # what belongs to a prompt that the row does not state
+        (ONE, {"context": "c", "messages": [user("q"), assistant("r")]}, "context is .*beside it"),
+        (
+            PAIRS,
+            {"input": "i", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+            "input is .*beside it",
+        ),
+        (PAIRS, {"system": "s", "input": "q", "chosen": "a", "rejected": "b"}, "input is .*beside it"),
+        (PAIRS, {"system": "s", "chosen": "a", "rejected": "b"}, "expected prompt"),
+        (ONE, {"instruction": "q", "input": "i", "output": "r", "text": "q and r"}, "text is"),
         (("prompt", "label"), {"prompt": "q", "solution": "no box"}, "expected .boxed"),
         (("prompt", "label"), {"prompt": "q", "label": "x" * 501}, "expected a final answer"),
     ],
@@ -267,6 +286,25 @@ def test_what_would_be_lost_is_refused(file, needs, row, says):
     with pytest.raises(BadInput, match=f"line 2: .*{says}") as error:
         load_rows(path, needs)
     assert "\n" not in str(error.value)
+
+
+def test_files_whose_texts_hold_more_than_their_keys_say(file):
+    """All prompts rendered by a chat template, or all replies with the prompt before them; one row may."""
+    fine = {"prompt": "What is 2+2?", "response": "4", "chosen": "4", "rejected": "5"}
+    chatml = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    llama3 = "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
+    for prompt in (chatml, llama3):
+        rendered = fine | {"prompt": prompt}
+        with pytest.raises(BadInput, match="line 1: .*a chat template was applied"):
+            load_rows(file(rendered, rendered), ONE)
+        assert len(load_rows(file(rendered, fine), ONE)) == 2
+    repeated = {key: fine["prompt"] + " " + fine[key] for key in ("response", "chosen", "rejected")}
+    for needs in (ONE, PAIRS):
+        with pytest.raises(BadInput, match="line 1: every reply .* begins with its prompt"):
+            load_rows(file(fine | repeated, fine | repeated), needs)
+        assert len(load_rows(file(fine | repeated, fine), needs)) == 2
+    one = fine | repeated | {"rejected": "5"}
+    assert len(load_rows(file(one, one), PAIRS)) == 2
 
 
 def test_ignored_keys(file):
