@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +105,8 @@ def stage_sft(cfg, grid):
         for step in training:
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [examples[i] for i in batch_indices(len(examples), cfg.batch_size, step, cfg.seed)]
-            update = Update(optimizer, micro_batches(batch, cfg, grid, weigh=response_tokens))
+            parts = cut_by_tokens(batch, cfg, grid)
+            update = Update(optimizer, [(response_tokens(part), part) for part in parts])
             for part in update:
                 ids, mask = collate(flat(part), grid.device)  # (B, T+1), (B, T)
                 logprobs, entropy = token_logprobs(policy, ids, mask)  # (B, T)
@@ -125,7 +125,6 @@ def stage_rm(cfg, grid):
     reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
     model = with_adapters(start, cfg.lora_rank, cfg)
     step_ids = tokenizer.ids_with("\n")
-    weigh = partial(kind.weigh, step_ids=step_ids)
     optimizer = make_optimizer(model, cfg.lr, cfg, grid)
     steps = cfg.steps or -(-len(pairs) // cfg.batch_size)
     trained = {"model": (model, optimizer)}
@@ -133,7 +132,8 @@ def stage_rm(cfg, grid):
         for step in training:
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = pick_pairs(pairs, step, cfg)
-            update = Update(optimizer, micro_batches(batch, cfg, grid, weigh))
+            parts = cut_by_tokens(batch, cfg, grid)
+            update = Update(optimizer, [(kind.weigh(part, step_ids), part) for part in parts])
             for part in update:
                 ids, mask = collate(flat(pair[:2] for pair in part), grid.device)  # (2P, T+1), (2P, T)
                 errors = first_errors(part, grid)  # (2P,), for prm only
@@ -224,15 +224,11 @@ def load_critic(cfg, grid):
     return with_adapters(critic, cfg.critic_lora_rank, cfg)
 
 
-def micro_batches(batch, cfg, grid, weigh):
-    """This rank's rows of a batch as [(weight, rows)], at most cfg.micro_tokens tokens in each.
-
-    weigh   rows -> how many numbers the loss is a mean over, such as pairs or response tokens
-    """
+def cut_by_tokens(batch, cfg, grid):
+    """This rank's rows of a batch as micro-batches of at most cfg.micro_tokens tokens: a list of lists."""
     mine = batch[grid.dp_rank :: grid.dp_size]
     lengths = [count_tokens([row]) for row in mine]
-    parts = [mine[start:stop] for start, stop in spans(lengths, cfg.micro_tokens)]
-    return [(weigh(part), part) for part in parts]
+    return [mine[start:stop] for start, stop in spans(lengths, cfg.micro_tokens)]
 
 
 def count_tokens(rows):
