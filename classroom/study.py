@@ -23,6 +23,7 @@ import multiprocessing
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -629,45 +630,75 @@ def markdown(table):
     return "\n".join([f"## {table['title']}", "", table["text"], "", *lines, ""])
 
 
-def draw_panel(axis, title, lines, ranges):
-    """Mean curves of {label: {seed: curve}}; ranges: shade the range over the seeds."""
-    drawn = {label: curves for label, curves in lines.items() if curves}
-    for i, (label, curves) in enumerate(drawn.items()):
-        style = "--" if "oracle" in label else ":" if i > 9 else "-"
-        axis.plot(*zip(*mean_curve(curves)), f"C{i}", label=f"{label} (n={len(curves)})", linestyle=style)
-        if ranges:
-            points = list(zip(*curves.values()))
-            low = [min(y for _, y, _ in point) for point in points]
-            high = [max(y for _, y, _ in point) for point in points]
-            axis.fill_between([point[0][0] for point in points], low, high, color=f"C{i}", alpha=0.12)
-    axis.set(title=title, xlabel="sampled trajectories")
+BLUE, ORANGE, GREY = "#2166ac", "#c8590a", "#9aa3ad"
+
+
+def draw_panel(axis, title, curves, other):
+    """One arm: its mean curve with the range over the seeds and its last value, before a dashed mean curve.
+
+    curves   {seed: curve}
+    other    the curves to compare it with, or None
+    """
+    if other:
+        axis.plot(*zip(*mean_curve(other)), color=GREY, linestyle="--", linewidth=1.6)
+    colour = ORANGE if other else BLUE
+    points = list(zip(*curves.values()))
+    trajectories = [point[0][0] for point in points]
+    low = [min(y for _, y, _ in point) for point in points]
+    high = [max(y for _, y, _ in point) for point in points]
+    axis.fill_between(trajectories, low, high, color=colour, alpha=0.18, linewidth=0)
+    mean = mean_curve(curves)
+    axis.plot(*zip(*mean), color=colour, linewidth=2.4)
+    axis.annotate(
+        f"{mean[-1][1]:.2f}".removeprefix("0"), mean[-1], (5, 0), textcoords="offset points", va="center",
+        color=colour, fontsize=12, annotation_clip=False,
+    )  # fmt: skip
+    axis.set_title(title, loc="left", fontsize=11.5)
+    axis.set(ylim=(0, 1), xlim=(0, trajectories[-1]), xticks=(0, trajectories[-1]), yticks=(0, 0.5, 1))
+    axis.tick_params(labelsize=10, length=0)
+    axis.grid(axis="y", color="#d0d7de", linewidth=0.6)
+    axis.spines[:].set_visible(False)
+
+
+def figure_parts(arms, disputed):
+    """[(title, [(title of a panel, curves, curves to compare with, or None)])] of the arms that were run."""
+    parts = []
+    for algorithm, title in ALGORITHMS.items():
+        qrm = arms.get((algorithm, "qrm"))
+        panels = [(REWARDS["qrm"], qrm, None)]
+        panels += [(REWARDS[r], arms.get((algorithm, r)), qrm) for r in REWARDS if r != "qrm"]
+        parts.append((f"{title}: the reward (dashed: Q-RM)", panels))
+        panels = []
+        for label, curves in disputed.items():
+            own, reward, _ = DISPUTED[label]
+            panels += [(label, curves, arms.get((own, reward)))] if own == algorithm else []
+        parts.append((f"{title}: disputed choices (dashed: unchanged)", panels))
+    parts = [(title, [panel for panel in panels if panel[1]]) for title, panels in parts]
+    return [(title, panels) for title, panels in parts if panels]
 
 
 def draw(path, arms, disputed):
-    """Mean curves with the range over seeds: one panel per algorithm, one for the disputed choices (means
-    only).
-    """
+    """Small multiples, one arm each: mean and range over the seeds, and dashed what it is compared with."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = []
-    for algorithm, title in ALGORITHMS.items():
-        panels.append((title, {REWARDS[r]: curves for (a, r), curves in arms.items() if a == algorithm}))
-    panels.append(("disputed choices (means)", disputed))
-    panels = [(title, lines) for title, lines in panels if any(lines.values())]
-    columns = max(len(panels), 1)
-    figure, axes = plt.subplots(1, columns, figsize=(1 + 5 * columns, 4.5), sharey=True, squeeze=False)
-    axes = axes[0]
-    for axis, (title, lines) in zip(axes, panels):
-        draw_panel(axis, title, lines, ranges=lines is not disputed)
-        place = dict(loc="upper left", bbox_to_anchor=(1, 1)) if lines is disputed else {}
-        if axis.lines:
-            axis.legend(fontsize=7, **place)
-    axes[0].set_ylabel("greedy pass@1, held-out prompts")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    columns = 4
+    parts = figure_parts(arms, disputed)
+    heights = [-(-len(panels) // columns) for _, panels in parts] or [1]
+    figure = plt.figure(figsize=(10, 2.05 * sum(heights) + 0.4 * len(parts)), layout="constrained")
+    blocks = figure.subfigures(max(len(parts), 1), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for block, rows, (title, panels) in zip(blocks, heights, parts):
+        block.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+        axes = block.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+        for axis, (name, curves, other) in zip(axes, panels):
+            draw_panel(axis, textwrap.fill(name, 22), curves, other)
+        for axis in axes[len(panels) :]:
+            axis.set_visible(False)
+        block.supxlabel("sampled trajectories", fontsize=11)
+        block.supylabel("greedy pass@1", fontsize=11)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
