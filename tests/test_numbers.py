@@ -190,16 +190,17 @@ def test_what_the_policy_gradient_loop_counts(run, start, tmp_path, monkeypatch,
         assert seed == hash_seed(5, stage, step) and places == [0, 1]
 
 
-def test_a_rank_takes_every_other_row_and_its_own_weight():
-    """train.micro_batches: 7 rows at dp 2, at most 10 tokens a forward."""
+def test_a_rank_takes_every_other_row():
+    """train.cut_by_tokens: 7 rows at dp 2, at most 10 tokens a forward."""
     rows = [(Example([1] * (n + 1), [2] * n),) for n in (1, 2, 3, 4, 1, 2, 3)]  # 3, 5, 7, 9, 3, 5, 7 tokens
     cfg = config(micro_tokens=10)
     found = {}
     for rank in (0, 1):
         grid = Grid(dp_rank=rank, dp_size=2)
-        found[rank] = train.micro_batches(rows, cfg, grid, weigh=train.response_tokens)
-    assert found[0] == [(1 + 3, [rows[0], rows[2]]), (1 + 3, [rows[4], rows[6]])]
-    assert found[1] == [(2, [rows[1]]), (4, [rows[3]]), (2, [rows[5]])]
+        found[rank] = train.cut_by_tokens(rows, cfg, grid)
+    assert found[0] == [[rows[0], rows[2]], [rows[4], rows[6]]]
+    assert found[1] == [[rows[1]], [rows[3]], [rows[5]]]
+    assert [train.response_tokens(part) for part in found[0]] == [1 + 3, 1 + 3]
     assert train.count_tokens([(Example([1], [2, 3]), Example([1, 1], [2]), 99)]) == 6
 
 
