@@ -419,10 +419,12 @@ def test_eval_of_a_reward_model_by_hand(run, start, tmp_path, monkeypatch, total
         return [id * 7 % 5 - 1 for id in ids]
 
     right, shorter, wins, comparisons, hits, choices, errors = 0, 0, 0, 0, 0, 0, 0
+    ordered = []
     for row in PAIRS:
         chosen, rejected = (tokenizer.encode_response(row[key]) for key in ("chosen", "rejected"))
         sums = [sum(z(ids)) / (len(ids) if total is mean_of_rewards else 1) for ids in (chosen, rejected)]
         right += sums[0] > sums[1]
+        ordered.append(float(sums[0] > sums[1]))
         shorter += 1 if len(chosen) < len(rejected) else 0.5 if len(chosen) == len(rejected) else 0
         solution = tokenizer.encode_response(arith_solve(row["prompt"]))
         place = first_error(rejected, solution)
@@ -439,8 +441,8 @@ def test_eval_of_a_reward_model_by_hand(run, start, tmp_path, monkeypatch, total
     assert found == {
         "n_pairs": 5,
         "pair_accuracy": right / 5,
-        "pair_accuracy_95": evaluate.wilson(right, 5),
-        "length_baseline": shorter / 5,
+        "pair_accuracy_95": evaluate.clustered_interval(ordered, [row["prompt"] for row in PAIRS]),
+        "length_baseline": max(shorter / 5, 1 - shorter / 5),
         "error_auc": wins / comparisons,
         "first_error_hit": hits / errors,
         "first_error_choice": choices / errors,
