@@ -253,7 +253,15 @@ STAGES_OF = {
 
 # Defaults for the built-in task: 0.15 M parameters learn at rates that would ruin a large model.
 ARITH_RL = dict(
-    steps=12, lr=1e-4, batch_size=256, minibatch=64, kl_coef=0.2, limit=300, max_new_tokens=64, task="arith"
+    steps=12,
+    lr=1e-4,
+    batch_size=256,
+    minibatch=64,
+    kl_coef=0.2,
+    limit=300,
+    eval_every=1,
+    max_new_tokens=64,
+    task="arith",
 )
 ARITH = {
     "sft": dict(steps=400, lr=4e-3, batch_size=64, warmup=50, final_lr=0.05),
