@@ -217,7 +217,7 @@ def test_short_prompts_leave_room_for_the_answer(start, capsys):
 
 
 def test_tokens_per_second_are_those_of_a_step(run, start, tmp_path, monkeypatch):
-    """The clock of this test moves by a quarter of a second whenever it is read: before and after an update."""
+    """The clock of this test moves by a quarter of a second at each reading: before an update and after."""
     ticks = itertools.count()
     monkeypatch.setattr(checkpoints.time, "perf_counter", lambda: next(ticks) / 4)
     rows = [{"prompt": p, "response": "#### 5"} for p in PROMPTS]
@@ -510,6 +510,54 @@ def test_scores_of_examples_come_in_order_whatever_the_chunks():
             lambda ids, mask: ids[:, 1:].float(), examples, config(micro_tokens=micro_tokens), Grid()
         )
         assert [x.tolist() for x in found] == [[0, 1, 2], [10], [20, 21]]
+
+
+# -------------------------------------------------------------------------------- out of date
+
+
+def flipped(path, place):
+    """Changes one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_digest_sees_both_ends_of_weights_their_size_and_config(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3 * 2**20))
+    first = checkpoints.digest(tmp_path)
+    assert checkpoints.digest(tmp_path) == first
+    for place in (0, 2**20 - 1, 2 * 2**20, -1):
+        flipped(weights, place)
+        assert checkpoints.digest(tmp_path) != first
+        flipped(weights, place)
+        assert checkpoints.digest(tmp_path) == first
+    weights.write_bytes(bytes(3 * 2**20 + 1))
+    assert checkpoints.digest(tmp_path) != first
+    weights.write_bytes(bytes(3 * 2**20))
+    (tmp_path / "config.json").write_text("[]")
+    assert checkpoints.digest(tmp_path) != first
+
+
+def test_a_result_is_out_of_date_when_what_it_was_made_from_has_changed(tmp_path):
+    """A directory's run.json and a file's .run.json; a source that is gone tells nothing."""
+    data = write_jsonl(tmp_path / "d.jsonl", PAIRS)
+    other = write_jsonl(tmp_path / "e.jsonl", PAIRS)
+    made_from = checkpoints.sources(config(data=str(data), model=str(other)))
+    assert made_from.keys() == {"data", "model"}
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "pairs.jsonl").write_text("")
+    for result in (tmp_path / "rm", tmp_path / "pairs.jsonl"):
+        assert checkpoints.out_of_date(result) == []  # nothing is known of it
+        checkpoints.run_path(result).write_text(json.dumps({"made_from": made_from}))
+        assert checkpoints.out_of_date(result) == []
+        flipped(data, -2)
+        assert checkpoints.out_of_date(result) == [str(data)]
+        flipped(data, -2)
+        assert checkpoints.out_of_date(result) == []
+    other.unlink()
+    assert checkpoints.out_of_date(tmp_path / "rm") == []
 
 
 # -------------------------------------------------------------------------------- the table of the demo
