@@ -3,11 +3,13 @@ are replaced by tables.
 """
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 import torch
 
+import reinforce
 import train
 from data import Example, arith_solve, batch_indices, first_error
 from model import (
@@ -16,12 +18,13 @@ from model import (
     build_model,
     init_weights,
     load_model,
+    sampling_uniforms,
     save_model,
     token_logprobs,
 )
 from parallel import Grid, Optimizer
 from qrm import Reward, at_last_token, mean_of_rewards, sum_of_rewards
-from support import evaluate, settings
+from support import checkpoints, evaluate, settings
 from support.evaluate import Answer, hash_seed
 from support.tokenizers import Tokenizer
 
@@ -212,6 +215,50 @@ def test_short_prompts_leave_room_for_the_answer(start, capsys):
     kept = train.short_prompts(rows, tokenizer, cfg, Grid())
     assert [len(ids) for ids in kept] == lengths[:3]
     assert "dropped 1 prompts" in capsys.readouterr().out
+
+
+def test_tokens_per_second_are_those_of_a_step(run, start, tmp_path, monkeypatch):
+    """The clock of this test moves by a quarter of a second at each reading: before an update and after."""
+    ticks = itertools.count()
+    monkeypatch.setattr(checkpoints.time, "perf_counter", lambda: next(ticks) / 4)
+    rows = [{"prompt": p, "response": "#### 5"} for p in PROMPTS]
+    run("--stage", "sft", "--data", write_jsonl(tmp_path / "d.jsonl", rows), "--batch_size", 1)
+    for row in rows_of(tmp_path / "out/metrics.jsonl"):
+        assert row["tokens_per_s"] == pytest.approx(4 * row["tokens"])
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_a_rollout_numbers_its_answers_and_rewards_where_the_reward_speaks(start, monkeypatch, group_size):
+    """Number of an answer: place of its prompt * group size + i, on every rank; no number is given twice."""
+    policy, seen = load_model(LanguageModel, start, Grid()), []
+
+    def generate(policy, prompts, most, stop_ids, temperature, seed, numbers, graphs):
+        seen.append((prompts, most, temperature, seed, list(numbers)))
+        return [[10 + n % 3] * (1 + n % 3) for n in numbers], [n % 2 == 1 for n in numbers]
+
+    monkeypatch.setattr(reinforce, "generate", generate)
+    prompts = [[1, 2], [3]]
+    cfg = config(group_size=group_size, batch_size=2 * group_size, temperature=0.5, max_new_tokens=7)
+    for speaks, is_last in ((at_last_token, True), (lambda ids, mask: torch.ones_like(mask), False)):
+        reward = Reward(lambda ids, mask: mask.float(), speaks)
+        rollout = reinforce.collect_rollout(policy, policy, reward, prompts, [0], cfg, 11, places=[3, 1])
+        numbers = [3 * group_size + i for i in range(group_size)] + [
+            group_size + i for i in range(group_size)
+        ]
+        doubled = [prompt for prompt in prompts for _ in range(group_size)]
+        assert seen.pop() == (doubled, 7, 0.5, 11, numbers)
+        assert rollout.truncated.tolist() == [n % 2 == 1 for n in numbers]
+        assert rollout.response_mask.sum(1).tolist() == [1 + n % 3 for n in numbers]
+        expected = at_last_token(rollout.ids, rollout.response_mask) if is_last else rollout.response_mask
+        assert torch.equal(rollout.reward_mask, expected)
+
+
+def test_the_random_numbers_of_an_answer_are_its_own():
+    """A function of seed and number as a pair: neither their sum nor their digits in a row are enough."""
+    pairs = [(0, 1), (1, 0), (1, 1), (11, 1), (1, 11), (0, 2), (111, 0), (2, 0)]
+    drawn = [sampling_uniforms(seed, [number], 4)[0] for seed, number in pairs]
+    assert len({tuple(x.tolist()) for x in drawn}) == len(pairs)
+    assert torch.equal(sampling_uniforms(1, [11, 0], 9)[0, :4], drawn[4])
 
 
 # -------------------------------------------------------------------------------- what training starts from
@@ -466,6 +513,54 @@ def test_scores_of_examples_come_in_order_whatever_the_chunks():
             lambda ids, mask: ids[:, 1:].float(), examples, config(micro_tokens=micro_tokens), Grid()
         )
         assert [x.tolist() for x in found] == [[0, 1, 2], [10], [20, 21]]
+
+
+# -------------------------------------------------------------------------------- out of date
+
+
+def flipped(path, place):
+    """Changes one byte of a file."""
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_digest_sees_both_ends_of_weights_their_size_and_config(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3 * 2**20))
+    first = checkpoints.digest(tmp_path)
+    assert checkpoints.digest(tmp_path) == first
+    for place in (0, 2**20 - 1, 2 * 2**20, -1):
+        flipped(weights, place)
+        assert checkpoints.digest(tmp_path) != first
+        flipped(weights, place)
+        assert checkpoints.digest(tmp_path) == first
+    weights.write_bytes(bytes(3 * 2**20 + 1))
+    assert checkpoints.digest(tmp_path) != first
+    weights.write_bytes(bytes(3 * 2**20))
+    (tmp_path / "config.json").write_text("[]")
+    assert checkpoints.digest(tmp_path) != first
+
+
+def test_a_result_is_out_of_date_when_what_it_was_made_from_has_changed(tmp_path):
+    """A directory's run.json and a file's .run.json; a source that is gone tells nothing."""
+    data = write_jsonl(tmp_path / "d.jsonl", PAIRS)
+    other = write_jsonl(tmp_path / "e.jsonl", PAIRS)
+    made_from = checkpoints.sources(config(data=str(data), model=str(other)))
+    assert made_from.keys() == {"data", "model"}
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "pairs.jsonl").write_text("")
+    for result in (tmp_path / "rm", tmp_path / "pairs.jsonl"):
+        assert checkpoints.out_of_date(result) == []  # nothing is known of it
+        checkpoints.run_path(result).write_text(json.dumps({"made_from": made_from}))
+        assert checkpoints.out_of_date(result) == []
+        flipped(data, -2)
+        assert checkpoints.out_of_date(result) == [str(data)]
+        flipped(data, -2)
+        assert checkpoints.out_of_date(result) == []
+    other.unlink()
+    assert checkpoints.out_of_date(tmp_path / "rm") == []
 
 
 # -------------------------------------------------------------------------------- the table of the demo
