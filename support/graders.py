@@ -341,9 +341,34 @@ def same_meaning(answer: str, label: str) -> bool:
             return same_named(ours, theirs)
         if in_order(named) and not any(other) or in_order(other) and not any(named):
             return [piece.value for piece in ours] == [piece.value for piece in theirs]
-        if len(ours) == 1 and ours[0].unit and theirs[0].unit and ours[0].unit != theirs[0].unit:
+        if not same_units(answer, ours, label, theirs):
             return False
     return joined([piece.value for piece in ours]) == joined([piece.value for piece in theirs])
+
+
+SYMBOLS = {
+    r"\\\$|^\$(?!.*\$)": "dollar",
+    "%": "percent",
+    r"\\circ|\\degree|°": "degree",
+    "€": "euro",
+    "£": "sterling",
+}
+
+
+def same_units(answer, ours, label, theirs):
+    """Whether the units of two lists of pieces agree; a unit may be left out."""
+    named = [[piece.unit for piece in pieces] for pieces in (ours, theirs)]
+    for units, text in zip(named, (answer, label)):
+        symbols = [(unit,) for pattern, unit in SYMBOLS.items() if re.search(pattern, text)]
+        if symbols and not any(units):
+            units[:] = symbols[:1] * len(units)
+    if not all(named[0]) or not all(named[1]):
+        return True
+    said = [
+        collections.Counter((piece.value, unit) for piece, unit in zip(pieces, units))
+        for pieces, units in zip((ours, theirs), named)
+    ]
+    return said[0] == said[1]
 
 
 def in_order(names):
@@ -374,8 +399,8 @@ def joined(values):
 def pieces_of(answer: str) -> list:
     """The pieces of an answer."""
     tokens = tokens_of(re.sub(r",(?=\s*(?:\\text\s*\{\s*)?(?:and|or)\b)", " ", answer))
-    while tokens and tokens[-1].text == ".":
-        tokens.pop()
+    if tokens and tokens[-1].text == "." and (len(tokens) == 1 or tokens[-2].text != "."):
+        tokens.pop()  # a full stop; 0.3... goes on
     if tokens and tokens[0].text == "{" and tokens[-1].text == "}" and closes(tokens):
         tokens = tokens[1:-1]  # braces that only group
     parts, _ = split(tokens, (",", ";", "and", "or"))
