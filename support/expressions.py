@@ -50,6 +50,8 @@ SPELLINGS = [
     ("\N{LESS-THAN OR EQUAL TO}|<=|\\\\leq?(?:slant|q)?(?![a-z])", r"\\le "),
     ("\N{GREATER-THAN OR EQUAL TO}|>=|\\\\geq?(?:slant|q)?(?![a-z])", r"\\ge "),
     ("\N{NOT EQUAL TO}|!=|\\\\neq?(?![a-z])", r"\\ne "),
+    (r"\\not\s*\\in(?![a-z])", r"\\notin "),
+    (r"\\not\s*=", r"\\ne "),
     (r"\\lt(?![a-z])", "<"),
     (r"\\gt(?![a-z])", ">"),
     ("\N{ALMOST EQUAL TO}", r"\\approx "),

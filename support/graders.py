@@ -26,17 +26,28 @@ NUMBER = re.compile(
     rf"|(?P<digits>{DIGITS})(?P<over>/\d+)?)"
     rf"(?:e(?P<exp>[+-]?\d{{1,3}})(?!\w)|{POWER_OF_TEN}|\^\{{?(?P<power>\d{{1,3}})\}}?)?"
 )
-# What may not follow a number, or it is another one: more digits or letters, an operator, a range, and these
-# words.
+# What may not follow a number, or it is another one: more digits or letters of any script, an operator, a
+# range, another number of a list, and these words.
+SCALES = "(?:dozen|gross|(?:hundred|thousand|million|billion|trillion|lakh|crore)s?)"
 OTHER_NUMBER = re.compile(
-    r"""\s*(?:[-+*/×÷^=<>~±]|\\(?:times|cdot|div|pm|frac|sqrt|pi|le|ge|leq|geq))\s*[\d.$({\\]
+    rf"""\s*(?:[-+*/×÷·^=<>~±≈≠≤≥]|[!=<>]=|\\(?:times|cdot|div|le|ge|leq|geq|ne|neq|approx))\s*[\d.$({{\\]
+    |\s*(?:[√π½⅓⅔¼¾]|\\(?:frac|sqrt|pi|pm)(?![a-z]))
     |\s*[-+*×÷^]\s*[a-z]
-    |,\d|\.\d|:\d|[\^_!(]\w|[-+/^](?:\s|$)
-    |(?!(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)[a-z\d]
-    |\s*\\?(?:text\w*\{)?\s*(?:hundred|thousand|million|billion|trillion|dozen|score|squared|cubed|factorial|half|halves
-        |thirds?|quarters?|point|plus|minus|divided|or|to\s+\$?\d+|and\s+a|and\s+\$?\d+|below|[ap]\.?\s?m|x\s\d+)\b
+    |[.'’]\d|\s*[:,;&|]\s*\$?\d|\*\*\d|[\^_!(]\w|[-+/^](?:\s|$)
+    |(?!(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)[^\W_]
+    |(?-i:\s?[KMB]\b)|\s(?:k|bn|mn|tens)\b
+    |\s*\\?(?:text\w*\{{)?\s*(?:[a-z]+\s+){{0,2}}
+        (?:{SCALES}|squared|cubed
+        |x?or|nor|vs|versus|and\s+\$?\d+|and\s+(?:a|one)[\s-](?:half|third|quarter|fourth|fifth))\b
+    |\s*\\?(?:text\w*\{{)?\s*(?:score|factorial|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten
+        |hundred|thousand)ths|point|plus|minus|divided|multiplied|negative|below|and\s+a|[ap]\.?\s?m|x\s\d+
+        |(?:to|(?:per\s?cent\s+)?of|over|by|times|through|(?:more|less|fewer)\s+than)\s+\$?\d+)\b
     |\s+\d""",
     re.VERBOSE | re.IGNORECASE,
+)
+# What before a number makes it another one.
+NOT_THIS = re.compile(
+    r"[^\W\d_]$|[√≠≤≥±]\s*$|\d:$|\b(?:not|negative|minus|half|twice|double)\s+(?:of\s+)?\\?\$?$", re.I
 )
 TWELVE = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 WORDS = {word: str(number) for number, word in enumerate(TWELVE, 1)}
@@ -130,25 +141,31 @@ def after_hashes(text):
     """What follows the last "####" that is no heading (words, or "1. Words", with lines below); or None."""
     found = None
     end = len(text.rstrip())
-    for match in re.finditer(r"####([^\n]*)", text):
+    for match in re.finditer(r"####((?:(?!####)[^\n])*)", text):
         heading = re.match(r"[\s*_]*(?:\d+[.)]\s+)?[A-Za-z]", match[1]) and match.end() < end
         found = found if heading else match[1]
     return found
 
 
 def after_boxed(text):
-    """What stands in the last box, or None; an empty one, or one that is cut off, says nothing."""
-    return (boxed(text) or "") if re.search(r"\\(?:boxed|fbox)(?![a-z])", text) else None
+    """What stands in the last box, or None; an empty one, or one that is cut off or of millions, says
+    nothing."""
+    boxes = boxes_of(text)
+    if not boxes:
+        return None
+    content, between = boxes[-1]
+    is_part = re.match(rf"(?i)[$\s]*(?:\\text\w*\{{)?\s*{SCALES}\b", between)
+    return "" if is_part else content or ""
 
 
 def after_words(text):
-    """What follows the last "answer is", else the last "A:" that starts a line, if it may be a number."""
+    """What follows the last "answer is", else the last "A:" at the start of a line, if a number is there in
+    digits or words; or None."""
     for words in (r"\banswer(?: is|:)", "^A:"):
-        found = re.findall(
-            rf"(?im){words}([\s:=*_$({{\\[]*(?:[a-z]\s*=\s*)?(?:[-+.\d\\$€£]|[,/%][-.]?[.\d])[^\n]*)", text
-        )
+        found = re.findall(rf"(?im){words}([\s:=*_$({{\\\[]*[^\n]*)", text)
+        found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{'|'.join(TWELVE)})\b", rest)]
         if found:
-            return found[-1]
+            return re.sub(r"(?i)^\W*(?:therefore|thus|then|simply|just|equal to)\b,?", "", found[-1])
     return None
 
 
@@ -158,18 +175,19 @@ def claimed(rest):
     Of "5 + 5 = 10" it is the last one, and "x = 5" is 5.
     """
     rest = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", rest)
-    rest = re.sub(r"^(?:[\s:=*_$({]|\\[(\[!,])+", "", rest.split("\n")[0] if rest.strip() else "")
-    while chain := re.match(r"(?:[A-Za-z]\s*|[^=A-Za-z]*)=\s*(?=\S)", rest):
+    rest = after_boxed(rest) if after_boxed(rest) is not None else rest
+    rest = re.sub(r"""^(?:[\s:=*_$({`"']|\\[(\[!,])+""", "", rest).split("\n")[0]
+    while chain := re.match(r"(?:[A-Za-z]\s*|[^=A-Za-z!<>~≈≠≤≥]*)=\s*(?=[^\s=])", rest):
         rest = rest[chain.end() :]
-    number = NUMBER.match(rest.lstrip("$ "))
+    number = NUMBER.match(re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ ")))
     return whole_number(number) if number else None
 
 
 def whole_number(match):
     """A match of NUMBER as plain digits or a fraction; None if what follows makes it another number."""
     rest = re.sub(r"^(?:\\?%|°)", "", match.string[match.end() :])
-    before = match.string[max(match.start() - 1, 0) : match.start()]
-    if OTHER_NUMBER.match(rest) or before.isalpha():
+    before = match.string[max(match.start() - 20, 0) : match.start()]
+    if OTHER_NUMBER.match(rest) or NOT_THIS.search(before):
         return None
     if match["digits"] and re.match(r"\d{4,},", match["digits"]) or match["sign"] and match["minus"]:
         return None
@@ -247,12 +265,19 @@ def last_boxes(text: str) -> str | None:
 
 
 def boxes_of(text):
-    r"""[(content or None, the text up to the next box)] of every \boxed and \fbox, braces balanced."""
+    r"""[(content or None, the text up to the next box)] of every \boxed and \fbox, braces balanced.
+
+    None, too, where a sign, digit or power at the box makes it a part of another value: -\boxed{5}.
+    """
     found = []
-    for rest in re.split(r"\\(?:boxed|fbox)(?![a-z])\s*", text)[1:]:
+    before, *others = re.split(r"\\(?:boxed|fbox)(?![a-z])\s*", text)
+    for rest in others:
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
-        found.append((content or None, rest[(end or 0) + 1 :]))
+        between = rest[(end or 0) + 1 :]
+        is_part = re.search(r"[-\d./^_]$", before) or re.match(r"\d|\.\d|/\s?\d|!|\^(?!\{?\\circ)", between)
+        found.append((None if is_part else content or None, between))
+        before = between
     return found
 
 
@@ -314,9 +339,34 @@ def same_meaning(answer: str, label: str) -> bool:
             return same_named(ours, theirs)
         if in_order(named) and not any(other) or in_order(other) and not any(named):
             return [piece.value for piece in ours] == [piece.value for piece in theirs]
-        if len(ours) == 1 and ours[0].unit and theirs[0].unit and ours[0].unit != theirs[0].unit:
+        if not same_units(answer, ours, label, theirs):
             return False
     return joined([piece.value for piece in ours]) == joined([piece.value for piece in theirs])
+
+
+SYMBOLS = {
+    r"\\\$|^\$(?!.*\$)": "dollar",
+    "%": "percent",
+    r"\\circ|\\degree|°": "degree",
+    "€": "euro",
+    "£": "sterling",
+}
+
+
+def same_units(answer, ours, label, theirs):
+    """Whether the units of two lists of pieces agree; a unit may be left out."""
+    named = [[piece.unit for piece in pieces] for pieces in (ours, theirs)]
+    for units, text in zip(named, (answer, label)):
+        symbols = [(unit,) for pattern, unit in SYMBOLS.items() if re.search(pattern, text)]
+        if symbols and not any(units):
+            units[:] = symbols[:1] * len(units)
+    if not all(named[0]) or not all(named[1]):
+        return True
+    said = [
+        collections.Counter((piece.value, unit) for piece, unit in zip(pieces, units))
+        for pieces, units in zip((ours, theirs), named)
+    ]
+    return said[0] == said[1]
 
 
 def in_order(names):
@@ -347,8 +397,8 @@ def joined(values):
 def pieces_of(answer: str) -> list:
     """The pieces of an answer."""
     tokens = tokens_of(re.sub(r",(?=\s*(?:\\text\s*\{\s*)?(?:and|or)\b)", " ", answer))
-    while tokens and tokens[-1].text == ".":
-        tokens.pop()
+    if tokens and tokens[-1].text == "." and (len(tokens) == 1 or tokens[-2].text != "."):
+        tokens.pop()  # a full stop; 0.3... goes on
     if tokens and tokens[0].text == "{" and tokens[-1].text == "}" and closes(tokens):
         tokens = tokens[1:-1]  # braces that only group
     parts, _ = split(tokens, (",", ";", "and", "or"))
