@@ -289,10 +289,12 @@ def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
 
 
 def count_pairs(pairs, step_ids=()):
+    """How many pairs there are."""
     return len(pairs)
 
 
 def count_response_tokens(pairs, step_ids=()):
+    """How many response tokens the answers of the pairs have."""
     return sum(len(example.response_ids) for pair in pairs for example in pair[:2])
 
 
@@ -336,14 +338,17 @@ def fused_loss_on_pairs(model, ids, response_mask, cfg, **_):
 
 
 def plain_loss_on_pairs(model, ids, response_mask, cfg, **_):
+    """qrm_loss by autograd."""
     return qrm_loss(response_scores(model, ids, response_mask), response_mask, cfg.beta, cfg.margin)
 
 
 def logit_loss_on_pairs(model, ids, response_mask, cfg, **_):
+    """qrm_loss on a language model's own logits."""
     return qrm_loss(token_logits(model, ids, response_mask), response_mask, cfg.beta, cfg.margin)
 
 
 def orm_loss_on_pairs(model, ids, response_mask, cfg, **_):
+    """orm_loss on the last token's score."""
     return orm_loss(response_scores(model, ids, response_mask), response_mask)
 
 
@@ -362,6 +367,7 @@ def verifier_loss_on_pairs(model, ids, response_mask, cfg, **_):
 
 
 def dpo_loss_on_pairs(model, ids, response_mask, cfg, reference, **_):
+    """dpo_loss against the frozen model that training started from."""
     with torch.no_grad():
         ref_logprobs, _ = token_logprobs(reference, ids, response_mask)
     logprobs, _ = token_logprobs(model, ids, response_mask)
@@ -369,6 +375,7 @@ def dpo_loss_on_pairs(model, ids, response_mask, cfg, reference, **_):
 
 
 def qrm_rewards(model, ids, response_mask, **_):
+    """The raw Z of every response token."""
     return response_scores(model, ids, response_mask)
 
 
@@ -381,6 +388,7 @@ def logit_rewards(model, ids, response_mask, **_):
 
 
 def orm_rewards(model, ids, response_mask, **_):
+    """The score at the last token."""
     return outcome_rewards(model, ids, response_mask)
 
 

@@ -523,18 +523,18 @@ def task_files(cfg, grid):
     paths = {}
     if cfg.stage == "sft":
         paths["data"] = arith_file("train", 16_000, cfg.seed, cfg, grid)
-    elif cfg.stage == "pairs":
+    if cfg.stage == "pairs":
         paths["data"] = arith_file("train", limit, cfg.seed + 1, cfg, grid)
         paths["heldout"] = arith_file("test", max(limit // 5, 1), cfg.seed + 1, cfg, grid)
-    elif cfg.stage == "rm":
+    if cfg.stage == "rm":
         paths["data"] = result_of("pairs", cfg, grid)
         paths["heldout"] = str(heldout_path(stage_config(cfg, "pairs")))
-    elif cfg.stage in POLICY_GRADIENT:
+    if cfg.stage in POLICY_GRADIENT:
         paths["data"] = arith_file("train", 8192, cfg.seed + 2, cfg, grid)
         paths["heldout"] = arith_file("test", limit, 0, cfg, grid)
-    elif cfg.stage == "score":
+    if cfg.stage == "score":
         paths["data"] = arith_file("test", limit, cfg.seed, cfg, grid)
-    elif cfg.stage == "eval":
+    if cfg.stage == "eval":
         paths["data"] = arith_file("test", limit, cfg.seed, cfg, grid)
         paths |= judge_files(cfg, grid)
     given = {name for name in paths if getattr(cfg, name)}

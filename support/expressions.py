@@ -174,16 +174,19 @@ def both(a, b):
 
 
 def add(a, b):
+    """The sum, exact or at the hashed point; NoValue where it grows too large."""
     a, b = both(a, b)
     return bounded(a + b)
 
 
 def multiply(a, b):
+    """The product; NoValue where it grows too large."""
     a, b = both(a, b)
     return bounded(a * b)
 
 
 def divide(a, b):
+    """The quotient; NoValue by zero."""
     if b == 0:
         raise NoValue("division by zero")
     a, b = both(a, b)
