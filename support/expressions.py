@@ -74,7 +74,8 @@ SPELLINGS = [
 TEXT = r"\\(?:text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|operatorname)\s*\{([^{}]*)\}"
 TOKEN = re.compile(
     r"\\begin\{\w+\*?\}(?:\{[clr|]*\})?|\\end\{\w+\*?\}|\\\\|\\[a-zA-Z]+|\\."
-    r"|(?P<thousands>\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)|(?P<number>\d+(?:\.\d+)?|\.\d+)|(?P<letters>[A-Za-z]+)|\S",
+    r"|(?P<thousands>\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)|(?P<number>\d+(?:\.\d+)?|\.\d+)"
+    r"|(?P<letters>[A-Za-z]+)|\S",
     re.DOTALL,
 )
 OPENING = ("(", "[", "{", "\\{")
