@@ -649,7 +649,7 @@ def main(argv=None):
     try:
         cfg = parse(argv)
         check_paths(cfg)
-        grid = make_grid(cfg.tp, cfg.device, cfg.timeout)
+        grid = join_processes(cfg)
         if cfg.preset == "tiny" or not (cfg.model or cfg.data):
             # The built-in model is too small for more, and every machine gets the same numbers.
             torch.set_num_threads(1)
@@ -660,7 +660,7 @@ def main(argv=None):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
         run_stage(cfg, grid)
     except (BadInput, OSError) as e:
-        if int(os.environ.get("RANK", 0)):
+        if os.environ.get("RANK", "0") != "0":
             time.sleep(
                 2
             )  # rank 0 mostly says the same and ends this process; an error only this rank hit is printed
@@ -679,6 +679,22 @@ def main(argv=None):
     if dist.is_initialized():  # not after an exception: it would wait for what other ranks still wait for
         dist.destroy_process_group()
     return status
+
+
+def join_processes(cfg):
+    """make_grid; BadInput where torchrun's variables cannot be right: set by hand, or a port in use."""
+    try:
+        return make_grid(cfg.tp, cfg.device, cfg.timeout)
+    except BadInput:
+        raise
+    except (ValueError, dist.DistError) as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        reason = str(error).split("\n")[0][:300]
+        raise BadInput(
+            f"cannot join the other processes ({found}): {reason}; expected torchrun, with another "
+            "--master_port if that one is in use, or none of these variables"
+        ) from None
 
 
 def config_text(cfg, grid):
