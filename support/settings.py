@@ -459,10 +459,11 @@ def help_text(stage, defaults):
 def unread_flags(argv):
     """Names of given flags that the stage does not read: no error, but not ignored in silence either."""
     given = given_flags(argv)
-    stage = parse(argv).stage
-    if stage == "demo":
+    cfg = parse(argv)
+    if cfg.stage == "demo":
         return [name for name in given if name not in DEMO_READS]
-    return [name for name in given if stage not in STAGES_OF[name]]
+    unranked = cfg.stage == "pairs" and not cfg.best  # nothing for --reward_model to do
+    return [name for name in given if cfg.stage not in STAGES_OF[name] or unranked and name == "reward_model"]
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -499,10 +500,6 @@ def check_combinations(cfg):
     require(
         cfg.stage != "demo" or not (cfg.model or cfg.data),
         "--model and --data: the demo runs on the built-in task only; expected --stage " + " | ".join(OTHERS),
-    )
-    require(
-        cfg.stage != "pairs" or cfg.best or not cfg.reward_model,
-        "--reward_model ranks the answers of --best only; expected --best, or no --reward_model",
     )
     require(
         cfg.stage != "grade" or cfg.data,
