@@ -18,7 +18,7 @@ from tqdm import tqdm
 from model import save_adapter, save_model
 from parallel import all_sum, barrier, say
 from support.files import BadInput, flush, read_json, require, write_atomically
-from support.settings import out_path
+from support.settings import POLICY_GRADIENT, out_path
 
 IN_THE_BAR = ("loss", "pair_accuracy", "reward", "pass@1")  # metrics that the progress bar shows
 
@@ -65,7 +65,8 @@ class Training:
         self.cfg, self.grid, self.steps = cfg, grid, steps
         self.made_from = sources(cfg)
         self.optimizers = [optimizer for _, optimizer in trained.values()]
-        self.work = Workdir(cfg, out_path(cfg), grid, trained, inputs)
+        made_from = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
+        self.work = Workdir(cfg, out_path(cfg), grid, trained, made_from | inputs)
 
     def __enter__(self):
         self.interrupts = contextlib.ExitStack()
@@ -224,6 +225,9 @@ def fingerprints(tokenizer, path):
 def sources(cfg):
     """{field: {"path", "sha256"}} of the files and model directories that a result is made from."""
     paths = {name: getattr(cfg, name) for name in ("model", "data", "reward_model")}
+    own_reward = cfg.reward.rpartition(":")[0]  # FILE.py:FUNCTION
+    if cfg.stage in POLICY_GRADIENT and Path(own_reward).is_file():
+        paths["reward"] = own_reward
     return {name: {"path": path, "sha256": digest(path)} for name, path in paths.items() if path}
 
 
@@ -299,7 +303,7 @@ class Workdir:
         for owner, (model, _) in self.trained.items():
             for name, value in dataclasses.asdict(model.cfg).items():
                 sizes[f"the {owner}'s {name}"] = value
-        return {"config": config, "inputs": inputs | sizes}
+        return {"config": config, "inputs": sizes | inputs}
 
     def _start_metrics(self):
         """metrics.jsonl up to the step that is resumed, or an empty one in an empty directory."""

@@ -79,7 +79,7 @@ def load_tokenizer(directory, cfg):
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal."""
-    ignored = tuple(filter(None, cfg.ignore_keys.split(",")))
+    ignored = tuple(key.strip() for key in cfg.ignore_keys.split(","))
     return load_rows(path, needs, limit, optional, ignored, log_to(grid))
 
 

@@ -25,9 +25,11 @@ STAGES = {
     "score": "one number per response token: a reward model's Z, or a policy's log-probability",
     "grade": "grade given responses against labels",
 }
+OTHERS = tuple(stage for stage in STAGES if stage != "demo")
 TRAINING = ("sft", "rm", "reinforce", "ppo")
 POLICY_GRADIENT = ("reinforce", "ppo")
 PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce", "tiny")
+DEMO_READS = ("stage", "run_dir", "seed", "device", "tp", "timeout")  # the rest is the built-in task's
 GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
 
 # -------------------------------------------------------------------------------- the fields
@@ -465,8 +467,11 @@ def help_text(stage, defaults):
 def unread_flags(argv):
     """Names of given flags that the stage does not read: worth a note, not an error."""
     given = given_flags(argv)
-    stage = parse(argv).stage
-    return [name for name in given if stage != "demo" and stage not in STAGES_OF[name]]
+    cfg = parse(argv)
+    if cfg.stage == "demo":
+        return [name for name in given if name not in DEMO_READS]
+    unranked = cfg.stage == "pairs" and not cfg.best  # nothing for --reward_model to do
+    return [name for name in given if cfg.stage not in STAGES_OF[name] or unranked and name == "reward_model"]
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -499,6 +504,10 @@ def check_combinations(cfg):
     require(
         not rl or cfg.temperature,
         f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0",
+    )
+    require(
+        cfg.stage != "demo" or not (cfg.model or cfg.data),
+        "--model and --data: the demo runs on the built-in task only; expected --stage " + " | ".join(OTHERS),
     )
     require(
         cfg.stage != "grade" or cfg.data,
@@ -571,14 +580,25 @@ def check_paths(cfg):
         f"--out {out}: is a file; expected a directory, for eval.json",
     )
     require(
-        cfg.stage not in ("pairs", "score", "grade") or not out.is_dir(),
-        f"--out {out}: is a directory; expected the name of a JSON lines file",
+        cfg.stage not in ("pairs", "score", "grade") or out.is_file() or not out.exists(),
+        f"--out {out}: is a directory or a device; expected the name of a JSON lines file",
     )
+    check_replaced(cfg, out)
     above = next(path for path in out.absolute().parents if path.exists())
     require(
         above.is_dir() and os.access(above, os.W_OK),
         f"--out {out}: {above} is not a directory that can be written to",
     )
+
+
+def check_replaced(cfg, out):
+    """--out replaces nothing that the command reads."""
+    written = [out, heldout_path(cfg)] if cfg.stage == "pairs" and cfg.heldout else [out]
+    read = ("model", "data", "heldout", "reward_model") if cfg.stage != "eval" else ("data", "heldout")
+    for name in read:
+        source = getattr(cfg, name)
+        over = source and any(path.exists() and path.samefile(source) for path in written)
+        require(not over, f"--out {out}: would replace --{name} {source}; expected another name")
 
 
 def out_path(cfg):

@@ -73,11 +73,17 @@ SHAPES = {
     8: [(8, 1), (4, 2), (2, 4)],
 }  # processes: (tp, dp)
 ROUNDING = 1e-5  # fp32, other order of operations; relative to the largest entry
-CHECKS = {}  # name: (function of a grid, is about tp alone)
+CHECKS = {}  # name: (function of a grid, is about tp alone, is about dp)
 
 
-def check(tp_alone):
-    return lambda function: CHECKS.setdefault(function.__name__.replace("_", " "), (function, tp_alone))[0]
+def check(tp_alone, dp_alone=False):
+    """A check of tensor parallelism alone, of data parallelism with or without it, or of every grid."""
+
+    def keep(function):
+        CHECKS[function.__name__.replace("_", " ")] = (function, tp_alone, dp_alone)
+        return function
+
+    return keep
 
 
 def names(world):
@@ -86,8 +92,8 @@ def names(world):
     return {
         f"tp {tp} x dp {dp}: {name}": (tp, dp, function)
         for tp, dp in SHAPES[world]
-        for name, (function, tp_alone) in CHECKS.items()
-        if (not tp_alone or dp == 1) and (world < 8 or "twenty" in name)
+        for name, (function, tp_alone, dp_alone) in CHECKS.items()
+        if (not tp_alone or dp == 1) and (not dp_alone or dp > 1) and (world < 8 or "twenty" in name)
     }
 
 
@@ -414,10 +420,8 @@ def same_as_one_process(grid, model_class, cfg, make=filled):
 for label, cfg in MODELS.items():
     for model_class in (LanguageModel, ScalarModel):
         for make in (filled, with_adapters):
-            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (
-                functools.partial(same_as_one_process, model_class=model_class, cfg=cfg, make=make),
-                True,
-            )
+            same = functools.partial(same_as_one_process, model_class=model_class, cfg=cfg, make=make)
+            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (same, True, False)
 
 
 @check(tp_alone=True)
@@ -686,7 +690,7 @@ def untimed_rows(path):
     return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
 
 
-@check(tp_alone=False)
+@check(tp_alone=False, dp_alone=True)
 def what_is_sampled_does_not_depend_on_the_grid(grid):
     """pairs, reinforce, ppo and eval: the same samples, the same files and metrics, as with one process."""
     with tempfile.TemporaryDirectory() as directory:
@@ -703,7 +707,7 @@ def what_is_sampled_does_not_depend_on_the_grid(grid):
                 kept = rows[:24] if name == "prompts" else rows
                 lines = [json.dumps({key: row[key] for key in keys}) + "\n" for row in kept]
                 (base / f"{name}.jsonl").write_text("".join(lines))
-            sft = dict(data=str(base / "sft.jsonl"), steps=60, lr=1e-2, batch_size=16)  # so that answers end
+            sft = dict(data=str(base / "sft.jsonl"), steps=40, lr=1e-2, batch_size=16)  # so that answers end
             start = settings.Config(stage="sft", model=str(base / "lm"), out=str(base / "sft"), **sft)
             train.run_stage(start, Grid())
         dist.barrier()
@@ -716,15 +720,15 @@ def what_is_sampled_does_not_depend_on_the_grid(grid):
         )
         learning = dict(
             reward_model=str(base / "rm"),
-            steps=3,
+            steps=2,
             lr=1e-3,
             critic_lr=1e-3,
             batch_size=16,
             minibatch=8,
             group_size=2,
-            warmup=2,
+            warmup=1,
             kl_coef=0.1,
-            limit=8,
+            limit=4,
             eval_every=2,
         )
         stages = {"pairs": {}, "reinforce": learning, "ppo": learning, "eval": {}}

@@ -1340,9 +1340,52 @@ def test_paths_that_cannot_be_used(built, command, pairs_file, tmp_path):
         write_jsonl(tmp_path / "g.jsonl", [{"response": "5", "label": "5"}]),
     ]
     assert_refused(command, tmp_path, [*grade, "--out", tmp_path / "mine"], "is a directory")
+    os.mkfifo(tmp_path / "fifo")
+    for device in ("/dev/null", tmp_path / "fifo"):  # os.replace() would put a file in its place
+        assert_refused(command, tmp_path, [*grade, "--out", device], "a device")
+    assert_refused(
+        command, tmp_path, [*grade[:2], "--data", tmp_path / "fifo"], tmp_path / "fifo", "a device"
+    )
     assert_refused(
         command, tmp_path, ["--stage", "eval", "--model", built / "sft", "--out", pairs_file], pairs_file
     )
+
+
+def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_file, tmp_path):
+    """By any name; the model would be gone with the last checkpoint that needs it."""
+    mine = write_jsonl(tmp_path / "g.jsonl", [{"prompt": "q", "response": "5", "label": "5"}])
+    heldout = write_jsonl(tmp_path / "p-heldout.jsonl", [{"prompt": "q", "label": "5"}])
+    link = tmp_path / "link"
+    link.symlink_to(mine)
+    before = mine.read_bytes()
+    model = ["--model", built / "sft"]
+    for words, name in [
+        (["--stage", "grade", "--data", mine, "--out", mine], "data"),
+        (["--stage", "grade", "--data", mine, "--out", link], "data"),
+        (["--stage", "score", *model, "--data", mine, "--out", tmp_path / "x" / ".." / "g.jsonl"], "data"),
+        (
+            ["--stage", "pairs", *model, "--data", mine, "--heldout", heldout, "--out", tmp_path / "p.jsonl"],
+            "heldout",
+        ),
+        (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "sft"], "model"),
+        (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "rm" / ".." / "sft"], "model"),
+    ]:
+        (tmp_path / "x").mkdir(exist_ok=True)
+        assert_refused(command, tmp_path, words, "would replace", f"--{name} ")
+    assert mine.read_bytes() == before
+    words = ["--stage", "grade", "--data", mine, "--out", tmp_path / "out.jsonl"]
+    assert command(*words)[0] == 0 and command(*words)[0] == 0  # its own result may be replaced
+
+
+def test_flags_that_would_be_ignored(built, command, pairs_file, tmp_path):
+    assert_refused(command, tmp_path, ["--data", pairs_file], "demo", "--stage")
+    assert_refused(command, tmp_path, ["--stage", "demo", "--model", built / "sft"], "demo", "--stage")
+    assert settings.unread_flags(["--lr", "1", "--seed", "1", "--run_dir", "x"]) == ["lr"]
+    pairs = ["--stage", "pairs", "--reward_model", "x"]
+    assert settings.unread_flags(pairs) == ["reward_model"] and not settings.unread_flags([*pairs, "--best"])
+    rows = [{"prompt": "q", "response": "5", "label": "5", "a": 1, "b": 2}]
+    mine, out = write_jsonl(tmp_path / "k.jsonl", rows), tmp_path / "o.jsonl"
+    assert command("--stage", "grade", "--data", mine, "--out", out, "--ignore_keys", "a, b")[0] == 0
 
 
 def test_model_directories_that_cannot_be_used(built, command, pairs_file, tmp_path):

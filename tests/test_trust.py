@@ -45,7 +45,7 @@ from model import (
 )
 from parallel import Grid, Optimizer
 from support import checkpoints, files, settings, tokenizers
-from support.checkpoints import Workdir
+from support.checkpoints import Workdir, out_of_date, sources
 
 REPOSITORY = Path(__file__).parents[1]
 STAGES = ("sft", "rm", "reinforce", "ppo")
@@ -391,6 +391,46 @@ def test_a_disk_that_is_really_too_small(base, command, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "x", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "x"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
+        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "in use"},
+    ],
+)
+def test_variables_set_by_hand_give_one_line(command, tmp_path, monkeypatch, variables):
+    """What torchrun sets, set otherwise: no traceback."""
+    (tmp_path / "g.jsonl").write_text(json.dumps({"response": "5", "label": "5"}))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for name, value in variables.items():
+            value = str(server.getsockname()[1]) if value == "in use" else value
+            monkeypatch.setenv(name, value)
+        words = ["--stage", "grade", "--data", tmp_path / "g.jsonl", "--out", tmp_path / "o", "--timeout", 5]
+        status, _, err = command(*words)
+    assert status == 2 and "cannot join the other processes" in err and "torchrun" in err
+    assert sum("Error" in line or "cannot join" in line for line in err.split("\n")) == 1
+    assert all(f"{name}=" in err for name in ("RANK", "WORLD_SIZE"))
+
+
+def test_a_reward_file_is_a_source(tmp_path):
+    """A function that has changed makes another result: --resume and out_of_date() see it."""
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(*_): return 1.0")
+    cfg = settings.Config(stage="reinforce", reward=f"{path}:reward")
+    before = sources(cfg)["reward"]
+    assert before["path"] == str(path)
+    (tmp_path / "run.json").write_text(json.dumps({"made_from": {"reward": before}}))
+    assert out_of_date(tmp_path) == []
+    path.write_text("def reward(*_): return 2.0")
+    assert sources(cfg)["reward"]["sha256"] != before["sha256"] and out_of_date(tmp_path) == [str(path)]
+    assert "reward" not in sources(settings.Config(stage="rm", reward="qrm"))
+
+
 def test_resume_refuses_other_data_tokenizer_and_base_model(base, command, tmp_path, monkeypatch):
     """The paths are the same, what is in them is not; the message names the difference, and the checkpoint
     stays."""
@@ -427,6 +467,12 @@ def test_resume_refuses_other_data_tokenizer_and_base_model(base, command, tmp_p
             and all(text in err for text in [*says, str(tmp_path / "out.partial")])
         ), err
         (mine / path).write_text(whole)
+    weights = mine / "policy/model.safetensors"
+    whole = weights.read_bytes()
+    save_file({name: x + 1 for name, x in load_file(weights).items()}, weights)
+    status, _, err = command(*given, "--resume")
+    assert status == 2 and err.count("\n") == 1 and "model of sha256" in err
+    weights.write_bytes(whole)
     status, _, err = command(*given, "--resume", "--lr", 0.5)
     assert status == 2 and "--lr 0.01, not 0.5" in err
     state = tmp_path / "out.partial/state"
