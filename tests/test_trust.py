@@ -391,32 +391,6 @@ def test_a_disk_that_is_really_too_small(base, command, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [
-        {"RANK": "0", "WORLD_SIZE": "2"},
-        {"WORLD_SIZE": "2"},
-        {"RANK": "x", "WORLD_SIZE": "2"},
-        {"RANK": "0", "WORLD_SIZE": "x"},
-        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"},
-        {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "in use"},
-    ],
-)
-def test_variables_set_by_hand_give_one_line(command, tmp_path, monkeypatch, variables):
-    """What torchrun sets, set otherwise: no traceback."""
-    (tmp_path / "g.jsonl").write_text(json.dumps({"response": "5", "label": "5"}))
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        for name, value in variables.items():
-            value = str(server.getsockname()[1]) if value == "in use" else value
-            monkeypatch.setenv(name, value)
-        words = ["--stage", "grade", "--data", tmp_path / "g.jsonl", "--out", tmp_path / "o", "--timeout", 5]
-        status, _, err = command(*words)
-    assert status == 2 and "cannot join the other processes" in err and "torchrun" in err
-    assert sum("Error" in line or "cannot join" in line for line in err.split("\n")) == 1
-    assert all(f"{name}=" in err for name in ("RANK", "WORLD_SIZE"))
-
-
 def test_a_reward_file_is_a_source(tmp_path):
     """A function that has changed makes another result: --resume and out_of_date() see it."""
     path = tmp_path / "mine.py"
