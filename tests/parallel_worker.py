@@ -77,7 +77,7 @@ CHECKS = {}  # name: (function of a grid, is about tp alone, is about dp)
 
 
 def check(tp_alone, dp_alone=False):
-    """A check of tensor parallelism alone, of data parallelism with or without it, or of every grid."""
+    """A check of tensor parallelism alone, of data parallelism alone, or of every grid."""
 
     def keep(function):
         CHECKS[function.__name__.replace("_", " ")] = (function, tp_alone, dp_alone)
@@ -93,7 +93,9 @@ def names(world):
         f"tp {tp} x dp {dp}: {name}": (tp, dp, function)
         for tp, dp in SHAPES[world]
         for name, (function, tp_alone, dp_alone) in CHECKS.items()
-        if (not tp_alone or dp == 1) and (not dp_alone or dp > 1) and (world < 8 or "twenty" in name)
+        if (not tp_alone or dp == 1)
+        and (not dp_alone or dp > 1 and tp == 1)
+        and (world < 8 or "twenty" in name)
     }
 
 

@@ -47,6 +47,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(g, "call", call_without_pairs)
 
 
+@pytest.mark.slow
 def test_every_kind_of_job(tiny, tmp_path):
     start, seconds = g.perform(tmp_path, g.start_job(0))
     assert 0 <= start["pass@1"] <= 1 and seconds > 0
