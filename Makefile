@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(VENV) train.py
 
 test: .venv/ready
-	@echo "make test: all tests, about 5 minutes on two cores (make quick: the method's own, under a minute)"
+	@echo "make test: all tests, 6 to 7 minutes on two cores (make quick: the method's own, under a minute)"
 	$(VENV) -m pytest -q tests
 
 quick: .venv/ready
@@ -16,7 +16,7 @@ quick: .venv/ready
 	$(VENV) -m pytest -q $(METHOD)
 
 test-all: .venv/ready
-	@echo "make test-all: also the long tests, about 10 minutes on two cores"
+	@echo "make test-all: also the long tests, about 15 minutes on two cores"
 	$(VENV) -m pytest -q --slow tests
 
 # Every table and figure of README.md and the chapters that a laptop can make; call again to continue.

@@ -393,30 +393,37 @@ def orm_rewards(model, ids, response_mask, **_):
 
 
 def prm_rewards(model, ids, response_mask, step_ids, **_):
+    """tanh(Z) at the end of each step."""
     return step_rewards(model, ids, response_mask, step_ids)
 
 
 def dpo_model_rewards(model, ids, response_mask, reference, **_):
+    """beta times the log-ratio to the reference, at every token."""
     return dpo_rewards(model, reference, ids, response_mask)
 
 
 def at_every_token(ids, response_mask, step_ids=()):
+    """Where Q-RM speaks: at every response token."""
     return response_mask
 
 
 def at_last_token(ids, response_mask, step_ids=()):
+    """Where an outcome model speaks: at the last response token."""
     return last_token_mask(response_mask)
 
 
 def sum_of_rewards(rewards):
+    """An answer's total as the sum of its rewards."""
     return rewards.sum().item()
 
 
 def mean_of_rewards(rewards):
+    """An answer's total as the mean of its rewards."""
     return rewards.sum().item() / len(rewards)
 
 
 def last_reward(rewards):
+    """An answer's total as its last reward."""
     return rewards[-1].item()
 
 
