@@ -450,7 +450,8 @@ def stage_grade(cfg, grid):
         text = row["response"]
         text = text if isinstance(text, str) else text[-1]["content"]  # the reply in a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)
-        written.append((row["line"], row["raw"] | {"answer": answer, "correct": correct}))
+        graded = {"label": row["label"], "answer": answer, "correct": correct}  # GSM8K's label is in `answer`
+        written.append((row["line"], row["raw"] | graded))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
     correct = sum(row["correct"] for _, row in written)

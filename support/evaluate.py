@@ -46,6 +46,10 @@ def load(model_class, directory, cfg, grid):
     """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
     dtype = getattr(torch, cfg.dtype)
     model = load_model(model_class, directory, grid, dtype, flex=cfg.flex, remat=cfg.remat)
+    positions = model.cfg.max_position_embeddings
+    if cfg.max_seq_len > positions:
+        longer = f"--max_seq_len {cfg.max_seq_len} allows longer rows"
+        say(grid, f"note: {directory} was trained for {positions} positions; {longer}")
     size = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors"))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

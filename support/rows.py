@@ -92,6 +92,10 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     require(rows, f"{path}: no row is left: every label is empty")
     with at_line(path, rows[0]["line"]):
         refuse_rendered(rows)
+        refuse_marked(rows)
+        refuse_verdicts(rows, needs, ignore_keys)
+    for note in notes_on_ratings(rows, needs):
+        log(f"{path}: note: {note}")
     return rows
 
 
@@ -112,6 +116,81 @@ def refuse_rendered(rows):
         not (replies and repeated),
         "every reply of the file begins with its prompt, which would be trained on; expected replies alone",
     )
+
+
+# Spellings of special tokens that open or close a text for some model.
+MARKER = (
+    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>"
+    r"|\[/?INST\]"
+)
+OPENS = re.compile(rf"\A(?:{MARKER})")
+CLOSES = re.compile(rf"(?:{MARKER})\Z")
+
+
+def refuse_marked(rows):
+    """BadInput if most prompts begin, or most replies end, with the spelling of a special token.
+
+    It would be read letter by letter, beside the token itself. A reply whose ids are known is not read as
+    text.
+    """
+    prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
+    refuse_most([said(row["prompt"]) for row in prompted], OPENS, "prompts begin")
+    read = [row for row in prompted if not row["sampled"]]
+    refuse_most([said(row[key]) for row in read for key in REPLIES if key in row], CLOSES, "replies end")
+
+
+def refuse_most(texts, marker, what):
+    """BadInput if most of the texts have the marker; `what` begins the message."""
+    found = [match[0] for match in map(marker.search, texts) if match]
+    if 2 * len(found) > len(texts):
+        raise BadInput(
+            f"{len(found)} of {len(texts)} {what} with the spelling of a special token, such as {found[0]!r};"
+            " expected texts without it: the tokens are added where they belong"
+        )
+
+
+def refuse_verdicts(rows, needs, ignore_keys):
+    """BadInput for a file whose labels, 0 and 1, judge the responses; in one row it can be an answer.
+
+    They do if nothing asks for a label, or if the answer is in another key.
+    """
+    if "label" in ignore_keys:
+        return
+    labels = [row["raw"].get("label") for row in rows]
+    binary = all(type(label) is int and label in (0, 1) for label in labels) and 0 in labels
+    unasked = "response" in needs and "label" not in needs
+    elsewhere = all(not is_empty(row["raw"].get("answer")) for row in rows)
+    require(
+        not binary or not (unasked or elsewhere),
+        "label is 0 or 1 in all rows: a verdict on the response? Keep the rows that are wanted, then"
+        " --ignore_keys label",
+    )
+
+
+RATINGS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+
+
+def notes_on_ratings(rows, needs):
+    """What the user should know of rows that are used against what they say: list of texts."""
+    notes = []
+    if "chosen" in needs:
+        pairs = [(row["raw"].get(ours), row["raw"].get(other)) for row in rows for ours, other in RATINGS]
+        rated = [pair for pair in pairs if all(map(is_number, pair))]
+        lower = sum(chosen < rejected for chosen, rejected in rated)
+        equal = sum(chosen == rejected for chosen, rejected in rated)
+        if lower or equal:
+            notes.append(
+                f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal"
+            )
+    wrong = sum(row["raw"].get("correct") is False for row in rows)
+    if "response" in needs and "label" not in needs and wrong:
+        notes.append(f"{wrong} rows have correct false; they are used like the others")
+    return notes
 
 
 def begins_with_prompt(prompt, reply):
@@ -198,7 +277,7 @@ def pick(fields, names):
 
 def missing(fields, key):
     """The BadInput for a row that does not say `key`."""
-    for name in NAMES[key]:
+    for name in sorted(NAMES[key], key=lambda name: not is_empty(fields.get(name))):
         if name in fields:
             return BadInput(
                 f"{name} is {json.dumps(fields[name])[:60]}; expected a text that is not empty, "
@@ -284,8 +363,10 @@ def reply_keys(fields, wanted):
     found = []
     if "response" in wanted:
         name, _ = pick(fields, RESPONSE)
-        others = (name, *CONVERSATION, *SOLUTION)
+        others = (name, *CONVERSATION, *SOLUTION) if name or not has_empty_text(fields, RESPONSE) else ()
         name = next((name for name in others if name and not is_empty(fields.get(name))), None)
+        if name == "answer" and has_empty_text(fields, ("solution",)):
+            name = None
         if name:
             found.append(("response", name))
     for name in (*PAIR, *CONVERSATION):
@@ -295,6 +376,11 @@ def reply_keys(fields, wanted):
         if name in wanted or has_prompt:
             found.append((name, name))
     return found
+
+
+def has_empty_text(fields, names):
+    """Whether one of the keys holds a text that says nothing: an empty reply, which no other key replaces."""
+    return any(isinstance(fields.get(name), str) and is_empty(fields[name]) for name in names)
 
 
 def check_same_reply(replies, wanted):
