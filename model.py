@@ -895,15 +895,11 @@ def _weight_files(directory):
         for path in shards:
             with safe_open(path, "pt") as file:
                 names = file.keys()
-            twice = sorted(found.keys() & names)
-            require(
-                not twice,
-                f"{path}: {str(twice[:1])[:60]} is also in {found[twice[0]].name if twice else ''}: left from"
-                " another model? expected each tensor in one shard",
-            )
+            twice = next((name for name in names if name in found), None)
+            if twice:
+                where = f"{found[twice].name} and {path.name}"
+                raise BadInput(f"{twice[:60]} is in {where}; expected each tensor in one shard")
             found |= dict.fromkeys(names, path)
-    except BadInput:
-        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise BadInput(f"{path}: cannot read it as a safetensors file or index: {e}") from None
     # The angles of RoPE, which older versions saved, follow from config.json.

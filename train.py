@@ -450,7 +450,9 @@ def stage_grade(cfg, grid):
         text = row["response"]
         text = text if isinstance(text, str) else text[-1]["content"]  # the reply in a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)
-        graded = {"label": row["label"], "answer": answer, "correct": correct}  # GSM8K's label is in `answer`
+        graded = {"answer": answer, "correct": correct}
+        if str(row["raw"].get("label")) != row["label"]:
+            graded["label"] = row["label"]  # it may come from `answer`, which is written over
         written.append((row["line"], row["raw"] | graded))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())

@@ -848,6 +848,15 @@ def test_grade(command, tmp_path):
     assert [row["correct"] for row in found] == [True, False, False, True, True, True]
     assert [row["answer"] for row in found] == ["18", None, "1800", "5", "72", "5"]
     assert found[0] == {**rows[0], "answer": "18", "correct": True}
+    # graded again: a GSM8K row's reference answer is not replaced by what was extracted
+    wrong = {"response": "#### 71", "answer": "48+24=<<48+24=72>>72\n#### 72"}
+    boxed = {"response": "#### 3", "solution": r"\boxed{4}", "label": ""}
+    write_jsonl(tmp_path / "g.jsonl", [*found, wrong, boxed])
+    for _ in range(2):
+        write_jsonl(tmp_path / "r.jsonl", rows_of(tmp_path / "g.jsonl"))
+        assert command(*words)[0] == 0
+        again = [(row["label"], row["correct"]) for row in rows_of(tmp_path / "g.jsonl")[4:]]
+        assert again == [("72", True), ("5", True), ("72", False), ("4", False)]
     rows = [{"response": r"\boxed{\frac12}", "label": "0.5"}]
     write_jsonl(tmp_path / "r.jsonl", rows)
     assert command(*words, "--task", "math")[0] == 0 and rows_of(tmp_path / "g.jsonl")[0]["correct"]
