@@ -103,11 +103,12 @@ def kl_estimates(logprobs, ref_logprobs):
         k1 = log pi - log ref        k3 = exp(-k1) - 1 + k1
 
     logprobs, ref_logprobs (...) nats -> k1, k3 (...) nats
-    k3 keeps its digits where k1 is small, about k1^2 / 2. A ratio ref / pi above e^60 counts as e^60, which
-    keeps k3 finite in fp32.
+    k3 keeps its digits where k1 is small, about k1^2 / 2. A ratio ref / pi above e^60 counts as e^60, without
+    gradient: k3 stays finite in fp32, and k1 alone would pull pi further from ref.
     """
     k1 = logprobs - ref_logprobs
-    return k1, torch.expm1((-k1).clamp(max=60.0)) + k1
+    log_ratio = (-k1).clamp(max=60.0)
+    return k1, torch.expm1(log_ratio) - log_ratio
 
 
 @torch.no_grad()

@@ -339,12 +339,12 @@ MUTANTS = {
     ],
     "5.1": [
         ("logprobs - ref_logprobs", "ref_logprobs - logprobs"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "torch.expm1(k1) - k1"),
-        ("(max=60.0)) + k1", "(max=60.0)) - k1"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "k1.square() / 2"),
-        ("torch.expm1((-k1)", "torch.exp((-k1)"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "torch.exp(-k1) - 1 + k1"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "k1.abs()"),
+        ("torch.expm1(log_ratio) - log_ratio", "torch.expm1(k1) - k1"),
+        ("expm1(log_ratio) - log_ratio", "expm1(log_ratio) + log_ratio"),
+        ("torch.expm1(log_ratio) - log_ratio", "k1.square() / 2"),
+        ("torch.expm1(log_ratio)", "torch.exp(log_ratio)"),
+        ("torch.expm1(log_ratio) - log_ratio", "torch.exp(-k1) - 1 + k1"),
+        ("torch.expm1(log_ratio) - log_ratio", "k1.abs()"),
     ],
     "5.2": [
         ('squares / sums["n"]', 'squares / (sums["n"] - 1)'),
