@@ -33,7 +33,7 @@ from parallel import Grid, all_sum, say
 from qrm import REWARD_MODELS, bind_reward, credit_counts, response_scores
 from reinforce import standardize
 from support.files import BadInput, at_line, read_json, require, write_atomically
-from support.graders import MAX_CHARS, extract_answer, grade, meaning
+from support.graders import MAX_CHARS, TASKS, extract_answer, grade, meaning
 from support.rewards import answer_text, graded_reward, user_reward
 from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
@@ -84,7 +84,23 @@ def load_tokenizer(directory, cfg):
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal."""
     ignored = tuple(key.strip() for key in cfg.ignore_keys.split(","))
-    return load_rows(path, needs, limit, optional, ignored, log_to(grid))
+    rows = load_rows(path, needs, limit, optional, ignored, log_to(grid))
+    if cfg.grader != "math_verify":  # it is slow, and claims whatever is boxed
+        check_labels([row["label"] for row in rows if "label" in row], path, cfg, grid)
+    return rows
+
+
+def check_labels(labels, path, cfg, grid):
+    """BadInput if no answer could be right, as the grader reads them; a note if some labels are so."""
+    stated = r"\boxed{%s}" if cfg.task == "math" else "#### %s"
+    never = [label for label in labels if not grade(stated % label, label, cfg.task, cfg.grader)[1]]
+    if never:
+        says = (
+            f"{path}: {len(never)} of {len(labels)} labels are no answers of --task {cfg.task}, --grader"
+            f" {cfg.grader}, such as {never[0][:40]!r}"
+        )
+        require(len(never) < len(labels), f"{says}; expected another --task ({' | '.join(TASKS)})")
+        say(grid, f"note: {says}: their prompts have no right answer")
 
 
 def read_run(directory):

@@ -125,6 +125,7 @@ MARKER = (
 )
 OPENS = re.compile(rf"\A(?:{MARKER})")
 CLOSES = re.compile(rf"(?:{MARKER})\Z")
+SERIALISED = re.compile(r"""\A\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 
 
 def refuse_marked(rows):
@@ -134,19 +135,21 @@ def refuse_marked(rows):
     text.
     """
     prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
-    refuse_most([said(row["prompt"]) for row in prompted], OPENS, "prompts begin")
+    prompts = [said(row["prompt"]) for row in prompted]
     read = [row for row in prompted if not row["sampled"]]
-    refuse_most([said(row[key]) for row in read for key in REPLIES if key in row], CLOSES, "replies end")
+    replies = [said(row[key]) for row in read for key in REPLIES if key in row]
+    token = "the spelling of a special token, which would be read as letters; expected texts without it"
+    refuse_most(prompts, OPENS, f"prompts begin with {token}")
+    refuse_most(replies, CLOSES, f"replies end with {token}")
+    for texts, name in ((prompts, "prompts"), (replies, "replies")):
+        refuse_most(texts, SERIALISED, f"{name} are messages written as text; expected a list of messages")
 
 
-def refuse_most(texts, marker, what):
-    """BadInput if most of the texts have the marker; `what` begins the message."""
+def refuse_most(texts, marker, says):
+    """BadInput if most of the texts have the marker."""
     found = [match[0] for match in map(marker.search, texts) if match]
     if 2 * len(found) > len(texts):
-        raise BadInput(
-            f"{len(found)} of {len(texts)} {what} with the spelling of a special token, such as {found[0]!r};"
-            " expected texts without it: the tokens are added where they belong"
-        )
+        raise BadInput(f"{len(found)} of {len(texts)} {says} (found {found[0]!r})")
 
 
 def refuse_verdicts(rows, needs, ignore_keys):
@@ -322,7 +325,7 @@ def read_label(fields):
 
 def is_number(value):
     """Whether value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is int or type(value) is float and math.isfinite(value)
 
 
 def plain_digits(number):

@@ -338,6 +338,27 @@ def test_texts_with_spelled_special_tokens(file, marker):
         assert len(load_rows(file(fine | {"response": text}), ONE)) == 1
 
 
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_written_as_text(file, write):
+    """As pandas writes them to a CSV: JSON, or Python's own spelling."""
+    fine = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
+    for key, needs, says in (
+        ("prompt", ONE, "prompts"),
+        ("response", ONE, "replies"),
+        ("chosen", PAIRS, None),
+    ):
+        row = fine | {key: write([user("q"), assistant("a")])}
+        if says is None:
+            row["rejected"] = write([user("q"), assistant("b")])
+        with pytest.raises(
+            BadInput, match=f"line 1: . of . {says or 'replies'} are messages written as text"
+        ):
+            load_rows(file(row, row), needs)
+        assert len(load_rows(file(row, fine), needs)) == 2
+    for text in ("[{1: 2}]", '{"role": "x"}', '[{"name": "get", "value": 1}]'):
+        assert len(load_rows(file(fine | {"response": text}), ONE)) == 1
+
+
 def test_labels_that_judge_the_response(file):
     """KTO's rows with 0 and 1 for true and false. One row with label 0 can be an answer."""
     bad, good = ({"prompt": "q", "completion": "r", "label": label} for label in (0, 1))
@@ -484,8 +505,8 @@ def test_labels(file):
         file({"question": "q", "answer": solution}), ("prompt", "response", "label")
     )  # OpenAI's rows are good for both
     assert (row["response"], row["label"]) == (solution, "1234")
-    numbers = [1e-05, 8.0, -0.5, 1e22, 12345678901234567890]
-    plain = ["0.00001", "8", "-0.5", "10000000000000000000000", "12345678901234567890"]
+    numbers = [1e-05, 8.0, -0.5, 1e22, 12345678901234567890, 10**400]
+    plain = ["0.00001", "8", "-0.5", "10000000000000000000000", "12345678901234567890", str(10**400)]
     found = load_rows(file(*({"label": number} for number in numbers)), ("label",))
     assert [row["label"] for row in found] == plain
     for bad in ({"label": ["8"]}, {"answer": "#### none"}, {}, {"label": True}, {"label": {"a": 1}}):

@@ -862,6 +862,27 @@ def test_grade(command, tmp_path):
     assert command(*words, "--task", "math")[0] == 0 and rows_of(tmp_path / "g.jsonl")[0]["correct"]
 
 
+@pytest.mark.parametrize(
+    "task, labels, never",
+    [
+        ("gsm8k", ["yes", "no"], 2),
+        ("gsm8k", ["18", "A", "x^2+1"], 2),
+        ("gsm8k", ["18", "1,234", "-3.5", "1/2", "$5", "50%", "#### 7"], 0),
+        ("math", ["x^2+1", "(3,4]", r"\text{odd}", "18", r"\frac{1}{2}"], 0),
+        ("math", ["}{", "5"], 1),
+    ],
+)
+def test_labels_that_no_answer_can_match(command, tmp_path, task, labels, never):
+    """MATH's labels under the default task, letters of a multiple choice: pass@1 would be 0, in silence."""
+    path = write_jsonl(tmp_path / "r.jsonl", [{"response": "5", "label": label} for label in labels])
+    words = ["--stage", "grade", "--task", task, "--data", path, "--out", tmp_path / "g.jsonl"]
+    status, out, err = command(*words)
+    says = f"{path}: {never} of {len(labels)} labels are no answers of --task {task}, --grader ours, such as"
+    assert status == (2 if never == len(labels) else 0)
+    assert (says in err) == (never == len(labels))
+    assert (f"note: {says}" in out) == (0 < never < len(labels))
+
+
 def test_pass_at_k_is_the_mean_over_all_subsets():
     for n in range(1, 7):
         for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
