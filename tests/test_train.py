@@ -67,6 +67,7 @@ POLICY_FILES = {
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "generation_config.json",
     "run.json",
     "metrics.jsonl",
 }
