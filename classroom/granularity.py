@@ -184,7 +184,8 @@ class Runs:
         self.path = self.out / "runs.jsonl"
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a line that a crash cut off is left out
-        self.path.write_text(whole, encoding="utf-8")
+        if whole != text:
+            self.path.write_text(whole, encoding="utf-8")
         self.done = {json.dumps(record["job"]): record for record in map(json.loads, whole.splitlines())}
 
     def result(self, job):
