@@ -277,6 +277,25 @@ def test_rows_by_rollouts_are_read_as_they_were_sampled(tmp_path):
     assert found == steps.rollout_rows(policy, tokenizer, rows, samples, cfg)
 
 
+def test_rollouts_do_not_depend_on_who_makes_them():
+    """All rows at once, and row by row as two ranks would: the same shares, which are not all equal."""
+    tokenizer = arith_tokenizer()
+    cfg = Config(**ARITH["pairs"] | {"k": 2, "max_new_tokens": 3, "task": "gsm8k"}, step_rollouts=4)
+    policy = random_model(LanguageModel, small_config(vocab_size=tokenizer.vocab_size))
+    with torch.no_grad():  # a digit or the end, in most cases
+        bias = torch.full((tokenizer.vocab_size,), -100.0)
+        bias[[*range(48, 58), tokenizer.stop_id]] = 3.0
+    policy.logits = lambda x, plain=policy.logits: plain(x) + bias
+    texts = ["1\n2\n3", "1\n#### 4\n5"]
+    rows = [{"prompt": f"p{i}", "label": str(i), "line": i} for i in range(1, 5)]
+    ids = [tokenizer.encode_response(text) for text in texts]
+    samples = [[Answer(text, one, False, False) for text, one in zip(texts, ids)] for _ in rows]
+    whole = steps.rollout_rows(policy, tokenizer, rows, samples, cfg)
+    parts = [steps.rollout_rows(policy, tokenizer, [row], samples[:1], cfg) for row in rows]
+    assert whole == [found for part in parts for found in part]
+    assert len({tuple(row["shares"]) for _, row in whole}) > 2
+
+
 # -------------------------------------------------------------------------------- eval
 
 
