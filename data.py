@@ -27,7 +27,6 @@ class Example(NamedTuple):
 
     prompt_ids: list
     response_ids: list  # with the stop token, unless a sampled answer was cut off
-    steps: tuple = ()  # --reward prm: (index in the response of a step's last token, its label) of each step
 
 
 def sequence_length(example):

@@ -136,7 +136,7 @@ def stage_rm(cfg, grid):
             for part in update:
                 examples = flat(pair[:2] for pair in part)
                 ids, mask = collate(examples, grid.device)  # (2P, T+1), (2P, T)
-                step_labels = collate_steps(examples, mask)  # (2P, T), for prm only
+                step_labels = collate_steps(examples, mask)  # (2P, T); None, unless for prm
                 loss_cfg = with_margins(cfg, part, grid)
                 loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_labels)
                 update.backward(loss, stats)
@@ -265,7 +265,7 @@ class Pair(NamedTuple):
 def load_pairs(cfg, tokenizer, grid):
     """A list of Pair; with --balance_prompts, a list of such lists, one per prompt.
 
-    For --reward prm their Examples hold step labels; a step-labelled row is one (Example,) instead of a Pair.
+    For --reward prm their Examples are StepExamples; a step-labelled row is (StepExample,) instead of a Pair.
     """
     needs_steps = REWARD_MODELS[cfg.reward].needs_steps
     if needs_steps and has_steps(cfg.data):

@@ -309,8 +309,8 @@ def refuse_prm800k(fields):
     label = fields.get("label")
     require(
         not (isinstance(label, dict) and "steps" in label),
-        "the row has PRM800K's own form; expected prompt, completions and labels, which the lines under "
-        '"Step labels" in classroom/recipes.md make of it',
+        f"label is {json.dumps(label)[:60]}, PRM800K's verdicts on steps; expected prompt, completions and "
+        'labels, which the lines under "Step labels" in classroom/recipes.md make of them',
     )
 
 

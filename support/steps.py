@@ -1,7 +1,7 @@
 """Step labels for --reward prm: where they come from, how rollouts make them, how a step model is measured.
 
     rows of prompt, completions, labels ─┐
-    pairs of the built-in task ──────────┴─► Example.steps ─ collate_steps ─► (B, T) labels, NaN elsewhere
+    pairs of the built-in task ──────────┴─► StepExample ─ collate_steps ─► (B, T) labels, NaN elsewhere
 
 B sequences · T positions · K rollouts
 """
@@ -9,6 +9,7 @@ B sequences · T positions · K rollouts
 import functools
 import itertools
 from bisect import bisect_left
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,14 @@ from support.sampling import generate
 # -------------------------------------------------------------------------------- labels and their places
 
 
+class StepExample(NamedTuple):
+    """A data.Example whose steps have labels."""
+
+    prompt_ids: list
+    response_ids: list
+    steps: tuple  # (index in the response of a step's last token, its label) of each step
+
+
 def has_steps(path):
     """Whether a JSON lines file has step-labelled rows, by its first row."""
     _, row = next(read_jsonl(path), (0, {}))
@@ -41,7 +50,7 @@ def has_steps(path):
 
 
 def load_step_rows(path, tokenizer, cfg, grid, limit=0):
-    """Step-labelled rows -> one (Example with its steps,) per row kept, and the rows
+    """Step-labelled rows -> one (StepExample,) per row kept, and the rows
 
     A finished answer is encoded as any response, and its last step ends with the stop token. An answer whose
     last step ends with a line break goes on after it: it gets no stop token.
@@ -58,7 +67,7 @@ def load_step_rows(path, tokenizer, cfg, grid, limit=0):
                 example = example._replace(response_ids=tokenizer.encode(row["response"]))
             places = step_places(tokenizer, example.response_ids, [step.text for step in row["steps"]])
         labels = [step.label for step in row["steps"]]
-        examples.append((example._replace(steps=tuple(zip(places, labels))),))
+        examples.append((StepExample(*example, tuple(zip(places, labels))),))
     return examples, rows
 
 
@@ -80,12 +89,12 @@ def step_places(tokenizer, ids, texts):
 
 
 def task_steps(tokenizer, prompt, examples):
-    """Answers of the built-in task with their steps: right up to the first wrong token, and wrong from it."""
+    """Examples of the built-in task as StepExamples: right up to the first wrong token, and wrong from it."""
     found = []
     for example, error in zip(examples, error_places(tokenizer, prompt, examples)):
         places = token_places(tokenizer, example.response_ids)
         labels = [1.0 if place < error else -1.0 for place in places]
-        found.append(example._replace(steps=tuple(zip(places, labels))))
+        found.append(StepExample(*example, tuple(zip(places, labels))))
     return found
 
 
@@ -102,7 +111,9 @@ def line_ends(tokenizer):
 
 
 def collate_steps(examples, response_mask):
-    """The labels of the examples' steps beside data.collate's tensors: (B, T) fp32, NaN elsewhere"""
+    """The labels of StepExamples beside data.collate's tensors: (B, T) fp32, NaN elsewhere; else None"""
+    if not isinstance(examples[0], StepExample):
+        return None
     labels = torch.full(response_mask.shape, torch.nan)
     for i, example in enumerate(examples):
         for place, label in example.steps:

@@ -37,7 +37,7 @@ from reinforce import collect_rollout, reinforce_advantages
 from support.files import BadInput
 from support.rewards import graded_reward, user_reward
 from support.settings import Config
-from support.steps import collate_steps
+from support.steps import StepExample, collate_steps
 
 STOP, LINE, OTHER_LINE = 2, 7, 9  # two tokens end a line
 PROMPT = [3, LINE, 11]  # its line end is none of the answer's steps
@@ -354,7 +354,7 @@ def test_the_training_loss_of_each_reward_model(kind):
 def test_an_update_does_not_depend_on_how_pairs_are_cut(kind):
     """Loss and gradient of all pairs at once, and in parts of unequal tokens and steps, are equal."""
     reference = random_model(REWARD_MODELS[kind].base, small_config(), 9)
-    examples = [Example(PROMPT, answer, steps) for answer, steps in zip(ANSWERS, STEPS)]
+    examples = [StepExample(PROMPT, answer, steps) for answer, steps in zip(ANSWERS, STEPS)]
     pairs = [(examples[0], examples[1]), (examples[2], examples[3]), (examples[2], examples[1])]
     if REWARD_MODELS[kind].needs_steps:  # a row of one answer, too
         pairs += [(examples[0],)]

@@ -93,7 +93,7 @@ def prm800k_row():
 
 def test_prm800k_is_refused_with_a_way_out(tmp_path, monkeypatch, capsys):
     """The lines in recipes.md, run on a row in PRM800K's form."""
-    with pytest.raises(BadInput, match="PRM800K's own form.*recipes.md"):
+    with pytest.raises(BadInput, match="PRM800K's verdicts on steps.*recipes.md"):
         load_rows(write(tmp_path, prm800k_row()), ("prompt", "steps"))
     source = re.search(r"```python\n(# prm800k\.py.*?)```", RECIPES.read_text(encoding="utf-8"), re.S)[1]
     monkeypatch.setattr("sys.stdin", [json.dumps(prm800k_row())])
@@ -195,7 +195,10 @@ def test_steps_of_the_built_in_task():
 
 
 def test_labels_beside_ids():
-    examples = [Example([5, 5, 5], [6, 7, 8], ((0, 1.0), (2, -1.0))), Example([5], [6], ((0, 0.0),))]
+    examples = [
+        steps.StepExample([5, 5, 5], [6, 7, 8], ((0, 1.0), (2, -1.0))),
+        steps.StepExample([5], [6], ((0, 0.0),)),
+    ]
     _, mask = collate(examples)
     labels = steps.collate_steps(examples, mask)
     expected = [[None, None, 1, None, -1], [0, None, None, None, None]]
