@@ -31,7 +31,6 @@ from data import (
     collate,
     encode,
     encode_prompts,
-    error_places,
     sequence_length,
     spans,
 )
@@ -88,6 +87,7 @@ from support.settings import (
     stage_config,
     unread_flags,
 )
+from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
 
 # -------------------------------------------------------------------------------- the stages
 
@@ -124,7 +124,6 @@ def stage_rm(cfg, grid):
     start = load(kind.base, cfg.model, cfg, grid)
     reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
     model = with_adapters(start, cfg.lora_rank, cfg)
-    step_ids = tokenizer.ids_with("\n")
     optimizer = make_optimizer(model, cfg.lr, cfg, grid)
     steps = cfg.steps or -(-len(pairs) // cfg.batch_size)
     trained = {"model": (model, optimizer)}
@@ -133,12 +132,13 @@ def stage_rm(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = pick_pairs(pairs, step, cfg)
             parts = cut_by_tokens(batch, cfg, grid)
-            update = Update(optimizer, [(kind.weigh(part, step_ids), part) for part in parts])
+            update = Update(optimizer, [(kind.weigh(part), part) for part in parts])
             for part in update:
-                ids, mask = collate(flat(pair[:2] for pair in part), grid.device)  # (2P, T+1), (2P, T)
-                errors = first_errors(part, grid)  # (2P,), for prm only
+                examples = flat(pair[:2] for pair in part)
+                ids, mask = collate(examples, grid.device)  # (2P, T+1), (2P, T)
+                step_labels = collate_steps(examples, mask)  # (2P, T); None, unless for prm
                 loss_cfg = with_margins(cfg, part, grid)
-                loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_ids, errors)
+                loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_labels)
                 update.backward(loss, stats)
             training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
     training.publish(model, tokenizer, reward=cfg.reward, reference=cfg.model)
@@ -243,7 +243,12 @@ def response_tokens(rows):
 
 def say_accuracy(cfg, grid):
     """The new reward model's accuracy on the pairs of --heldout."""
-    result = eval_reward_model(out_path(cfg), dataclasses.replace(cfg, data=cfg.heldout, limit=0), grid)
+    measured = dataclasses.replace(cfg, data=cfg.heldout, limit=0)
+    if has_steps(cfg.heldout):
+        found = numbers_text(eval_steps(out_path(cfg), measured, grid))
+        say(grid, f"rm: on the steps of {cfg.heldout}: {found}")
+        return
+    result = eval_reward_model(out_path(cfg), measured, grid)
     low, high = result["pair_accuracy_95"]
     accuracy = f"{result['pair_accuracy']:.3f} ({low:.3f} to {high:.3f})"
     say(grid, f"rm: pair accuracy {accuracy} on {result['n_pairs']} held-out pairs of {cfg.heldout}")
@@ -255,32 +260,45 @@ class Pair(NamedTuple):
     chosen: Example
     rejected: Example
     margin: float | None  # the row's own; None: --margin applies
-    errors: tuple = ()  # prm: index of the first wrong token in chosen and in rejected
 
 
 def load_pairs(cfg, tokenizer, grid):
-    """A list of Pair; with --balance_prompts, a list of such lists, one per prompt."""
+    """A list of Pair; with --balance_prompts, a list of such lists, one per prompt.
+
+    For --reward prm their Examples are StepExamples; a step-labelled row is (StepExample,) instead of a Pair.
+    """
+    needs_steps = REWARD_MODELS[cfg.reward].needs_steps
+    if needs_steps and has_steps(cfg.data):
+        return by_prompt(load_step_rows(cfg.data, tokenizer, cfg, grid)[0], cfg)
+    require(
+        not needs_steps or cfg.task == "arith",
+        f"{cfg.data}: --reward {cfg.reward} learns from labels of steps; expected rows of prompt, completions"
+        " and labels, or pairs of the built-in task (--task arith)",
+    )
     rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
-    pairs, prompts = [], {}
-    for row, (chosen, rejected) in zip(rows, examples):
-        pair = Pair(chosen, rejected, row.get("margin"))
-        if REWARD_MODELS[cfg.reward].needs_steps:
+    pairs = []
+    for row, pair in zip(rows, examples):
+        if needs_steps:
             with at_line(cfg.data, row["line"]):
-                pair = pair._replace(errors=tuple(error_places(tokenizer, row["prompt"], pair[:2])))
-        pairs.append(pair)
-        prompts.setdefault(tuple(chosen.prompt_ids), []).append(pair)
-    return list(prompts.values()) if cfg.balance_prompts else pairs
+                pair = task_steps(tokenizer, row["prompt"], pair)
+        pairs.append(Pair(*pair, row.get("margin")))
+    return by_prompt(pairs, cfg)
 
 
-def first_errors(pairs, grid):
-    """Index of the first wrong token of each answer, as load_pairs found it: (2P,), empty if unneeded"""
-    return torch.tensor(flat(pair.errors for pair in pairs), dtype=torch.int64, device=grid.device)
+def by_prompt(pairs, cfg):
+    """The pairs as they are, or, with --balance_prompts, a list of those of each prompt."""
+    if not cfg.balance_prompts:
+        return pairs
+    prompts = {}
+    for pair in pairs:
+        prompts.setdefault(tuple(pair[0].prompt_ids), []).append(pair)
+    return list(prompts.values())
 
 
 def with_margins(cfg, pairs, grid):
     """cfg; if a row has a margin of its own, with cfg.margin a (P,) tensor instead of a number."""
-    if all(pair.margin is None for pair in pairs):
+    if not isinstance(pairs[0], Pair) or all(pair.margin is None for pair in pairs):
         return cfg
     margins = [cfg.margin if pair.margin is None else pair.margin for pair in pairs]
     return dataclasses.replace(cfg, margin=torch.tensor(margins, device=grid.device))
@@ -343,7 +361,8 @@ def with_advantage(cfg, reward):
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate.
 
-    With --best, the best answer of each prompt instead, as rows for --stage sft (rejection sampling).
+    With --best, the best answer of each prompt instead, as rows for --stage sft (rejection sampling); with
+    --step_rollouts, the samples with a label for each step, for --reward prm.
     """
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
@@ -360,32 +379,36 @@ def stage_pairs(cfg, grid):
 
 
 def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
-    """Writes the pairs (with --best the best answers) of the prompts in `rows` to `path`."""
+    """Writes the pairs (or best answers, or labelled steps) of the prompts in `rows` to `path`."""
     mine = rows[grid.dp_rank :: grid.dp_size]
     found = []  # (line of the prompt, row to write)
     correct = 0
     seed = hash_seed(cfg.seed, "pairs")
-    chunk = max(1, 1024 // cfg.k)  # prompts per call of the sampler
+    chunk = max(1, 1024 // (cfg.k * max(cfg.step_rollouts, 1)))  # prompts per call of the sampler
     for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
         part = mine[start : start + chunk]
         samples = sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
         correct += count_right(flat(samples))
-        if cfg.best:
+        if cfg.step_rollouts:
+            found += rollout_rows(policy, tokenizer, part, samples, cfg)
+        elif cfg.best:
             found += best_rows(part, samples, reward, tokenizer, cfg, grid)
-            continue
-        for row, answers in zip(part, samples):
-            pairs = make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
-            found += [(row["line"], pair) for pair in pairs]
+        else:
+            for row, answers in zip(part, samples):
+                pairs = make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
+                found += [(row["line"], pair) for pair in pairs]
     correct = all_sum({"correct": correct}, grid)["correct"]
     found = all_ranks(found, grid)
     missing = "has a right answer" if cfg.best else "has both a right and a wrong answer"
+    missing = "has an answer that ends" if cfg.step_rollouts else missing
     require(found, f"{cfg.data}: no prompt {missing}; raise --k or --limit, or use another policy")
     if grid.is_main:
         write_rows(path, found, Grid())
         run = {"config": dataclasses.asdict(cfg), "made_from": sources(cfg)}
         write_atomically(run_path(path), json.dumps(run, indent=1))
     share = correct / len(rows) / cfg.k
-    made = f"{len(found)} {'answers' if cfg.best else 'pairs'} from {len(rows)} prompts x {cfg.k} samples"
+    noun = "answers" if cfg.best or cfg.step_rollouts else "pairs"
+    made = f"{len(found)} {noun} from {len(rows)} prompts x {cfg.k} samples"
     say(grid, f"pairs: {path}: {made}, {share:.3f} of them right")
 
 
@@ -401,14 +424,19 @@ def stage_eval(cfg, grid):
     for directory in directories:
         if judges(directory):
             pairs = cfg.heldout or cfg.data
-            result = eval_reward_model(directory, dataclasses.replace(cfg, data=pairs), grid)
+            measure = eval_steps if has_steps(pairs) else eval_reward_model
+            result = measure(directory, dataclasses.replace(cfg, data=pairs), grid)
         else:
             result = eval_policy(directory, cfg, grid)
         path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
             write_atomically(path, json.dumps(result, indent=1))
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
-        say(grid, f"eval: {path}: {shown}")
+        say(grid, f"eval: {path}: {numbers_text(result)}")
+
+
+def numbers_text(result):
+    """The numbers of an eval.json in one line."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
 
 
 def stage_score(cfg, grid):

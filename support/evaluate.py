@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from data import (
 )
 from model import LanguageModel, ScalarModel, load_model, read_config, stored_head
 from parallel import Grid, all_sum, say
-from qrm import REWARD_MODELS, bind_reward, credit_counts, response_scores
+from qrm import REWARD_MODELS, STEP_TOTALS, bind_reward, credit_counts, response_scores
 from reinforce import standardize
 from support.files import BadInput, at_line, read_json, require, write_atomically
 from support.graders import MAX_CHARS, TASKS, extract_answer, grade, meaning
@@ -147,7 +148,8 @@ def load_reward(name, directory, tokenizer, cfg, grid):
         )
         reference = load(kind.base, start, cfg, grid).requires_grad_(False)
     model = load(kind.base, directory, cfg, grid).requires_grad_(False)
-    return bind_reward(name, model, reference, tokenizer.ids_with("\n"))
+    reward = bind_reward(name, model, reference, tokenizer.ids_with("\n"))
+    return replace(reward, total=STEP_TOTALS[cfg.prm_aggregate]) if kind.needs_steps else reward
 
 
 def reward_of_run(cfg, tokenizer, rows, grid):
@@ -157,6 +159,11 @@ def reward_of_run(cfg, tokenizer, rows, grid):
     if cfg.reward not in REWARD_MODELS:
         return user_reward(cfg.reward, tokenizer, rows, grid)
     name = reward_name(cfg.reward_model, cfg.reward)
+    require(
+        name != "prm" or cfg.advantage != "grpo",
+        "--advantage grpo compares one number per answer, and --reward prm gives one per step; expected"
+        " --advantage process (process supervision), or return",
+    )
     require(
         cfg.reward in ("qrm", "plain", name),
         f"--reward {cfg.reward}: {cfg.reward_model} was trained as {name!r};"

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from decimal import Decimal
+from typing import NamedTuple
 
 from support.files import BadInput, at_line, read_jsonl, require
 from support.graders import MAX_CHARS, boxed, gsm8k_label
@@ -33,6 +34,7 @@ CONVERSATION = (
     "messages",
     "conversations",
 )  # a prompt and, if the last message is the assistant's, its response
+STEPS = ("completions", "labels")  # TRL's stepwise form: the steps of one answer, and a label for each
 SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", "margin", *CONVERSATION)
 
 # The ids that a policy sampled, and the fingerprint of its tokenizer.
@@ -49,7 +51,7 @@ HARMLESS = set(
         score_chosen score_rejected chosen_score rejected_score rating ratings chosen_rating rejected_rating
         chosen_avg_rating rejected_avg_rating reward rewards helpfulness correctness coherence complexity
         verbosity turn turns num_turns timestamp created_at date tags metadata meta original_instruction
-        prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct """,
+        prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct shares """,
     )
 )
 
@@ -66,13 +68,14 @@ NAMES = {
 def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     """Rows of a JSON lines file with the canonical keys of `needs` (and those of `optional` that it has).
 
-    needs, optional   among "prompt", "response", "chosen", "rejected", "label"; NAMES lists the spellings
+    needs, optional   among "prompt", "response", "chosen", "rejected", "label", for which NAMES lists the
+                      spellings, and "steps", which `completions` and `labels` supply
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
     log               gets one line that counts the rows dropped because their label is empty
     -> list of {"prompt": ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A prompt
        is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a text or a
-       list of one assistant message; a label is a text.
+       list of one assistant message; a label is a text; steps are a list of Step.
     Raises BadInput with the line number for a row that lacks something or says something that would be lost.
     """
     rows = []
@@ -94,6 +97,8 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         refuse_rendered(rows)
         refuse_marked(rows)
         refuse_verdicts(rows, needs, ignore_keys)
+        if "steps" in needs:
+            refuse_one_sided(rows)
     for note in notes_on_ratings(rows, needs):
         log(f"{path}: note: {note}")
     return rows
@@ -209,10 +214,14 @@ def read_row(fields, needs, optional=()):
         *(key for key in optional if any(not is_empty(fields.get(name)) for name in NAMES[key])),
     ]
     row = {}
+    refuse_prm800k(fields)
     if {"prompt", "response", "chosen", "rejected"} & set(wanted):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
         row["label"] = read_label(fields)
+    if "steps" in wanted:
+        row["steps"] = read_steps(fields)
+        fields = {name: value for name, value in fields.items() if name not in STEPS}
     refuse_verdict(fields)
     refuse_unknown(fields)
     row = {key: row[key] for key in wanted}
@@ -291,6 +300,8 @@ def missing(fields, key):
         hint = (
             "; a pair of texts needs its common beginning as prompt, a pair of conversations has it already"
         )
+    if "completions" in fields:
+        hint = "; completions with labels are steps, which --stage rm --reward prm and --stage eval read"
     return BadInput(f"found keys {sorted(fields)[:8]}, expected {' or '.join(NAMES[key])}{hint}")
 
 
@@ -332,6 +343,57 @@ def plain_digits(number):
     """Digits without an exponent: 1e-05 -> "0.00001", 8.0 -> "8"."""
     digits = format(Decimal(repr(number)), "f")
     return re.sub(r"\.0+$", "", digits)
+
+
+# -------------------------------------------------------------------------------- steps
+
+
+class Step(NamedTuple):
+    """A step of an answer and what it was found to be."""
+
+    text: str  # ends with a line break, unless it is the last one of a finished answer
+    label: float  # 1 right, 0 neutral, -1 wrong
+
+
+def read_steps(fields):
+    """The `completions` of one answer with their `labels`: a list of Step
+
+    A line break is put after each step but the last that has none of its own. A label is true or false, or a
+    number from -1 to 1. Raises BadInput for anything else.
+    """
+    texts, labels = fields.get("completions"), fields.get("labels")
+    shown = f"completions is {json.dumps(texts)[:60]} and labels is {json.dumps(labels)[:60]}"
+    lists = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 0
+    require(lists, f"{shown}; expected two lists of one length, the steps of an answer and a label for each")
+    require(
+        all(isinstance(text, str) and text.strip() for text in texts),
+        f"{shown}; expected steps that are texts and not empty",
+    )
+    known = [isinstance(label, (int, float)) and -1 <= label <= 1 for label in labels]  # False for nan
+    require(all(known), f"{shown}; expected labels that are true or false, or numbers from -1 to 1")
+    texts = [text if text.endswith("\n") else text + "\n" for text in texts[:-1]] + texts[-1:]
+    numbers = [2.0 * label - 1.0 if isinstance(label, bool) else float(label) for label in labels]
+    return [Step(text, number) for text, number in zip(texts, numbers)]
+
+
+def refuse_one_sided(rows):
+    """BadInput for a file of numbers among which 0 could mean wrong as well as neutral: none is negative."""
+    numbers = [x for row in rows for x in row["raw"]["labels"] if not isinstance(x, bool)]
+    require(
+        not numbers or min(numbers) < 0 or min(numbers) == 1,
+        "the labels of the file are numbers from 0 to 1, of which 0 could be wrong or neutral; expected true "
+        "and false, or numbers from -1 (wrong) by 0 (neutral) to 1 (right): a share p is 2p - 1",
+    )
+
+
+def refuse_prm800k(fields):
+    """BadInput for a row as PRM800K ships it: its labeller's choices among completions are not read here."""
+    label = fields.get("label")
+    require(
+        not (isinstance(label, dict) and "steps" in label),
+        f"label is {json.dumps(label)[:60]}, PRM800K's verdicts on steps; expected prompt, completions and "
+        'labels, which the lines under "Step labels" in classroom/recipes.md make of them',
+    )
 
 
 # -------------------------------------------------------------------------------- prompts and replies

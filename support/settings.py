@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrm import REWARD_MODELS
+from qrm import REWARD_MODELS, STEP_TOTALS
 from support.files import BadInput, read_jsonl, require
 from support.graders import GRADERS, TASKS
 from support.tokenizers import CHATS
@@ -184,10 +184,25 @@ class Sampling:
     temperature: float = flag(1.0, "of the samples; pass@1 is always greedy", least=0)
     max_new_tokens: int = flag(512, "longest answer, tokens", above=0)
     pairs_per_prompt: int = flag(4, "at most", above=0, stages=("pairs",))
+    step_rollouts: int = flag(
+        0,
+        "write step-labelled rows instead: continue so often from each step of the samples (Math-Shepherd)",
+        least=0,
+        stages=("pairs",),
+    )
     best: bool = flag(
         False,
         "write the best of k as rows for --stage sft: the first right one, or the highest by --reward_model",
         stages=("pairs",),
+    )
+    prm_aggregate: str = flag(
+        "mean",
+        "how --reward prm compares answers: mean | min | product of the probabilities of their steps",
+        choices=tuple(STEP_TOTALS),
+        stages=("pairs", "rm", "eval"),
+    )
+    step_threshold: float = flag(
+        0.5, "a step of a lower probability is called wrong", above=0, stages=("rm", "eval")
     )
     show: bool = flag(False, "also print the answers, each token coloured by its number", stages=("score",))
 
@@ -200,8 +215,9 @@ class RL:
 
     advantage: str = flag(
         "",
-        "token | return | gae (ppo) | rloo | grpo; default: token if the reward is a Q, else return or gae",
-        choices=("", "token", "return", "gae", "rloo", "grpo"),
+        "token | return | gae (ppo) | rloo | grpo | process; default: token if the reward is a Q, else return"
+        " or gae",
+        choices=("", "token", "return", "gae", "rloo", "grpo", "process"),
     )
     standardize: str = flag(
         "mean_std",
@@ -490,7 +506,7 @@ def check_combinations(cfg):
         f" expected a multiple of --group_size {cfg.group_size}",
     )
     require(
-        not rl or cfg.advantage not in ("rloo", "grpo") or cfg.group_size > 1,
+        not rl or cfg.advantage not in ("rloo", "grpo", "process") or cfg.group_size > 1,
         f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more",
     )
     require(
@@ -504,6 +520,10 @@ def check_combinations(cfg):
     require(
         not rl or cfg.temperature,
         f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0",
+    )
+    require(
+        cfg.stage != "pairs" or not (cfg.step_rollouts and cfg.best),
+        "--step_rollouts and --best: expected one of them",
     )
     require(
         cfg.stage != "demo" or not (cfg.model or cfg.data),
@@ -546,10 +566,6 @@ def check_reward(cfg):
     require(
         not rl or cfg.reward != "oracle" or cfg.task == "arith",
         "--reward oracle knows the first wrong token of the built-in task only (--task arith)",
-    )
-    require(
-        cfg.stage != "rm" or cfg.reward != "prm" or cfg.task == "arith",
-        "--reward prm learns from step labels, which only the built-in task (--task arith) knows",
     )
     require(
         not rl or not cfg.reward_model or cfg.reward in REWARD_MODELS,
@@ -604,7 +620,7 @@ def check_replaced(cfg, out):
 def out_path(cfg):
     """--out, or the place where the other stages look for this one's result."""
     names = {
-        "pairs": "best.jsonl" if cfg.best else "pairs.jsonl",
+        "pairs": "steps.jsonl" if cfg.step_rollouts else "best.jsonl" if cfg.best else "pairs.jsonl",
         "rm": "rm" if cfg.reward == "qrm" else f"rm-{cfg.reward}",
         "score": "score.jsonl",
         "grade": "grade.jsonl",

@@ -18,6 +18,7 @@ SUPPORT = (
     "rows",
     "sampling",
     "settings",
+    "steps",
     "tokenizers",
 )
 ARROWS = {  # a file -> what of ours it may import

@@ -37,6 +37,7 @@ from reinforce import collect_rollout, reinforce_advantages
 from support.files import BadInput
 from support.rewards import graded_reward, user_reward
 from support.settings import Config
+from support.steps import StepExample, collate_steps
 
 STOP, LINE, OTHER_LINE = 2, 7, 9  # two tokens end a line
 PROMPT = [3, LINE, 11]  # its line end is none of the answer's steps
@@ -280,15 +281,27 @@ def test_reward_functions_by_name():
         assert torch.equal(reward.speaks(ids, mask), speaks)
 
 
+STEPS = [((1, 1.0), (2, 1.0)), ((2, -1.0),), ((0, 1.0), (3, -1.0), (5, -1.0)), ((0, -1.0),)]  # of ANSWERS
+
+
+def step_labels(mask):
+    """STEPS as a tensor like the mask, NaN where no step ends."""
+    labels = torch.full(mask.shape, math.nan)
+    for row, answer_steps in zip(labels, STEPS):
+        for place, label in answer_steps:
+            row[len(PROMPT) - 1 + place] = label
+    return labels
+
+
 @pytest.mark.parametrize("kind", REWARD_MODELS)
 def test_the_training_loss_of_each_reward_model(kind):
     """Against each answer read alone, at its own length; answers 0 and 2 are the chosen ones."""
     base = REWARD_MODELS[kind].base
     model, reference = random_model(base, small_config(), 8), random_model(base, small_config(), 9)
     ids, mask = collate([Example(PROMPT, a) for a in ANSWERS], pad_id=LINE)
-    errors, lines = torch.tensor([3, 1, 2, 0]), [LINE, OTHER_LINE]  # the first wrong token; answer 0 has none
+    labels = step_labels(mask)
     cfg = config(reward=kind, beta=0.7, margin=0.5)
-    loss, stats = reward_model_loss(model, ids, mask, cfg, reference, lines, errors)
+    loss, stats = reward_model_loss(model, ids, mask, cfg, reference, labels)
 
     def z(answer):
         return model.scalars(model.model(torch.tensor([PROMPT + answer])))[0, len(PROMPT) :]
@@ -340,22 +353,21 @@ def test_the_training_loss_of_each_reward_model(kind):
 @pytest.mark.parametrize("kind", REWARD_MODELS)
 def test_an_update_does_not_depend_on_how_pairs_are_cut(kind):
     """Loss and gradient of all pairs at once, and in parts of unequal tokens and steps, are equal."""
-    reference, lines = random_model(REWARD_MODELS[kind].base, small_config(), 9), [LINE, OTHER_LINE]
-    examples = [Example(PROMPT, answer) for answer in ANSWERS]
-    pairs = [
-        (examples[0], examples[1], 3, 1),
-        (examples[2], examples[3], 2, 0),
-        (examples[2], examples[1], 2, 1),
-    ]
+    reference = random_model(REWARD_MODELS[kind].base, small_config(), 9)
+    examples = [StepExample(PROMPT, answer, steps) for answer, steps in zip(ANSWERS, STEPS)]
+    pairs = [(examples[0], examples[1]), (examples[2], examples[3]), (examples[2], examples[1])]
+    if REWARD_MODELS[kind].needs_steps:  # a row of one answer, too
+        pairs += [(examples[0],)]
     cfg, found = config(reward=kind), []
     for cuts in ((pairs,), (pairs[:1], pairs[1:]), (pairs[:1], pairs[1:2], pairs[2:])):
         model = random_model(REWARD_MODELS[kind].base, small_config(), 8)
-        parts = [(REWARD_MODELS[kind].weigh(part, step_ids=lines), part) for part in cuts]
+        parts = [(REWARD_MODELS[kind].weigh(part), part) for part in cuts]
         update = Update(Optimizer(model, Grid(), 1e-3, max_grad_norm=0), parts)
         for part in update:
-            ids, mask = collate([example for pair in part for example in pair[:2]])
-            errors = torch.tensor([error for pair in part for error in pair[2:]])
-            update.backward(*reward_model_loss(model, ids, mask, cfg, reference, lines, errors))
+            answers = [example for pair in part for example in pair]
+            ids, mask = collate(answers)
+            labels = collate_steps(answers, mask)
+            update.backward(*reward_model_loss(model, ids, mask, cfg, reference, labels))
         found.append(update.step(1e-3))
     for row in found[1:]:
         assert row == pytest.approx(found[0], rel=1e-5)

@@ -383,6 +383,60 @@ def test_other_reward_models(built, command, tmp_path, reward):
     assert status == 0 and "running --stage rm" not in out  # it takes <run>/rm-<reward>, and judges by that
 
 
+def test_step_labels_by_rollouts(built, command, tmp_path):
+    """pairs --step_rollouts, rm and eval on what it writes, and RL with process supervision."""
+    steps, held_out = tmp_path / "steps.jsonl", tmp_path / "steps-heldout.jsonl"
+    words = ("--stage", "pairs", "--run", built, "--step_rollouts", 2, "--k", 2, "--limit", 6, "--out", steps)
+    assert command(*words)[0] == 0
+    rows = rows_of(steps)
+    assert rows and all(len(row["labels"]) == len(row["completions"]) for row in rows)
+    assert all(share in (0, 0.5, 1) for row in rows for share in row["shares"])
+    assert [[share > 0 for share in row["shares"]] for row in rows] == [row["labels"] for row in rows]
+    rm = (
+        "--stage",
+        "rm",
+        "--reward",
+        "prm",
+        "--model",
+        built / "sft",
+        "--data",
+        steps,
+        "--heldout",
+        held_out,
+    )
+    metrics = []
+    for micro_tokens in (1000, 60):  # the cut into micro-batches changes no number
+        out = tmp_path / f"rm-{micro_tokens}"
+        size = ("--batch_size", 4, "--steps", 2, "--lr", 1e-3, "--micro_tokens", micro_tokens, "--out", out)
+        status, said, _ = command(*rm, *size)
+        assert status == 0 and "first_error_f1" in said
+        metrics.append(
+            [(row["loss"], row["grad_norm"], row["step_accuracy"]) for row in rows_of(out / "metrics.jsonl")]
+        )
+    for one, other in zip(*metrics):
+        assert one == pytest.approx(other, rel=1e-4)
+    judged = ("--model", out, "--heldout", held_out, "--out", tmp_path / "judged")
+    assert command("--stage", "eval", "--run", built, *judged)[0] == 0
+    result = json.loads((tmp_path / "judged/eval.json").read_text())
+    assert result["n_answers"] == len(rows_of(held_out)) and 0 <= result["step_accuracy"] <= 1
+    rl = ("--run", built, "--reward", "prm", "--reward_model", out, "--steps", 1, "--group_size", 4)
+    process = (*rl, "--advantage", "process", "--out", tmp_path / "rl")
+    assert command("--stage", "reinforce", *process)[0] == 0
+    status, _, error = command("--stage", "ppo", *rl, "--advantage", "grpo", "--out", tmp_path / "no")
+    assert status == 2 and "expected --advantage process" in error
+
+
+def test_prm_needs_labels_of_steps(built, command, tmp_path, pairs_file):
+    rm = ("--stage", "rm", "--reward", "prm", "--model", built / "sft", "--out", tmp_path / "rm")
+    status, _, error = command(*rm, "--data", pairs_file)
+    assert status == 2 and "expected rows of prompt, completions and labels" in error
+    steps = write_jsonl(
+        tmp_path / "steps.jsonl", [{"prompt": "1", "completions": ["2", "3"], "labels": [True, False]}]
+    )
+    status, _, error = command(*rm[:2], "--reward", "qrm", *rm[4:], "--data", steps)
+    assert status == 2 and "--reward prm and --stage eval read" in error
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -1928,10 +1982,14 @@ def test_rl_at_tp_2_follows_tp_1(built, command, tmp_path):
         "--kl_coef",
         0.1,
     ]
-    for stage in ("reinforce", "ppo"):
-        given = ["--stage", stage, *words, "--limit", 4, "--max_new_tokens", 24]
-        process = start(*given, "--out", tmp_path / f"{stage}-tp", program=torchrun)
-        assert command(*given, "--out", tmp_path / stage)[0] == 0
+    words += ["--limit", 4, "--max_new_tokens", 24]
+    stages = ("reinforce", "ppo")
+    processes = [
+        start("--stage", stage, *words, "--out", tmp_path / f"{stage}-tp", program=torchrun)
+        for stage in stages
+    ]
+    for stage, process in zip(stages, processes):
+        assert command("--stage", stage, *words, "--out", tmp_path / stage)[0] == 0
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
         for a, b in zip(untimed(tmp_path / f"{stage}-tp"), untimed(tmp_path / stage), strict=True):
