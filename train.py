@@ -399,14 +399,15 @@ def stage_eval(cfg, grid):
         results = sorted(Path(cfg.run_dir).iterdir())
         directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
     for directory in directories:
+        read = dataclasses.replace(cfg, model=str(directory))
         if judges(directory):
-            pairs = cfg.heldout or cfg.data
-            result = eval_reward_model(directory, dataclasses.replace(cfg, data=pairs), grid)
+            read = dataclasses.replace(read, data=cfg.heldout or cfg.data, reward_model="")
+            result = eval_reward_model(directory, read, grid)
         else:
-            result = eval_policy(directory, cfg, grid)
+            result = eval_policy(directory, read, grid)
         path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
-            write_atomically(path, json.dumps(result, indent=1))
+            write_atomically(path, json.dumps(result | {"made_from": sources(read)}, indent=1))
         shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
         say(grid, f"eval: {path}: {shown}")
 
@@ -444,13 +445,13 @@ def stage_score(cfg, grid):
 
 
 def stage_grade(cfg, grid):
-    """The rows with `answer` (what the response claims, or null) and `correct`."""
+    """The rows with `claimed` (the answer in the response, or null) and `correct`."""
     written = []
     for row in read_rows(cfg.data, ("response", "label"), cfg, grid, cfg.limit):
         text = row["response"]
         text = text if isinstance(text, str) else text[-1]["content"]  # the reply in a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)
-        written.append((row["line"], row["raw"] | {"answer": answer, "correct": correct}))
+        written.append((row["line"], row["raw"] | {"claimed": answer, "correct": correct}))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
     correct = sum(row["correct"] for _, row in written)

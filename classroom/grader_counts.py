@@ -137,7 +137,8 @@ def judged_triples(directory):
     for path in paths:
         triples += triples_of(path.read_text(encoding="utf-8"))
     require(
-        triples, f"{directory}: no (gold, pred, expected) in tests/test_*.py; expected a checkout of Math-Verify"
+        triples,
+        f"{directory}: no (gold, pred, expected) in tests/test_*.py; expected a checkout of Math-Verify",
     )
     return triples, [triple for triple in triples if judge_triple(*triple[:2]) != bool(triple[2])]
 
