@@ -9,8 +9,9 @@
                       triples of its tests are read from the source and judged, not run.
     --show            also lists what was judged otherwise than expected
 
-A change is harmless, and not counted, if it leaves the value of a number or only spaces a formula. Of other
-formulas nothing here knows the value: such changes are counted, and --show lists those judged equal.
+Not counted are changes that leave the value of a number, or only a formula's spelling (spaces, leading zeros,
+a sign, a final full stop or percent sign), or that unbalance its braces. Of other formulas nothing here knows
+the value: such changes are counted, and --show lists those judged equal.
 """
 
 import argparse
@@ -64,11 +65,17 @@ def number_of(text):
 
 
 def is_harmless(text, label):
-    """Whether a changed label still says the same."""
+    """Whether a changed label still says the same, or nothing: its braces are not balanced."""
     value = number_of(label)
-    if value is None:
-        return text.replace(" ", "") == label.replace(" ", "")
-    return number_of(text) == value
+    if value is not None:
+        return number_of(text) == value
+    return plainly(text) == plainly(label) or text.count("{") != text.count("}")
+
+
+def plainly(formula):
+    """A formula without spaces, leading zeros, signs that say nothing, a final full stop or percent sign."""
+    spaceless = re.sub(r"\s", "", formula)
+    return re.sub(r"(?<![\d.])0+(?=\d)|(?<![\w)\]}])\+|[.%]$", "", spaceless)
 
 
 def judged_equal(text, label, task):

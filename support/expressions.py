@@ -66,7 +66,6 @@ SPELLINGS = [
     (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
     (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\N{EURO SIGN}|\N{POUND SIGN}", " "),
-    (r"\\?%(?=[\s.}]*$|\s*(?:[,;)\]]|(?:\\text\s*\{\s*)?(?:and|or)\b))", " "),  # at the end of a value
     (r"\^\s*\{?\s*\\circ\s*\}?|\N{DEGREE SIGN}|\\degree(?![a-z])", " "),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r"(?i)(?<![a-z])([ap])\.\s?m\.?(?![a-z])", "\x01\\1m\x02"),
@@ -95,7 +94,7 @@ class Token(NamedTuple):
 
 
 def tokens_of(text):
-    """The tokens of a LaTeX or plain answer, without spaces, $, %, degree signs and the sizes of brackets."""
+    """The tokens of a LaTeX or plain answer, without spaces, $, degree signs and the sizes of brackets."""
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")  # no rows to end: it was escaped twice
     for pattern, replacement in SPELLINGS:

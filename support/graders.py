@@ -620,7 +620,9 @@ def number_value(tokens):
 
 
 def without_unit(tokens):
-    """-> tokens before a unit such as "cm" or "km/h", and the unit's words, abbreviations written out"""
+    """-> tokens before % or a unit such as "cm" or "km/h", and the unit's words, abbreviations written out"""
+    if len(tokens) > 1 and tokens[-1].text in ("%", "\\%"):
+        return tokens[:-1], ()  # same_units finds the sign
     end = len(tokens)
     exponent = "".join(token.text for token in tokens[-4:]).replace("{", "").replace("}", "")
     if re.search(r"[a-z]\^[23]$", exponent):
