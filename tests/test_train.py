@@ -1057,9 +1057,12 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
     }
     assert found["made_from"].keys() == {"model", "data"}
     assert [chosen < rejected for chosen, rejected in zip(*lengths)] == [False] * 4 + [True] * 2
-    assert (
-        command(*words, "--task", "arith")[0] == 0
-    )  # prompts of the built-in task; two rejected answers have no error
+    # prompts of the built-in task: here errors are at the first token, where nothing comes before, or nowhere
+    assert command(*words, "--task", "arith")[0] == 0
+    assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys()
+    rows[0] |= {"rejected": "0+2=3\n#### 3"}
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    assert command(*words, "--task", "arith")[0] == 0
     assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {
         "error_auc",
         "first_error_hit",
