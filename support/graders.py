@@ -141,11 +141,12 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
 
     math           what stands in the last \boxed or \fbox
     gsm8k, arith   the last number marked by "####"; else by \boxed, "answer is" or "A:"; else the last
-                   number. A number
-                   is claimed whole or not at all, and a marker without one claims nothing.
+                   number. A number is claimed whole or not at all (FOLLOWING, NOT_THIS), and a marker without
+                   one claims nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
     Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2
-    million".
+    million"; "5 pairs", which may mean 10; "The answer is 5!", which may be a factorial. Known hits that a
+    reader might dispute: a correction on a later line is not read; "5 apples 6 pears" and "5 twins" claim 5.
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(
@@ -352,13 +353,15 @@ def same_meaning(answer: str, label: str) -> bool:
     An answer is a list of pieces (commas, "and", "or"), without order: each a number or expression
     (expressions.py), a set (no order), a tuple or interval (order, brackets), a union, a matrix, a ratio, a
     relation, or text. x = 5 is 5; where both answers name their values, the names count, and where one names
-    several, the order. An inequality of a name is an interval; an equation is one with its multiples. A
-    percentage is its number. A unit (UNITS) may be left out; if both have one, it must be the same.
+    several, the order. An inequality of a name is an interval; an equation is one with its multiples. In a
+    list with \in or a relation other than =, "and" is not "or", and a comma is "or". A percentage is its
+    number, where % ends a value. A unit (UNITS) may be left out; if both have one, it must be the same.
 
     An answer must be worked out: 9+1, 2^{10} and 5! are not 10, 1024 and 120, or a policy would learn to
     repeat the question; for the same reason 2(x+1) is not 2x+2. Known misses, right answers marked wrong: 0.5
     for 50\%, rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion
-    of units.
+    of units, \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2)
+    for "x>1 and x<2". Known hits: "x=1 and y=2" is "x=1 or y=2"; 0x is 0 and 1x is x.
     """
     ours, theirs = pieces_of(answer), pieces_of(label)
     if len(ours) == len(theirs):
