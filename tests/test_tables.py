@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "classroom")]
 import demo_table
 import pictures
+from granularity import BLOCKS
 
 from support.files import BadInput
 
@@ -46,6 +47,10 @@ def test_demo_table_by_hand(tmp_path):
         "| b | 0.500 / 0.250 / 1.000 | 0.500 / 0.250 / 1.000 |",
         "| **mean** | 0.350 / 0.175 / 1.000 | 0.350 / 0.175 / 1.000 |",
     ]
+    assert demo_table.policy_rows(runs)[2:] == [
+        "| SFT, before RL |  | .350 (.200 to .500) | .175 (.100 to .250) | 2 |",
+        "| PPO | **Q-RM, every token** | .350 (.200 to .500) | .175 (.100 to .250) | 2 |",
+    ]
     assert demo_table.judge_rows(runs)[2:] == ["| pair accuracy | .950 (.900 to 1.000) |"]
     with pytest.raises(BadInput, match="no eval.json"):
         demo_table.load_evals([tmp_path / "c"])
@@ -54,15 +59,18 @@ def test_demo_table_by_hand(tmp_path):
 def test_the_tables_have_their_places():
     """--write finds them, and replaces nothing else."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    replaced = demo_table.replace_rows(readme, ["| demo | x |"])
+    replaced = demo_table.replace_rows(readme, "demo", ["| demo | x |"])
     assert replaced.count("| demo |") == 1
     assert [line for line in replaced.split("\n") if "| demo |" not in line] == [
         line for line in readme.split("\n") if "| demo |" not in line
     ]
-    results = (ROOT / "classroom" / "results.md").read_text(encoding="utf-8")
-    for name in ("policies", "reward model"):
-        again = demo_table.replace_block(results, name, ["| new |"])
-        assert again.count("| new |") == 1 and demo_table.replace_block(again, name, ["| new |"]) == again
+    blocks = {"results.md": ("policies", "reward model"), "carry.md": ("policies",), "science.md": BLOCKS}
+    for chapter, names in blocks.items():
+        text = (ROOT / "classroom" / chapter).read_text(encoding="utf-8")
+        for name in names:
+            again = demo_table.replace_block(text, name, ["| new |"])
+            assert again.count("| new |") == 1
+            assert demo_table.replace_block(again, name, ["| new |"]) == again
     with pytest.raises(BadInput, match="no block"):
         demo_table.replace_block("", "policies", [])
 

@@ -1931,10 +1931,14 @@ def test_rl_at_tp_2_follows_tp_1(built, command, tmp_path):
         "--kl_coef",
         0.1,
     ]
-    for stage in ("reinforce", "ppo"):
-        given = ["--stage", stage, *words, "--limit", 4, "--max_new_tokens", 24]
-        process = start(*given, "--out", tmp_path / f"{stage}-tp", program=torchrun)
-        assert command(*given, "--out", tmp_path / stage)[0] == 0
+    words += ["--limit", 4, "--max_new_tokens", 24]
+    stages = ("reinforce", "ppo")
+    processes = [
+        start("--stage", stage, *words, "--out", tmp_path / f"{stage}-tp", program=torchrun)
+        for stage in stages
+    ]
+    for stage, process in zip(stages, processes):
+        assert command("--stage", stage, *words, "--out", tmp_path / stage)[0] == 0
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
         for a, b in zip(untimed(tmp_path / f"{stage}-tp"), untimed(tmp_path / stage), strict=True):
