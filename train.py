@@ -422,15 +422,16 @@ def stage_eval(cfg, grid):
         results = sorted(Path(cfg.run_dir).iterdir())
         directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
     for directory in directories:
+        read = dataclasses.replace(cfg, model=str(directory))
         if judges(directory):
-            pairs = cfg.heldout or cfg.data
-            measure = eval_steps if has_steps(pairs) else eval_reward_model
-            result = measure(directory, dataclasses.replace(cfg, data=pairs), grid)
+            read = dataclasses.replace(read, data=cfg.heldout or cfg.data, reward_model="")
+            measure = eval_steps if has_steps(read.data) else eval_reward_model
+            result = measure(directory, read, grid)
         else:
-            result = eval_policy(directory, cfg, grid)
+            result = eval_policy(directory, read, grid)
         path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
-            write_atomically(path, json.dumps(result, indent=1))
+            write_atomically(path, json.dumps(result | {"made_from": sources(read)}, indent=1))
         say(grid, f"eval: {path}: {numbers_text(result)}")
 
 
@@ -472,7 +473,7 @@ def stage_score(cfg, grid):
 
 
 def stage_grade(cfg, grid):
-    """The rows with `answer` (what the response claims, or null) and `correct`."""
+    """The rows with `answer` (what the response claims, or null), `correct`, and the label."""
     written = []
     for row in read_rows(cfg.data, ("response", "label"), cfg, grid, cfg.limit):
         text = row["response"]

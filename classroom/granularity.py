@@ -358,7 +358,7 @@ def rm_rows(runs, rm_lrs, seeds):
         found = [r for seed in seeds if (r := runs.result(rm_job(seed, reward, lr)))]
         cells = [reward, f"{lr:g}", str(len(found))]
         for key in ("pair_accuracy", "first_error_choice", "first_error_hit"):
-            cells.append(interval([r[key] for r in found]))
+            cells.append(interval([r[key] for r in found if key in r]))  # no known error, no such key
         rows.append(cells)
     return rows
 

@@ -247,8 +247,11 @@ def digest(path):
 
 
 def run_path(result):
-    """Where a result says what it was made from: run.json in a directory, <name>.run.json beside a file."""
+    """Where a result says what it was made from: run.json in a directory, <name>.run.json beside a file;
+    eval.json says it itself."""
     result = Path(result)
+    if result.name == "eval.json":
+        return result
     return result / "run.json" if result.is_dir() else result.with_name(result.name + ".run.json")
 
 

@@ -34,7 +34,7 @@ from parallel import Grid, all_sum, say
 from qrm import REWARD_MODELS, STEP_TOTALS, bind_reward, credit_counts, response_scores
 from reinforce import standardize
 from support.files import BadInput, at_line, read_json, require, write_atomically
-from support.graders import MAX_CHARS, TASKS, extract_answer, grade, meaning
+from support.graders import MAX_CHARS, can_match, extract_answer, grade, meaning
 from support.rewards import answer_text, graded_reward, user_reward
 from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
@@ -83,25 +83,25 @@ def load_tokenizer(directory, cfg):
 
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
-    """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal."""
+    """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal.
+
+    Labels that no answer can match, such as "Yes" for --task gsm8k, are counted in one line; BadInput if they
+    are needed and all labels are of that kind.
+    """
     ignored = tuple(key.strip() for key in cfg.ignore_keys.split(","))
     rows = load_rows(path, needs, limit, optional, ignored, log_to(grid))
-    if cfg.grader != "math_verify":  # it is slow, and claims whatever is boxed
-        check_labels([row["label"] for row in rows if "label" in row], path, cfg, grid)
-    return rows
-
-
-def check_labels(labels, path, cfg, grid):
-    """BadInput if no answer could be right, as the grader reads them; a note if some labels are so."""
-    stated = r"\boxed{%s}" if cfg.task == "math" else "#### %s"
-    never = [label for label in labels if not grade(stated % label, label, cfg.task, cfg.grader)[1]]
-    if never:
-        says = (
-            f"{path}: {len(never)} of {len(labels)} labels are no answers of --task {cfg.task}, --grader"
-            f" {cfg.grader}, such as {never[0][:40]!r}"
+    labels = {row["label"] for row in rows if "label" in row}
+    hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
+    if hopeless:
+        which = [row for row in rows if row.get("label") in hopeless]
+        first = f"line {which[0]['line']} has {which[0]['label'][:60]!r}"
+        cannot = f"{path}: {len(which)} labels that no answer to --task {cfg.task} can match ({first})"
+        require(
+            "label" not in needs or hopeless < labels,
+            f"{cannot}, and no other label; --task math compares formulas and texts",
         )
-        require(len(never) < len(labels), f"{says}; expected another --task ({' | '.join(TASKS)})")
-        say(grid, f"note: {says}: their prompts have no right answer")
+        say(grid, f"{cannot}: whatever is answered there counts as wrong")
+    return rows
 
 
 def read_run(directory):
@@ -324,6 +324,8 @@ def eval_reward_model(directory, cfg, grid):
     pair_accuracy_95   bootstrap over prompts, since the pairs of one prompt are not independent
     length_baseline    always preferring the shorter answer, or always the longer one, whichever is better
                        (ties count half)
+    error_auc, first_error_hit, first_error_choice   see qrm.credit_counts; left out where no rejected answer
+                       has a first error that is known
     """
     name = reward_name(directory)
     tokenizer = load_tokenizer(directory, cfg)
@@ -353,9 +355,9 @@ def eval_reward_model(directory, cfg, grid):
     }
     if any(subsets):
         out["pair_accuracy_of"] = means_of(hits, subsets)
-    if cfg.task == "arith":
-        errors = max(counts["n_errors"], 1)
-        out["error_auc"] = counts["wins"] / max(counts["comparisons"], 1)
+    errors = counts.get("n_errors", 0)
+    if errors:
+        out["error_auc"] = counts["wins"] / counts["comparisons"]
         out["first_error_hit"] = counts["hits"] / errors
         out["first_error_choice"] = counts["choices"] / errors
     return out

@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from support.files import BadInput, at_line, read_jsonl, require
-from support.graders import MAX_CHARS, boxed, gsm8k_label
+from support.graders import MAX_CHARS, boxed, gsm8k_label, is_value, same_answer
 from support.tokenizers import CHATS, ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row
@@ -158,18 +158,16 @@ def refuse_most(texts, marker, says):
 
 
 def refuse_verdicts(rows, needs, ignore_keys):
-    """BadInput for a file whose labels, 0 and 1, judge the responses; in one row it can be an answer.
+    """BadInput for a file whose labels, 0 and 1, nothing asks for: they judge the responses.
 
-    They do if nothing asks for a label, or if the answer is in another key.
+    In one row such a label can be an answer.
     """
-    if "label" in ignore_keys:
+    if "response" not in needs or "label" in needs or "label" in ignore_keys:
         return
     labels = [row["raw"].get("label") for row in rows]
     binary = all(type(label) is int and label in (0, 1) for label in labels) and 0 in labels
-    unasked = "response" in needs and "label" not in needs
-    elsewhere = all(not is_empty(row["raw"].get("answer")) for row in rows)
     require(
-        not binary or not (unasked or elsewhere),
+        not binary,
         "label is 0 or 1 in all rows: a verdict on the response? Keep the rows that are wanted, then"
         " --ignore_keys label",
     )
@@ -218,7 +216,7 @@ def read_row(fields, needs, optional=()):
     if {"prompt", "response", "chosen", "rejected"} & set(wanted):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
-        row["label"] = read_label(fields)
+        row["label"] = read_label(fields, response=dict(reply_keys(fields, wanted)).get("response"))
     if "steps" in wanted:
         row["steps"] = read_steps(fields)
         fields = {name: value for name, value in fields.items() if name not in STEPS}
@@ -308,13 +306,35 @@ def missing(fields, key):
 # -------------------------------------------------------------------------------- labels
 
 
-def read_label(fields):
-    """A label as text, None if it is empty; numbers in plain digits, so that 1e-05 is 0.00001."""
-    name = next((name for name in LABEL if not is_empty(fields.get(name))), None)
-    if name is None:
+def read_label(fields, response=None):
+    """The label of a row as text, None if it is empty; BadInput if two fields state different values.
+
+    response   the field that supplies the response, which may well be wrong
+    """
+    found = [name for name in LABEL if not is_empty(fields.get(name))]
+    if "label" in found and isinstance(fields.get("correct"), bool):
+        found = ["label"]  # a row that --stage grade wrote: its `answer` is what the response claimed
+    if not found:
         if any(key in fields for key in NAMES["label"]):
             return None
         raise missing(fields, "label")
+    label = label_in(fields, found[0])
+    for name in found[1:]:
+        try:
+            other = label if name == response else label_in(fields, name)
+        except BadInput:  # a text that states no final answer
+            continue
+        differ = is_value(label) and is_value(other) and not same_answer(label, other, "math")
+        require(
+            not differ,
+            f"{found[0]} says {label!r}, but {name} says {other!r}; expected one answer"
+            f" (--ignore_keys {name}, if that is none)",
+        )
+    return label
+
+
+def label_in(fields, name):
+    """What a field states as label; numbers in plain digits, so that 1e-05 is 0.00001."""
     value = fields[name]
     if isinstance(value, str):
         if "####" in value:

@@ -5,6 +5,7 @@ A field declares its default, its help text and the values it takes; its datacla
 
 import dataclasses
 import difflib
+import filecmp
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,7 @@ TRAINING = ("sft", "rm", "reinforce", "ppo")
 POLICY_GRADIENT = ("reinforce", "ppo")
 PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce", "tiny")
 DEMO_READS = ("stage", "run_dir", "seed", "device", "tp", "timeout")  # the rest is the built-in task's
+COLDEST = 1e-3  # temperature of samples; below it, only 0
 GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
 
 # -------------------------------------------------------------------------------- the fields
@@ -526,6 +528,11 @@ def check_combinations(cfg):
         "--step_rollouts and --best: expected one of them",
     )
     require(
+        cfg.temperature == 0 or cfg.temperature >= COLDEST,
+        f"--temperature {cfg.temperature}: logits divided by it overflow, or are as good as greedy;"
+        f" expected 0 (greedy) or at least {COLDEST}",
+    )
+    require(
         cfg.stage != "demo" or not (cfg.model or cfg.data),
         "--model and --data: the demo runs on the built-in task only; expected --stage " + " | ".join(OTHERS),
     )
@@ -585,6 +592,12 @@ def check_paths(cfg):
         )
     for path in filter(None, (cfg.data, cfg.heldout)):
         next(read_jsonl(path), None)
+    apart = cfg.stage != "eval" and cfg.data and cfg.heldout  # eval learns from neither
+    require(
+        not apart or not filecmp.cmp(cfg.data, cfg.heldout, shallow=False),
+        f"--heldout {cfg.heldout}: holds the same rows as --data {cfg.data}; expected rows that are not"
+        " learned from",
+    )
     out = out_path(cfg)
     foreign = not out.name or (out.exists() and not (out / "run.json").exists())
     require(

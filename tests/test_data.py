@@ -369,10 +369,6 @@ def test_labels_that_judge_the_response(file):
     assert len(load_rows(file(good, bad | {"label": "0"}), ONE)) == 2  # what stage pairs --best writes
     need = ("prompt", "label")
     assert [row["label"] for row in load_rows(file(good, bad), need)] == ["1", "0"]
-    beside = [{"question": "q", "answer": "18", "label": label} for label in (1, 0)]
-    with pytest.raises(BadInput, match="a verdict on the response"):
-        load_rows(file(*beside), need)
-    assert {row["label"] for row in load_rows(file(*beside), need, ignore_keys=("label",))} == {"18"}
 
 
 @pytest.mark.parametrize(
@@ -490,7 +486,8 @@ def test_labels(file):
         {"label": 8.5},
         {"answer": solution},
         {"answer": "18"},
-        {"label": "7", "answer": solution},
+        {"label": "7", "answer": "seven"},
+        {"label": "1234", "answer": solution},
     ]
     assert [row["label"] for row in load_rows(file(*rows), ("label",))] == [
         "8",
@@ -499,6 +496,7 @@ def test_labels(file):
         "1234",
         "18",
         "7",
+        "1234",
     ]
     assert gsm8k_label("#### -3") == "-3"
     (row,) = load_rows(
@@ -517,6 +515,37 @@ def test_labels(file):
             load_rows(file(bad), ("label",))
     assert "label" not in load_rows(file({"prompt": "x"}), ("prompt",), optional=("label",))[0]
     assert load_rows(file({"prompt": "x", "label": 3}), ("prompt",), optional=("label",))[0]["label"] == "3"
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"label": "7", "answer": "He has 8.\n#### 1,234"}, "label says '7', but answer says '1234'"),
+        ({"label": 7, "answer": "8"}, "label says '7', but answer says '8'"),
+        ({"answer": "x+1", "solution": r"so \boxed{x+2}"}, "answer says 'x+1', but solution says 'x+2'"),
+        ({"label": "B", "solution": r"\boxed{C}"}, "label says 'B', but solution says 'C'"),
+        ({"label": "0.5", "answer": r"\frac{1}{2}"}, None),
+        ({"label": "5", "answer": "5 apples"}, None),  # a text, not a value
+        ({"label": "5", "answer": "He has 6 apples."}, None),
+        ({"label": "5", "solution": "a text without a box"}, None),
+        ({"label": "", "answer": "6"}, None),
+    ],
+)
+def test_a_row_that_states_two_labels(file, row, says):
+    path = file({"label": "1"}, row)
+    if says is None:
+        assert len(load_rows(path, ("label",))) == 2
+        return
+    with pytest.raises(BadInput, match="line 2: ") as error:
+        load_rows(path, ("label",))
+    assert says in str(error.value) and "--ignore_keys" in str(error.value)
+    name = "solution" if "solution" in row else "answer"
+    assert len(load_rows(path, ("label",), ignore_keys=(name,))) == 2
+
+
+def test_an_answer_that_is_the_response_may_be_wrong(file):
+    (row,) = load_rows(file({"answer": "#### 6", "label": "5"}), ("response", "label"))
+    assert (row["response"], row["label"]) == ("#### 6", "5")
 
 
 def test_rows_without_a_label_are_dropped_and_counted(file):

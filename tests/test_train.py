@@ -222,6 +222,7 @@ def test_keys_of_metrics_and_evaluations(built):
             "n_prompts",
             "generated_tokens",
             "tokens_per_s",
+            "made_from",
         }
         assert list(found["pass@k"]) == ["1", "2", "3"] and found["n_prompts"] == 5
     found = json.loads((built / "rm" / "eval.json").read_text())
@@ -233,6 +234,7 @@ def test_keys_of_metrics_and_evaluations(built):
         "first_error_hit",
         "error_auc",
         "first_error_choice",
+        "made_from",
     }
     assert found["n_pairs"] == min(5, len(rows_of(built / "pairs-heldout.jsonl")))
 
@@ -902,7 +904,9 @@ def test_grade(command, tmp_path):
     assert status == 0 and "4 of 6 correct" in out
     assert [row["correct"] for row in found] == [True, False, False, True, True, True]
     assert [row["answer"] for row in found] == ["18", None, "1800", "5", "72", "5"]
-    assert found[0] == {**rows[0], "answer": "18", "correct": True}
+    assert found[0] == {**rows[0], "answer": "18", "correct": True} and found[4]["label"] == "72"
+    again = ["--stage", "grade", "--data", tmp_path / "g.jsonl", "--out", tmp_path / "again.jsonl"]
+    assert command(*again)[0] == 0 and rows_of(tmp_path / "again.jsonl") == found  # no label was replaced
     # graded again: a GSM8K row's reference answer is not replaced by what was extracted
     wrong = {"response": "#### 71", "answer": "48+24=<<48+24=72>>72\n#### 72"}
     boxed = {"response": "#### 3", "solution": r"\boxed{4}", "label": ""}
@@ -915,27 +919,6 @@ def test_grade(command, tmp_path):
     rows = [{"response": r"\boxed{\frac12}", "label": "0.5"}]
     write_jsonl(tmp_path / "r.jsonl", rows)
     assert command(*words, "--task", "math")[0] == 0 and rows_of(tmp_path / "g.jsonl")[0]["correct"]
-
-
-@pytest.mark.parametrize(
-    "task, labels, never",
-    [
-        ("gsm8k", ["yes", "no"], 2),
-        ("gsm8k", ["18", "A", "x^2+1"], 2),
-        ("gsm8k", ["18", "1,234", "-3.5", "1/2", "$5", "50%", "#### 7"], 0),
-        ("math", ["x^2+1", "(3,4]", r"\text{odd}", "18", r"\frac{1}{2}"], 0),
-        ("math", ["}{", "5"], 1),
-    ],
-)
-def test_labels_that_no_answer_can_match(command, tmp_path, task, labels, never):
-    """MATH's labels under the default task, letters of a multiple choice: pass@1 would be 0, in silence."""
-    path = write_jsonl(tmp_path / "r.jsonl", [{"response": "5", "label": label} for label in labels])
-    words = ["--stage", "grade", "--task", task, "--data", path, "--out", tmp_path / "g.jsonl"]
-    status, out, err = command(*words)
-    says = f"{path}: {never} of {len(labels)} labels are no answers of --task {task}, --grader ours, such as"
-    assert status == (2 if never == len(labels) else 0)
-    assert (says in err) == (never == len(labels))
-    assert (f"note: {says}" in out) == (0 < never < len(labels))
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():
@@ -1134,11 +1117,16 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
         "length_baseline": pytest.approx(
             4 / 6
         ),  # two of the chosen are the shorter ones, so the longer is preferred
+        "made_from": found["made_from"],
     }
+    assert found["made_from"].keys() == {"model", "data"}
     assert [chosen < rejected for chosen, rejected in zip(*lengths)] == [False] * 4 + [True] * 2
-    assert (
-        command(*words, "--task", "arith")[0] == 0
-    )  # prompts of the built-in task; two rejected answers have no error
+    # prompts of the built-in task: here errors are at the first token, where nothing comes before, or nowhere
+    assert command(*words, "--task", "arith")[0] == 0
+    assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys()
+    rows[0] |= {"rejected": "0+2=3\n#### 3"}
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    assert command(*words, "--task", "arith")[0] == 0
     assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {
         "error_auc",
         "first_error_hit",
@@ -1335,6 +1323,7 @@ def test_bad_rows(built, command, tmp_path, kind):
         (["--lr", "nan"], ["--lr nan"]),
         (["--beta", "inf"], ["--beta inf"]),
         (["--temperature", "-0.5"], ["--temperature -0.5"]),
+        (["--temperature", "1e-38"], ["--temperature 1e-38", "0 (greedy) or at least 0.001"]),
         (["--seed", "-1"], ["--seed -1"]),
         (["--group_size", "0"], ["--group_size 0"]),
         (["--eval_every", "0"], ["--eval_every 0"]),
@@ -1460,6 +1449,30 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
     assert mine.read_bytes() == before
     words = ["--stage", "grade", "--data", mine, "--out", tmp_path / "out.jsonl"]
     assert command(*words)[0] == 0 and command(*words)[0] == 0  # its own result may be replaced
+
+
+def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_path):
+    """By path, by a link, or as a copy; --stage eval, which learns from nothing, may read one file twice."""
+    copy = shutil.copy(pairs_file, tmp_path / "copy.jsonl")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(pairs_file)
+    rm = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "o"]
+    for same in (pairs_file, copy, link):
+        assert_refused(command, tmp_path, [*rm, "--heldout", same], f"--heldout {same}", "same rows")
+    words = ["--stage", "eval", "--model", built / "rm", "--out", tmp_path / "e"]
+    assert command(*words, "--data", pairs_file, "--heldout", copy)[0] == 0
+
+
+def test_labels_that_nothing_can_match_are_said(command, tmp_path):
+    rows = [{"response": "5", "label": label} for label in ("5", "x+1", "5", "Yes", "x+1")]
+    mine, out = write_jsonl(tmp_path / "l.jsonl", rows), tmp_path / "o.jsonl"
+    words = ["--stage", "grade", "--data", mine, "--out", out]
+    status, said, _ = command(*words)
+    line = f"{mine}: 3 labels that no answer to --task gsm8k can match (line 2 has 'x+1')"
+    assert status == 0 and said.count(line) == 1 and "2 of 5 correct" in said
+    assert "can match" not in command(*words, "--task", "math")[1]
+    write_jsonl(mine, rows[3:4])
+    assert_refused(command, tmp_path, words, "line 1 has 'Yes'", "no other label", "--task math")
 
 
 def test_flags_that_would_be_ignored(built, command, pairs_file, tmp_path):
