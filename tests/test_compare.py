@@ -137,7 +137,9 @@ def call(*words):
 def evaluate(home, rows, *words):
     path = write_jsonl(home / "c.jsonl", rows)
     assert call("--stage", "eval", "--data", path, "--out", home / "e", *words) == 0
-    return json.loads((home / "e/eval.json").read_text())
+    found = json.loads((home / "e/eval.json").read_text())
+    assert found.pop("made_from")["data"]["path"] == str(path)
+    return found
 
 
 def test_best_of_n_goes_by_the_scores_of_the_reward_model(home, capsys):
