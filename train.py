@@ -517,20 +517,20 @@ def stage_grade(cfg, grid):
 # -------------------------------------------------------------------------------- the built-in task
 
 
-DEMO = {  # what the demo runs, in order
-    "sft": "a policy, fine-tuned on an author's answers, mistakes included",
-    "pairs": "its samples, right ones paired with wrong ones",
-    "rm": "the reward model, from these pairs alone",
-    "reinforce": "REINFORCE with its token scores",
-    "ppo": "PPO with its token scores",
-    "eval": "all of them on held-out prompts",
+DEMO = {  # what the demo runs, in order, and how long that takes on one core (November 2026)
+    "sft": ("a policy, fine-tuned on an author's answers, mistakes included", "half a minute"),
+    "pairs": ("its samples, right ones paired with wrong ones", "half a minute"),
+    "rm": ("the reward model, from these pairs alone", "a minute"),
+    "reinforce": ("REINFORCE with its token scores", "a minute"),
+    "ppo": ("PPO with its token scores", "a minute"),
+    "eval": ("all of them on held-out prompts", "half a minute"),
 }
 
 
 def stage_demo(cfg, grid):
     """The whole path on the built-in task; results that exist and are up to date are kept."""
-    for number, (stage, about) in enumerate(DEMO.items(), 1):
-        say(grid, f"\nstage {number} of {len(DEMO)}: {about}")
+    for number, (stage, (about, duration)) in enumerate(DEMO.items(), 1):
+        say(grid, f"\nstage {number} of {len(DEMO)}, about {duration}: {about}")
         if stage == "eval":
             run_stage(stage_config(cfg, stage), grid)
         else:
