@@ -370,6 +370,16 @@ def dpo_loss_on_pairs(model, ids, response_mask, cfg, reference, **_):
     return dpo_loss(logprobs, ref_logprobs, response_mask, cfg.beta)
 
 
+def simpo_loss_on_pairs(model, ids, response_mask, cfg, **_):
+    """SimPO (Meng et al. 2024, Eq. 6): qrm_loss on log-probabilities, without a reference.
+
+    -log sigmoid(beta/N log pi(chosen) - beta/M log pi(rejected) - margin). The paper's beta is 2 to 2.5; the
+    defaults here are Q-RM's.
+    """
+    logprobs, _ = token_logprobs(model, ids, response_mask)
+    return qrm_loss(logprobs, response_mask, cfg.beta, cfg.margin)
+
+
 def qrm_rewards(model, ids, response_mask, **_):
     """The raw Z of every response token."""
     return response_scores(model, ids, response_mask)
@@ -381,6 +391,11 @@ def logit_rewards(model, ids, response_mask, **_):
     The paper reads a scalar head after a_t instead, so that scoring and generating share no output.
     """
     return token_logits(model, ids, response_mask)
+
+
+def logprob_rewards(model, ids, response_mask, **_):
+    """The log-probability of a_t at s_t: what SimPO takes the mean of."""
+    return token_logprobs(model, ids, response_mask)[0]
 
 
 def orm_rewards(model, ids, response_mask, **_):
@@ -486,6 +501,7 @@ REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one
         total=sum_of_rewards,
         needs_reference=True,
     ),
+    "simpo": replace(QRM, base=LanguageModel, loss=simpo_loss_on_pairs, rewards=logprob_rewards),
 }
 
 
@@ -529,6 +545,15 @@ def bind_reward(name, model, reference=None, step_ids=()):
         return kind.speaks(ids, response_mask, step_ids)
 
     return Reward(rewards, speaks, kind.is_q, kind.total)
+
+
+def with_outcome(reward, outcome):
+    """RTO (Zhong et al. 2024): token rewards plus an outcome model's score at the last token, accumulated."""
+
+    def rewards(ids, response_mask):
+        return reward.rewards(ids, response_mask) + outcome.rewards(ids, response_mask)
+
+    return replace(reward, rewards=rewards, is_q=False, total=sum_of_rewards)
 
 
 # -------------------------------------------------------------------------------- credit assignment

@@ -49,6 +49,7 @@ from ppo import ppo_step
 from qrm import REWARD_MODELS, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
 from support.checkpoints import Training, fingerprints, out_of_date, run_path, sources
+from support.compare import eval_candidates, eval_judge
 from support.evaluate import (
     all_ranks,
     best_rows,
@@ -61,6 +62,7 @@ from support.evaluate import (
     is_reward_model,
     judges,
     load,
+    load_ranker,
     load_reward,
     load_tokenizer,
     log_to,
@@ -73,7 +75,7 @@ from support.evaluate import (
     show_tokens,
     write_rows,
 )
-from support.files import BadInput, at_line, require, write_atomically
+from support.files import BadInput, at_line, read_jsonl, require, write_atomically
 from support.graders import grade
 from support.settings import (
     ARITH,
@@ -416,19 +418,18 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
 
 
 def stage_eval(cfg, grid):
-    """eval.json in the model's own directory: a policy's pass@k, or a reward model's accuracy and credit."""
+    """eval.json in the model's directory: a policy's pass@k, or how well a reward model or judge ranks."""
     directories = [Path(cfg.model or cfg.out)]
     if not cfg.model and not cfg.out:
         results = sorted(Path(cfg.run_dir).iterdir())
         directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
+    given = dataclasses.replace(cfg, data=cfg.heldout or cfg.data)  # answers that are not sampled first
     for directory in directories:
-        read = dataclasses.replace(cfg, model=str(directory))
-        if judges(directory):
-            read = dataclasses.replace(read, data=cfg.heldout or cfg.data, reward_model="")
-            measure = eval_steps if has_steps(read.data) else eval_reward_model
-            result = measure(directory, read, grid)
-        else:
-            result = eval_policy(directory, read, grid)
+        kind = kind_of_eval(directory, given)
+        read = dataclasses.replace(cfg if kind == "policy" else given, model=str(directory))
+        if kind in ("reward model", "steps"):
+            read = dataclasses.replace(read, reward_model="")  # none but the one in the directory
+        result = EVALUATIONS[kind](directory, read, grid)
         path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
             write_atomically(path, json.dumps(result | {"made_from": sources(read)}, indent=1))
@@ -440,10 +441,37 @@ def numbers_text(result):
     return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
 
 
+EVALUATIONS = {
+    "candidates": eval_candidates,
+    "judge": eval_judge,
+    "steps": eval_steps,
+    "reward model": eval_reward_model,
+    "policy": eval_policy,
+}
+
+
+def kind_of_eval(directory, cfg):
+    """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
+    _, row = next(read_jsonl(cfg.data), (0, {}))
+    if "responses" in row:
+        return "candidates"
+    if cfg.reward == "judge" and "chosen" in row:
+        return "judge"
+    if judges(directory) and "completions" in row:
+        return "steps"
+    if judges(directory) and (is_reward_model(directory) or "chosen" in row):
+        return "reward model"
+    return "policy"  # dpo's and logit's models are policies, too
+
+
 def stage_score(cfg, grid):
-    """One number per response token: a reward model's raw Z, or a policy's log-probability in nats."""
+    """One number per response token: a reward model's Z, a judge's log-odds, or a policy's log-prob."""
     tokenizer = load_tokenizer(cfg.model, cfg)
-    if is_reward_model(cfg.model):
+    rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid, cfg.limit)
+    if cfg.reward == "judge":
+        key = "scores"
+        numbers_of = load_ranker(cfg.model, tokenizer, rows, cfg, grid).rewards
+    elif is_reward_model(cfg.model):
         key = "scores"
         numbers_of = load_reward("qrm", cfg.model, tokenizer, cfg, grid).rewards
     else:
@@ -453,7 +481,6 @@ def stage_score(cfg, grid):
         def numbers_of(ids, mask):
             return token_logprobs(policy, ids, mask)[0]
 
-    rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid, cfg.limit)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scored = score_examples(numbers_of, flat(examples), cfg, grid)
@@ -492,20 +519,20 @@ def stage_grade(cfg, grid):
 # -------------------------------------------------------------------------------- the built-in task
 
 
-DEMO = {  # what the demo runs, in order
-    "sft": "a policy, fine-tuned on an author's answers, mistakes included",
-    "pairs": "its samples, right ones paired with wrong ones",
-    "rm": "the reward model, from these pairs alone",
-    "reinforce": "REINFORCE with its token scores",
-    "ppo": "PPO with its token scores",
-    "eval": "all of them on held-out prompts",
+DEMO = {  # what the demo runs, in order, and how long that takes on one core (November 2026)
+    "sft": ("a policy, fine-tuned on an author's answers, mistakes included", "half a minute"),
+    "pairs": ("its samples, right ones paired with wrong ones", "half a minute"),
+    "rm": ("the reward model, from these pairs alone", "a minute"),
+    "reinforce": ("REINFORCE with its token scores", "a minute"),
+    "ppo": ("PPO with its token scores", "a minute"),
+    "eval": ("all of them on held-out prompts", "half a minute"),
 }
 
 
 def stage_demo(cfg, grid):
     """The whole path on the built-in task; results that exist and are up to date are kept."""
-    for number, (stage, about) in enumerate(DEMO.items(), 1):
-        say(grid, f"\nstage {number} of {len(DEMO)}: {about}")
+    for number, (stage, (about, duration)) in enumerate(DEMO.items(), 1):
+        say(grid, f"\nstage {number} of {len(DEMO)}, about {duration}: {about}")
         if stage == "eval":
             run_stage(stage_config(cfg, stage), grid)
         else:
@@ -579,12 +606,13 @@ def judge_files(cfg, grid):
     chosen = cfg.model or cfg.out
     if not chosen:
         result_of("rm", cfg, grid)
-    if not chosen or judges(chosen):
+    alone = cfg.reward == "judge" and not cfg.reward_model  # it is the model to evaluate
+    if not chosen or judges(chosen) or alone:
         result_of("pairs", cfg, grid)
         paths["heldout"] = str(heldout_path(stage_config(cfg, "pairs")))
     own = out_path(stage_config(cfg, "rm"))
     in_run = not chosen or Path(chosen).absolute().parent == Path(cfg.run_dir).absolute()
-    if in_run and own.exists():
+    if in_run and own.exists() and not alone:
         paths["reward_model"] = str(own)
     return paths
 

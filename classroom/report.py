@@ -79,6 +79,8 @@ REWARDS = {  # what the page calls them
     "dpo": "DPO",
     "orm": "outcome",
     "prm": "step",
+    "verifier": "verifier",
+    "simpo": "SimPO",
     "outcome": "the graded outcome",
     "oracle": "the exact token reward",
 }

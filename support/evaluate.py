@@ -31,10 +31,18 @@ from data import (
 )
 from model import LanguageModel, ScalarModel, load_model, read_config, stored_head
 from parallel import Grid, all_sum, say
-from qrm import REWARD_MODELS, STEP_TOTALS, bind_reward, credit_counts, response_scores
+from qrm import (
+    REWARD_MODELS,
+    STEP_TOTALS,
+    bind_reward,
+    credit_counts,
+    response_scores,
+    with_outcome,
+)
 from reinforce import standardize
 from support.files import BadInput, at_line, read_json, require, write_atomically
 from support.graders import MAX_CHARS, can_match, extract_answer, grade, meaning
+from support.judge import judge_reward, make_judge
 from support.rewards import answer_text, graded_reward, user_reward
 from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
@@ -152,10 +160,26 @@ def load_reward(name, directory, tokenizer, cfg, grid):
     return replace(reward, total=STEP_TOTALS[cfg.prm_aggregate]) if kind.needs_steps else reward
 
 
+def load_judge(directory, cfg, grid):
+    """The language model of a directory as a Judge that asks --judge_prompt."""
+    tokenizer = load_tokenizer(directory, cfg)
+    policy = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
+    return make_judge(policy, tokenizer, cfg.judge_prompt, cfg.verdicts, cfg.micro_tokens)
+
+
+def load_ranker(directory, tokenizer, rows, cfg, grid):
+    """The Reward that ranks answers to the prompts of `rows`: a reward model's, or that of --reward judge."""
+    if cfg.reward == "judge":
+        return judge_reward(load_judge(directory, cfg, grid), tokenizer, rows, cfg.data)
+    return load_reward(reward_name(directory), directory, tokenizer, cfg, grid)
+
+
 def reward_of_run(cfg, tokenizer, rows, grid):
-    """The Reward that --reward and --reward_model name; rows: what the graded ones look prompts up in."""
+    """The Reward that --reward and --reward_model name; rows: where prompts are looked up, with labels."""
     if cfg.reward in GRADED_REWARDS:
         return graded_reward(cfg.reward, tokenizer, rows, cfg)
+    if cfg.reward == "judge":
+        return load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)
     if cfg.reward not in REWARD_MODELS:
         return user_reward(cfg.reward, tokenizer, rows, grid)
     name = reward_name(cfg.reward_model, cfg.reward)
@@ -169,7 +193,14 @@ def reward_of_run(cfg, tokenizer, rows, grid):
         f"--reward {cfg.reward}: {cfg.reward_model} was trained as {name!r};"
         " expected the reward that it was trained for, or none",
     )
-    return load_reward(name, cfg.reward_model, tokenizer, cfg, grid)
+    reward = load_reward(name, cfg.reward_model, tokenizer, cfg, grid)
+    if not cfg.outcome_model:
+        return reward
+    require(
+        reward_name(cfg.outcome_model) == "orm",
+        f"--outcome_model {cfg.outcome_model}: expected a model that was trained with --reward orm",
+    )
+    return with_outcome(reward, load_reward("orm", cfg.outcome_model, tokenizer, cfg, grid))
 
 
 # -------------------------------------------------------------------------------- answers
@@ -386,10 +417,10 @@ def eval_policy(directory, cfg, grid):
     """Greedy pass@1; of k samples the unbiased pass@k, maj@k, and best-of-k if --reward_model is given."""
     tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
+    rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
     reward = None
     if cfg.reward_model:
-        reward = load_reward(reward_name(cfg.reward_model), cfg.reward_model, tokenizer, cfg, grid)
-    rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
+        reward = load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)
     mine = rows[grid.dp_rank :: grid.dp_size]
     began = time.perf_counter()
     greedy = sample_graded(policy, tokenizer, mine, cfg, 0, 0.0, 1)

@@ -28,6 +28,7 @@ SOLUTION = (
     "answer",
 )  # the response where none of RESPONSE is there (MATH, GSM8K), else the reference
 PAIR = ("chosen", "rejected")
+CANDIDATES = ("responses", "labels")  # several answers to one prompt, and which of them are right
 REPLIES = ("response", *PAIR)
 LABEL = ("label", "answer", "solution")  # what follows "####" (GSM8K), what stands in the last \boxed (MATH)
 CONVERSATION = (
@@ -61,6 +62,7 @@ NAMES = {
     "response": (*RESPONSE, "answer", "solution"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "responses": ("responses",),
     "label": ("label", "answer"),
 }
 
@@ -68,14 +70,15 @@ NAMES = {
 def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     """Rows of a JSON lines file with the canonical keys of `needs` (and those of `optional` that it has).
 
-    needs, optional   among "prompt", "response", "chosen", "rejected", "label", for which NAMES lists the
-                      spellings, and "steps", which `completions` and `labels` supply
+    needs, optional   among "prompt", "response", "chosen", "rejected", "responses", "label", for which NAMES
+                      lists the spellings, and "steps", which `completions` and `labels` supply
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
     log               gets one line that counts the rows dropped because their label is empty
     -> list of {"prompt": ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A prompt
        is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a text or a
-       list of one assistant message; a label is a text; steps are a list of Step.
+       list of one assistant message; a label is a text; steps are a list of Step. Beside "responses" a row
+       may have "labels".
     Raises BadInput with the line number for a row that lacks something or says something that would be lost.
     """
     rows = []
@@ -217,12 +220,15 @@ def read_row(fields, needs, optional=()):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
         row["label"] = read_label(fields, response=dict(reply_keys(fields, wanted)).get("response"))
+    if "responses" in wanted:
+        row |= read_candidates(fields)
+        fields = {key: value for key, value in fields.items() if key not in CANDIDATES}
     if "steps" in wanted:
         row["steps"] = read_steps(fields)
         fields = {name: value for name, value in fields.items() if name not in STEPS}
     refuse_verdict(fields)
     refuse_unknown(fields)
-    row = {key: row[key] for key in wanted}
+    row = {key: row[key] for key in (*wanted, "labels") if key in row}
     if "chosen" in wanted and not is_empty(fields.get("margin")):
         row["margin"] = read_margin(fields["margin"])
     return row
@@ -233,6 +239,27 @@ def read_margin(value):
     finite = type(value) in (int, float) and abs(value) < 1e38  # False for nan
     require(finite, f"margin is {json.dumps(value)[:60]}; expected a finite number")
     return float(value)
+
+
+def read_candidates(fields):
+    """{"responses": texts, and where the row says which of them are right, "labels": bools}
+
+    A sampled answer may be empty.
+    """
+    responses, labels = fields.get("responses"), fields.get("labels")
+    if is_empty(responses):
+        raise missing(fields, "responses")
+    texts = isinstance(responses, list) and all(isinstance(x, str) for x in responses)
+    require(texts, f"responses is {json.dumps(responses)[:60]}; expected a list of texts")
+    if is_empty(labels):
+        return {"responses": responses}
+    verdicts = isinstance(labels, list) and len(labels) == len(responses) and all(x in (0, 1) for x in labels)
+    require(
+        verdicts,
+        f"labels is {json.dumps(labels)[:60]}; expected true or false (or 1, 0) for each of the"
+        f" {len(responses)} responses",
+    )
+    return {"responses": responses, "labels": [bool(x) for x in labels]}
 
 
 def refuse_verdict(fields):

@@ -33,6 +33,7 @@ PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce", "tiny")
 DEMO_READS = ("stage", "run_dir", "seed", "device", "tp", "timeout")  # the rest is the built-in task's
 COLDEST = 1e-3  # temperature of samples; below it, only 0
 GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
+JUDGING = ("reinforce", "ppo", "eval", "score")  # stages that can ask a judge
 
 # -------------------------------------------------------------------------------- the fields
 
@@ -79,6 +80,11 @@ class Run:
         "",
         "a reward model's directory (eval, pairs --best: it ranks the answers)",
         stages=("pairs", "reinforce", "ppo", "eval"),
+    )
+    outcome_model: str = flag(
+        "",
+        "directory of a --reward orm: its score is added at the last token (with --reward dpo: RTO)",
+        stages=POLICY_GRADIENT,
     )
     seed: int = flag(0, "of weights, data order and sampling", least=0)
     tp: int = flag(0, "processes that share one model; 0: all of them; the rest is data parallel", least=0)
@@ -147,16 +153,27 @@ class Train:
 
 @dataclass(frozen=True)
 class Loss:
-    """Which reward, and the two numbers of the reward model's loss."""
+    """Which reward, and the numbers of the reward model's loss."""
 
     stages = ("rm",)
 
     reward: str = flag(
         "qrm",
-        f"{' | '.join(REWARD_MODELS)}; reinforce, ppo also {' | '.join(GRADED_REWARDS)} | FILE.py:FUNCTION",
-        stages=("rm", "reinforce", "ppo"),
+        f"{' | '.join(REWARD_MODELS)}; reinforce, ppo also {' | '.join(GRADED_REWARDS)} | FILE.py:FUNCTION;"
+        " judge (also eval, score): a language model is asked about the answers",
+        stages=("rm", *JUDGING),
     )
-    beta: float = flag(0.2, "scale of the mean score difference (the paper); dpo: its paper has 0.1", above=0)
+    judge_prompt: str = flag(
+        "",
+        "file with the judge's question, {prompt} and {response} in it; for pairs {prompt}, {a} and {b}",
+        stages=JUDGING,
+    )
+    verdicts: str = flag(
+        "", 'two words it may answer, the good one first; default "Yes,No", for pairs "A,B"', stages=JUDGING
+    )
+    beta: float = flag(
+        0.2, "scale of the mean score difference (the paper); dpo: its paper has 0.1, simpo: 2", above=0
+    )
     margin: float = flag(
         2.0, "what the scaled difference must exceed (the paper's gamma); a row's margin wins"
     )
@@ -488,8 +505,12 @@ def unread_flags(argv):
     cfg = parse(argv)
     if cfg.stage == "demo":
         return [name for name in given if name not in DEMO_READS]
-    unranked = cfg.stage == "pairs" and not cfg.best  # nothing for --reward_model to do
-    return [name for name in given if cfg.stage not in STAGES_OF[name] or unranked and name == "reward_model"]
+    unread = {name for name in given if cfg.stage not in STAGES_OF[name]}
+    if cfg.stage == "pairs" and not cfg.best:
+        unread.add("reward_model")  # it has nothing to rank
+    if cfg.stage in ("eval", "score") and cfg.data and cfg.reward != "judge":
+        unread.add("reward")  # a reward model knows its own; else it names the one of the built-in run
+    return [name for name in given if name in unread]
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -563,26 +584,47 @@ def check_reward(cfg):
     """--reward takes other values in the RL stages than in --stage rm."""
     rl = cfg.stage in POLICY_GRADIENT
     own = ".py:" in cfg.reward
-    known = cfg.reward in REWARD_MODELS or cfg.reward in GRADED_REWARDS or own
-    names = ", ".join((*REWARD_MODELS, *GRADED_REWARDS))
+    known = cfg.reward in (*REWARD_MODELS, *GRADED_REWARDS, "judge") or own
+    names = ", ".join((*REWARD_MODELS, *GRADED_REWARDS, "judge"))
     require(known, f"--reward {cfg.reward!r}: expected one of {names}, FILE.py:FUNCTION")
     require(
         cfg.stage != "rm" or cfg.reward in REWARD_MODELS,
-        f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}",
+        f"--reward {cfg.reward} is not trained; --stage rm expects one of {', '.join(REWARD_MODELS)}",
     )
     require(
         not rl or cfg.reward != "oracle" or cfg.task == "arith",
         "--reward oracle knows the first wrong token of the built-in task only (--task arith)",
     )
     require(
-        not rl or not cfg.reward_model or cfg.reward in REWARD_MODELS,
+        not rl or not cfg.reward_model or cfg.reward in (*REWARD_MODELS, "judge"),
         f"--reward {cfg.reward} grades the answers itself; expected no --reward_model",
+    )
+    require(
+        not rl or not cfg.outcome_model or cfg.reward in REWARD_MODELS,
+        f"--outcome_model: is added to a reward model's scores; found --reward {cfg.reward}",
+    )
+    check_judge(cfg)
+
+
+def check_judge(cfg):
+    """--reward judge needs a language model and a question."""
+    judge = cfg.reward == "judge"
+    require(not judge or cfg.judge_prompt, "--reward judge: expected --judge_prompt FILE, with its question")
+    require(judge or not cfg.judge_prompt, "--judge_prompt: only a judge is asked; expected --reward judge")
+    require(
+        not judge or cfg.stage not in POLICY_GRADIENT or cfg.reward_model,
+        "--reward judge: expected --reward_model, the directory of the language model that judges",
+    )
+    require(
+        not judge or cfg.stage not in ("eval", "score") or cfg.model,
+        f"--reward judge: --stage {cfg.stage} expects --model, the language model that judges"
+        " (or, with --reward_model, the policy to evaluate)",
     )
 
 
 def check_paths(cfg):
     """Inputs exist, and --out replaces nothing but a result of the same kind."""
-    for name in ("model", "reward_model"):
+    for name in ("model", "reward_model", "outcome_model"):
         directory = getattr(cfg, name)
         hub = directory.count("/") == 1 and directory[0] not in "./~"
         get_it = f"; if it is a hub id, get it with: hf download {directory} --local-dir DIR" if hub else ""
@@ -590,6 +632,10 @@ def check_paths(cfg):
             not directory or Path(directory).is_dir(),
             f"--{name} {directory}: no such directory; expected a Hugging Face model directory{get_it}",
         )
+    require(
+        not cfg.judge_prompt or Path(cfg.judge_prompt).is_file(),
+        f"--judge_prompt {cfg.judge_prompt}: no such file; expected a text with places to fill",
+    )
     for path in filter(None, (cfg.data, cfg.heldout)):
         next(read_jsonl(path), None)
     apart = cfg.stage != "eval" and cfg.data and cfg.heldout  # eval learns from neither
@@ -623,7 +669,8 @@ def check_paths(cfg):
 def check_replaced(cfg, out):
     """--out replaces nothing that the command reads."""
     written = [out, heldout_path(cfg)] if cfg.stage == "pairs" and cfg.heldout else [out]
-    read = ("model", "data", "heldout", "reward_model") if cfg.stage != "eval" else ("data", "heldout")
+    read = ("data", "heldout", "judge_prompt")
+    read = read if cfg.stage == "eval" else ("model", "reward_model", "outcome_model", *read)
     for name in read:
         source = getattr(cfg, name)
         over = source and any(path.exists() and path.samefile(source) for path in written)

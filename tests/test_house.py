@@ -10,10 +10,12 @@ METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
 SUPPORT = (
     "chats",
     "checkpoints",
+    "compare",
     "evaluate",
     "expressions",
     "files",
     "graders",
+    "judge",
     "rewards",
     "rows",
     "sampling",

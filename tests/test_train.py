@@ -26,6 +26,7 @@ import data
 import train
 from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
 from parallel import Grid, Optimizer
+from qrm import REWARD_MODELS
 from support import evaluate, graders, settings, tokenizers
 from support.checkpoints import Workdir
 from support.sampling import generate
@@ -368,7 +369,7 @@ def test_a_stage_makes_what_it_needs_first(command, tmp_path):
     }
 
 
-@pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo", "logit"])
+@pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo", "logit", "simpo"])
 def test_other_reward_models(built, command, tmp_path, reward):
     run = shutil.copytree(built, tmp_path / "run")
     assert command("--stage", "rm", "--run", run, "--reward", reward, "--steps", 2, "--lr", 1e-3)[0] == 0
@@ -383,6 +384,48 @@ def test_other_reward_models(built, command, tmp_path, reward):
         "--stage", "reinforce", "--run", run, "--reward", reward, "--steps", 1, "--out", tmp_path / "rl"
     )
     assert status == 0 and "running --stage rm" not in out  # it takes <run>/rm-<reward>, and judges by that
+    if REWARD_MODELS[reward].base is LanguageModel:  # on prompts it is a policy
+        rows = [{"prompt": p, "label": "2"} for p in PROMPTS]
+        prompts = write_jsonl(tmp_path / "p.jsonl", rows)
+        words = ["--stage", "eval", "--model", made, "--data", prompts, "--k", 2, "--max_new_tokens", 8]
+        assert command(*words, "--out", tmp_path / "e")[0] == 0
+        assert "pass@1" in json.loads((tmp_path / "e/eval.json").read_text())
+
+
+def test_an_outcome_model_beside_the_token_rewards(built, command, tmp_path):
+    """--outcome_model adds to the reward, and a model of another kind is refused."""
+    run = shutil.copytree(built, tmp_path / "run")
+    assert command("--stage", "rm", "--run", run, "--reward", "orm", "--steps", 2, "--lr", 1e-2)[0] == 0
+    words = ["--stage", "ppo", "--run", run, "--reward_model", run / "rm", "--steps", 1]
+    rewards = {}
+    for name, more in (
+        ("with", ["--outcome_model", run / "rm-orm", "--advantage", "token"]),
+        ("without", []),
+    ):
+        assert command(*words, *more, "--out", tmp_path / name)[0] == 0
+        rewards[name] = rows_of(tmp_path / name / "metrics.jsonl")[0]["reward"]
+    assert rewards["with"] != rewards["without"]
+    status, _, err = command(*words, "--outcome_model", run / "rm", "--out", tmp_path / "o")
+    assert status == 2 and "trained with --reward orm" in err
+
+
+def test_the_critic_is_evaluated_as_a_reward_model(built, command, tmp_path):
+    """On its own directory: V where a_t has been read, averaged over the answer."""
+    pairs = write_jsonl(tmp_path / "p.jsonl", PAIRS)
+    words = ["--stage", "eval", "--model", built / "ppo/critic", "--data", pairs, "--out", tmp_path / "e"]
+    assert command(*words)[0] == 0
+    critic, tokenizer = (
+        load_model(ScalarModel, built / "ppo/critic", Grid()),
+        tokenizers.Tokenizer.load(built / "ppo"),
+    )
+
+    def mean(row, key):
+        prompt, answer = tokenizer.encode_prompt(row["prompt"]), tokenizer.encode_response(row[key])
+        with torch.no_grad():
+            return critic.scalars(critic.model(torch.tensor([prompt + answer])))[0, len(prompt) :].mean()
+
+    right = sum((mean(row, "chosen") > mean(row, "rejected")).item() for row in PAIRS)
+    assert json.loads((tmp_path / "e/eval.json").read_text())["pair_accuracy"] == right / len(PAIRS)
 
 
 def test_step_labels_by_rollouts(built, command, tmp_path):
