@@ -65,37 +65,32 @@ def summary_rows(runs):
 
 
 def policy_rows(runs):
-    """Lines of carry.md's table: greedy and sampled accuracy of each policy, mean and range over the runs."""
-    lines = ["| policy | reward | greedy pass@1 | sampled pass@1 | seeds |", "|---|---|---|---|---|"]
+    """Lines of a table: accuracy of each policy, greedy, sampled and of eight samples, over the runs."""
+    columns = "greedy | one sample | any of eight | ranked first of eight | seeds"
+    lines = [f"| policy | reward | {columns} |", "|---|---|---|---|---|---|---|"]
     for name, (policy, reward) in POLICIES.items():
         evals = [run[name] for run in runs if name in run]
         if evals:
-            greedy = mean_and_range([e["pass@1"] for e in evals], 3)
-            sampled = mean_and_range([e["pass@k"]["1"] for e in evals], 3)
-            lines.append(f"| {policy} | {reward} | {greedy} | {sampled} | {len(evals)} |")
+            shares = [
+                [e["pass@1"] for e in evals],
+                [e["pass@k"]["1"] for e in evals],
+                [e["pass@k"]["8"] for e in evals],
+                [e["best_of_k"] for e in evals],
+            ]
+            cells = " | ".join(map(mean_and_range, shares))
+            lines.append(f"| {policy} | {reward} | {cells} | {len(evals)} |")
     return lines
 
 
-def by_run(directories, runs):
-    """Lines of a table: greedy, sampled and best-of-8 accuracy of every policy in every run."""
-    names = [name for name in POLICIES if any(name in run for run in runs)]
-    titles = [" + ".join(filter(None, POLICIES[name])).replace("*", "") for name in names]
-    lines = ["| run | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
-    for directory, run in zip(directories, runs):
-        cells = [three_numbers([run[name]]) if name in run else "" for name in names]
-        lines.append(f"| {Path(directory).name} | " + " | ".join(cells) + " |")
-    means = [three_numbers([run[name] for run in runs if name in run]) for name in names]
-    return [*lines, "| **mean** | " + " | ".join(means) + " |"]
-
-
-def three_numbers(evals):
-    """Greedy pass@1 / pass@k of one sample / of eight samples: means over some eval.json files."""
-    columns = [
-        [e["pass@1"] for e in evals],
-        [e["pass@k"]["1"] for e in evals],
-        [e["pass@k"]["8"] for e in evals],
-    ]
-    return " / ".join(f"{statistics.fmean(column):.3f}" for column in columns)
+def greedy_rows(directories, runs):
+    """Lines of a table: greedy accuracy of each policy in each run."""
+    names = [Path(directory).name for directory in directories]
+    lines = ["| policy | reward | " + " | ".join(names) + " |", "|---|---" + "|---" * len(names) + "|"]
+    for name, (policy, reward) in POLICIES.items():
+        cells = [f"{run[name]['pass@1']:.3f}".removeprefix("0") if name in run else "" for run in runs]
+        if any(cells):
+            lines.append(f"| {policy} | {reward} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def judge_rows(runs):
@@ -149,13 +144,15 @@ def main(argv=None):
     try:
         runs = load_evals(args.runs)
         judges = judge_rows(runs)
-        policies = policy_rows(runs) if args.carry else by_run(args.runs, runs)
-        print("\n".join([*summary_rows(runs), "", *policies, "", *judges]))
+        policies = policy_rows(runs)
+        greedy = greedy_rows(args.runs, runs)
+        print("\n".join([*summary_rows(runs), "", *policies, "", *greedy, "", *judges]))
         if args.write and args.carry:
             write_blocks("carry.md", {"policies": policies})
         elif args.write:
             write_readme("demo", summary_rows(runs))
-            write_blocks("results.md", {"policies": policies, "reward model": judges})
+            blocks = {"policies": policies, "greedy by seed": greedy, "reward model": judges}
+            write_blocks("results.md", blocks)
     except (BadInput, OSError) as error:
         print(f"demo_table.py: {error}", file=sys.stderr)
         return 2

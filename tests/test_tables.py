@@ -28,7 +28,7 @@ means +5.761 and -0.392
 def write_run(directory, greedy, accuracy):
     for name in ("sft", "ppo", "rm"):
         (directory / name).mkdir(parents=True)
-    policy = {"pass@1": greedy, "pass@k": {"1": greedy / 2, "8": 1.0}}
+    policy = {"pass@1": greedy, "pass@k": {"1": greedy / 2, "8": 1.0}, "best_of_k": 2 * greedy}
     for name in ("sft", "ppo"):
         (directory / name / "eval.json").write_text(json.dumps(policy))
     (directory / "rm" / "eval.json").write_text(json.dumps({"pair_accuracy": accuracy}))
@@ -42,14 +42,17 @@ def test_demo_table_by_hand(tmp_path):
         "| demo | SFT, before RL |  | .35 (.20 to .50) | 2 |",
         "| demo | PPO | **Q-RM, every token** | .35 (.20 to .50) | 2 |",
     ]
-    assert demo_table.by_run(directories, runs)[2:] == [
-        "| a | 0.200 / 0.100 / 1.000 | 0.200 / 0.100 / 1.000 |",
-        "| b | 0.500 / 0.250 / 1.000 | 0.500 / 0.250 / 1.000 |",
-        "| **mean** | 0.350 / 0.175 / 1.000 | 0.350 / 0.175 / 1.000 |",
-    ]
     assert demo_table.policy_rows(runs)[2:] == [
-        "| SFT, before RL |  | .350 (.200 to .500) | .175 (.100 to .250) | 2 |",
-        "| PPO | **Q-RM, every token** | .350 (.200 to .500) | .175 (.100 to .250) | 2 |",
+        "| SFT, before RL |  | .35 (.20 to .50) | .17 (.10 to .25) | 1.00 (1.00 to 1.00) "
+        "| .70 (.40 to 1.00) | 2 |",
+        "| PPO | **Q-RM, every token** | .35 (.20 to .50) | .17 (.10 to .25) | 1.00 (1.00 to 1.00) "
+        "| .70 (.40 to 1.00) | 2 |",
+    ]
+    assert demo_table.greedy_rows(directories, runs) == [
+        "| policy | reward | a | b |",
+        "|---|---|---|---|",
+        "| SFT, before RL |  | .200 | .500 |",
+        "| PPO | **Q-RM, every token** | .200 | .500 |",
     ]
     assert demo_table.judge_rows(runs)[2:] == ["| pair accuracy | .950 (.900 to 1.000) |"]
     with pytest.raises(BadInput, match="no eval.json"):
@@ -64,7 +67,11 @@ def test_the_tables_have_their_places():
     assert [line for line in replaced.split("\n") if "| demo |" not in line] == [
         line for line in readme.split("\n") if "| demo |" not in line
     ]
-    blocks = {"results.md": ("policies", "reward model"), "carry.md": ("policies",), "science.md": BLOCKS}
+    blocks = {
+        "results.md": ("policies", "greedy by seed", "reward model"),
+        "carry.md": ("policies",),
+        "science.md": BLOCKS,
+    }
     for chapter, names in blocks.items():
         text = (ROOT / "classroom" / chapter).read_text(encoding="utf-8")
         for name in names:
