@@ -26,6 +26,7 @@ POLICIES = {  # directory in the run -> policy, reward
     "ppo-outcome": ("PPO, λ = 1", "graded outcome"),
     "grpo": ("GRPO", "graded outcome"),
 }
+IN_README = ("sft", "reinforce", "ppo", "ppo-orm", "ppo-outcome")
 JUDGES = {
     "pair_accuracy": "pair accuracy",
     "length_baseline": "always prefer the shorter answer",
@@ -56,7 +57,8 @@ def mean_and_range(numbers, digits=2):
 def summary_rows(runs):
     """README's rows: greedy pass@1 of each policy, mean and range over the runs."""
     lines = []
-    for name, (policy, reward) in POLICIES.items():
+    for name in IN_README:
+        policy, reward = POLICIES[name]
         greedy = [run[name]["pass@1"] for run in runs if name in run]
         if greedy:
             seeds = len(greedy)

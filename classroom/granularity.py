@@ -370,11 +370,10 @@ def markdown(rows):
 
 BLOCKS = ("granularity: reward models", "granularity: arms", "granularity: differences")  # in science.md
 README_ARMS = {  # arm: policy, reward in README.md's table
-    "grpo graded": ("GRPO", "graded outcome"),
-    "orm answer": ("PPO, λ = 1", "outcome model, last token"),
-    "qrm answer": ("PPO, λ = 1", "Q-RM, its mean, last token"),
     "qrm tokens": ("PPO", "**Q-RM, every token**"),
-    "verifier tokens": ("PPO", "outcome label on every token"),
+    "qrm answer": ("PPO, λ = 1", "Q-RM, its mean, last token"),
+    "orm answer": ("PPO, λ = 1", "outcome model, last token"),
+    "grpo graded": ("PPO, groups of 8", "graded outcome"),
     "oracle tokens": ("PPO", "exact token rewards"),
 }
 

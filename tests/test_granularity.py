@@ -146,7 +146,7 @@ def test_tables_pair_the_seeds_and_report_only_complete_ones(tmp_path):
     rows = g.readme_rows(curves)
     assert rows[0] == "| long | SFT, before RL |  | .10 (.10 to .10) | 2 |"
     assert "| long | PPO | **Q-RM, every token** | .65 (.60 to .70) | 2 |" in rows
-    assert "| long | PPO | outcome label on every token | .85 (.80 to .90) | 2 |" in rows
+    assert "| long | PPO | exact token rewards | .65 (.60 to .70) | 2 |" in rows
     g.draw(tmp_path / "granularity.png", curves)
     assert (tmp_path / "granularity.png").stat().st_size > 10_000
 
