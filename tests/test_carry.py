@@ -2,15 +2,22 @@
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import random_model
 
 from data import arith_tokenizer, first_error, load_rows
+from model import ModelConfig, ScalarModel, load_model, save_model
+from parallel import Grid
+from qrm import token_scores
 from support.graders import grade
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
+import carry_credit  # noqa: E402
 from carry import FORGETS, answer, carry_rows, main  # noqa: E402
 
 FILES = ("sft.jsonl", "prompts.jsonl", "heldout.jsonl")
@@ -96,3 +103,52 @@ def test_the_files_depend_on_the_seed_alone_and_can_be_read(tmp_path, capsys):
         assert [[row[key] for key in needs] for row in read] == [
             [row[key] for key in needs] for row in written
         ]
+
+
+def test_the_answers_that_are_compared():
+    assert carry_credit.both_answers("47+38=?\n") == (answer(47, 38), answer(47, 38, forgets=True), True)
+    right, invented, has_carry = carry_credit.both_answers("52+91=?\n")
+    assert right == "2+1=3\n5+9+0=14\n#### 143" and not has_carry
+    assert invented == "2+1=3\n5+9+1=15\n#### 153"
+    assert carry_credit.digit_place([4, 5, 6, 7], [4, 5, 9, 9]) == 2
+
+
+def test_credit_at_the_digit_by_hand():
+    """Two problems with a carry, one without; the digit is token 1. std over all 12 scores, 1 less."""
+    z = torch.tensor
+    scored = [
+        (True, z([0.0, 2.0]), z([0.0, -2.0]), 1),  # right: higher by mean, last and choice; rises there
+        (True, z([3.0, 0.0]), z([3.0, 1.0]), 1),  # wrong
+        (False, z([0.0, 1.0]), z([0.0, 2.0]), 1),  # the invented digit scores higher
+    ]
+    std = statistics.stdev([0, 2, 0, -2, 3, 0, 3, 1, 0, 1, 0, 2])
+    found = carry_credit.measure(scored)
+    assert found == pytest.approx(
+        {"mean": 0.5, "last": 0.5, "choice": 0.5, "gap": 1.5 / std, "rise": 1.0, "invented": 1.0}
+    )
+
+
+def test_the_command(tmp_path, capsys):
+    """On two tiny reward models, of which one prefers the digit 1 to 0 wherever it reads it."""
+    tokenizer = arith_tokenizer()
+    (tmp_path / "data").mkdir()
+    rows = [{"prompt": "47+38=?\n", "label": "85"}, {"prompt": "52+91=?\n", "label": "143"}]
+    (tmp_path / "data" / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, seed in (("rm", 0), ("rm-orm", 1)):
+        cfg = ModelConfig(tokenizer.vocab_size, 16, 24, 1, 4, 2, 4)
+        (tmp_path / name).mkdir()
+        tokenizer.save(tmp_path / name)
+        save_model(random_model(ScalarModel, cfg, seed), tmp_path / name)
+    carry_credit.main([str(tmp_path)])
+    lines = capsys.readouterr().out.strip().split("\n")
+    table = [line for line in lines if line.startswith("|")]
+    assert table[0] == "| | Q-RM | outcome model |" and len(table) == 2 + len(carry_credit.MEASURES)
+    model = load_model(ScalarModel, tmp_path / "rm", Grid())
+    right, wrong, _ = carry_credit.both_answers("47+38=?\n")
+    z = []
+    for text in (right, wrong):
+        ids = [*tokenizer.encode_prompt("47+38=?\n"), *tokenizer.encode_response(text)]
+        z.append(token_scores(model, torch.tensor([ids]))[0])
+    place = len(tokenizer.encode_prompt("47+38=?\n")) + right.index("+1=") + 1  # characters are tokens here
+    expected = f"{float(z[0][place - 1] > z[1][place - 1]):.2f}"
+    assert f"| {carry_credit.MEASURES['choice']} | {expected} |" in table[4]
