@@ -9,6 +9,7 @@
     pairs      hidden states of the Q-RM authors' test pairs
     transfer   the heads of part `heads` on these pairs, untouched
     sample     pass@1 and pass@8 of the model itself on GSM8K and on simpler made problems
+    rl         train.py from sft to PPO and REINFORCE, on made problems of one step
     picture    two real answers under each head, token by token, as an SVG file
     check      prints 50 flagged errors for reading, from which the precision in real.md was counted
 
@@ -24,8 +25,11 @@ import argparse
 import hashlib
 import html
 import json
+import os
 import random
 import re
+import shlex
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -37,7 +41,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 from model import LanguageModel, Packed, load_model
 from parallel import Grid
 from support.evaluate import pass_at_k
@@ -1100,6 +1105,101 @@ def run_sample(args, n=30, k=8):
         )
 
 
+# ------------------------------------------------------------------------------------- reinforcement learning
+
+RL_ROWS = {"sft": 192, "prompts": 192, "heldout": 48, "rl": 256, "test": 200}  # file: problems in it
+CHAT = f'--chat chatml --system "{SYSTEM}" --dtype bfloat16'  # of every command
+ANSWERS = "--max_new_tokens 32"
+ADAPTERS = "--lora_rank 16"
+ROLLOUTS = (
+    f"--data rl.jsonl --model sft {ADAPTERS} --lr 2e-4 --kl_coef 0.05 --batch_size 128 --group_size 8"
+    f" --minibatch 32 --steps 16 {ANSWERS} --save_every 2"
+)
+CRITIC = "--critic_lora_rank 16 --critic_lr 5e-4"
+RL_STAGES = {  # result: flags of the command that makes it
+    "sft": f"--stage sft --model {{model}} --data sft.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 16",
+    "pairs.jsonl": "--stage pairs --model sft --data prompts.jsonl --heldout heldout.jsonl --k 8"
+    f" --pairs_per_prompt 2 {ANSWERS}",
+    "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8",
+    "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
+    "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
+    "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
+    "ppo-outcome": f"--stage ppo --reward outcome {ROLLOUTS} {CRITIC}",
+}
+
+
+def write_problems(folder):
+    """The files of RL_ROWS: different one-step problems, solved as in GSM8K without its calculator notes."""
+    rows = {row["question"]: row for row in made_problems(2 * sum(RL_ROWS.values()), 1, seed=1)}
+    rows = iter(rows.values())
+    for name, n in RL_ROWS.items():
+        lines = []
+        for _ in range(n):
+            row = next(rows)
+            lines.append(json.dumps(row | {"answer": NOTE.sub("", row["answer"])}) + "\n")
+        write_atomically(folder / f"{name}.jsonl", "".join(lines))
+
+
+def run_stage(name, flags, folder, threads):
+    """Runs train.py in `folder` unless its result is there, and adds what that took to runs.json.
+
+    A stage that was stopped continues from its checkpoint; its CPU seconds add up. BadInput if it fails.
+    """
+    path = folder / "runs.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    run = runs.setdefault(name, {"cpu_seconds": 0.0, "seconds": 0.0, "peak_gb": 0.0, "done": False})
+    if run["done"]:
+        return
+    command = [sys.executable, ROOT / "train.py", *shlex.split(f"{flags} {CHAT}")]
+    command += ["--resume"] if "--save_every" in flags else []
+    began = time.time()
+    process = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    run["cpu_seconds"] += usage.ru_utime + usage.ru_stime
+    run["seconds"] += time.time() - began
+    run["peak_gb"] = max(run["peak_gb"], usage.ru_maxrss * 1024 / 1e9)  # Linux counts KiB
+    run["done"] = process.returncode == 0
+    write_atomically(path, json.dumps(runs, indent=1))
+    require(run["done"], f"stage {name} ended with status {process.returncode}; the same command goes on")
+
+
+def run_rl(args):
+    """Part `rl`: each stage of RL_STAGES, and an evaluation of every model."""
+    folder = args.work / "rl"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "test.jsonl").exists():
+        write_problems(folder)
+    for name, flags in RL_STAGES.items():
+        run_stage(name, flags.format(model=args.model.resolve()) + f" --out {name}", folder, args.threads)
+        tested = "--data pairs-heldout.jsonl" if name == "qrm" else f"--data test.jsonl --k 4 {ANSWERS}"
+        if name != "pairs.jsonl":
+            run_stage(f"eval {name}", f"--stage eval --model {name} {tested}", folder, args.threads)
+    print_rl(folder)
+
+
+def print_rl(folder):
+    """What the stages took and found; tokens are prompts and answers that were trained on, or sampled."""
+    runs = json.loads((folder / "runs.json").read_text())
+    print("\nstage                      CPU seconds   seconds   peak GB   tokens a CPU second")
+    for name, run in runs.items():
+        metrics = folder / name / "metrics.jsonl"
+        rows = read_lines(metrics) if metrics.exists() else []
+        speed = f"{sum(row['tokens'] for row in rows) / run['cpu_seconds']:.0f}" if rows else ""
+        cells = f"{run['cpu_seconds']:11.0f}{run['seconds']:10.0f}{run['peak_gb']:10.2f}{speed:>22}"
+        print(f"  {name:25}{cells}{'' if run['done'] else '   not finished'}")
+    print("\npolicy                     greedy pass@1        sampled pass@1   pass@4")
+    for path in sorted(folder.glob("*/eval.json")):
+        found = json.loads(path.read_text())
+        if "pair_accuracy" in found:
+            print(f"  {path.parent.name}: {found}")
+            continue
+        greedy = found["pass@1"]
+        error = (greedy * (1 - greedy) / found["n_prompts"]) ** 0.5
+        sampled = found["pass@k"]
+        print(f"  {path.parent.name:25}{greedy:.3f} +- {error:.3f}{sampled['1']:19.3f}{sampled['4']:9.3f}")
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 
@@ -1122,6 +1222,7 @@ PARTS = {
     "pairs": run_pairs,
     "transfer": run_transfer,
     "sample": run_sample,
+    "rl": run_rl,
     "picture": run_picture,
     "check": run_check,
 }
