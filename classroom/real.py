@@ -1112,7 +1112,7 @@ CHAT = f'--chat chatml --system "{SYSTEM}" --dtype bfloat16'  # of every command
 ANSWERS = "--max_new_tokens 32"
 ADAPTERS = "--lora_rank 16"
 ROLLOUTS = (
-    f"--data rl.jsonl --model sft {ADAPTERS} --lr 2e-4 --kl_coef 0.05 --batch_size 128 --group_size 8"
+    f"--data rl.jsonl --model sft {ADAPTERS} --lr 2e-4 --kl_coef 0.05 --batch_size 128 --group_size 16"
     f" --minibatch 32 --steps 16 {ANSWERS} --save_every 2"
 )
 CRITIC = "--critic_lora_rank 16 --critic_lr 5e-4"
@@ -1121,8 +1121,8 @@ RL_STAGES = {  # result: flags of the command that makes it
     "pairs.jsonl": "--stage pairs --model sft --data prompts.jsonl --heldout heldout.jsonl --k 8"
     f" --pairs_per_prompt 2 {ANSWERS}",
     "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8",
-    "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
     "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
+    "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
     "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "ppo-outcome": f"--stage ppo --reward outcome {ROLLOUTS} {CRITIC}",
 }

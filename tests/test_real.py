@@ -1,7 +1,9 @@
 """classroom/real.py on made data with numbers worked out by hand; one test needs the real weights."""
 
 import doctest
+import json
 import os
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
 from fractions import Fraction
@@ -20,6 +22,7 @@ sys.path.insert(0, str(ROOT / "classroom"))
 import real  # noqa: E402
 
 from support.graders import grade, gsm8k_label  # noqa: E402
+from support.settings import parse, unread_flags  # noqa: E402
 
 
 def test_folds_go_by_question_whatever_its_spelling():
@@ -301,6 +304,64 @@ def test_made_problems_have_right_answers(steps):
         assert all(
             int(n) in numbers or n == notes[0][2] for note in notes for n in real.NUMBER.findall(note[1])
         )
+
+
+def test_rl_problems_are_different_and_solved_right(tmp_path):
+    real.write_problems(tmp_path)
+    questions = []
+    for name, n in real.RL_ROWS.items():
+        rows = real.read_lines(tmp_path / f"{name}.jsonl")
+        assert len(rows) == n
+        for row in rows:
+            equation, claim = row["answer"].split("\n")
+            expression, _, value = equation.partition("=")
+            assert real.evaluate_note(expression) == int(value) and claim == f"#### {value}"
+        questions += [row["question"] for row in rows]
+    assert len(set(questions)) == sum(real.RL_ROWS.values())
+
+
+@pytest.mark.parametrize("name", real.RL_STAGES)
+def test_rl_commands_are_read_in_full(name):
+    """Every flag is one of the stage's, and every file it reads is made before it."""
+    flags = shlex.split(f"{real.RL_STAGES[name]} {real.CHAT} --out {name}")
+    cfg = parse(flags)
+    assert unread_flags(flags) == [] and cfg.system == real.SYSTEM
+    earlier = list(real.RL_STAGES)[: list(real.RL_STAGES).index(name)]
+    made = {"", "{model}", *(f"{file}.jsonl" for file in real.RL_ROWS), *earlier}
+    assert {cfg.model, cfg.data, cfg.heldout, cfg.reward_model} <= made
+
+
+def test_run_stage_runs_once_and_again_after_a_failure(tmp_path):
+    flags = "--stage grade --data answers.jsonl --out graded.jsonl"
+    with pytest.raises(real.BadInput, match="stage one ended with status 2"):
+        real.run_stage("one", flags, tmp_path, 1)  # there is no answers.jsonl
+    row = {"question": "1+1?", "response": "#### 2", "label": "2"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row))
+    failed = json.loads((tmp_path / "runs.json").read_text())["one"]
+    real.run_stage("one", flags, tmp_path, 1)
+    run = json.loads((tmp_path / "runs.json").read_text())["one"]
+    assert not failed["done"] and run["done"] and run["cpu_seconds"] > failed["cpu_seconds"] > 0.1
+    assert 0.05 < run["peak_gb"] < 8
+    (tmp_path / "graded.jsonl").unlink()
+    real.run_stage("one", flags, tmp_path, 1)
+    assert not (tmp_path / "graded.jsonl").exists()
+
+
+def test_print_rl_by_hand(tmp_path, capsys):
+    runs = {
+        name: {"cpu_seconds": 5.0, "seconds": 20.0, "peak_gb": 1.5, "done": name == "sft"}
+        for name in ("sft", "eval sft")
+    }
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "metrics.jsonl").write_text('{"tokens": 60}\n{"tokens": 40}\n')
+    found = {"pass@1": 0.2, "n_prompts": 100, "pass@k": {"1": 0.25, "2": 0.3, "4": 0.5}}
+    (tmp_path / "sft" / "eval.json").write_text(json.dumps(found))
+    real.print_rl(tmp_path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["sft", "5", "20", "1.50", "20"] in lines
+    assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
+    assert ["sft", "0.200", "+-", "0.040", "0.250", "0.500"] in lines  # sqrt(.2 x .8 / 100) = .04
 
 
 def test_residuals_are_those_of_the_model(monkeypatch):
