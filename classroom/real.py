@@ -1112,8 +1112,8 @@ CHAT = f'--chat chatml --system "{SYSTEM}" --dtype bfloat16'  # of every command
 ANSWERS = "--max_new_tokens 32"
 ADAPTERS = "--lora_rank 16"
 ROLLOUTS = (
-    f"--data rl.jsonl --model sft {ADAPTERS} --lr 2e-4 --kl_coef 0.05 --batch_size 128 --group_size 16"
-    f" --minibatch 32 --steps 16 {ANSWERS} --save_every 2"
+    f"--data rl.jsonl --heldout test.jsonl --model sft {ADAPTERS} --lr 3e-4 --kl_coef 0.05 {ANSWERS}"
+    " --batch_size 128 --group_size 16 --minibatch 32 --steps 8 --eval_every 8 --save_every 1"
 )
 CRITIC = "--critic_lora_rank 16 --critic_lr 5e-4"
 RL_STAGES = {  # result: flags of the command that makes it
@@ -1121,11 +1121,12 @@ RL_STAGES = {  # result: flags of the command that makes it
     "pairs.jsonl": "--stage pairs --model sft --data prompts.jsonl --heldout heldout.jsonl --k 8"
     f" --pairs_per_prompt 2 {ANSWERS}",
     "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8",
+    "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
     "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
-    "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "ppo-outcome": f"--stage ppo --reward outcome {ROLLOUTS} {CRITIC}",
 }
+RL_TESTS = {"sft": f"--data test.jsonl --k 4 {ANSWERS}", "qrm": "--data pairs-heldout.jsonl"}
 
 
 def write_problems(folder):
@@ -1165,16 +1166,16 @@ def run_stage(name, flags, folder, threads):
 
 
 def run_rl(args):
-    """Part `rl`: each stage of RL_STAGES, and an evaluation of every model."""
+    """Part `rl`: each stage of RL_STAGES, and an evaluation of the models that RL starts from."""
     folder = args.work / "rl"
     folder.mkdir(exist_ok=True)
     if not (folder / "test.jsonl").exists():
         write_problems(folder)
     for name, flags in RL_STAGES.items():
         run_stage(name, flags.format(model=args.model.resolve()) + f" --out {name}", folder, args.threads)
-        tested = "--data pairs-heldout.jsonl" if name == "qrm" else f"--data test.jsonl --k 4 {ANSWERS}"
-        if name != "pairs.jsonl":
-            run_stage(f"eval {name}", f"--stage eval --model {name} {tested}", folder, args.threads)
+        if name in RL_TESTS:
+            tests = f"--stage eval --model {name} {RL_TESTS[name]}"
+            run_stage(f"eval {name}", tests, folder, args.threads)
     print_rl(folder)
 
 
@@ -1188,16 +1189,17 @@ def print_rl(folder):
         speed = f"{sum(row['tokens'] for row in rows) / run['cpu_seconds']:.0f}" if rows else ""
         cells = f"{run['cpu_seconds']:11.0f}{run['seconds']:10.0f}{run['peak_gb']:10.2f}{speed:>22}"
         print(f"  {name:25}{cells}{'' if run['done'] else '   not finished'}")
-    print("\npolicy                     greedy pass@1        sampled pass@1   pass@4")
     for path in sorted(folder.glob("*/eval.json")):
-        found = json.loads(path.read_text())
-        if "pair_accuracy" in found:
-            print(f"  {path.parent.name}: {found}")
-            continue
-        greedy = found["pass@1"]
-        error = (greedy * (1 - greedy) / found["n_prompts"]) ** 0.5
-        sampled = found["pass@k"]
-        print(f"  {path.parent.name:25}{greedy:.3f} +- {error:.3f}{sampled['1']:19.3f}{sampled['4']:9.3f}")
+        print(f"\n{path.parent.name}: {json.loads(path.read_text())}")
+    print("\nheld-out greedy pass@1 of policies, and the mean reward of every rollout")
+    n = RL_ROWS["test"]
+    for path in sorted(folder.glob("*/metrics.jsonl")):
+        rows = read_lines(path)
+        if "pass@1" in rows[-1]:
+            share = rows[-1]["pass@1"]
+            error = (share * (1 - share) / n) ** 0.5
+            rewards = " ".join(f"{row['reward']:.3f}" for row in rows)
+            print(f"  {path.parent.name:25}{share:.3f} +- {error:.3f}   {rewards}")
 
 
 # ------------------------------------------------------------------------------------------- the command line

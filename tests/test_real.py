@@ -349,19 +349,18 @@ def test_run_stage_runs_once_and_again_after_a_failure(tmp_path):
 
 def test_print_rl_by_hand(tmp_path, capsys):
     runs = {
-        name: {"cpu_seconds": 5.0, "seconds": 20.0, "peak_gb": 1.5, "done": name == "sft"}
-        for name in ("sft", "eval sft")
+        name: {"cpu_seconds": 5.0, "seconds": 20.0, "peak_gb": 1.5, "done": name == "ppo"}
+        for name in ("ppo", "eval sft")
     }
     (tmp_path / "runs.json").write_text(json.dumps(runs))
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "metrics.jsonl").write_text('{"tokens": 60}\n{"tokens": 40}\n')
-    found = {"pass@1": 0.2, "n_prompts": 100, "pass@k": {"1": 0.25, "2": 0.3, "4": 0.5}}
-    (tmp_path / "sft" / "eval.json").write_text(json.dumps(found))
+    (tmp_path / "ppo").mkdir()
+    rows = [{"tokens": 60, "reward": 0.5}, {"tokens": 40, "reward": 0.75, "pass@1": 0.2}]
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     real.print_rl(tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["sft", "5", "20", "1.50", "20"] in lines
+    assert ["ppo", "5", "20", "1.50", "20"] in lines
     assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
-    assert ["sft", "0.200", "+-", "0.040", "0.250", "0.500"] in lines  # sqrt(.2 x .8 / 100) = .04
+    assert ["ppo", "0.200", "+-", "0.028", "0.500", "0.750"] in lines  # sqrt(.2 x .8 / 200) = .0283
 
 
 def test_residuals_are_those_of_the_model(monkeypatch):
