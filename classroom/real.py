@@ -1121,6 +1121,7 @@ RL_STAGES = {  # result: flags of the command that makes it
     "pairs.jsonl": "--stage pairs --model sft --data prompts.jsonl --heldout heldout.jsonl --k 8"
     f" --pairs_per_prompt 2 {ANSWERS}",
     "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8",
+    "scores.jsonl": "--stage score --model qrm --data answers.jsonl",
     "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
     "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
@@ -1139,6 +1140,33 @@ def write_problems(folder):
             row = next(rows)
             lines.append(json.dumps(row | {"answer": NOTE.sub("", row["answer"])}) + "\n")
         write_atomically(folder / f"{name}.jsonl", "".join(lines))
+
+
+def write_answers(folder):
+    """answers.jsonl for --stage score: of each held-out pair the right answer, then the wrong one."""
+    lines = []
+    for pair in read_lines(folder / "pairs-heldout.jsonl"):
+        for response in (pair["chosen"], pair["rejected"]):
+            lines.append(json.dumps({"prompt": pair["prompt"], "response": response}) + "\n")
+    write_atomically(folder / "answers.jsonl", "".join(lines))
+
+
+def first_difference(right, wrong):
+    """Z where the right and the wrong answer of a pair part; before it, states and tokens are the same.
+
+    right, wrong   rows of --stage score
+    -> {"right above wrong": 1, .5 or 0, at that token; "lowest": is it the lowest of the wrong answer,
+        "chance": 1 / its tokens; "fall": its Z minus the mean of the wrong answer's other tokens}
+    """
+    same = [a == b for a, b in zip(right["ids"], wrong["ids"])]
+    place = same.index(False)
+    z = np.array(wrong["scores"])
+    return {
+        "right above wrong": float(wins(right["scores"][place], z[place])),
+        "lowest": float(z.argmin() == place),
+        "chance": 1 / len(z),
+        "fall": z[place] - np.delete(z, place).mean(),
+    }
 
 
 def run_stage(name, flags, folder, threads):
@@ -1172,11 +1200,23 @@ def run_rl(args):
     if not (folder / "test.jsonl").exists():
         write_problems(folder)
     for name, flags in RL_STAGES.items():
+        if name == "scores.jsonl":
+            write_answers(folder)
         run_stage(name, flags.format(model=args.model.resolve()) + f" --out {name}", folder, args.threads)
         if name in RL_TESTS:
             tests = f"--stage eval --model {name} {RL_TESTS[name]}"
             run_stage(f"eval {name}", tests, folder, args.threads)
     print_rl(folder)
+
+
+def print_first_differences(path):
+    """first_difference of the held-out pairs, resampled by prompt."""
+    rows = read_lines(path)
+    found = [first_difference(right, wrong) for right, wrong in zip(rows[0::2], rows[1::2])]
+    prompts = [row["prompt"] for row in rows[0::2]]
+    print(f"\nZ at the first token in which the answers of {len(found)} held-out pairs differ")
+    for name in found[0]:
+        print(f"  {name:20}{describe([values[name] for values in found], prompts)}")
 
 
 def print_rl(folder):
@@ -1191,6 +1231,7 @@ def print_rl(folder):
         print(f"  {name:25}{cells}{'' if run['done'] else '   not finished'}")
     for path in sorted(folder.glob("*/eval.json")):
         print(f"\n{path.parent.name}: {json.loads(path.read_text())}")
+    print_first_differences(folder / "scores.jsonl")
     print("\nheld-out greedy pass@1 of policies, and the mean reward of every rollout")
     n = RL_ROWS["test"]
     for path in sorted(folder.glob("*/metrics.jsonl")):

@@ -327,7 +327,7 @@ def test_rl_commands_are_read_in_full(name):
     cfg = parse(flags)
     assert unread_flags(flags) == [] and cfg.system == real.SYSTEM
     earlier = list(real.RL_STAGES)[: list(real.RL_STAGES).index(name)]
-    made = {"", "{model}", *(f"{file}.jsonl" for file in real.RL_ROWS), *earlier}
+    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in real.RL_ROWS), *earlier}
     assert {cfg.model, cfg.data, cfg.heldout, cfg.reward_model} <= made
 
 
@@ -347,6 +347,20 @@ def test_run_stage_runs_once_and_again_after_a_failure(tmp_path):
     assert not (tmp_path / "graded.jsonl").exists()
 
 
+def test_first_difference_by_hand(tmp_path):
+    pair = {"prompt": "2+5?", "chosen": "7", "rejected": "8!"}
+    (tmp_path / "pairs-heldout.jsonl").write_text(json.dumps(pair))
+    real.write_answers(tmp_path)
+    rows = real.read_lines(tmp_path / "answers.jsonl")
+    assert [(row["prompt"], row["response"]) for row in rows] == [("2+5?", "7"), ("2+5?", "8!")]
+    right = {"ids": [2, 5, 7], "scores": [1.0, 0.5, 2.0]}
+    wrong = {"ids": [2, 5, 8, 9], "scores": [1.0, 0.5, -3.0, 3.0]}
+    found = real.first_difference(right, wrong)
+    assert found == {"right above wrong": 1.0, "lowest": 1.0, "chance": 0.25, "fall": -4.5}
+    found = real.first_difference(wrong, right)
+    assert found == {"right above wrong": 0.0, "lowest": 0.0, "chance": 1 / 3, "fall": 1.25}
+
+
 def test_print_rl_by_hand(tmp_path, capsys):
     runs = {
         name: {"cpu_seconds": 5.0, "seconds": 20.0, "peak_gb": 1.5, "done": name == "ppo"}
@@ -356,10 +370,13 @@ def test_print_rl_by_hand(tmp_path, capsys):
     (tmp_path / "ppo").mkdir()
     rows = [{"tokens": 60, "reward": 0.5}, {"tokens": 40, "reward": 0.75, "pass@1": 0.2}]
     (tmp_path / "ppo" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scored = [{"prompt": "1+1?", "ids": [2, i], "scores": [1.0, -i]} for i in (8, 9)]
+    (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, scored)))
     real.print_rl(tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ppo", "5", "20", "1.50", "20"] in lines
     assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
+    assert "right above wrong 1.000 (1.000 to 1.000)".split() in lines
     assert ["ppo", "0.200", "+-", "0.028", "0.500", "0.750"] in lines  # sqrt(.2 x .8 / 200) = .0283
 
 
