@@ -376,7 +376,7 @@ def test_print_rl_by_hand(tmp_path, capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ppo", "5", "20", "1.50", "20"] in lines
     assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
-    assert "right above wrong 1.000 (1.000 to 1.000)".split() in lines
+    assert ["right", "above", "wrong", "1.000", "(1.000", "to", "1.000)"] in lines
     assert ["ppo", "0.200", "+-", "0.028", "0.500", "0.750"] in lines  # sqrt(.2 x .8 / 200) = .0283
 
 
