@@ -1120,7 +1120,8 @@ RL_STAGES = {  # result: flags of the command that makes it
     "sft": f"--stage sft --model {{model}} --data sft.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 16",
     "pairs.jsonl": "--stage pairs --model sft --data prompts.jsonl --heldout heldout.jsonl --k 8"
     f" --pairs_per_prompt 2 {ANSWERS}",
-    "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8",
+    "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8"
+    " --save_every 9",
     "scores.jsonl": "--stage score --model qrm --data answers.jsonl",
     "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
