@@ -1123,9 +1123,9 @@ RL_STAGES = {  # result: flags of the command that makes it
     "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8"
     " --save_every 9",
     "scores.jsonl": "--stage score --model qrm --data answers.jsonl",
-    "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
-    "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
     "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
+    "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
+    "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "ppo-outcome": f"--stage ppo --reward outcome {ROLLOUTS} {CRITIC}",
 }
 RL_TESTS = {"sft": f"--data test.jsonl --k 4 {ANSWERS}", "qrm": "--data pairs-heldout.jsonl"}
@@ -1153,21 +1153,17 @@ def write_answers(folder):
 
 
 def first_difference(right, wrong):
-    """Z where the right and the wrong answer of a pair part; before it, states and tokens are the same.
+    """Where the right and the wrong answer of a pair part, and whether Z falls there; rows of --stage score.
 
-    right, wrong   rows of --stage score
-    -> {"right above wrong": 1, .5 or 0, at that token; "lowest": is it the lowest of the wrong answer,
-        "chance": 1 / its tokens; "fall": its Z minus the mean of the wrong answer's other tokens}
+    Before that token, states and tokens are the same.
+    -> "equation" or "result": what differs first; {"at the token", "from there on": does the right answer
+       score higher (1, .5 or 0), there and in the mean from there to the end}
     """
-    same = [a == b for a, b in zip(right["ids"], wrong["ids"])]
-    place = same.index(False)
-    z = np.array(wrong["scores"])
-    return {
-        "right above wrong": float(wins(right["scores"][place], z[place])),
-        "lowest": float(z.argmin() == place),
-        "chance": 1 / len(z),
-        "fall": z[place] - np.delete(z, place).mean(),
-    }
+    place = [a == b for a, b in zip(right["ids"], wrong["ids"])].index(False)
+    differs = "equation" if place < right["tokens"].index("=") else "result"
+    above, below = np.array(right["scores"][place:]), np.array(wrong["scores"][place:])
+    measures = {"at the token": wins(above[0], below[0]), "from there on": wins(above.mean(), below.mean())}
+    return differs, measures
 
 
 def run_stage(name, flags, folder, threads):
@@ -1211,13 +1207,22 @@ def run_rl(args):
 
 
 def print_first_differences(path):
-    """first_difference of the held-out pairs, resampled by prompt."""
+    """first_difference of the held-out pairs, resampled by prompt, and the mean Z of each kind of problem."""
     rows = read_lines(path)
-    found = [first_difference(right, wrong) for right, wrong in zip(rows[0::2], rows[1::2])]
-    prompts = [row["prompt"] for row in rows[0::2]]
-    print(f"\nZ at the first token in which the answers of {len(found)} held-out pairs differ")
-    for name in found[0]:
-        print(f"  {name:20}{describe([values[name] for values in found], prompts)}")
+    found = {}
+    for right, wrong in zip(rows[0::2], rows[1::2]):
+        differs, measures = first_difference(right, wrong)
+        found.setdefault(differs, []).append((right["prompt"], measures))
+    print("\nheld-out pairs: the right answer has the higher Z")
+    for differs, pairs in found.items():
+        prompts = [prompt for prompt, _ in pairs]
+        for name in pairs[0][1]:
+            values = [measures[name] for _, measures in pairs]
+            print(f"  {differs} differs, {len(pairs)} pairs, {name:14}{describe(values, prompts)}")
+    for verb in ("buys", "gives", "boxes"):
+        means = [np.mean(row["scores"]) for row in rows if verb in row["prompt"]]
+        if means:
+            print(f"  mean Z of {len(means)} answers to problems with '{verb}': {np.mean(means):.2f}")
 
 
 def print_rl(folder):

@@ -353,12 +353,13 @@ def test_first_difference_by_hand(tmp_path):
     real.write_answers(tmp_path)
     rows = real.read_lines(tmp_path / "answers.jsonl")
     assert [(row["prompt"], row["response"]) for row in rows] == [("2+5?", "7"), ("2+5?", "8!")]
-    right = {"ids": [2, 5, 7], "scores": [1.0, 0.5, 2.0]}
-    wrong = {"ids": [2, 5, 8, 9], "scores": [1.0, 0.5, -3.0, 3.0]}
+    right = {"ids": [2, 9, 7], "tokens": ["2", "=", "7"], "scores": [1.0, 0.5, 2.0]}
+    wrong = {"ids": [2, 9, 8, 1], "tokens": ["2", "=", "8", "!"], "scores": [1.0, 0.5, -3.0, 9.0]}
     found = real.first_difference(right, wrong)
-    assert found == {"right above wrong": 1.0, "lowest": 1.0, "chance": 0.25, "fall": -4.5}
-    found = real.first_difference(wrong, right)
-    assert found == {"right above wrong": 0.0, "lowest": 0.0, "chance": 1 / 3, "fall": 1.25}
+    assert found == ("result", {"at the token": 1.0, "from there on": 0.0})  # 2 against -3 and 9
+    other = wrong | {"ids": [3, 9, 8, 1]}
+    assert real.first_difference(right, other)[0] == "equation"
+    assert real.first_difference(right, other)[1]["at the token"] == 0.5
 
 
 def test_print_rl_by_hand(tmp_path, capsys):
@@ -370,13 +371,15 @@ def test_print_rl_by_hand(tmp_path, capsys):
     (tmp_path / "ppo").mkdir()
     rows = [{"tokens": 60, "reward": 0.5}, {"tokens": 40, "reward": 0.75, "pass@1": 0.2}]
     (tmp_path / "ppo" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    scored = [{"prompt": "1+1?", "ids": [2, i], "scores": [1.0, -i]} for i in (8, 9)]
+    same = {"prompt": "Tom buys", "tokens": ["=", "2"]}
+    scored = [same | {"ids": [2, i], "scores": [1.0, -i]} for i in (8, 9)]
     (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, scored)))
     real.print_rl(tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ppo", "5", "20", "1.50", "20"] in lines
     assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
-    assert ["right", "above", "wrong", "1.000", "(1.000", "to", "1.000)"] in lines
+    found = "result differs, 1 pairs, at the token 1.000 (1.000 to 1.000)"
+    assert found.split(" ") in lines
     assert ["ppo", "0.200", "+-", "0.028", "0.500", "0.750"] in lines  # sqrt(.2 x .8 / 200) = .0283
 
 
