@@ -361,7 +361,7 @@ def start(tmp_path_factory):
             command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
         try:
-            log, _ = process.communicate(timeout=600 if world == 8 else 180)
+            log, _ = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             process.terminate()  # torchrun then ends its workers
             log = process.communicate()[0] + "\nstopped: ranks wait for each other"
