@@ -1190,6 +1190,32 @@ def run_stage(name, flags, folder, threads):
     require(run["done"], f"stage {name} ended with status {process.returncode}; the same command goes on")
 
 
+def sign_of(answer):
+    """The sign between an answer's first two numbers, or 'none'."""
+    found = re.search(r"\d([-+*])\d", answer)
+    return found[1] if found else "none"
+
+
+def count_operations(folder, name, n=60):
+    """The operation that a policy's greedy answers to the first n test problems write, beside the right one.
+
+    -> {"right operation, written one": how many answers}, kept in <name>/operations.json
+    """
+    path = folder / name / "operations.json"
+    if not path.exists():
+        tokenizer = Tokenizer.load(folder / name, "chatml")
+        policy = load_model(LanguageModel, folder / name, Grid(), torch.bfloat16)
+        rows = read_lines(folder / "test.jsonl")[:n]
+        prompts = [prompt_ids(tokenizer, row["question"]) for row in rows]
+        responses, _ = generate(policy, prompts, 32, tokenizer.stop_ids, temperature=0)
+        signs = [
+            (sign_of(row["answer"]), sign_of(tokenizer.decode(ids))) for row, ids in zip(rows, responses)
+        ]
+        counts = Counter(", ".join(pair) for pair in signs)
+        write_atomically(path, json.dumps(counts))
+    return json.loads(path.read_text())
+
+
 def run_rl(args):
     """Part `rl`: each stage of RL_STAGES, and an evaluation of the models that RL starts from."""
     folder = args.work / "rl"
@@ -1203,6 +1229,11 @@ def run_rl(args):
         if name in RL_TESTS:
             tests = f"--stage eval --model {name} {RL_TESTS[name]}"
             run_stage(f"eval {name}", tests, folder, args.threads)
+    pairs = read_lines(folder / "pairs.jsonl")
+    signs = Counter((sign_of(pair["chosen"]), sign_of(pair["rejected"])) for pair in pairs)
+    print(f"signs of the pairs' right and wrong answers: {dict(signs)}")
+    for name in ("sft", "ppo-qrm"):
+        print(f"operations of {name}, right and written: {count_operations(folder, name)}")
     print_rl(folder)
 
 
@@ -1242,7 +1273,7 @@ def print_rl(folder):
     n = RL_ROWS["test"]
     for path in sorted(folder.glob("*/metrics.jsonl")):
         rows = read_lines(path)
-        if "pass@1" in rows[-1]:
+        if rows and "pass@1" in rows[-1]:
             share = rows[-1]["pass@1"]
             error = (share * (1 - share) / n) ** 0.5
             rewards = " ".join(f"{row['reward']:.3f}" for row in rows)

@@ -362,6 +362,11 @@ def test_first_difference_by_hand(tmp_path):
     assert real.first_difference(right, other)[1]["at the token"] == 0.5
 
 
+def test_sign_of():
+    answers = ("17-3=14\n#### 14", "#### 14", "- 17*3=51", "a+b")
+    assert [real.sign_of(answer) for answer in answers] == ["-", "none", "*", "none"]
+
+
 def test_print_rl_by_hand(tmp_path, capsys):
     runs = {
         name: {"cpu_seconds": 5.0, "seconds": 20.0, "peak_gb": 1.5, "done": name == "ppo"}
