@@ -19,6 +19,7 @@ from model import LanguageModel, at_actions, token_logprobs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
+import notes  # noqa: E402
 import real  # noqa: E402
 
 from support.graders import grade, gsm8k_label  # noqa: E402
@@ -80,58 +81,58 @@ def test_best_of_and_votes():
 
 
 def test_numbers():
-    assert real.numbers_in("$20,000 and 1.50, or .5 of 3.") == {20000, Fraction(3, 2), Fraction(1, 2), 3}
-    assert real.as_number("12.0") == 12 and real.as_number("x") is None and real.as_number("1/0") is None
-    assert real.evaluate_note("2*(3+4)/7-.5") == Fraction(3, 2)
+    assert notes.numbers_in("$20,000 and 1.50, or .5 of 3.") == {20000, Fraction(3, 2), Fraction(1, 2), 3}
+    assert notes.as_number("12.0") == 12 and notes.as_number("x") is None and notes.as_number("1/0") is None
+    assert notes.evaluate_note("2*(3+4)/7-.5") == Fraction(3, 2)
     for text in ("2**9", "9//2", "1/0", "2(3)", "x+1", "", "__import__('os')"):
-        assert real.evaluate_note(text) is None, text
+        assert notes.evaluate_note(text) is None, text
 
 
 def test_first_wrong_note():
     right = "3+4 = <<3+4=7>>7 apples.\n7*2 = <<7*2=14>>14\nA: 14"
     wrong = "3+4 = <<3+4=7.0>>7 apples.\n7+2 = <<7+2=9>>9\n9+5=<<9+5=14>>14\nA: 14"
-    number, note = real.first_wrong_note(wrong, [right])
+    number, note = notes.first_wrong_note(wrong, [right])
     assert (number, note[1], note[2], wrong[note.start(2) : note.end(2)]) == (1, "7+2", "9", "9")
-    assert real.first_wrong_note(wrong, [right, "another way: 9"]) is None
-    assert real.first_wrong_note("<<3+4=seven>>7 <<1+1=2>>2", [right]) is None
-    assert real.first_wrong_note("no note, 99", [right]) is None
+    assert notes.first_wrong_note(wrong, [right, "another way: 9"]) is None
+    assert notes.first_wrong_note("<<3+4=seven>>7 <<1+1=2>>2", [right]) is None
+    assert notes.first_wrong_note("no note, 99", [right]) is None
 
 
 def test_plant_error_with_and_without_consequences():
     solution = "3+4 = $<<3+4=7>>7 a day.\n7 days: 7*10 = <<7*10=70>>70\nHalf is 70/2 = <<70/2=35>>35\nA: 35"
-    without, follows = real.plant_error(solution, 0, 9)
+    without, follows = notes.plant_error(solution, 0, 9)
     assert without == solution.replace("=7>>7 a", "=9>>9 a")
     assert (
         follows
         == "3+4 = $<<3+4=9>>9 a day.\n9 days: 9*10 = <<9*10=90>>90\nHalf is 90/2 = <<90/2=45>>45\nA: 45"
     )
-    without, follows = real.plant_error(solution, 2, 30)
+    without, follows = notes.plant_error(solution, 2, 30)
     assert without.endswith("<<70/2=30>>30\nA: 35") and follows.endswith("<<70/2=30>>30\nA: 30")
 
 
 def test_plant_error_refuses_what_it_cannot_follow():
-    assert real.plant_error("<<1+1=2>> two\nA: 2", 0, 3) is None  # the result is not repeated
-    assert real.plant_error("<<1+1=2>>20\nA: 20", 0, 3) is None  # 20 does not repeat 2
-    assert real.plant_error("<<1+1=2>>2\n<<2x=4>>4\nA: 4", 0, 3) is None  # cannot be calculated
-    assert real.plant_error("<<1+1=2>>2\n<<5-3=2>>2\nA: 2", 0, 3) is None  # which 2 is meant later?
+    assert notes.plant_error("<<1+1=2>> two\nA: 2", 0, 3) is None  # the result is not repeated
+    assert notes.plant_error("<<1+1=2>>20\nA: 20", 0, 3) is None  # 20 does not repeat 2
+    assert notes.plant_error("<<1+1=2>>2\n<<2x=4>>4\nA: 4", 0, 3) is None  # cannot be calculated
+    assert notes.plant_error("<<1+1=2>>2\n<<5-3=2>>2\nA: 2", 0, 3) is None  # which 2 is meant later?
 
 
 def test_plant_somewhere_leaves_the_question_alone():
     solution = "5+4=<<5+4=9>>9\n9*3=<<9*3=27>>27\nA: 27"
     for seed in range(20):
-        without, follows = real.plant_somewhere("5 and 4, 9 each", solution, seed)
+        without, follows = notes.plant_somewhere("5 and 4, 9 each", solution, seed)
         assert without.startswith("5+4=<<5+4=9>>9\n9*3=<<9*3=")  # 9 occurs in the question
         assert without != solution and len(without) == len(solution)
-        assert real.numbers_in(without) - real.numbers_in(solution)  # the number is new
-    assert real.plant_somewhere("9 and 27", solution, 0) is None
+        assert notes.numbers_in(without) - notes.numbers_in(solution)  # the number is new
+    assert notes.plant_somewhere("9 and 27", solution, 0) is None
 
 
 def test_token_at_counts_bytes():
     text = "2€ = <<2=2>>"
     pieces = [b"2", "€".encode()[:1], "€".encode()[1:], b" =", b" <<", b"2=", b"2>>"]
-    assert [real.token_at(pieces, text, i) for i in (0, 1, 2, 3, 5, 7, 9, 11)] == [0, 1, 3, 3, 4, 5, 6, 6]
+    assert [notes.token_at(pieces, text, i) for i in (0, 1, 2, 3, 5, 7, 9, 11)] == [0, 1, 3, 3, 4, 5, 6, 6]
     with pytest.raises(real.BadInput):
-        real.token_at(pieces, text + "x", len(text))
+        notes.token_at(pieces, text + "x", len(text))
 
 
 def test_mean_before():
@@ -253,7 +254,7 @@ def test_choose_settings_finds_the_layer_that_knows():
 
 
 def test_doctests():
-    assert doctest.testmod(real).failed == 0
+    assert doctest.testmod(notes) == (0, 1)  # failed, attempted
 
 
 def test_error_measures_by_hand():
@@ -296,13 +297,13 @@ def test_made_problems_have_right_answers(steps):
     rows = real.made_problems(200, steps, seed=1)
     assert rows == real.made_problems(200, steps, seed=1) != real.made_problems(200, steps, seed=2)
     for row in rows:
-        notes = list(real.NOTE.finditer(row["answer"]))
-        assert len(notes) == steps
-        assert all(real.evaluate_note(note[1]) == int(note[2]) for note in notes)
+        found = list(notes.NOTE.finditer(row["answer"]))
+        assert len(found) == steps
+        assert all(notes.evaluate_note(note[1]) == int(note[2]) for note in found)
         assert grade(row["answer"], gsm8k_label(row["answer"]), "gsm8k")[1]
-        numbers = [int(n) for n in real.numbers_in(row["question"])]
+        numbers = [int(n) for n in notes.numbers_in(row["question"])]
         assert all(
-            int(n) in numbers or n == notes[0][2] for note in notes for n in real.NUMBER.findall(note[1])
+            int(n) in numbers or n == found[0][2] for note in found for n in notes.NUMBER.findall(note[1])
         )
 
 
@@ -315,7 +316,7 @@ def test_rl_problems_are_different_and_solved_right(tmp_path):
         for row in rows:
             equation, claim = row["answer"].split("\n")
             expression, _, value = equation.partition("=")
-            assert real.evaluate_note(expression) == int(value) and claim == f"#### {value}"
+            assert notes.evaluate_note(expression) == int(value) and claim == f"#### {value}"
         questions += [row["question"] for row in rows]
     assert len(set(questions)) == sum(real.RL_ROWS.values())
 
