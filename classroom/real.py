@@ -9,6 +9,7 @@
     pairs      hidden states of the Q-RM authors' test pairs
     transfer   the heads of part `heads` on these pairs, untouched
     sample     pass@1 and pass@8 of the model itself on GSM8K and on simpler made problems
+    rl         train.py from sft to PPO and REINFORCE, on made problems of one step
     picture    two real answers under each head, token by token, as an SVG file
     check      prints 50 flagged errors for reading, from which the precision in real.md was counted
 
@@ -24,20 +25,25 @@ import argparse
 import hashlib
 import html
 import json
+import os
 import random
 import re
+import shlex
+import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from notes import NOTE, as_number, first_wrong_note, plant_somewhere, token_at
+
 from model import LanguageModel, Packed, load_model
 from parallel import Grid
 from support.evaluate import pass_at_k
@@ -156,136 +162,6 @@ def describe(values, clusters, weights=None):
     """'.612 (.590 to .634)', the mean and its clustered interval"""
     low, high = clustered_interval(values, clusters, weights)
     return f"{np.average(values, weights=weights):.3f} ({low:.3f} to {high:.3f})"
-
-
-# ------------------------------------------------------------------------------------------- calculator notes
-
-NOTE = re.compile(r"<<([^<>=]*)=([^<>=]*)>>")
-NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?|\.\d+")
-
-
-def as_number(text):
-    """'20,000' -> Fraction(20000); None for what is no plain number."""
-    try:
-        return Fraction(text.replace(",", "").replace("$", "").strip())
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-def numbers_in(text):
-    """All numbers of a text, as a set of Fractions."""
-    return {as_number(found.rstrip(",")) for found in NUMBER.findall(text)}
-
-
-def first_wrong_note(answer, rights):
-    """The first calculator note of `answer` whose value occurs in none of the solutions `rights`.
-
-    -> (number of the note, its re.Match), or None if there is no such note. A note whose value is not a
-    number ends the search. Right values on an unusual path are flagged, too, and wrong steps whose value
-    occurs elsewhere are missed: see part `check`.
-    """
-    known = set().union(*map(numbers_in, rights))
-    for i, note in enumerate(NOTE.finditer(answer)):
-        value = as_number(note[2])
-        if value is None:
-            return None
-        if value not in known:
-            return i, note
-    return None
-
-
-def evaluate_note(expression):
-    """The value of + - * / and brackets over plain numbers as a Fraction, or None."""
-    if not re.fullmatch(r"[\d.+\-*/() ]+", expression) or "**" in expression or "//" in expression:
-        return None
-    exact = re.sub(r"\d*\.?\d+", lambda number: f"Fraction('{number[0]}')", expression)
-    try:
-        return Fraction(
-            eval(exact, {"__builtins__": {}}, {"Fraction": Fraction})
-        )  # digits and operators only
-    except (SyntaxError, ZeroDivisionError, TypeError, ValueError):
-        return None
-
-
-def spell(value):
-    """A Fraction as GSM8K writes it: '12', '2.5'"""
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.6g}"
-
-
-def replace_numbers(text, changed):
-    """Numbers of a text that are keys of {old: new} replaced, everything else as it is."""
-
-    def replacement(found):
-        new = changed.get(as_number(found[0].rstrip(",")))
-        return found[0] if new is None else spell(new) + "," * found[0].endswith(",")
-
-    return NUMBER.sub(replacement, text)
-
-
-def plant_error(solution, note_number, new_value):
-    """Changes the result of one calculator note -> two texts, without and with the consequences, or None.
-
-    without   changes the result in the note and its copy right after the note; later lines use the old value
-    with      also replaces the old value in what follows, recalculates later notes, and so on to the final
-              answer
-    None if the result is not repeated, or a later note cannot be calculated or has the old result by chance.
-
-    >>> plant_error("2+3=<<2+3=5>>5\\n5*2=<<5*2=10>>10\\nA: 10", 0, 6)
-    ('2+3=<<2+3=6>>6\\n5*2=<<5*2=10>>10\\nA: 10', '2+3=<<2+3=6>>6\\n6*2=<<6*2=12>>12\\nA: 12')
-    """
-    notes = list(NOTE.finditer(solution))
-    note = notes[note_number]
-    old = note[2]
-    rest = solution[note.end() :]
-    if not re.match(re.escape(old) + r"(?![\d.,]\d|\d)", rest):
-        return None
-    start = solution[: note.start(2)] + f"{new_value}>>{new_value}"
-    without = start + rest[len(old) :]
-
-    changed = {as_number(old): Fraction(new_value)}
-    follows, done = start, note.end() + len(old)
-    for later in notes[note_number + 1 :]:
-        expression = replace_numbers(later[1], changed)
-        value, old_value = evaluate_note(expression), as_number(later[2])
-        if value is None or old_value is None or (expression == later[1] and old_value in changed):
-            return None
-        follows += replace_numbers(solution[done : later.start()], changed)
-        if value != old_value and expression != later[1]:
-            changed[old_value] = value
-        else:
-            value = old_value
-        follows += f"<<{expression}={spell(value)}>>"
-        done = later.end()
-    return without, follows + replace_numbers(solution[done:], changed)
-
-
-def plant_somewhere(question, solution, seed):
-    """plant_error at a note and with a value drawn from `seed`; None if no note can be changed."""
-    rng = random.Random(seed)
-    notes = list(NOTE.finditer(solution))
-    order = rng.sample(range(len(notes)), len(notes))
-    known = numbers_in(solution) | numbers_in(question)
-    for i in order:
-        if not notes[i][2].isdigit() or as_number(notes[i][2]) in numbers_in(question):
-            continue
-        old = int(notes[i][2])
-        near = [
-            v for v in range(old - 9, old + 10) if v > 0 and len(str(v)) == len(str(old)) and v not in known
-        ]
-        planted = plant_error(solution, i, rng.choice(near)) if near else None
-        if planted:
-            return planted
-    return None
-
-
-def token_at(pieces, text, char):
-    """Number of the token that holds character `char` of `text`; pieces: the tokens' bytes in order."""
-    place, read = len(text[:char].encode()), 0
-    for i, piece in enumerate(pieces):
-        read += len(piece)
-        if place < read:
-            return i
-    raise BadInput(f"character {char} lies beyond the tokens of {text[:40]!r}")
 
 
 # ---------------------------------------------------------------------------------------- hidden states, once
@@ -1100,6 +976,181 @@ def run_sample(args, n=30, k=8):
         )
 
 
+# ------------------------------------------------------------------------------------- reinforcement learning
+
+RL_ROWS = {"sft": 192, "prompts": 192, "heldout": 48, "rl": 256, "test": 200}  # file: problems in it
+CHAT = f'--chat chatml --system "{SYSTEM}" --dtype bfloat16'  # of every command
+ANSWERS = "--max_new_tokens 32"
+ADAPTERS = "--lora_rank 16"
+ROLLOUTS = (
+    f"--data rl.jsonl --heldout test.jsonl --model sft {ADAPTERS} --lr 3e-4 --kl_coef 0.05 {ANSWERS}"
+    " --batch_size 128 --group_size 16 --minibatch 32 --steps 8 --eval_every 8 --save_every 1"
+)
+CRITIC = "--critic_lora_rank 16 --critic_lr 5e-4"
+RL_STAGES = {  # result: flags of the command that makes it
+    "sft": f"--stage sft --model {{model}} --data sft.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 16",
+    "pairs.jsonl": "--stage pairs --model sft --data prompts.jsonl --heldout heldout.jsonl --k 8"
+    f" --pairs_per_prompt 2 {ANSWERS}",
+    "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8"
+    " --save_every 9",
+    "scores.jsonl": "--stage score --model qrm --data answers.jsonl",
+    "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
+    "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
+    "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
+    "ppo-outcome": f"--stage ppo --reward outcome {ROLLOUTS} {CRITIC}",
+}
+RL_TESTS = {"sft": f"--data test.jsonl --k 4 {ANSWERS}", "qrm": "--data pairs-heldout.jsonl"}
+
+
+def write_problems(folder):
+    """The files of RL_ROWS: different one-step problems, solved as in GSM8K without its calculator notes."""
+    rows = {row["question"]: row for row in made_problems(2 * sum(RL_ROWS.values()), 1, seed=1)}
+    rows = iter(rows.values())
+    for name, n in RL_ROWS.items():
+        lines = []
+        for _ in range(n):
+            row = next(rows)
+            lines.append(json.dumps(row | {"answer": NOTE.sub("", row["answer"])}) + "\n")
+        write_atomically(folder / f"{name}.jsonl", "".join(lines))
+
+
+def write_answers(folder):
+    """answers.jsonl for --stage score: of each held-out pair the right answer, then the wrong one."""
+    lines = []
+    for pair in read_lines(folder / "pairs-heldout.jsonl"):
+        for response in (pair["chosen"], pair["rejected"]):
+            lines.append(json.dumps({"prompt": pair["prompt"], "response": response}) + "\n")
+    write_atomically(folder / "answers.jsonl", "".join(lines))
+
+
+def first_difference(right, wrong):
+    """Where the right and the wrong answer of a pair part, and whether Z falls there; rows of --stage score.
+
+    Before that token, states and tokens are the same.
+    -> "equation" or "result": what differs first; {"at the token", "from there on": does the right answer
+       score higher (1, .5 or 0), there and in the mean from there to the end}
+    """
+    place = [a == b for a, b in zip(right["ids"], wrong["ids"])].index(False)
+    differs = "equation" if place < right["tokens"].index("=") else "result"
+    above, below = np.array(right["scores"][place:]), np.array(wrong["scores"][place:])
+    measures = {"at the token": wins(above[0], below[0]), "from there on": wins(above.mean(), below.mean())}
+    return differs, measures
+
+
+def run_stage(name, flags, folder, threads):
+    """Runs train.py in `folder` unless its result is there, and adds what that took to runs.json.
+
+    A stage that was stopped continues from its checkpoint; its CPU seconds add up. BadInput if it fails.
+    """
+    path = folder / "runs.json"
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    run = runs.setdefault(name, {"cpu_seconds": 0.0, "seconds": 0.0, "peak_gb": 0.0, "done": False})
+    if run["done"]:
+        return
+    command = [sys.executable, ROOT / "train.py", *shlex.split(f"{flags} {CHAT}")]
+    command += ["--resume"] if "--save_every" in flags else []
+    began = time.time()
+    process = subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    run["cpu_seconds"] += usage.ru_utime + usage.ru_stime
+    run["seconds"] += time.time() - began
+    run["peak_gb"] = max(run["peak_gb"], usage.ru_maxrss * 1024 / 1e9)  # Linux counts KiB
+    run["done"] = process.returncode == 0
+    write_atomically(path, json.dumps(runs, indent=1))
+    require(run["done"], f"stage {name} ended with status {process.returncode}; the same command goes on")
+
+
+def sign_of(answer):
+    """The sign between an answer's first two numbers, or 'none'."""
+    found = re.search(r"\d([-+*])\d", answer)
+    return found[1] if found else "none"
+
+
+def count_operations(folder, name, n=60):
+    """The operation that a policy's greedy answers to the first n test problems write, beside the right one.
+
+    -> {"right operation, written one": how many answers}, kept in <name>/operations.json
+    """
+    path = folder / name / "operations.json"
+    if not path.exists():
+        tokenizer = Tokenizer.load(folder / name, "chatml")
+        policy = load_model(LanguageModel, folder / name, Grid(), torch.bfloat16)
+        rows = read_lines(folder / "test.jsonl")[:n]
+        prompts = [prompt_ids(tokenizer, row["question"]) for row in rows]
+        responses, _ = generate(policy, prompts, 32, tokenizer.stop_ids, temperature=0)
+        signs = [
+            (sign_of(row["answer"]), sign_of(tokenizer.decode(ids))) for row, ids in zip(rows, responses)
+        ]
+        counts = Counter(", ".join(pair) for pair in signs)
+        write_atomically(path, json.dumps(counts))
+    return json.loads(path.read_text())
+
+
+def run_rl(args):
+    """Part `rl`: each stage of RL_STAGES, and an evaluation of the models that RL starts from."""
+    folder = args.work / "rl"
+    folder.mkdir(exist_ok=True)
+    if not (folder / "test.jsonl").exists():
+        write_problems(folder)
+    for name, flags in RL_STAGES.items():
+        if name == "scores.jsonl":
+            write_answers(folder)
+        run_stage(name, flags.format(model=args.model.resolve()) + f" --out {name}", folder, args.threads)
+        if name in RL_TESTS:
+            tests = f"--stage eval --model {name} {RL_TESTS[name]}"
+            run_stage(f"eval {name}", tests, folder, args.threads)
+    pairs = read_lines(folder / "pairs.jsonl")
+    signs = Counter((sign_of(pair["chosen"]), sign_of(pair["rejected"])) for pair in pairs)
+    print(f"signs of the pairs' right and wrong answers: {dict(signs)}")
+    for name in ("sft", "ppo-qrm"):
+        print(f"operations of {name}, right and written: {count_operations(folder, name)}")
+    print_rl(folder)
+
+
+def print_first_differences(path):
+    """first_difference of the held-out pairs, resampled by prompt, and the mean Z of each kind of problem."""
+    rows = read_lines(path)
+    found = {}
+    for right, wrong in zip(rows[0::2], rows[1::2]):
+        differs, measures = first_difference(right, wrong)
+        found.setdefault(differs, []).append((right["prompt"], measures))
+    print("\nheld-out pairs: the right answer has the higher Z")
+    for differs, pairs in found.items():
+        prompts = [prompt for prompt, _ in pairs]
+        for name in pairs[0][1]:
+            values = [measures[name] for _, measures in pairs]
+            print(f"  {differs} differs, {len(pairs)} pairs, {name:14}{describe(values, prompts)}")
+    for verb in ("buys", "gives", "boxes"):
+        means = [np.mean(row["scores"]) for row in rows if verb in row["prompt"]]
+        if means:
+            print(f"  mean Z of {len(means)} answers to problems with '{verb}': {np.mean(means):.2f}")
+
+
+def print_rl(folder):
+    """What the stages took and found; tokens are prompts and answers that were trained on, or sampled."""
+    runs = json.loads((folder / "runs.json").read_text())
+    print("\nstage                      CPU seconds   seconds   peak GB   tokens a CPU second")
+    for name, run in runs.items():
+        metrics = folder / name / "metrics.jsonl"
+        rows = read_lines(metrics) if metrics.exists() else []
+        speed = f"{sum(row['tokens'] for row in rows) / run['cpu_seconds']:.0f}" if rows else ""
+        cells = f"{run['cpu_seconds']:11.0f}{run['seconds']:10.0f}{run['peak_gb']:10.2f}{speed:>22}"
+        print(f"  {name:25}{cells}{'' if run['done'] else '   not finished'}")
+    for path in sorted(folder.glob("*/eval.json")):
+        print(f"\n{path.parent.name}: {json.loads(path.read_text())}")
+    print_first_differences(folder / "scores.jsonl")
+    print("\nheld-out greedy pass@1 of policies, and the mean reward of every rollout")
+    n = RL_ROWS["test"]
+    for path in sorted(folder.glob("*/metrics.jsonl")):
+        rows = read_lines(path)
+        if rows and "pass@1" in rows[-1]:
+            share = rows[-1]["pass@1"]
+            error = (share * (1 - share) / n) ** 0.5
+            rewards = " ".join(f"{row['reward']:.3f}" for row in rows)
+            print(f"  {path.parent.name:25}{share:.3f} +- {error:.3f}   {rewards}")
+
+
 # ------------------------------------------------------------------------------------------- the command line
 
 
@@ -1122,6 +1173,7 @@ PARTS = {
     "pairs": run_pairs,
     "transfer": run_transfer,
     "sample": run_sample,
+    "rl": run_rl,
     "picture": run_picture,
     "check": run_check,
 }

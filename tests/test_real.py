@@ -1,7 +1,9 @@
 """classroom/real.py on made data with numbers worked out by hand; one test needs the real weights."""
 
 import doctest
+import json
 import os
+import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
 from fractions import Fraction
@@ -17,9 +19,11 @@ from model import LanguageModel, at_actions, token_logprobs
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
+import notes  # noqa: E402
 import real  # noqa: E402
 
 from support.graders import grade, gsm8k_label  # noqa: E402
+from support.settings import parse, unread_flags  # noqa: E402
 
 
 def test_folds_go_by_question_whatever_its_spelling():
@@ -77,58 +81,58 @@ def test_best_of_and_votes():
 
 
 def test_numbers():
-    assert real.numbers_in("$20,000 and 1.50, or .5 of 3.") == {20000, Fraction(3, 2), Fraction(1, 2), 3}
-    assert real.as_number("12.0") == 12 and real.as_number("x") is None and real.as_number("1/0") is None
-    assert real.evaluate_note("2*(3+4)/7-.5") == Fraction(3, 2)
+    assert notes.numbers_in("$20,000 and 1.50, or .5 of 3.") == {20000, Fraction(3, 2), Fraction(1, 2), 3}
+    assert notes.as_number("12.0") == 12 and notes.as_number("x") is None and notes.as_number("1/0") is None
+    assert notes.evaluate_note("2*(3+4)/7-.5") == Fraction(3, 2)
     for text in ("2**9", "9//2", "1/0", "2(3)", "x+1", "", "__import__('os')"):
-        assert real.evaluate_note(text) is None, text
+        assert notes.evaluate_note(text) is None, text
 
 
 def test_first_wrong_note():
     right = "3+4 = <<3+4=7>>7 apples.\n7*2 = <<7*2=14>>14\nA: 14"
     wrong = "3+4 = <<3+4=7.0>>7 apples.\n7+2 = <<7+2=9>>9\n9+5=<<9+5=14>>14\nA: 14"
-    number, note = real.first_wrong_note(wrong, [right])
+    number, note = notes.first_wrong_note(wrong, [right])
     assert (number, note[1], note[2], wrong[note.start(2) : note.end(2)]) == (1, "7+2", "9", "9")
-    assert real.first_wrong_note(wrong, [right, "another way: 9"]) is None
-    assert real.first_wrong_note("<<3+4=seven>>7 <<1+1=2>>2", [right]) is None
-    assert real.first_wrong_note("no note, 99", [right]) is None
+    assert notes.first_wrong_note(wrong, [right, "another way: 9"]) is None
+    assert notes.first_wrong_note("<<3+4=seven>>7 <<1+1=2>>2", [right]) is None
+    assert notes.first_wrong_note("no note, 99", [right]) is None
 
 
 def test_plant_error_with_and_without_consequences():
     solution = "3+4 = $<<3+4=7>>7 a day.\n7 days: 7*10 = <<7*10=70>>70\nHalf is 70/2 = <<70/2=35>>35\nA: 35"
-    without, follows = real.plant_error(solution, 0, 9)
+    without, follows = notes.plant_error(solution, 0, 9)
     assert without == solution.replace("=7>>7 a", "=9>>9 a")
     assert (
         follows
         == "3+4 = $<<3+4=9>>9 a day.\n9 days: 9*10 = <<9*10=90>>90\nHalf is 90/2 = <<90/2=45>>45\nA: 45"
     )
-    without, follows = real.plant_error(solution, 2, 30)
+    without, follows = notes.plant_error(solution, 2, 30)
     assert without.endswith("<<70/2=30>>30\nA: 35") and follows.endswith("<<70/2=30>>30\nA: 30")
 
 
 def test_plant_error_refuses_what_it_cannot_follow():
-    assert real.plant_error("<<1+1=2>> two\nA: 2", 0, 3) is None  # the result is not repeated
-    assert real.plant_error("<<1+1=2>>20\nA: 20", 0, 3) is None  # 20 does not repeat 2
-    assert real.plant_error("<<1+1=2>>2\n<<2x=4>>4\nA: 4", 0, 3) is None  # cannot be calculated
-    assert real.plant_error("<<1+1=2>>2\n<<5-3=2>>2\nA: 2", 0, 3) is None  # which 2 is meant later?
+    assert notes.plant_error("<<1+1=2>> two\nA: 2", 0, 3) is None  # the result is not repeated
+    assert notes.plant_error("<<1+1=2>>20\nA: 20", 0, 3) is None  # 20 does not repeat 2
+    assert notes.plant_error("<<1+1=2>>2\n<<2x=4>>4\nA: 4", 0, 3) is None  # cannot be calculated
+    assert notes.plant_error("<<1+1=2>>2\n<<5-3=2>>2\nA: 2", 0, 3) is None  # which 2 is meant later?
 
 
 def test_plant_somewhere_leaves_the_question_alone():
     solution = "5+4=<<5+4=9>>9\n9*3=<<9*3=27>>27\nA: 27"
     for seed in range(20):
-        without, follows = real.plant_somewhere("5 and 4, 9 each", solution, seed)
+        without, follows = notes.plant_somewhere("5 and 4, 9 each", solution, seed)
         assert without.startswith("5+4=<<5+4=9>>9\n9*3=<<9*3=")  # 9 occurs in the question
         assert without != solution and len(without) == len(solution)
-        assert real.numbers_in(without) - real.numbers_in(solution)  # the number is new
-    assert real.plant_somewhere("9 and 27", solution, 0) is None
+        assert notes.numbers_in(without) - notes.numbers_in(solution)  # the number is new
+    assert notes.plant_somewhere("9 and 27", solution, 0) is None
 
 
 def test_token_at_counts_bytes():
     text = "2€ = <<2=2>>"
     pieces = [b"2", "€".encode()[:1], "€".encode()[1:], b" =", b" <<", b"2=", b"2>>"]
-    assert [real.token_at(pieces, text, i) for i in (0, 1, 2, 3, 5, 7, 9, 11)] == [0, 1, 3, 3, 4, 5, 6, 6]
+    assert [notes.token_at(pieces, text, i) for i in (0, 1, 2, 3, 5, 7, 9, 11)] == [0, 1, 3, 3, 4, 5, 6, 6]
     with pytest.raises(real.BadInput):
-        real.token_at(pieces, text + "x", len(text))
+        notes.token_at(pieces, text + "x", len(text))
 
 
 def test_mean_before():
@@ -250,7 +254,7 @@ def test_choose_settings_finds_the_layer_that_knows():
 
 
 def test_doctests():
-    assert doctest.testmod(real).failed == 0
+    assert doctest.testmod(notes) == (0, 1)  # failed, attempted
 
 
 def test_error_measures_by_hand():
@@ -293,14 +297,96 @@ def test_made_problems_have_right_answers(steps):
     rows = real.made_problems(200, steps, seed=1)
     assert rows == real.made_problems(200, steps, seed=1) != real.made_problems(200, steps, seed=2)
     for row in rows:
-        notes = list(real.NOTE.finditer(row["answer"]))
-        assert len(notes) == steps
-        assert all(real.evaluate_note(note[1]) == int(note[2]) for note in notes)
+        found = list(notes.NOTE.finditer(row["answer"]))
+        assert len(found) == steps
+        assert all(notes.evaluate_note(note[1]) == int(note[2]) for note in found)
         assert grade(row["answer"], gsm8k_label(row["answer"]), "gsm8k")[1]
-        numbers = [int(n) for n in real.numbers_in(row["question"])]
+        numbers = [int(n) for n in notes.numbers_in(row["question"])]
         assert all(
-            int(n) in numbers or n == notes[0][2] for note in notes for n in real.NUMBER.findall(note[1])
+            int(n) in numbers or n == found[0][2] for note in found for n in notes.NUMBER.findall(note[1])
         )
+
+
+def test_rl_problems_are_different_and_solved_right(tmp_path):
+    real.write_problems(tmp_path)
+    questions = []
+    for name, n in real.RL_ROWS.items():
+        rows = real.read_lines(tmp_path / f"{name}.jsonl")
+        assert len(rows) == n
+        for row in rows:
+            equation, claim = row["answer"].split("\n")
+            expression, _, value = equation.partition("=")
+            assert notes.evaluate_note(expression) == int(value) and claim == f"#### {value}"
+        questions += [row["question"] for row in rows]
+    assert len(set(questions)) == sum(real.RL_ROWS.values())
+
+
+@pytest.mark.parametrize("name", real.RL_STAGES)
+def test_rl_commands_are_read_in_full(name):
+    """Every flag is one of the stage's, and every file it reads is made before it."""
+    flags = shlex.split(f"{real.RL_STAGES[name]} {real.CHAT} --out {name}")
+    cfg = parse(flags)
+    assert unread_flags(flags) == [] and cfg.system == real.SYSTEM
+    earlier = list(real.RL_STAGES)[: list(real.RL_STAGES).index(name)]
+    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in real.RL_ROWS), *earlier}
+    assert {cfg.model, cfg.data, cfg.heldout, cfg.reward_model} <= made
+
+
+def test_run_stage_runs_once_and_again_after_a_failure(tmp_path):
+    flags = "--stage grade --data answers.jsonl --out graded.jsonl"
+    with pytest.raises(real.BadInput, match="stage one ended with status 2"):
+        real.run_stage("one", flags, tmp_path, 1)  # there is no answers.jsonl
+    row = {"question": "1+1?", "response": "#### 2", "label": "2"}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row))
+    failed = json.loads((tmp_path / "runs.json").read_text())["one"]
+    real.run_stage("one", flags, tmp_path, 1)
+    run = json.loads((tmp_path / "runs.json").read_text())["one"]
+    assert not failed["done"] and run["done"] and run["cpu_seconds"] > failed["cpu_seconds"] > 0.1
+    assert 0.05 < run["peak_gb"] < 8
+    (tmp_path / "graded.jsonl").unlink()
+    real.run_stage("one", flags, tmp_path, 1)
+    assert not (tmp_path / "graded.jsonl").exists()
+
+
+def test_first_difference_by_hand(tmp_path):
+    pair = {"prompt": "2+5?", "chosen": "7", "rejected": "8!"}
+    (tmp_path / "pairs-heldout.jsonl").write_text(json.dumps(pair))
+    real.write_answers(tmp_path)
+    rows = real.read_lines(tmp_path / "answers.jsonl")
+    assert [(row["prompt"], row["response"]) for row in rows] == [("2+5?", "7"), ("2+5?", "8!")]
+    right = {"ids": [2, 9, 7], "tokens": ["2", "=", "7"], "scores": [1.0, 0.5, 2.0]}
+    wrong = {"ids": [2, 9, 8, 1], "tokens": ["2", "=", "8", "!"], "scores": [1.0, 0.5, -3.0, 9.0]}
+    found = real.first_difference(right, wrong)
+    assert found == ("result", {"at the token": 1.0, "from there on": 0.0})  # 2 against -3 and 9
+    other = wrong | {"ids": [3, 9, 8, 1]}
+    assert real.first_difference(right, other)[0] == "equation"
+    assert real.first_difference(right, other)[1]["at the token"] == 0.5
+
+
+def test_sign_of():
+    answers = ("17-3=14\n#### 14", "#### 14", "- 17*3=51", "a+b")
+    assert [real.sign_of(answer) for answer in answers] == ["-", "none", "*", "none"]
+
+
+def test_print_rl_by_hand(tmp_path, capsys):
+    runs = {
+        name: {"cpu_seconds": 5.0, "seconds": 20.0, "peak_gb": 1.5, "done": name == "ppo"}
+        for name in ("ppo", "eval sft")
+    }
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    (tmp_path / "ppo").mkdir()
+    rows = [{"tokens": 60, "reward": 0.5}, {"tokens": 40, "reward": 0.75, "pass@1": 0.2}]
+    (tmp_path / "ppo" / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    same = {"prompt": "Tom buys", "tokens": ["=", "2"]}
+    scored = [same | {"ids": [2, i], "scores": [1.0, -i]} for i in (8, 9)]
+    (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, scored)))
+    real.print_rl(tmp_path)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ppo", "5", "20", "1.50", "20"] in lines
+    assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
+    found = "result differs, 1 pairs, at the token 1.000 (1.000 to 1.000)"
+    assert found.split(" ") in lines
+    assert ["ppo", "0.200", "+-", "0.028", "0.500", "0.750"] in lines  # sqrt(.2 x .8 / 200) = .0283
 
 
 def test_residuals_are_those_of_the_model(monkeypatch):
