@@ -252,11 +252,16 @@ def generate(
 # -------------------------------------------------------------------------------- reordered weights
 
 
-REORDERS = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-)
+def _reordered_dtypes():
+    """The dtypes that this processor and this torch multiply in oneDNN's own layout."""
+    has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    mkldnn = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and has_avx and hasattr(mkldnn, "_reorder_linear_weight")):
+        return ()
+    return (torch.float32, torch.bfloat16) if mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+
+
+REORDERED = _reordered_dtypes()
 
 
 @contextlib.contextmanager
@@ -264,14 +269,14 @@ def reordered_weights(weights, at_least=2**16):
     """Inside, parallel.linear multiplies by a copy of these weights in the memory layout of oneDNN's kernels.
 
     F.linear reorders the matrix at each call, which for 2 to 16 rows of x can cost as much as the product.
-    Only fp32 matrices on the CPU with `at_least` numbers are copied, which doubles their memory; they must
-    not change inside. Elsewhere (CUDA, other processors, a torch without these operations) this does nothing.
+    Only fp32 and bf16 matrices on the CPU with `at_least` numbers are copied, which doubles their memory;
+    they must not change inside. Elsewhere (CUDA, other processors, a torch without these operations) this
+    does nothing.
     """
     marked = []
     try:
         for weight in set(weights):
-            fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-            if REORDERS and fits and weight.numel() >= at_least:
+            if weight.device.type == "cpu" and weight.dtype in REORDERED and weight.numel() >= at_least:
                 reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
                 weight.fast_product = partial(_reordered_product, reordered)
                 marked.append(weight)
