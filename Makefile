@@ -20,21 +20,52 @@ test-all: .venv/ready
 	$(VENV) -m pytest -q --slow tests
 
 # Every table and figure of README.md and the chapters that a laptop can make; call again to continue.
-results: .venv/ready $(SEEDS:%=runs/seed%/done)
+results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/demo_table.py $(SEEDS:%=runs/seed%) --write
-	$(VENV) classroom/pictures.py
+	$(VENV) classroom/demo_table.py $(SEEDS:%=runs/carry%) --carry --write
 	$(VENV) classroom/theory.py > runs/theory.txt
 	$(VENV) classroom/study.py --curves runs/seed0 --out runs/curves
 	$(VENV) classroom/bench.py > runs/bench.jsonl
+	$(VENV) classroom/granularity.py --minutes 240
+	$(VENV) classroom/granularity.py --write
+	$(VENV) classroom/pictures.py
 	$(VENV) classroom/study.py --minutes 240 --out runs/study
 
-# The demo of one seed, and its baseline: PPO on an outcome reward model of the same pairs, lambda 1.
+ORM = --reward orm --lam 1
+GRADED = --reward outcome --lam 1
+GRPO = --reward outcome --advantage grpo --group_size 8
+
+# The demo of one seed, and its baselines: PPO on an outcome reward model of the same pairs, and on grades.
+runs/seed%/done: R = runs/seed$*
+runs/seed%/done: RUN = $(VENV) train.py --seed $* --run_dir runs/seed$*
 runs/seed%/done: | .venv/ready
-	$(VENV) train.py --seed $* --run_dir runs/seed$*
-	$(VENV) train.py --stage rm --reward orm --seed $* --run_dir runs/seed$*
-	$(VENV) train.py --stage ppo --reward orm --reward_model runs/seed$*/rm-orm --lam 1 \
-	    --seed $* --run_dir runs/seed$* --out runs/seed$*/ppo-orm
-	$(VENV) train.py --stage eval --seed $* --run_dir runs/seed$*
+	$(RUN)
+	$(RUN) --stage rm --reward orm
+	$(RUN) --stage ppo $(ORM) --reward_model $R/rm-orm --out $R/ppo-orm
+	$(RUN) --stage ppo $(GRADED) --out $R/ppo-outcome
+	$(RUN) --stage reinforce $(GRPO) --out $R/grpo
+	$(RUN) --stage eval
+	touch $@
+
+# The same for the carry task (classroom/carry.md).
+runs/carry%/done: R = runs/carry$*
+runs/carry%/done: RUN = $(VENV) train.py --preset tiny --seed $* --run_dir runs/carry$*
+runs/carry%/done: PAIRS = --model $R/sft --data $R/pairs.jsonl --heldout $R/pairs-heldout.jsonl
+runs/carry%/done: PROMPTS = --model $R/sft --data $R/data/prompts.jsonl --heldout $R/data/heldout.jsonl
+runs/carry%/done: | .venv/ready
+	$(VENV) classroom/carry.py $R/data --seed $*
+	$(RUN) --stage sft --data $R/data/sft.jsonl
+	$(RUN) --stage pairs $(PROMPTS)
+	$(RUN) --stage rm $(PAIRS)
+	$(RUN) --stage rm $(PAIRS) --reward orm
+	$(RUN) --stage reinforce $(PROMPTS) --reward_model $R/rm
+	$(RUN) --stage ppo $(PROMPTS) --reward_model $R/rm
+	$(RUN) --stage ppo $(PROMPTS) $(ORM) --reward_model $R/rm-orm --out $R/ppo-orm
+	$(RUN) --stage ppo $(PROMPTS) $(GRADED) --out $R/ppo-outcome
+	$(RUN) --stage reinforce $(PROMPTS) $(GRPO) --out $R/grpo
+	for policy in sft reinforce ppo ppo-orm ppo-outcome grpo; do \
+	    $(RUN) --stage eval --model $R/$$policy --reward_model $R/rm --data $R/data/heldout.jsonl || exit; \
+	done
 	touch $@
 
 .venv/ready: requirements.txt

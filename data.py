@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.rows import load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
+from support.rows import is_hh, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
@@ -41,6 +41,7 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     Rows longer than max_seq_len tokens (prompt and response) and identical pairs are dropped and counted in
     one line that goes to `log`; nothing is ever cut. Raises BadInput when no row is left.
     """
+    refuse_transcripts(rows, tokenizer, source)
     kept, kept_rows = [], []
     too_long = 0
     identical = 0
@@ -120,11 +121,24 @@ def rows_by_prompt(rows, tokenizer, source):
 
 def encode_prompts(rows, tokenizer, source):
     """-> one id list per row; BadInput names `source` and the line of a prompt that cannot be encoded."""
+    refuse_transcripts(rows, tokenizer, source)
     prompts = []
     for row in rows:
         with at_line(source, row["line"]):
             prompts.append(tokenizer.encode_prompt(row["prompt"]))
     return prompts
+
+
+def refuse_transcripts(rows, tokenizer, source):
+    """BadInput if every prompt is a whole dialogue as text, and a template would make one message of it."""
+    prompts = [row["prompt"] for row in rows]
+    transcripts = [prompt for prompt in prompts if isinstance(prompt, str) and is_hh(prompt)]
+    chat = tokenizer.chat.name
+    require(
+        chat == "none" or not prompts or len(transcripts) < len(prompts),
+        f"{source}: the prompts are transcripts (Human: ..., Assistant:), and --chat {chat} would make one"
+        " message of each; expected messages, or --chat none",
+    )
 
 
 # exercise 3.1 (3 points): the shift and the mask

@@ -183,6 +183,7 @@ def _require_supported(raw):
         not biased and not raw.get("use_sliding_window"),
         "mlp_bias, attention_bias and use_sliding_window are not supported; expected false",
     )
+    require(raw.get("is_causal") in (None, True), "is_causal is false: not a language model; expected true")
     named = raw.get("transformers_weights")
     require(
         not named,
@@ -896,7 +897,12 @@ def _weight_files(directory):
         found = {}
         for path in shards:
             with safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+                names = file.keys()
+            twice = next((name for name in names if name in found), None)
+            if twice:
+                where = f"{found[twice].name} and {path.name}"
+                raise BadInput(f"{twice[:60]} is in {where}; expected each tensor in one shard")
+            found |= dict.fromkeys(names, path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as e:
         raise BadInput(f"{path}: cannot read it as a safetensors file or index: {e}") from None
     # The angles of RoPE, which older versions saved, follow from config.json.

@@ -288,31 +288,30 @@ def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
 # -------------------------------------------------------------------------------- what --reward chooses from
 
 
-def count_pairs(pairs, step_ids=()):
+def count_pairs(pairs):
     """How many pairs there are."""
     return len(pairs)
 
 
-def count_response_tokens(pairs, step_ids=()):
+def count_response_tokens(pairs):
     """How many response tokens the answers of the pairs have."""
     return sum(len(example.response_ids) for pair in pairs for example in pair[:2])
 
 
-def count_step_ends(pairs, step_ids=()):
-    """Tokens where step_end_mask is true: those that end a line, and the last one of each answer."""
-    responses = [example.response_ids for pair in pairs for example in pair[:2]]
-    return sum(1 + sum(id in step_ids for id in response[:-1]) for response in responses)
+def count_steps(rows):
+    """How many labelled steps the answers have, one or two in a row."""
+    return sum(len(example.steps) for row in rows for example in row[:2])
 
 
 @dataclass(frozen=True)
 class RewardModel:
     """A kind of reward model: everything that differs between Q-RM and the others.
 
-    loss(model, ids, response_mask, cfg, reference, step_ids, errors)    see reward_model_loss
+    loss(model, ids, response_mask, cfg, reference, step_labels)         see reward_model_loss
     rewards(model, ids, response_mask, reference, step_ids) -> (B, T)    0 outside the mask
     speaks(ids, response_mask, step_ids) -> (B, T) bool                  where the rewards are given
     total(rewards (n,)) -> float                                         one number for an answer of n tokens
-    weigh(pairs, step_ids) -> int                                        numbers that the loss is a mean over
+    weigh(pairs) -> int                                                  numbers that the loss is a mean over
     """
 
     base: type  # LanguageModel, or ScalarModel: a decoder with a scalar head
@@ -322,7 +321,7 @@ class RewardModel:
     is_q: bool  # a token's reward is a Q(s_t, a_t) already: later rewards are not added to it
     total: Callable
     needs_reference: bool = False  # the frozen model that training started from
-    needs_steps: bool = False  # step labels, made from the index of the first wrong token
+    needs_steps: bool = False  # labels of steps
     weigh: Callable = count_pairs
 
 
@@ -352,12 +351,9 @@ def orm_loss_on_pairs(model, ids, response_mask, cfg, **_):
     return orm_loss(response_scores(model, ids, response_mask), response_mask)
 
 
-def prm_loss_on_pairs(model, ids, response_mask, cfg, step_ids, errors, **_):
-    """Every step before the first wrong token is right, and every later one is wrong."""
-    scores = response_scores(model, ids, response_mask)
-    place = response_mask.cumsum(1) - 1  # (2P, T): index within the response
-    labels = torch.where(place < errors[:, None], 1.0, -1.0)
-    return step_loss(scores, step_end_mask(ids, response_mask, step_ids), labels)
+def prm_loss_on_answers(model, ids, response_mask, cfg, step_labels, **_):
+    """step_loss of single answers or of pairs, whose order does not matter."""
+    return step_loss(response_scores(model, ids, response_mask), ~step_labels.isnan(), step_labels)
 
 
 def verifier_loss_on_pairs(model, ids, response_mask, cfg, **_):
@@ -374,6 +370,16 @@ def dpo_loss_on_pairs(model, ids, response_mask, cfg, reference, **_):
     return dpo_loss(logprobs, ref_logprobs, response_mask, cfg.beta)
 
 
+def simpo_loss_on_pairs(model, ids, response_mask, cfg, **_):
+    """SimPO (Meng et al. 2024, Eq. 6): qrm_loss on log-probabilities, without a reference.
+
+    -log sigmoid(beta/N log pi(chosen) - beta/M log pi(rejected) - margin). The paper's beta is 2 to 2.5; the
+    defaults here are Q-RM's.
+    """
+    logprobs, _ = token_logprobs(model, ids, response_mask)
+    return qrm_loss(logprobs, response_mask, cfg.beta, cfg.margin)
+
+
 def qrm_rewards(model, ids, response_mask, **_):
     """The raw Z of every response token."""
     return response_scores(model, ids, response_mask)
@@ -385,6 +391,11 @@ def logit_rewards(model, ids, response_mask, **_):
     The paper reads a scalar head after a_t instead, so that scoring and generating share no output.
     """
     return token_logits(model, ids, response_mask)
+
+
+def logprob_rewards(model, ids, response_mask, **_):
+    """The log-probability of a_t at s_t: what SimPO takes the mean of."""
+    return token_logprobs(model, ids, response_mask)[0]
 
 
 def orm_rewards(model, ids, response_mask, **_):
@@ -432,6 +443,24 @@ def mean_of_steps(rewards):
     return rewards.sum().item() / max(int((rewards != 0).sum()), 1)
 
 
+def step_probabilities(rewards):
+    """P(right) = (1 + tanh Z) / 2 of steps, since squared error learns the expected label, p - (1 - p)."""
+    return (1 + rewards.double()) / 2
+
+
+def least_of_steps(rewards):
+    """An answer is as good as its worst step (Math-Shepherd, Wang et al. 2024)."""
+    return min(step_probabilities(rewards[rewards != 0]).tolist(), default=1.0)
+
+
+def product_of_steps(rewards):
+    """The probability that all steps are right, were they independent (Lightman et al. 2023)."""
+    return step_probabilities(rewards[rewards != 0]).prod().item()
+
+
+STEP_TOTALS = {"mean": mean_of_steps, "min": least_of_steps, "product": product_of_steps}
+
+
 QRM = RewardModel(
     base=ScalarModel,
     loss=fused_loss_on_pairs,
@@ -454,13 +483,13 @@ REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one
     ),
     "prm": RewardModel(
         base=ScalarModel,
-        loss=prm_loss_on_pairs,
+        loss=prm_loss_on_answers,
         rewards=prm_rewards,
         speaks=step_end_mask,
         is_q=False,
         total=mean_of_steps,
         needs_steps=True,
-        weigh=count_step_ends,
+        weigh=count_steps,
     ),
     "verifier": replace(QRM, loss=verifier_loss_on_pairs, total=last_reward, weigh=count_response_tokens),
     "dpo": RewardModel(
@@ -472,21 +501,21 @@ REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one
         total=sum_of_rewards,
         needs_reference=True,
     ),
+    "simpo": replace(QRM, base=LanguageModel, loss=simpo_loss_on_pairs, rewards=logprob_rewards),
 }
 
 
-def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_ids=(), errors=None):
+def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_labels=None):
     """The training loss of cfg.reward on P pairs; rows 2p and 2p+1 are the chosen and the rejected of pair p.
 
-    ids        (2P, T+1) int64; response_mask (2P, T) bool
-    cfg        has reward (a key of REWARD_MODELS), beta and margin
-    reference  dpo: the frozen model that the policy started from
-    step_ids   prm: ids of the tokens that end a step
-    errors     prm: (2P,) int64, index of the first wrong response token; the length where nothing is wrong
+    ids          (2P, T+1) int64; response_mask (2P, T) bool
+    cfg          has reward (a key of REWARD_MODELS), beta and margin
+    reference    dpo: the frozen model that the policy started from
+    step_labels  prm: (2P, T) float, the label of a step at its last token, NaN elsewhere; rows need no pairs
     -> loss (scalar), {name: float}
     """
     kind = REWARD_MODELS[cfg.reward]
-    return kind.loss(model, ids, response_mask, cfg, reference=reference, step_ids=step_ids, errors=errors)
+    return kind.loss(model, ids, response_mask, cfg, reference=reference, step_labels=step_labels)
 
 
 @dataclass(frozen=True)
@@ -516,6 +545,15 @@ def bind_reward(name, model, reference=None, step_ids=()):
         return kind.speaks(ids, response_mask, step_ids)
 
     return Reward(rewards, speaks, kind.is_q, kind.total)
+
+
+def with_outcome(reward, outcome):
+    """RTO (Zhong et al. 2024): token rewards plus an outcome model's score at the last token, accumulated."""
+
+    def rewards(ids, response_mask):
+        return reward.rewards(ids, response_mask) + outcome.rewards(ids, response_mask)
+
+    return replace(reward, rewards=rewards, is_q=False, total=sum_of_rewards)
 
 
 # -------------------------------------------------------------------------------- credit assignment

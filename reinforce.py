@@ -103,11 +103,12 @@ def kl_estimates(logprobs, ref_logprobs):
         k1 = log pi - log ref        k3 = exp(-k1) - 1 + k1
 
     logprobs, ref_logprobs (...) nats -> k1, k3 (...) nats
-    k3 keeps its digits where k1 is small, about k1^2 / 2. A ratio ref / pi above e^60 counts as e^60, which
-    keeps k3 finite in fp32.
+    k3 keeps its digits where k1 is small, about k1^2 / 2. A ratio ref / pi above e^60 counts as e^60, without
+    gradient: k3 stays finite in fp32, and k1 alone would pull pi further from ref.
     """
     k1 = logprobs - ref_logprobs
-    return k1, torch.expm1((-k1).clamp(max=60.0)) + k1
+    log_ratio = (-k1).clamp(max=60.0)
+    return k1, torch.expm1(log_ratio) - log_ratio
 
 
 @torch.no_grad()
@@ -242,6 +243,22 @@ def group_advantages(sequence_rewards, group_size, how, sizes=None):
     return out.flatten().to(sequence_rewards.dtype)
 
 
+def process_advantages(rewards, reward_mask, response_mask, group_size):
+    """GRPO with process supervision (Shao et al. 2024, section 4.1.3): a step counts for the tokens up to it.
+
+        r~ = (r - mean) / std over all step rewards of a prompt's answers        A_t = sum of r~ from t on
+
+    rewards (B, T) float, reward_mask (B, T) bool: step ends; groups are group_size neighbours -> (B, T)
+    With one reward per answer, at its end, it is group_advantages "grpo" at every token.
+    """
+    relative = torch.zeros_like(rewards)
+    for start in range(0, len(rewards), group_size):
+        group = slice(start, start + group_size)
+        steps = rewards[group][reward_mask[group]]  # (steps of all answers,)
+        relative[group][reward_mask[group]] = group_advantages(steps, len(steps), "grpo")
+    return returns_to_go(relative, response_mask, gamma=1.0)
+
+
 def kl_penalty(rollout, kl):
     """The per-token penalty (B, T), nats, that a config's `kl` names.
 
@@ -279,11 +296,16 @@ def reinforce_advantages(rollout, cfg, grid):
     token         Z_std - kl_coef * KL                         the reward already is a Q (the paper)
     return        reward-to-go of (Z_std - kl_coef * KL)       for outcome and step rewards
     rloo, grpo    the trajectory's mean score relative to its group, at every token, - kl_coef * KL
+    process       each step's score relative to those of its group, the later ones summed, - kl_coef * KL
     Raises BadInput for gae.
     """
     response_mask = rollout.response_mask
     if cfg.advantage == "gae":
         raise BadInput("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
+    if cfg.advantage == "process":
+        relative = process_advantages(rollout.scores, rollout.reward_mask, response_mask, cfg.group_size)
+        penalty = cfg.kl_coef * kl_penalty(rollout, cfg.kl)  # (B, T)
+        return (relative - penalty).masked_fill(~response_mask, 0.0)
     if cfg.advantage in ("rloo", "grpo"):
         scores = rollout.scores.masked_fill(~rollout.reward_mask, 0.0)  # (B, T)
         means = scores.sum(1) / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)

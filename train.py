@@ -31,7 +31,6 @@ from data import (
     collate,
     encode,
     encode_prompts,
-    error_places,
     sequence_length,
     spans,
 )
@@ -50,6 +49,7 @@ from ppo import ppo_step
 from qrm import REWARD_MODELS, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
 from support.checkpoints import Training, fingerprints, out_of_date, run_path, sources
+from support.compare import eval_candidates, eval_judge
 from support.evaluate import (
     all_ranks,
     best_rows,
@@ -62,6 +62,7 @@ from support.evaluate import (
     is_reward_model,
     judges,
     load,
+    load_ranker,
     load_reward,
     load_tokenizer,
     log_to,
@@ -74,7 +75,7 @@ from support.evaluate import (
     show_tokens,
     write_rows,
 )
-from support.files import BadInput, at_line, require, write_atomically
+from support.files import BadInput, at_line, read_jsonl, require, write_atomically
 from support.graders import grade
 from support.settings import (
     ARITH,
@@ -88,6 +89,7 @@ from support.settings import (
     stage_config,
     unread_flags,
 )
+from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
 
 # -------------------------------------------------------------------------------- the stages
 
@@ -124,7 +126,6 @@ def stage_rm(cfg, grid):
     start = load(kind.base, cfg.model, cfg, grid)
     reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
     model = with_adapters(start, cfg.lora_rank, cfg)
-    step_ids = tokenizer.ids_with("\n")
     optimizer = make_optimizer(model, cfg.lr, cfg, grid)
     steps = cfg.steps or -(-len(pairs) // cfg.batch_size)
     trained = {"model": (model, optimizer)}
@@ -133,12 +134,13 @@ def stage_rm(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = pick_pairs(pairs, step, cfg)
             parts = cut_by_tokens(batch, cfg, grid)
-            update = Update(optimizer, [(kind.weigh(part, step_ids), part) for part in parts])
+            update = Update(optimizer, [(kind.weigh(part), part) for part in parts])
             for part in update:
-                ids, mask = collate(flat(pair[:2] for pair in part), grid.device)  # (2P, T+1), (2P, T)
-                errors = first_errors(part, grid)  # (2P,), for prm only
+                examples = flat(pair[:2] for pair in part)
+                ids, mask = collate(examples, grid.device)  # (2P, T+1), (2P, T)
+                step_labels = collate_steps(examples, mask)  # (2P, T); None, unless for prm
                 loss_cfg = with_margins(cfg, part, grid)
-                loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_ids, errors)
+                loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_labels)
                 update.backward(loss, stats)
             training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
     training.publish(model, tokenizer, reward=cfg.reward, reference=cfg.model)
@@ -243,7 +245,12 @@ def response_tokens(rows):
 
 def say_accuracy(cfg, grid):
     """The new reward model's accuracy on the pairs of --heldout."""
-    result = eval_reward_model(out_path(cfg), dataclasses.replace(cfg, data=cfg.heldout, limit=0), grid)
+    measured = dataclasses.replace(cfg, data=cfg.heldout, limit=0)
+    if has_steps(cfg.heldout):
+        found = numbers_text(eval_steps(out_path(cfg), measured, grid))
+        say(grid, f"rm: on the steps of {cfg.heldout}: {found}")
+        return
+    result = eval_reward_model(out_path(cfg), measured, grid)
     low, high = result["pair_accuracy_95"]
     accuracy = f"{result['pair_accuracy']:.3f} ({low:.3f} to {high:.3f})"
     say(grid, f"rm: pair accuracy {accuracy} on {result['n_pairs']} held-out pairs of {cfg.heldout}")
@@ -255,32 +262,45 @@ class Pair(NamedTuple):
     chosen: Example
     rejected: Example
     margin: float | None  # the row's own; None: --margin applies
-    errors: tuple = ()  # prm: index of the first wrong token in chosen and in rejected
 
 
 def load_pairs(cfg, tokenizer, grid):
-    """A list of Pair; with --balance_prompts, a list of such lists, one per prompt."""
+    """A list of Pair; with --balance_prompts, a list of such lists, one per prompt.
+
+    For --reward prm their Examples are StepExamples; a step-labelled row is (StepExample,) instead of a Pair.
+    """
+    needs_steps = REWARD_MODELS[cfg.reward].needs_steps
+    if needs_steps and has_steps(cfg.data):
+        return by_prompt(load_step_rows(cfg.data, tokenizer, cfg, grid)[0], cfg)
+    require(
+        not needs_steps or cfg.task == "arith",
+        f"{cfg.data}: --reward {cfg.reward} learns from labels of steps; expected rows of prompt, completions"
+        " and labels, or pairs of the built-in task (--task arith)",
+    )
     rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
-    pairs, prompts = [], {}
-    for row, (chosen, rejected) in zip(rows, examples):
-        pair = Pair(chosen, rejected, row.get("margin"))
-        if REWARD_MODELS[cfg.reward].needs_steps:
+    pairs = []
+    for row, pair in zip(rows, examples):
+        if needs_steps:
             with at_line(cfg.data, row["line"]):
-                pair = pair._replace(errors=tuple(error_places(tokenizer, row["prompt"], pair[:2])))
-        pairs.append(pair)
-        prompts.setdefault(tuple(chosen.prompt_ids), []).append(pair)
-    return list(prompts.values()) if cfg.balance_prompts else pairs
+                pair = task_steps(tokenizer, row["prompt"], pair)
+        pairs.append(Pair(*pair, row.get("margin")))
+    return by_prompt(pairs, cfg)
 
 
-def first_errors(pairs, grid):
-    """Index of the first wrong token of each answer, as load_pairs found it: (2P,), empty if unneeded"""
-    return torch.tensor(flat(pair.errors for pair in pairs), dtype=torch.int64, device=grid.device)
+def by_prompt(pairs, cfg):
+    """The pairs as they are, or, with --balance_prompts, a list of those of each prompt."""
+    if not cfg.balance_prompts:
+        return pairs
+    prompts = {}
+    for pair in pairs:
+        prompts.setdefault(tuple(pair[0].prompt_ids), []).append(pair)
+    return list(prompts.values())
 
 
 def with_margins(cfg, pairs, grid):
     """cfg; if a row has a margin of its own, with cfg.margin a (P,) tensor instead of a number."""
-    if all(pair.margin is None for pair in pairs):
+    if not isinstance(pairs[0], Pair) or all(pair.margin is None for pair in pairs):
         return cfg
     margins = [cfg.margin if pair.margin is None else pair.margin for pair in pairs]
     return dataclasses.replace(cfg, margin=torch.tensor(margins, device=grid.device))
@@ -343,7 +363,8 @@ def with_advantage(cfg, reward):
 def stage_pairs(cfg, grid):
     """Preference pairs as the paper makes them: sample, grade, pair right with wrong, deduplicate.
 
-    With --best, the best answer of each prompt instead, as rows for --stage sft (rejection sampling).
+    With --best, the best answer of each prompt instead, as rows for --stage sft (rejection sampling); with
+    --step_rollouts, the samples with a label for each step, for --reward prm.
     """
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
@@ -360,32 +381,36 @@ def stage_pairs(cfg, grid):
 
 
 def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
-    """Writes the pairs (with --best the best answers) of the prompts in `rows` to `path`."""
+    """Writes the pairs (or best answers, or labelled steps) of the prompts in `rows` to `path`."""
     mine = rows[grid.dp_rank :: grid.dp_size]
     found = []  # (line of the prompt, row to write)
     correct = 0
     seed = hash_seed(cfg.seed, "pairs")
-    chunk = max(1, 1024 // cfg.k)  # prompts per call of the sampler
+    chunk = max(1, 1024 // (cfg.k * max(cfg.step_rollouts, 1)))  # prompts per call of the sampler
     for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
         part = mine[start : start + chunk]
         samples = sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
         correct += count_right(flat(samples))
-        if cfg.best:
+        if cfg.step_rollouts:
+            found += rollout_rows(policy, tokenizer, part, samples, cfg)
+        elif cfg.best:
             found += best_rows(part, samples, reward, tokenizer, cfg, grid)
-            continue
-        for row, answers in zip(part, samples):
-            pairs = make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
-            found += [(row["line"], pair) for pair in pairs]
+        else:
+            for row, answers in zip(part, samples):
+                pairs = make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
+                found += [(row["line"], pair) for pair in pairs]
     correct = all_sum({"correct": correct}, grid)["correct"]
     found = all_ranks(found, grid)
     missing = "has a right answer" if cfg.best else "has both a right and a wrong answer"
+    missing = "has an answer that ends" if cfg.step_rollouts else missing
     require(found, f"{cfg.data}: no prompt {missing}; raise --k or --limit, or use another policy")
     if grid.is_main:
         write_rows(path, found, Grid())
         run = {"config": dataclasses.asdict(cfg), "made_from": sources(cfg)}
         write_atomically(run_path(path), json.dumps(run, indent=1))
     share = correct / len(rows) / cfg.k
-    made = f"{len(found)} {'answers' if cfg.best else 'pairs'} from {len(rows)} prompts x {cfg.k} samples"
+    noun = "answers" if cfg.best or cfg.step_rollouts else "pairs"
+    made = f"{len(found)} {noun} from {len(rows)} prompts x {cfg.k} samples"
     say(grid, f"pairs: {path}: {made}, {share:.3f} of them right")
 
 
@@ -393,28 +418,60 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
 
 
 def stage_eval(cfg, grid):
-    """eval.json in the model's own directory: a policy's pass@k, or a reward model's accuracy and credit."""
+    """eval.json in the model's directory: a policy's pass@k, or how well a reward model or judge ranks."""
     directories = [Path(cfg.model or cfg.out)]
     if not cfg.model and not cfg.out:
         results = sorted(Path(cfg.run_dir).iterdir())
         directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
+    given = dataclasses.replace(cfg, data=cfg.heldout or cfg.data)  # answers that are not sampled first
     for directory in directories:
-        if judges(directory):
-            pairs = cfg.heldout or cfg.data
-            result = eval_reward_model(directory, dataclasses.replace(cfg, data=pairs), grid)
-        else:
-            result = eval_policy(directory, cfg, grid)
+        kind = kind_of_eval(directory, given)
+        read = dataclasses.replace(cfg if kind == "policy" else given, model=str(directory))
+        if kind in ("reward model", "steps"):
+            read = dataclasses.replace(read, reward_model="")  # none but the one in the directory
+        result = EVALUATIONS[kind](directory, read, grid)
         path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
-            write_atomically(path, json.dumps(result, indent=1))
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
-        say(grid, f"eval: {path}: {shown}")
+            write_atomically(path, json.dumps(result | {"made_from": sources(read)}, indent=1))
+        say(grid, f"eval: {path}: {numbers_text(result)}")
+
+
+def numbers_text(result):
+    """The numbers of an eval.json in one line."""
+    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
+
+
+EVALUATIONS = {
+    "candidates": eval_candidates,
+    "judge": eval_judge,
+    "steps": eval_steps,
+    "reward model": eval_reward_model,
+    "policy": eval_policy,
+}
+
+
+def kind_of_eval(directory, cfg):
+    """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
+    _, row = next(read_jsonl(cfg.data), (0, {}))
+    if "responses" in row:
+        return "candidates"
+    if cfg.reward == "judge" and "chosen" in row:
+        return "judge"
+    if judges(directory) and "completions" in row:
+        return "steps"
+    if judges(directory) and (is_reward_model(directory) or "chosen" in row):
+        return "reward model"
+    return "policy"  # dpo's and logit's models are policies, too
 
 
 def stage_score(cfg, grid):
-    """One number per response token: a reward model's raw Z, or a policy's log-probability in nats."""
+    """One number per response token: a reward model's Z, a judge's log-odds, or a policy's log-prob."""
     tokenizer = load_tokenizer(cfg.model, cfg)
-    if is_reward_model(cfg.model):
+    rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid, cfg.limit)
+    if cfg.reward == "judge":
+        key = "scores"
+        numbers_of = load_ranker(cfg.model, tokenizer, rows, cfg, grid).rewards
+    elif is_reward_model(cfg.model):
         key = "scores"
         numbers_of = load_reward("qrm", cfg.model, tokenizer, cfg, grid).rewards
     else:
@@ -424,7 +481,6 @@ def stage_score(cfg, grid):
         def numbers_of(ids, mask):
             return token_logprobs(policy, ids, mask)[0]
 
-    rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid, cfg.limit)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scored = score_examples(numbers_of, flat(examples), cfg, grid)
@@ -444,13 +500,16 @@ def stage_score(cfg, grid):
 
 
 def stage_grade(cfg, grid):
-    """The rows with `answer` (what the response claims, or null) and `correct`."""
+    """The rows with `answer` (what the response claims, or null), `correct`, and the label."""
     written = []
     for row in read_rows(cfg.data, ("response", "label"), cfg, grid, cfg.limit):
         text = row["response"]
         text = text if isinstance(text, str) else text[-1]["content"]  # the reply in a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)
-        written.append((row["line"], row["raw"] | {"answer": answer, "correct": correct}))
+        graded = {"answer": answer, "correct": correct}
+        if str(row["raw"].get("label")) != row["label"]:
+            graded["label"] = row["label"]  # it may come from `answer`, which is written over
+        written.append((row["line"], row["raw"] | graded))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
     correct = sum(row["correct"] for _, row in written)
@@ -460,20 +519,20 @@ def stage_grade(cfg, grid):
 # -------------------------------------------------------------------------------- the built-in task
 
 
-DEMO = {  # what the demo runs, in order
-    "sft": "a policy, fine-tuned on an author's answers, mistakes included",
-    "pairs": "its samples, right ones paired with wrong ones",
-    "rm": "the reward model, from these pairs alone",
-    "reinforce": "REINFORCE with its token scores",
-    "ppo": "PPO with its token scores",
-    "eval": "all of them on held-out prompts",
+DEMO = {  # what the demo runs, in order, and how long that takes on one core (November 2026)
+    "sft": ("a policy, fine-tuned on an author's answers, mistakes included", "half a minute"),
+    "pairs": ("its samples, right ones paired with wrong ones", "half a minute"),
+    "rm": ("the reward model, from these pairs alone", "a minute"),
+    "reinforce": ("REINFORCE with its token scores", "a minute"),
+    "ppo": ("PPO with its token scores", "a minute"),
+    "eval": ("all of them on held-out prompts", "half a minute"),
 }
 
 
 def stage_demo(cfg, grid):
     """The whole path on the built-in task; results that exist and are up to date are kept."""
-    for number, (stage, about) in enumerate(DEMO.items(), 1):
-        say(grid, f"\nstage {number} of {len(DEMO)}: {about}")
+    for number, (stage, (about, duration)) in enumerate(DEMO.items(), 1):
+        say(grid, f"\nstage {number} of {len(DEMO)}, about {duration}: {about}")
         if stage == "eval":
             run_stage(stage_config(cfg, stage), grid)
         else:
@@ -547,12 +606,13 @@ def judge_files(cfg, grid):
     chosen = cfg.model or cfg.out
     if not chosen:
         result_of("rm", cfg, grid)
-    if not chosen or judges(chosen):
+    alone = cfg.reward == "judge" and not cfg.reward_model  # it is the model to evaluate
+    if not chosen or judges(chosen) or alone:
         result_of("pairs", cfg, grid)
         paths["heldout"] = str(heldout_path(stage_config(cfg, "pairs")))
     own = out_path(stage_config(cfg, "rm"))
     in_run = not chosen or Path(chosen).absolute().parent == Path(cfg.run_dir).absolute()
-    if in_run and own.exists():
+    if in_run and own.exists() and not alone:
         paths["reward_model"] = str(own)
     return paths
 

@@ -1,7 +1,8 @@
-"""The tables of the demo over several seeds, from the eval.json files of its runs: for README.md, results.md.
+"""The tables of the demo and of the carry task over several seeds, from the eval.json files of their runs.
 
-    python classroom/demo_table.py runs/seed*            prints the tables
-    python classroom/demo_table.py runs/seed* --write    and puts them in their places in the two files
+    python classroom/demo_table.py runs/seed*                    prints the tables
+    python classroom/demo_table.py runs/seed* --write            and puts them into README.md and results.md
+    python classroom/demo_table.py runs/carry* --carry --write   the same for the carries, into carry.md
 
 `make results` makes the runs. A policy or reward model that a run lacks is left out of that run's row.
 """
@@ -22,7 +23,10 @@ POLICIES = {  # directory in the run -> policy, reward
     "reinforce": ("REINFORCE", "Q-RM, every token"),
     "ppo": ("PPO", "**Q-RM, every token**"),
     "ppo-orm": ("PPO, λ = 1", "outcome model, last token"),
+    "ppo-outcome": ("PPO, λ = 1", "graded outcome"),
+    "grpo": ("GRPO", "graded outcome"),
 }
+IN_README = ("sft", "reinforce", "ppo", "ppo-orm", "ppo-outcome")
 JUDGES = {
     "pair_accuracy": "pair accuracy",
     "length_baseline": "always prefer the shorter answer",
@@ -30,7 +34,7 @@ JUDGES = {
     "first_error_hit": "the largest drop of Z is at the first wrong token",
     "error_auc": "AUC: first wrong token against the tokens before it (see metrics.md)",
 }
-MARKS = "<!-- {}: python classroom/demo_table.py runs/seed* --write -->\n\n", "\n<!-- end -->"
+END = "\n<!-- end -->"
 
 
 def load_evals(directories):
@@ -53,7 +57,8 @@ def mean_and_range(numbers, digits=2):
 def summary_rows(runs):
     """README's rows: greedy pass@1 of each policy, mean and range over the runs."""
     lines = []
-    for name, (policy, reward) in POLICIES.items():
+    for name in IN_README:
+        policy, reward = POLICIES[name]
         greedy = [run[name]["pass@1"] for run in runs if name in run]
         if greedy:
             seeds = len(greedy)
@@ -61,26 +66,33 @@ def summary_rows(runs):
     return lines
 
 
-def by_run(directories, runs):
-    """Lines of a table: greedy, sampled and best-of-8 accuracy of every policy in every run."""
-    names = [name for name in POLICIES if any(name in run for run in runs)]
-    titles = [" + ".join(filter(None, POLICIES[name])).replace("*", "") for name in names]
-    lines = ["| run | " + " | ".join(titles) + " |", "|---" * (len(names) + 1) + "|"]
-    for directory, run in zip(directories, runs):
-        cells = [three_numbers([run[name]]) if name in run else "" for name in names]
-        lines.append(f"| {Path(directory).name} | " + " | ".join(cells) + " |")
-    means = [three_numbers([run[name] for run in runs if name in run]) for name in names]
-    return [*lines, "| **mean** | " + " | ".join(means) + " |"]
+def policy_rows(runs):
+    """Lines of a table: accuracy of each policy, greedy, sampled and of eight samples, over the runs."""
+    columns = "greedy | one sample | any of eight | ranked first of eight | seeds"
+    lines = [f"| policy | reward | {columns} |", "|---|---|---|---|---|---|---|"]
+    for name, (policy, reward) in POLICIES.items():
+        evals = [run[name] for run in runs if name in run]
+        if evals:
+            shares = [
+                [e["pass@1"] for e in evals],
+                [e["pass@k"]["1"] for e in evals],
+                [e["pass@k"]["8"] for e in evals],
+                [e["best_of_k"] for e in evals],
+            ]
+            cells = " | ".join(map(mean_and_range, shares))
+            lines.append(f"| {policy} | {reward} | {cells} | {len(evals)} |")
+    return lines
 
 
-def three_numbers(evals):
-    """Greedy pass@1 / pass@k of one sample / of eight samples: means over some eval.json files."""
-    columns = [
-        [e["pass@1"] for e in evals],
-        [e["pass@k"]["1"] for e in evals],
-        [e["pass@k"]["8"] for e in evals],
-    ]
-    return " / ".join(f"{statistics.fmean(column):.3f}" for column in columns)
+def greedy_rows(directories, runs):
+    """Lines of a table: greedy accuracy of each policy in each run."""
+    names = [Path(directory).name for directory in directories]
+    lines = ["| policy | reward | " + " | ".join(names) + " |", "|---|---" + "|---" * len(names) + "|"]
+    for name, (policy, reward) in POLICIES.items():
+        cells = [f"{run[name]['pass@1']:.3f}".removeprefix("0") if name in run else "" for run in runs]
+        if any(cells):
+            lines.append(f"| {policy} | {reward} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def judge_rows(runs):
@@ -93,20 +105,34 @@ def judge_rows(runs):
     return lines
 
 
-def replace_rows(text, rows):
-    """README.md with its rows that begin with `| demo |` replaced."""
-    old = re.search(r"(^\| demo \|.*\n)+", text, re.M)
-    require(old, "README.md: no rows that begin with '| demo |'; expected them in its table of results")
+def write_readme(task, rows):
+    """Puts a task's rows into README.md."""
+    path = ROOT / "README.md"
+    write_atomically(path, replace_rows(path.read_text(encoding="utf-8"), task, rows))
+
+
+def replace_rows(text, task, rows):
+    """README.md's text with the rows of a task in its table of results replaced."""
+    old = re.search(rf"(^\| {task} \|.*\n)+", text, re.M)
+    require(old, f"README.md: no rows that begin with '| {task} |'; expected them in its table of results")
     return text[: old.start()] + "\n".join(rows) + "\n" + text[old.end() :]
 
 
 def replace_block(text, name, lines):
-    """results.md with the lines between its two comments of this name replaced."""
-    begin, end = MARKS[0].format(name), MARKS[1]
-    start = text.find(begin)
-    stop = text.find(end, start)
-    require(0 <= start < stop, f"results.md: no block {begin.strip()!r} ... {end.strip()!r}")
-    return text[: start + len(begin)] + "\n".join(lines) + "\n" + text[stop:]
+    """A chapter with the lines between its two comments, `<!-- name: command -->` and the end, replaced."""
+    begin = re.search(rf"<!-- {re.escape(name)}: .* -->\n\n", text)
+    stop = text.find(END, begin.end()) if begin else -1
+    require(stop >= 0, f"no block '<!-- {name}: ... -->' that ends with {END.strip()!r}")
+    return text[: begin.end()] + "\n".join(lines) + "\n" + text[stop:]
+
+
+def write_blocks(chapter, blocks):
+    """Puts {name of a block: its lines} into classroom/<chapter>."""
+    path = ROOT / "classroom" / chapter
+    text = path.read_text(encoding="utf-8")
+    for name, lines in blocks.items():
+        text = replace_block(text, name, lines)
+    write_atomically(path, text)
 
 
 def main(argv=None):
@@ -114,17 +140,21 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
-    parser.add_argument("--write", action="store_true", help="also into README.md and classroom/results.md")
+    parser.add_argument("--carry", action="store_true", help="runs of the carry task (carry.md)")
+    parser.add_argument("--write", action="store_true", help="also into README.md and the chapter")
     args = parser.parse_args(argv)
     try:
         runs = load_evals(args.runs)
-        tables = summary_rows(runs), by_run(args.runs, runs), judge_rows(runs)
-        print("\n\n".join("\n".join(table) for table in tables))
-        if args.write:
-            readme, results = ROOT / "README.md", ROOT / "classroom" / "results.md"
-            write_atomically(readme, replace_rows(readme.read_text(encoding="utf-8"), tables[0]))
-            text = replace_block(results.read_text(encoding="utf-8"), "policies", tables[1])
-            write_atomically(results, replace_block(text, "reward model", tables[2]))
+        judges = judge_rows(runs)
+        policies = policy_rows(runs)
+        greedy = greedy_rows(args.runs, runs)
+        print("\n".join([*summary_rows(runs), "", *policies, "", *greedy, "", *judges]))
+        if args.write and args.carry:
+            write_blocks("carry.md", {"policies": policies})
+        elif args.write:
+            write_readme("demo", summary_rows(runs))
+            blocks = {"policies": policies, "greedy by seed": greedy, "reward model": judges}
+            write_blocks("results.md", blocks)
     except (BadInput, OSError) as error:
         print(f"demo_table.py: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,8 @@
 """Granularity alone: does the same reward model teach a policy faster token by token than once per answer?
 
     python classroom/granularity.py [--out runs/granularity] [--seeds 8] [--minutes 60] [--workers 2]
-    python classroom/granularity.py --table        the tables of what has run so far
+    python classroom/granularity.py --table        the tables of what has run so far, and granularity.png
+    python classroom/granularity.py --write        the same, and puts them into README.md and science.md
 
 The protocol, written before the runs, is classroom/protocol.md. Everything is a command of train.py on files
 that this script writes; a finished job is one line of <out>/runs.jsonl, and a restart does what is missing.
@@ -25,7 +26,11 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "classroom")]
+from demo_table import mean_and_range, write_blocks, write_readme
+from study import draw_panel, reach
+
 import train
 from data import Arith, arith_rows
 from qrm import Reward, at_last_token, last_token_mask, masked_mean
@@ -179,7 +184,8 @@ class Runs:
         self.path = self.out / "runs.jsonl"
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # a line that a crash cut off is left out
-        self.path.write_text(whole, encoding="utf-8")
+        if whole != text:
+            self.path.write_text(whole, encoding="utf-8")
         self.done = {json.dumps(record["job"]): record for record in map(json.loads, whole.splitlines())}
 
     def result(self, job):
@@ -286,23 +292,6 @@ def test_jobs(rm_lrs, chosen, seeds):
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def reach(curve, target):
-    """Trajectories at which pass@1 first reaches the target, linear between evaluations; None if never.
-
-    >>> reach([[0, 0.2], [512, 0.4], [1024, 0.3]], 0.3)
-    256.0
-    """
-    before = curve[0]
-    if before[1] >= target:
-        return float(before[0])
-    for now in curve[1:]:
-        if now[1] >= target:
-            share = (target - before[1]) / (now[1] - before[1])
-            return before[0] + share * (now[0] - before[0])
-        before = now
-    return None
-
-
 def bootstrap(values, draws=10_000, seed=0):
     """95 % interval of the mean over seeds, percentile bootstrap; with few seeds read it as too narrow."""
     rng = random.Random(seed)
@@ -369,7 +358,7 @@ def rm_rows(runs, rm_lrs, seeds):
         found = [r for seed in seeds if (r := runs.result(rm_job(seed, reward, lr)))]
         cells = [reward, f"{lr:g}", str(len(found))]
         for key in ("pair_accuracy", "first_error_choice", "first_error_hit"):
-            cells.append(interval([r[key] for r in found]))
+            cells.append(interval([r[key] for r in found if key in r]))  # no known error, no such key
         rows.append(cells)
     return rows
 
@@ -377,6 +366,50 @@ def rm_rows(runs, rm_lrs, seeds):
 def markdown(rows):
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+BLOCKS = ("granularity: reward models", "granularity: arms", "granularity: differences")  # in science.md
+README_ARMS = {  # arm: policy, reward in README.md's table
+    "qrm tokens": ("PPO", "**Q-RM, every token**"),
+    "qrm answer": ("PPO, λ = 1", "Q-RM, its mean, last token"),
+    "orm answer": ("PPO, λ = 1", "outcome model, last token"),
+    "grpo graded": ("PPO, groups of 8", "graded outcome"),
+    "oracle tokens": ("PPO", "exact token rewards"),
+}
+
+
+def readme_rows(curves):
+    """README's rows of this study: greedy pass@1 before RL and at the end, mean and range over the seeds."""
+    before = [curve[0][1] for curve in curves["qrm tokens"].values()]
+    rows = [("SFT, before RL", "", before)]
+    for arm, (policy, reward) in README_ARMS.items():
+        rows.append((policy, reward, [curve[-1][1] for curve in curves[arm].values()]))
+    return [f"| long | {p} | {r} | {mean_and_range(found)} | {len(found)} |" for p, r, found in rows]
+
+
+def draw(path, curves):
+    """Small multiples, one arm each: mean and range over the seeds, dashed the arm "qrm tokens"."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 4, figsize=(10, 4.6), layout="constrained", sharex=True, sharey=True)
+    for axis, (arm, by_seed) in zip(axes.flat, curves.items()):
+        draw_panel(axis, arm, by_seed, None if arm == "qrm tokens" else curves["qrm tokens"])
+    for axis in axes.flat[len(curves) :]:
+        axis.set_visible(False)
+    figure.supxlabel("sampled trajectories", fontsize=11)
+    figure.supylabel("greedy pass@1", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write_tables(curves, tables):
+    """Puts the tables into science.md, the figure beside it, and the final accuracies into README.md."""
+    write_blocks("science.md", {name: markdown(rows).split("\n") for name, rows in zip(BLOCKS, tables)})
+    draw(ROOT / "classroom" / "granularity.png", curves)
+    write_readme("long", readme_rows(curves))
 
 
 def main(argv=None):
@@ -388,8 +421,10 @@ def main(argv=None):
     parser.add_argument("--minutes", type=float, default=60, help="no job starts after so many minutes")
     parser.add_argument("--workers", type=int, default=2, help="jobs at a time; results do not depend on it")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--write", action="store_true", help="run nothing; tables into README.md, science.md")
     args = parser.parse_args(argv)
-    runs, seeds = Runs(args.out, 0 if args.table else args.minutes, args.workers), range(args.seeds)
+    minutes = 0 if args.table or args.write else args.minutes
+    runs, seeds = Runs(args.out, minutes, args.workers), range(args.seeds)
     runs.run([start_job(seed) for seed in TUNING_SEEDS])
     rm_lrs = tuned_rms(runs)
     if None in rm_lrs.values():
@@ -400,9 +435,13 @@ def main(argv=None):
         runs.run(test_jobs(rm_lrs, chosen, seeds))
     curves = test_curves(runs, rm_lrs, chosen, seeds)
     end = 256 * ROLLOUTS
-    print(markdown(rm_rows(runs, rm_lrs, seeds)), "", sep="\n")
-    print(markdown(arm_rows(curves, chosen, end)), "", sep="\n")
-    print(markdown(paired_rows(curves, end)), "", sep="\n")
+    if not curves.get("qrm tokens"):
+        return print("no test seed has run every arm yet; call again to go on")
+    tables = rm_rows(runs, rm_lrs, seeds), arm_rows(curves, chosen, end), paired_rows(curves, end)
+    print("\n\n".join(map(markdown, tables)), "", sep="\n")
+    draw(runs.out / "granularity.png", curves)
+    if args.write:
+        write_tables(curves, tables)
     seconds = sum(record["seconds"] for record in runs.done.values())
     print(f"{len(runs.done)} jobs, {seconds / 60:.0f} core-minutes")
 

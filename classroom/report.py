@@ -79,6 +79,8 @@ REWARDS = {  # what the page calls them
     "dpo": "DPO",
     "orm": "outcome",
     "prm": "step",
+    "verifier": "verifier",
+    "simpo": "SimPO",
     "outcome": "the graded outcome",
     "oracle": "the exact token reward",
 }
@@ -546,7 +548,7 @@ COMPARED = {  # kinds of reward models: what each learns, and what RL receives f
     ),
     "prm": (
         "learns whether each line is still right. RL gets a number at the end of every line. Its labels are "
-        "not in the pairs: only the built-in task can give them."
+        "not in the pairs: the built-in task knows them, and --stage pairs --step_rollouts estimates them."
     ),
 }
 

@@ -50,7 +50,7 @@ class Run(NamedTuple):
     path: Path
     stages: dict  # {name: Stage}: the four of the demo, there or not, then the others
     builtin: bool  # whether its prompts are the built-in task's
-    changed: dict  # {name of a stage or of a file of pairs: what it was made from that is no longer the same}
+    changed: dict  # {name of a stage, a file of pairs, an eval.json: what it was made from that has changed}
 
     def of_kind(self, *kinds):
         """{name: Stage} of these kinds."""
@@ -103,6 +103,7 @@ def read_run(run_dir):
             stages |= {other.name: stage} if trained else {}
     results = {name: stage.path for name, stage in stages.items() if stage.is_there}
     results |= {file.name: file for file in sorted(path.glob("pairs*.jsonl"))}
+    results |= {f"{name}/eval.json": stage.path / "eval.json" for name, stage in stages.items() if stage.eval}
     return Run(path, stages, is_builtin(path, stages), what_changed(results))
 
 

@@ -593,9 +593,12 @@ def reward_model_table(study, chosen, metrics):
 
 
 def spreads(found, columns, digits=()):
-    """Mean and range over the seeds of each column of found, a list of dicts."""
+    """Mean and range over the seeds of each column of found, a list of dicts; one may lack a column."""
     digits = digits or [2] * len(columns)
-    return [spread([metrics[column] for metrics in found], d) for column, d in zip(columns, digits)]
+    out = []
+    for column, d in zip(columns, digits):
+        out.append(spread([metrics[column] for metrics in found if column in metrics], d))
+    return out
 
 
 def disputed_table(study, curves, arms):

@@ -7,6 +7,7 @@ conversations: where the texts are equal, so are the ids of transformers' apply_
 
 import json
 import re
+from functools import cached_property
 from typing import NamedTuple
 
 CHATML = ("<|im_start|>", "<|im_end|>")
@@ -63,41 +64,74 @@ def template_of(files):
     if "chat_template.jinja" in files:
         return files["chat_template.jinja"].decode("utf-8")
     template = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    if isinstance(template, list):  # several by name; without a default one there is none to recognise
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default", "")
     return template if isinstance(template, str) else None
 
 
-def render(template, messages, bos):
-    """The text that transformers' apply_chat_template makes of messages, with add_generation_prompt.
+class OwnTemplate:
+    """The Jinja template of a model directory.
 
-    A template that asks for the date gets none: it then uses the one it was trained with, and a run does not
-    depend on the day. Raises whatever is wrong with the template.
+    bos, eos   the texts of the tokenizer's BOS and EOS, or ""
     """
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    named = [{"role": role, "content": content} for role, content in messages]
-    return environment.from_string(template).render(messages=named, add_generation_prompt=True, bos_token=bos)
+    def __init__(self, source, bos, eos):
+        self.source, self.bos, self.eos = source, bos, eos
 
+    @cached_property
+    def compiled(self):
+        """The template, compiled in an environment like that of transformers.
 
-def recognised(template, bos):
-    """The Chat that a Jinja template is, or None: same text on every probe.
+        Its tags around what the assistant says, which change no text, are read as `if true`.
+        """
+        from jinja2.ext import loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    bos   the text of the tokenizer's BOS, or ""
-    """
-    try:
-        texts = [render(template, messages, bos) for messages in PROBES]
-    except Exception:  # anything may be wrong with a template; then it is none of ours
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        source = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", self.source)
+        source = re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", source)
+        return environment.from_string(source, globals={"raise_exception": refuse})
+
+    def write(self, messages):
+        """The text that transformers' apply_chat_template makes of messages, with add_generation_prompt.
+
+        messages   [(role, content)]
+        A template that asks for the date gets none: it then uses the one it was trained with, and a run does
+        not depend on the day. Raises whatever is wrong with the template.
+        """
+        named = [{"role": role, "content": content} for role, content in messages]
+        tokens = {"bos_token": self.bos, "eos_token": self.eos}
+        return self.compiled.render(messages=named, add_generation_prompt=True, **tokens)
+
+    def agrees(self, chat, messages):
+        """Whether the template writes (role, content) messages as a Chat does."""
+        opening = self.bos if chat.bos else ""
+        return self.write(messages) == opening + "".join(text for _, text in chat.parts(messages))
+
+    @cached_property
+    def chat(self):
+        """The Chat that the template is, or None: same text on every probe."""
+        try:
+            return self.recognise()
+        except Exception:  # anything may be wrong with a template; then it is none of ours
+            return None
+
+    def recognise(self):
+        """`chat`, with whatever the template raises."""
+        text = self.write(PROBES[0])
+        date = re.search(re.escape(CUTTING) + r"(.*)\n\n", text)
+        default = r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n<\|im_start\|>user\n"
+        system = re.search(default, text, re.DOTALL)
+        for chat in (Chat("chatml", system=system and system[1]), Chat("llama3", date=date and date[1])):
+            for bos in (False, True):  # SmolLM2's BOS is <|im_start|>, which opens every message
+                candidate = chat._replace(bos=bos)
+                if all(self.agrees(candidate, messages) for messages in PROBES):
+                    return candidate
         return None
-    date = re.search(re.escape(CUTTING) + r"(.*)\n\n", texts[0])
-    system = re.search(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n<\|im_start\|>user\n", texts[0], re.DOTALL)
-    for chat in (Chat("chatml", system=system and system[1]), Chat("llama3", date=date and date[1])):
-        ours = ["".join(text for _, text in chat.parts(messages)) for messages in PROBES]
-        for opening in ("", bos):  # SmolLM2's BOS is <|im_start|>, which opens every message
-            if [opening + text for text in ours] == texts:
-                return chat._replace(bos=opening != "")
-    return None
+
+
+def refuse(message):
+    """raise_exception, which templates call for messages that they cannot write."""
+    raise ValueError(message)

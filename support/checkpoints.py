@@ -142,7 +142,7 @@ class Training:
         path = self.work.path
         for name, other in (extra or {}).items():
             if self.grid.is_main:
-                (path / name).mkdir(exist_ok=True)
+                tokenizer.save(path / name)
             save_model(other, path / name)
         save_model(model, path)
         if self.cfg.lora_rank:
@@ -224,7 +224,10 @@ def fingerprints(tokenizer, path):
 
 def sources(cfg):
     """{field: {"path", "sha256"}} of the files and model directories that a result is made from."""
-    paths = {name: getattr(cfg, name) for name in ("model", "data", "reward_model")}
+    paths = {
+        name: getattr(cfg, name)
+        for name in ("model", "data", "reward_model", "outcome_model", "judge_prompt")
+    }
     own_reward = cfg.reward.rpartition(":")[0]  # FILE.py:FUNCTION
     if cfg.stage in POLICY_GRADIENT and Path(own_reward).is_file():
         paths["reward"] = own_reward
@@ -247,8 +250,11 @@ def digest(path):
 
 
 def run_path(result):
-    """Where a result says what it was made from: run.json in a directory, <name>.run.json beside a file."""
+    """Where a result says what it was made from: run.json in a directory, <name>.run.json beside a file;
+    eval.json says it itself."""
     result = Path(result)
+    if result.name == "eval.json":
+        return result
     return result / "run.json" if result.is_dir() else result.with_name(result.name + ".run.json")
 
 

@@ -7,6 +7,7 @@ import re
 import resource
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,10 +31,18 @@ from data import (
 )
 from model import LanguageModel, ScalarModel, load_model, read_config, stored_head
 from parallel import Grid, all_sum, say
-from qrm import REWARD_MODELS, bind_reward, credit_counts, response_scores
+from qrm import (
+    REWARD_MODELS,
+    STEP_TOTALS,
+    bind_reward,
+    credit_counts,
+    response_scores,
+    with_outcome,
+)
 from reinforce import standardize
 from support.files import BadInput, at_line, read_json, require, write_atomically
-from support.graders import MAX_CHARS, extract_answer, grade, meaning
+from support.graders import MAX_CHARS, can_match, extract_answer, grade, meaning
+from support.judge import judge_reward, make_judge
 from support.rewards import answer_text, graded_reward, user_reward
 from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
@@ -46,6 +55,10 @@ def load(model_class, directory, cfg, grid):
     """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
     dtype = getattr(torch, cfg.dtype)
     model = load_model(model_class, directory, grid, dtype, flex=cfg.flex, remat=cfg.remat)
+    positions = model.cfg.max_position_embeddings
+    if cfg.max_seq_len > positions:
+        longer = f"--max_seq_len {cfg.max_seq_len} allows longer rows"
+        say(grid, f"note: {directory} was trained for {positions} positions; {longer}")
     size = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors"))
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -78,9 +91,25 @@ def load_tokenizer(directory, cfg):
 
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
-    """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal."""
+    """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal.
+
+    Labels that no answer can match, such as "Yes" for --task gsm8k, are counted in one line; BadInput if they
+    are needed and all labels are of that kind.
+    """
     ignored = tuple(key.strip() for key in cfg.ignore_keys.split(","))
-    return load_rows(path, needs, limit, optional, ignored, log_to(grid))
+    rows = load_rows(path, needs, limit, optional, ignored, log_to(grid))
+    labels = {row["label"] for row in rows if "label" in row}
+    hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
+    if hopeless:
+        which = [row for row in rows if row.get("label") in hopeless]
+        first = f"line {which[0]['line']} has {which[0]['label'][:60]!r}"
+        cannot = f"{path}: {len(which)} labels that no answer to --task {cfg.task} can match ({first})"
+        require(
+            "label" not in needs or hopeless < labels,
+            f"{cannot}, and no other label; --task math compares formulas and texts",
+        )
+        say(grid, f"{cannot}: whatever is answered there counts as wrong")
+    return rows
 
 
 def read_run(directory):
@@ -127,22 +156,51 @@ def load_reward(name, directory, tokenizer, cfg, grid):
         )
         reference = load(kind.base, start, cfg, grid).requires_grad_(False)
     model = load(kind.base, directory, cfg, grid).requires_grad_(False)
-    return bind_reward(name, model, reference, tokenizer.ids_with("\n"))
+    reward = bind_reward(name, model, reference, tokenizer.ids_with("\n"))
+    return replace(reward, total=STEP_TOTALS[cfg.prm_aggregate]) if kind.needs_steps else reward
+
+
+def load_judge(directory, cfg, grid):
+    """The language model of a directory as a Judge that asks --judge_prompt."""
+    tokenizer = load_tokenizer(directory, cfg)
+    policy = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
+    return make_judge(policy, tokenizer, cfg.judge_prompt, cfg.verdicts, cfg.micro_tokens)
+
+
+def load_ranker(directory, tokenizer, rows, cfg, grid):
+    """The Reward that ranks answers to the prompts of `rows`: a reward model's, or that of --reward judge."""
+    if cfg.reward == "judge":
+        return judge_reward(load_judge(directory, cfg, grid), tokenizer, rows, cfg.data)
+    return load_reward(reward_name(directory), directory, tokenizer, cfg, grid)
 
 
 def reward_of_run(cfg, tokenizer, rows, grid):
-    """The Reward that --reward and --reward_model name; rows: what the graded ones look prompts up in."""
+    """The Reward that --reward and --reward_model name; rows: where prompts are looked up, with labels."""
     if cfg.reward in GRADED_REWARDS:
         return graded_reward(cfg.reward, tokenizer, rows, cfg)
+    if cfg.reward == "judge":
+        return load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)
     if cfg.reward not in REWARD_MODELS:
         return user_reward(cfg.reward, tokenizer, rows, grid)
     name = reward_name(cfg.reward_model, cfg.reward)
+    require(
+        name != "prm" or cfg.advantage != "grpo",
+        "--advantage grpo compares one number per answer, and --reward prm gives one per step; expected"
+        " --advantage process (process supervision), or return",
+    )
     require(
         cfg.reward in ("qrm", "plain", name),
         f"--reward {cfg.reward}: {cfg.reward_model} was trained as {name!r};"
         " expected the reward that it was trained for, or none",
     )
-    return load_reward(name, cfg.reward_model, tokenizer, cfg, grid)
+    reward = load_reward(name, cfg.reward_model, tokenizer, cfg, grid)
+    if not cfg.outcome_model:
+        return reward
+    require(
+        reward_name(cfg.outcome_model) == "orm",
+        f"--outcome_model {cfg.outcome_model}: expected a model that was trained with --reward orm",
+    )
+    return with_outcome(reward, load_reward("orm", cfg.outcome_model, tokenizer, cfg, grid))
 
 
 # -------------------------------------------------------------------------------- answers
@@ -297,6 +355,8 @@ def eval_reward_model(directory, cfg, grid):
     pair_accuracy_95   bootstrap over prompts, since the pairs of one prompt are not independent
     length_baseline    always preferring the shorter answer, or always the longer one, whichever is better
                        (ties count half)
+    error_auc, first_error_hit, first_error_choice   see qrm.credit_counts; left out where no rejected answer
+                       has a first error that is known
     """
     name = reward_name(directory)
     tokenizer = load_tokenizer(directory, cfg)
@@ -326,9 +386,9 @@ def eval_reward_model(directory, cfg, grid):
     }
     if any(subsets):
         out["pair_accuracy_of"] = means_of(hits, subsets)
-    if cfg.task == "arith":
-        errors = max(counts["n_errors"], 1)
-        out["error_auc"] = counts["wins"] / max(counts["comparisons"], 1)
+    errors = counts.get("n_errors", 0)
+    if errors:
+        out["error_auc"] = counts["wins"] / counts["comparisons"]
         out["first_error_hit"] = counts["hits"] / errors
         out["first_error_choice"] = counts["choices"] / errors
     return out
@@ -357,10 +417,10 @@ def eval_policy(directory, cfg, grid):
     """Greedy pass@1; of k samples the unbiased pass@k, maj@k, and best-of-k if --reward_model is given."""
     tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
+    rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
     reward = None
     if cfg.reward_model:
-        reward = load_reward(reward_name(cfg.reward_model), cfg.reward_model, tokenizer, cfg, grid)
-    rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
+        reward = load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)
     mine = rows[grid.dp_rank :: grid.dp_size]
     began = time.perf_counter()
     greedy = sample_graded(policy, tokenizer, mine, cfg, 0, 0.0, 1)

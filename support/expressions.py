@@ -65,7 +65,7 @@ SPELLINGS = [
     (r"\{,\}|(?<=\d)\\[!,](?=\d{3})|(?<=\d),\\!\s*(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
     (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
-    (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\\?%(?!\s*[-/\w])|\N{EURO SIGN}|\N{POUND SIGN}", " "),
+    (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\N{EURO SIGN}|\N{POUND SIGN}", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\N{DEGREE SIGN}|\\degree(?![a-z])", " "),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
     (r"(?i)(?<![a-z])([ap])\.\s?m\.?(?![a-z])", "\x01\\1m\x02"),
@@ -94,7 +94,7 @@ class Token(NamedTuple):
 
 
 def tokens_of(text):
-    """The tokens of a LaTeX or plain answer, without spaces, $, %, degree signs and the sizes of brackets."""
+    """The tokens of a LaTeX or plain answer, without spaces, $, degree signs and the sizes of brackets."""
     if "\\begin" not in text:
         text = text.replace("\\\\", "\\")  # no rows to end: it was escaped twice
     for pattern, replacement in SPELLINGS:
@@ -105,20 +105,25 @@ def tokens_of(text):
     in_text = False
     place = 0
     while match := TOKEN.search(text, place):
-        place = match.end()
         found = match[0]
+        if match["thousands"] and depth > 0:  # (1,234) is a pair
+            found = found.split(",")[0]
+        place = match.start() + len(found)
         in_text = found == "\x01" or in_text and found != "\x02"
         depth += (found in ("(", "[", "\\{")) - (found in (")", "]", "\\}"))
-        if match["thousands"] and depth > 0:  # (1,234) is a pair
-            found, place = re.match(r"\d+", found)[0], match.start() + re.match(r"\d+", found).end()
-            tokens.append(Token("number", found))
-        elif match["thousands"] or match["number"]:
-            tokens.append(Token("number", found.replace(",", "")))
-        elif match["letters"]:
-            tokens += words_or_letters(found, in_text, tokens)
-        elif found not in ("\x01", "\x02"):
-            tokens.append(Token("command" if found[0] == "\\" and found[1:].isalpha() else "symbol", found))
+        tokens += tokens_in(match, found, in_text, tokens)
     return tokens
+
+
+def tokens_in(match, found, in_text, before):
+    """The tokens of one match of TOKEN, or of `found`, its beginning; none for the two ends of a text."""
+    if match["thousands"] or match["number"]:
+        return [Token("number", found.replace(",", ""))]
+    if match["letters"]:
+        return words_or_letters(found, in_text, before)
+    if found in ("\x01", "\x02"):
+        return []
+    return [Token("command" if found[0] == "\\" and found[1:].isalpha() else "symbol", found)]
 
 
 def words_or_letters(run, in_text, before):
@@ -325,7 +330,8 @@ class Reader:
 
     def factor(self):
         """An atom with what is attached to it."""
-        start = self.tokens[self.i] if self.i < len(self.tokens) else Token("", "")
+        place = self.i
+        start = self.tokens[place] if place < len(self.tokens) else Token("", "")
         value = self.atom()
         if self.peek() == "_":  # a number in another base, or another variable
             value = hashed("index", str(start.text), self.index(), self.salt * (start.kind == "letter"))
@@ -333,12 +339,20 @@ class Reader:
             self.next()
             whole = start.kind == "number" and start.text != "10"
             self.computed = self.computed and not whole
-            value = power(value, self.group())
+            value = self.raised(value, self.group(), place)
         if self.peek() == "!":
             self.next()
             self.computed = False
             value = factorial(value)
         return value
+
+    def raised(self, base, exponent, start):
+        """base ** exponent, read since token `start`; a root of variables is opaque: that of x^2 is |x|."""
+        exponent = canonical(exponent)
+        is_root = isinstance(exponent, Decimal) or exponent.denominator > 1
+        if is_root and any(token.kind == "letter" for token in self.tokens[start : self.i]):
+            return hashed("root", canonical(base), exponent)
+        return power(base, exponent)
 
     def index(self):
         """What a subscript says, as text."""
@@ -408,7 +422,8 @@ class Reader:
             if self.peek() == "[":
                 self.next()
                 root = self.bracketed("]")
-            return power(self.argument(), divide(Fraction(1), root))
+            place = self.i
+            return self.raised(self.argument(), divide(Fraction(1), root), place)
         if name in FUNCTIONS:
             return self.function(name)
         return hashed("command", name)  # pi, infinity, a triangle

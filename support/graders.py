@@ -15,39 +15,18 @@ GRADERS = ("ours", "strict", "authors", "math_verify")
 MAX_CHARS = 500
 
 # A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
-# number, an exponent. A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No part
-# can fail late, so a search is linear.
+# number, a power. A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No part can
+# fail late, so a search is linear.
+SIGN = r"(?P<sign>(?:(?<![\w)\]}%.])-)?)(?:\\?[$€£](?P<minus>-?))?"
 DIGITS = r"\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![.\d])\.\d+"
 FRACTION = r"\\[dtc]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)"
-POWER_OF_TEN = r"\s?(?:\*|×|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<ten>-?\d{1,3})\}?"
+MIXED = rf"(?P<whole>\d{{1,20}})(?P<mixed>\s\d{{1,20}}/\d+|\s?{FRACTION})"
+SCIENTIFIC = r"e(?P<exp>[+-]?\d{1,3})(?!\w)"
+TIMES_TEN_TO = r"\s?(?:\*|×|\\times|\\cdot)\s?10\s?\^\s?\{?(?P<ten>-?\d{1,3})\}?"
+TO_THE_POWER = r"\^\{?(?P<power>\d{1,3})\}?"
 NUMBER = re.compile(
-    rf"(?P<sign>(?:(?<![\w)\]}}%.])-)?)(?:\\?[$€£](?P<minus>-?))?"
-    rf"(?:(?P<whole>\d{{1,20}})(?P<mixed>\s\d{{1,20}}/\d+|\s?{FRACTION})|(?P<frac>{FRACTION})"
-    rf"|(?P<digits>{DIGITS})(?P<over>/\d+)?)"
-    rf"(?:e(?P<exp>[+-]?\d{{1,3}})(?!\w)|{POWER_OF_TEN}|\^\{{?(?P<power>\d{{1,3}})\}}?)?"
-)
-# What may not follow a number, or it is another one: more digits or letters of any script, an operator, a
-# range, another number of a list, and these words.
-SCALES = "(?:dozen|gross|(?:hundred|thousand|million|billion|trillion|lakh|crore)s?)"
-OTHER_NUMBER = re.compile(
-    rf"""\s*(?:[-+*/×÷·^=<>~±≈≠≤≥]|[!=<>]=|\\(?:times|cdot|div|le|ge|leq|geq|ne|neq|approx))\s*[\d.$({{\\]
-    |\s*(?:[√π½⅓⅔¼¾]|\\(?:frac|sqrt|pi|pm)(?![a-z]))
-    |\s*[-+*×÷^]\s*[a-z]
-    |[.'’]\d|\s*[:,;&|]\s*\$?\d|\*\*\d|[\^_!(]\w|[-+/^](?:\s|$)
-    |(?!(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)[^\W_]
-    |(?-i:\s?[KMB]\b)|\s(?:k|bn|mn|tens)\b
-    |\s*\\?(?:text\w*\{{)?\s*(?:[a-z]+\s+){{0,2}}
-        (?:{SCALES}|squared|cubed
-        |x?or|nor|vs|versus|and\s+\$?\d+|and\s+(?:a|one)[\s-](?:half|third|quarter|fourth|fifth))\b
-    |\s*\\?(?:text\w*\{{)?\s*(?:score|factorial|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten
-        |hundred|thousand)ths|point|plus|minus|divided|multiplied|negative|below|and\s+a|[ap]\.?\s?m|x\s\d+
-        |(?:to|(?:per\s?cent\s+)?of|over|by|times|through|(?:more|less|fewer)\s+than)\s+\$?\d+)\b
-    |\s+\d""",
-    re.VERBOSE | re.IGNORECASE,
-)
-# What before a number makes it another one.
-NOT_THIS = re.compile(
-    r"[^\W\d_]$|[√≠≤≥±]\s*$|\d:$|\b(?:not|negative|minus|half|twice|double)\s+(?:of\s+)?\\?\$?$", re.I
+    rf"{SIGN}(?:{MIXED}|(?P<frac>{FRACTION})|(?P<digits>{DIGITS})(?P<over>/\d+)?)"
+    rf"(?:{SCIENTIFIC}|{TIMES_TEN_TO}|{TO_THE_POWER})?"
 )
 TWELVE = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 WORDS = {word: str(number) for number, word in enumerate(TWELVE, 1)}
@@ -91,6 +70,41 @@ UNITS = {
     for name in names.split()
     for word in (name, name + "s")
 }
+# What may not follow a number, or it is another one.
+SCALES = "(?:dozen|gross|pairs?|couples?|(?:hundred|thousand|million|billion|trillion|lakh|crore)s?)"
+PARTS = "half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths"
+COMPOUND = "|".join(sorted(UNITS.keys() - {"in", "ins"}))  # "5 in 6 days" says 5, "5 feet 6" does not
+TEXT_OPENS = r"\s*\\?(?:text\w*\{)?\s*"
+FOLLOWING = (
+    # an operator, relation or arrow with another operand
+    r"\s*(?:[-+*/×÷·^=<>~±≈≠≤≥→]|[!=<>]=|[-=]>|\\(?:times|cdot|div|le|ge|leq|geq|ne|neq|approx|to))\s*[\d.$({\\]",
+    r"\s*[-+*×÷^]\s*[a-z]|[-+/^](?:\s|$)|\*\*\d",
+    # a factor, an index, a factorial, a question
+    r"\s*(?:[√π½⅓⅔¼¾]|\\(?:frac|sqrt|pi|pm)(?![a-z]))|[\^_(]\w|\s?[!?]",
+    # more digits, or another number of a list
+    r"[.'’]\d|\s+\d|\s*(?:[:,;&|\[…]|\.\.+)\s*\$?\d",
+    # letters of any script that are no ordinal and no unit; K, M and B
+    r"(?!(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)[^\W_]",
+    r"(?-i:\s?[KMB]\b)|\s(?:k|bn|mn|tens)\b",
+    # words that scale it, or offer an alternative, up to two words later
+    rf"{TEXT_OPENS}[(,]?\s*(?:[a-z]+\s+){{0,2}}(?:{SCALES}|squared|cubed|x?or|nor|vs|versus"
+    r"|and\s+\$?\d+|and\s+(?:a|one)[\s-](?:half|third|quarter|fourth|fifth))\b",
+    # words that go on with the number
+    rf"{TEXT_OPENS}(?:score|factorial|{PARTS}|point|plus|minus|divided|multiplied|negative|below|and\s+a"
+    r"|[ap]\.?\s?m|x\s\d+|(?:to|(?:per\s?cent\s+)?of|over|by|times|through|(?:more|less|fewer)\s+than)"
+    rf"\s+\$?\d+|(?:{COMPOUND}),?\s+\d+)\b",
+    # a correction on the same line
+    r"[^\n]*\b(?:wait|actually|sorry|correction|or\s+rather|but|i\s+mean|hmm|wrong|incorrect|is\s+not|isn't)\b",
+    r"[^\n]*\bno\s*(?:[,.;:]|\$?\d)",
+)
+OTHER_NUMBER = re.compile("|".join(FOLLOWING), re.IGNORECASE)
+# What before a number makes it another one, or one of several.
+NOT_THIS = re.compile(
+    r"[^\W\d_]$|[√≠≤≥±]\s*$|\d:$"
+    r"|(?:\b(?:not|negative|minus|half|twice|double|between\s.*and)|(?<!,)\s(?:or|nor|vs|versus)|\d\s+to)"
+    r"\s+(?:of\s+)?\\?\$?$",
+    re.IGNORECASE,
+)
 
 
 def gsm8k_label(answer: str) -> str:
@@ -106,16 +120,33 @@ def grade(text: str, label: str, task: str, grader: str = "ours") -> tuple[str |
     return answer, answer is not None and same_answer(answer, label, task, grader)
 
 
+def can_match(label: str, task: str, grader: str = "ours") -> bool:
+    """Whether any text is right for a label: the label itself, marked as an answer of the task, must be."""
+    marked = rf"\boxed{{{label}}}" if task == "math" else f"#### {label}"
+    answer = extract_answer(marked, task, grader)
+    if grader == "math_verify":  # slow, and it takes what it cannot read as text
+        return answer is not None
+    return answer is not None and same_answer(answer, label, task, grader)
+
+
+def is_value(answer: str) -> bool:
+    """Whether an answer is a number or formula, without words and anything else that is only compared as
+    text."""
+    wordless = all(token.kind != "word" or token.text in UNITS for token in tokens_of(answer))
+    return wordless and all(piece.value[0] != "text" for piece in pieces_of(answer))
+
+
 def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
     """The final answer that a text claims, or None.
 
     math           what stands in the last \boxed or \fbox
     gsm8k, arith   the last number marked by "####"; else by \boxed, "answer is" or "A:"; else the last
-                   number. A number
-                   is claimed whole or not at all, and a marker without one claims nothing.
+                   number. A number is claimed whole or not at all (FOLLOWING, NOT_THIS), and a marker without
+                   one claims nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
     Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2
-    million".
+    million"; "5 pairs", which may mean 10; "The answer is 5!", which may be a factorial. Known hits that a
+    reader might dispute: a correction on a later line is not read; "5 apples 6 pears" and "5 twins" claim 5.
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(
@@ -322,13 +353,15 @@ def same_meaning(answer: str, label: str) -> bool:
     An answer is a list of pieces (commas, "and", "or"), without order: each a number or expression
     (expressions.py), a set (no order), a tuple or interval (order, brackets), a union, a matrix, a ratio, a
     relation, or text. x = 5 is 5; where both answers name their values, the names count, and where one names
-    several, the order. An inequality of a name is an interval; an equation is one with its multiples. A
-    percentage is its number. A unit (UNITS) may be left out; if both have one, it must be the same.
+    several, the order. An inequality of a name is an interval; an equation is one with its multiples. In a
+    list with \in or a relation other than =, "and" is not "or", and a comma is "or". A percentage is its
+    number, where % ends a value. A unit (UNITS) may be left out; if both have one, it must be the same.
 
     An answer must be worked out: 9+1, 2^{10} and 5! are not 10, 1024 and 120, or a policy would learn to
     repeat the question; for the same reason 2(x+1) is not 2x+2. Known misses, right answers marked wrong: 0.5
     for 50\%, rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion
-    of units.
+    of units, \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2)
+    for "x>1 and x<2". Known hits: "x=1 and y=2" is "x=1 or y=2"; 0x is 0 and 1x is x.
     """
     ours, theirs = pieces_of(answer), pieces_of(label)
     if len(ours) == len(theirs):
@@ -401,8 +434,13 @@ def pieces_of(answer: str) -> list:
         tokens.pop()  # a full stop; 0.3... goes on
     if tokens and tokens[0].text == "{" and tokens[-1].text == "}" and closes(tokens):
         tokens = tokens[1:-1]  # braces that only group
-    parts, _ = split(tokens, (",", ";", "and", "or"))
-    return [piece_of(part) for part in parts] if all(parts) else [Piece(text_of(tokens))]
+    parts, found = split(tokens, (",", ";", "and", "or"))
+    if not all(parts) or "and" in found and "or" in found:
+        return [Piece(text_of(tokens))]
+    pieces = [piece_of(part) for part in parts]
+    if "and" in found and any(token.text in (*RELATIONS[1:], "\\in") for token in tokens):
+        return [Piece(("and", *sorted((piece.value for piece in pieces), key=repr)))]
+    return pieces
 
 
 def split(tokens, separators):
@@ -427,8 +465,9 @@ RELATIONS = ("=", "<", ">", "\\le", "\\ge", "\\ne")
 def piece_of(tokens):
     """The Piece that tokens without a comma outside brackets say."""
     before, inside = split(tokens, ("\\in",))
-    if inside:
-        tokens = before[-1]
+    if inside and not is_name(before[0]):
+        return Piece(text_of(tokens))
+    tokens = before[-1]
     sides, roughly = split(tokens, ("\\approx",))
     if roughly:  # x = 1/3 \approx 0.33 says 1/3
         tokens = sides[1] if is_name(sides[0]) else sides[0]
@@ -584,7 +623,9 @@ def number_value(tokens):
 
 
 def without_unit(tokens):
-    """-> tokens before a unit such as "cm" or "km/h", and the unit's words, abbreviations written out"""
+    """-> tokens before % or a unit such as "cm" or "km/h", and the unit's words, abbreviations written out"""
+    if len(tokens) > 1 and tokens[-1].text in ("%", "\\%"):
+        return tokens[:-1], ()  # same_units finds the sign
     end = len(tokens)
     exponent = "".join(token.text for token in tokens[-4:]).replace("{", "").replace("}", "")
     if re.search(r"[a-z]\^[23]$", exponent):

@@ -10,9 +10,10 @@ import json
 import math
 import re
 from decimal import Decimal
+from typing import NamedTuple
 
 from support.files import BadInput, at_line, read_jsonl, require
-from support.graders import MAX_CHARS, boxed, gsm8k_label
+from support.graders import MAX_CHARS, boxed, gsm8k_label, is_value, same_answer
 from support.tokenizers import CHATS, ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row
@@ -27,12 +28,14 @@ SOLUTION = (
     "answer",
 )  # the response where none of RESPONSE is there (MATH, GSM8K), else the reference
 PAIR = ("chosen", "rejected")
+CANDIDATES = ("responses", "labels")  # several answers to one prompt, and which of them are right
 REPLIES = ("response", *PAIR)
 LABEL = ("label", "answer", "solution")  # what follows "####" (GSM8K), what stands in the last \boxed (MATH)
 CONVERSATION = (
     "messages",
     "conversations",
 )  # a prompt and, if the last message is the assistant's, its response
+STEPS = ("completions", "labels")  # TRL's stepwise form: the steps of one answer, and a label for each
 SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", "margin", *CONVERSATION)
 
 # The ids that a policy sampled, and the fingerprint of its tokenizer.
@@ -49,7 +52,7 @@ HARMLESS = set(
         score_chosen score_rejected chosen_score rejected_score rating ratings chosen_rating rejected_rating
         chosen_avg_rating rejected_avg_rating reward rewards helpfulness correctness coherence complexity
         verbosity turn turns num_turns timestamp created_at date tags metadata meta original_instruction
-        prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct """,
+        prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct shares """,
     )
 )
 
@@ -59,6 +62,7 @@ NAMES = {
     "response": (*RESPONSE, "answer", "solution"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "responses": ("responses",),
     "label": ("label", "answer"),
 }
 
@@ -66,13 +70,15 @@ NAMES = {
 def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     """Rows of a JSON lines file with the canonical keys of `needs` (and those of `optional` that it has).
 
-    needs, optional   among "prompt", "response", "chosen", "rejected", "label"; NAMES lists the spellings
+    needs, optional   among "prompt", "response", "chosen", "rejected", "responses", "label", for which NAMES
+                      lists the spellings, and "steps", which `completions` and `labels` supply
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
     log               gets one line that counts the rows dropped because their label is empty
     -> list of {"prompt": ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A prompt
        is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a text or a
-       list of one assistant message; a label is a text.
+       list of one assistant message; a label is a text; steps are a list of Step. Beside "responses" a row
+       may have "labels".
     Raises BadInput with the line number for a row that lacks something or says something that would be lost.
     """
     rows = []
@@ -92,6 +98,12 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     require(rows, f"{path}: no row is left: every label is empty")
     with at_line(path, rows[0]["line"]):
         refuse_rendered(rows)
+        refuse_marked(rows)
+        refuse_verdicts(rows, needs, ignore_keys)
+        if "steps" in needs:
+            refuse_one_sided(rows)
+    for note in notes_on_ratings(rows, needs):
+        log(f"{path}: note: {note}")
     return rows
 
 
@@ -114,6 +126,82 @@ def refuse_rendered(rows):
     )
 
 
+# Spellings of special tokens that open or close a text for some model.
+MARKER = (
+    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>"
+    r"|\[/?INST\]"
+)
+OPENS = re.compile(rf"\A(?:{MARKER})")
+CLOSES = re.compile(rf"(?:{MARKER})\Z")
+SERIALISED = re.compile(r"""\A\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+
+
+def refuse_marked(rows):
+    """BadInput if most prompts begin, or most replies end, with the spelling of a special token.
+
+    It would be read letter by letter, beside the token itself. A reply whose ids are known is not read as
+    text.
+    """
+    prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
+    prompts = [said(row["prompt"]) for row in prompted]
+    read = [row for row in prompted if not row["sampled"]]
+    replies = [said(row[key]) for row in read for key in REPLIES if key in row]
+    token = "the spelling of a special token, which would be read as letters; expected texts without it"
+    refuse_most(prompts, OPENS, f"prompts begin with {token}")
+    refuse_most(replies, CLOSES, f"replies end with {token}")
+    for texts, name in ((prompts, "prompts"), (replies, "replies")):
+        refuse_most(texts, SERIALISED, f"{name} are messages written as text; expected a list of messages")
+
+
+def refuse_most(texts, marker, says):
+    """BadInput if most of the texts have the marker."""
+    found = [match[0] for match in map(marker.search, texts) if match]
+    if 2 * len(found) > len(texts):
+        raise BadInput(f"{len(found)} of {len(texts)} {says} (found {found[0]!r})")
+
+
+def refuse_verdicts(rows, needs, ignore_keys):
+    """BadInput for a file whose labels, 0 and 1, nothing asks for: they judge the responses.
+
+    In one row such a label can be an answer.
+    """
+    if "response" not in needs or "label" in needs or "label" in ignore_keys:
+        return
+    labels = [row["raw"].get("label") for row in rows]
+    binary = all(type(label) is int and label in (0, 1) for label in labels) and 0 in labels
+    require(
+        not binary,
+        "label is 0 or 1 in all rows: a verdict on the response? Keep the rows that are wanted, then"
+        " --ignore_keys label",
+    )
+
+
+RATINGS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+
+
+def notes_on_ratings(rows, needs):
+    """What the user should know of rows that are used against what they say: list of texts."""
+    notes = []
+    if "chosen" in needs:
+        pairs = [(row["raw"].get(ours), row["raw"].get(other)) for row in rows for ours, other in RATINGS]
+        rated = [pair for pair in pairs if all(map(is_number, pair))]
+        lower = sum(chosen < rejected for chosen, rejected in rated)
+        equal = sum(chosen == rejected for chosen, rejected in rated)
+        if lower or equal:
+            notes.append(
+                f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal"
+            )
+    wrong = sum(row["raw"].get("correct") is False for row in rows)
+    if "response" in needs and "label" not in needs and wrong:
+        notes.append(f"{wrong} rows have correct false; they are used like the others")
+    return notes
+
+
 def begins_with_prompt(prompt, reply):
     """Whether a text goes on from the text of its prompt."""
     texts = isinstance(prompt, str) and isinstance(reply, str)
@@ -127,13 +215,20 @@ def read_row(fields, needs, optional=()):
         *(key for key in optional if any(not is_empty(fields.get(name)) for name in NAMES[key])),
     ]
     row = {}
+    refuse_prm800k(fields)
     if {"prompt", "response", "chosen", "rejected"} & set(wanted):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
-        row["label"] = read_label(fields)
+        row["label"] = read_label(fields, response=dict(reply_keys(fields, wanted)).get("response"))
+    if "responses" in wanted:
+        row |= read_candidates(fields)
+        fields = {key: value for key, value in fields.items() if key not in CANDIDATES}
+    if "steps" in wanted:
+        row["steps"] = read_steps(fields)
+        fields = {name: value for name, value in fields.items() if name not in STEPS}
     refuse_verdict(fields)
     refuse_unknown(fields)
-    row = {key: row[key] for key in wanted}
+    row = {key: row[key] for key in (*wanted, "labels") if key in row}
     if "chosen" in wanted and not is_empty(fields.get("margin")):
         row["margin"] = read_margin(fields["margin"])
     return row
@@ -144,6 +239,27 @@ def read_margin(value):
     finite = type(value) in (int, float) and abs(value) < 1e38  # False for nan
     require(finite, f"margin is {json.dumps(value)[:60]}; expected a finite number")
     return float(value)
+
+
+def read_candidates(fields):
+    """{"responses": texts, and where the row says which of them are right, "labels": bools}
+
+    A sampled answer may be empty.
+    """
+    responses, labels = fields.get("responses"), fields.get("labels")
+    if is_empty(responses):
+        raise missing(fields, "responses")
+    texts = isinstance(responses, list) and all(isinstance(x, str) for x in responses)
+    require(texts, f"responses is {json.dumps(responses)[:60]}; expected a list of texts")
+    if is_empty(labels):
+        return {"responses": responses}
+    verdicts = isinstance(labels, list) and len(labels) == len(responses) and all(x in (0, 1) for x in labels)
+    require(
+        verdicts,
+        f"labels is {json.dumps(labels)[:60]}; expected true or false (or 1, 0) for each of the"
+        f" {len(responses)} responses",
+    )
+    return {"responses": responses, "labels": [bool(x) for x in labels]}
 
 
 def refuse_verdict(fields):
@@ -198,7 +314,7 @@ def pick(fields, names):
 
 def missing(fields, key):
     """The BadInput for a row that does not say `key`."""
-    for name in NAMES[key]:
+    for name in sorted(NAMES[key], key=lambda name: not is_empty(fields.get(name))):
         if name in fields:
             return BadInput(
                 f"{name} is {json.dumps(fields[name])[:60]}; expected a text that is not empty, "
@@ -209,19 +325,43 @@ def missing(fields, key):
         hint = (
             "; a pair of texts needs its common beginning as prompt, a pair of conversations has it already"
         )
+    if "completions" in fields:
+        hint = "; completions with labels are steps, which --stage rm --reward prm and --stage eval read"
     return BadInput(f"found keys {sorted(fields)[:8]}, expected {' or '.join(NAMES[key])}{hint}")
 
 
 # -------------------------------------------------------------------------------- labels
 
 
-def read_label(fields):
-    """A label as text, None if it is empty; numbers in plain digits, so that 1e-05 is 0.00001."""
-    name = next((name for name in LABEL if not is_empty(fields.get(name))), None)
-    if name is None:
+def read_label(fields, response=None):
+    """The label of a row as text, None if it is empty; BadInput if two fields state different values.
+
+    response   the field that supplies the response, which may well be wrong
+    """
+    found = [name for name in LABEL if not is_empty(fields.get(name))]
+    if "label" in found and isinstance(fields.get("correct"), bool):
+        found = ["label"]  # a row that --stage grade wrote: its `answer` is what the response claimed
+    if not found:
         if any(key in fields for key in NAMES["label"]):
             return None
         raise missing(fields, "label")
+    label = label_in(fields, found[0])
+    for name in found[1:]:
+        try:
+            other = label if name == response else label_in(fields, name)
+        except BadInput:  # a text that states no final answer
+            continue
+        differ = is_value(label) and is_value(other) and not same_answer(label, other, "math")
+        require(
+            not differ,
+            f"{found[0]} says {label!r}, but {name} says {other!r}; expected one answer"
+            f" (--ignore_keys {name}, if that is none)",
+        )
+    return label
+
+
+def label_in(fields, name):
+    """What a field states as label; numbers in plain digits, so that 1e-05 is 0.00001."""
     value = fields[name]
     if isinstance(value, str):
         if "####" in value:
@@ -243,13 +383,64 @@ def read_label(fields):
 
 def is_number(value):
     """Whether value is a finite number; true and false are none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) is int or type(value) is float and math.isfinite(value)
 
 
 def plain_digits(number):
     """Digits without an exponent: 1e-05 -> "0.00001", 8.0 -> "8"."""
     digits = format(Decimal(repr(number)), "f")
     return re.sub(r"\.0+$", "", digits)
+
+
+# -------------------------------------------------------------------------------- steps
+
+
+class Step(NamedTuple):
+    """A step of an answer and what it was found to be."""
+
+    text: str  # ends with a line break, unless it is the last one of a finished answer
+    label: float  # 1 right, 0 neutral, -1 wrong
+
+
+def read_steps(fields):
+    """The `completions` of one answer with their `labels`: a list of Step
+
+    A line break is put after each step but the last that has none of its own. A label is true or false, or a
+    number from -1 to 1. Raises BadInput for anything else.
+    """
+    texts, labels = fields.get("completions"), fields.get("labels")
+    shown = f"completions is {json.dumps(texts)[:60]} and labels is {json.dumps(labels)[:60]}"
+    lists = isinstance(texts, list) and isinstance(labels, list) and len(texts) == len(labels) > 0
+    require(lists, f"{shown}; expected two lists of one length, the steps of an answer and a label for each")
+    require(
+        all(isinstance(text, str) and text.strip() for text in texts),
+        f"{shown}; expected steps that are texts and not empty",
+    )
+    known = [isinstance(label, (int, float)) and -1 <= label <= 1 for label in labels]  # False for nan
+    require(all(known), f"{shown}; expected labels that are true or false, or numbers from -1 to 1")
+    texts = [text if text.endswith("\n") else text + "\n" for text in texts[:-1]] + texts[-1:]
+    numbers = [2.0 * label - 1.0 if isinstance(label, bool) else float(label) for label in labels]
+    return [Step(text, number) for text, number in zip(texts, numbers)]
+
+
+def refuse_one_sided(rows):
+    """BadInput for a file of numbers among which 0 could mean wrong as well as neutral: none is negative."""
+    numbers = [x for row in rows for x in row["raw"]["labels"] if not isinstance(x, bool)]
+    require(
+        not numbers or min(numbers) < 0 or min(numbers) == 1,
+        "the labels of the file are numbers from 0 to 1, of which 0 could be wrong or neutral; expected true "
+        "and false, or numbers from -1 (wrong) by 0 (neutral) to 1 (right): a share p is 2p - 1",
+    )
+
+
+def refuse_prm800k(fields):
+    """BadInput for a row as PRM800K ships it: its labeller's choices among completions are not read here."""
+    label = fields.get("label")
+    require(
+        not (isinstance(label, dict) and "steps" in label),
+        f"label is {json.dumps(label)[:60]}, PRM800K's verdicts on steps; expected prompt, completions and "
+        'labels, which the lines under "Step labels" in classroom/recipes.md make of them',
+    )
 
 
 # -------------------------------------------------------------------------------- prompts and replies
@@ -284,8 +475,10 @@ def reply_keys(fields, wanted):
     found = []
     if "response" in wanted:
         name, _ = pick(fields, RESPONSE)
-        others = (name, *CONVERSATION, *SOLUTION)
+        others = (name, *CONVERSATION, *SOLUTION) if name or not has_empty_text(fields, RESPONSE) else ()
         name = next((name for name in others if name and not is_empty(fields.get(name))), None)
+        if name == "answer" and has_empty_text(fields, ("solution",)):
+            name = None
         if name:
             found.append(("response", name))
     for name in (*PAIR, *CONVERSATION):
@@ -295,6 +488,11 @@ def reply_keys(fields, wanted):
         if name in wanted or has_prompt:
             found.append((name, name))
     return found
+
+
+def has_empty_text(fields, names):
+    """Whether one of the keys holds a text that says nothing: an empty reply, which no other key replaces."""
+    return any(isinstance(fields.get(name), str) and is_empty(fields[name]) for name in names)
 
 
 def check_same_reply(replies, wanted):

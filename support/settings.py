@@ -5,11 +5,12 @@ A field declares its default, its help text and the values it takes; its datacla
 
 import dataclasses
 import difflib
+import filecmp
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qrm import REWARD_MODELS
+from qrm import REWARD_MODELS, STEP_TOTALS
 from support.files import BadInput, read_jsonl, require
 from support.graders import GRADERS, TASKS
 from support.tokenizers import CHATS
@@ -30,7 +31,9 @@ TRAINING = ("sft", "rm", "reinforce", "ppo")
 POLICY_GRADIENT = ("reinforce", "ppo")
 PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce", "tiny")
 DEMO_READS = ("stage", "run_dir", "seed", "device", "tp", "timeout")  # the rest is the built-in task's
+COLDEST = 1e-3  # temperature of samples; below it, only 0
 GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
+JUDGING = ("reinforce", "ppo", "eval", "score")  # stages that can ask a judge
 
 # -------------------------------------------------------------------------------- the fields
 
@@ -77,6 +80,11 @@ class Run:
         "",
         "a reward model's directory (eval, pairs --best: it ranks the answers)",
         stages=("pairs", "reinforce", "ppo", "eval"),
+    )
+    outcome_model: str = flag(
+        "",
+        "directory of a --reward orm: its score is added at the last token (with --reward dpo: RTO)",
+        stages=POLICY_GRADIENT,
     )
     seed: int = flag(0, "of weights, data order and sampling", least=0)
     tp: int = flag(0, "processes that share one model; 0: all of them; the rest is data parallel", least=0)
@@ -145,16 +153,27 @@ class Train:
 
 @dataclass(frozen=True)
 class Loss:
-    """Which reward, and the two numbers of the reward model's loss."""
+    """Which reward, and the numbers of the reward model's loss."""
 
     stages = ("rm",)
 
     reward: str = flag(
         "qrm",
-        f"{' | '.join(REWARD_MODELS)}; reinforce, ppo also {' | '.join(GRADED_REWARDS)} | FILE.py:FUNCTION",
-        stages=("rm", "reinforce", "ppo"),
+        f"{' | '.join(REWARD_MODELS)}; reinforce, ppo also {' | '.join(GRADED_REWARDS)} | FILE.py:FUNCTION;"
+        " judge (also eval, score): a language model is asked about the answers",
+        stages=("rm", *JUDGING),
     )
-    beta: float = flag(0.2, "scale of the mean score difference (the paper); dpo: its paper has 0.1", above=0)
+    judge_prompt: str = flag(
+        "",
+        "file with the judge's question, {prompt} and {response} in it; for pairs {prompt}, {a} and {b}",
+        stages=JUDGING,
+    )
+    verdicts: str = flag(
+        "", 'two words it may answer, the good one first; default "Yes,No", for pairs "A,B"', stages=JUDGING
+    )
+    beta: float = flag(
+        0.2, "scale of the mean score difference (the paper); dpo: its paper has 0.1, simpo: 2", above=0
+    )
     margin: float = flag(
         2.0, "what the scaled difference must exceed (the paper's gamma); a row's margin wins"
     )
@@ -184,10 +203,25 @@ class Sampling:
     temperature: float = flag(1.0, "of the samples; pass@1 is always greedy", least=0)
     max_new_tokens: int = flag(512, "longest answer, tokens", above=0)
     pairs_per_prompt: int = flag(4, "at most", above=0, stages=("pairs",))
+    step_rollouts: int = flag(
+        0,
+        "write step-labelled rows instead: continue so often from each step of the samples (Math-Shepherd)",
+        least=0,
+        stages=("pairs",),
+    )
     best: bool = flag(
         False,
         "write the best of k as rows for --stage sft: the first right one, or the highest by --reward_model",
         stages=("pairs",),
+    )
+    prm_aggregate: str = flag(
+        "mean",
+        "how --reward prm compares answers: mean | min | product of the probabilities of their steps",
+        choices=tuple(STEP_TOTALS),
+        stages=("pairs", "rm", "eval"),
+    )
+    step_threshold: float = flag(
+        0.5, "a step of a lower probability is called wrong", above=0, stages=("rm", "eval")
     )
     show: bool = flag(False, "also print the answers, each token coloured by its number", stages=("score",))
 
@@ -200,8 +234,9 @@ class RL:
 
     advantage: str = flag(
         "",
-        "token | return | gae (ppo) | rloo | grpo; default: token if the reward is a Q, else return or gae",
-        choices=("", "token", "return", "gae", "rloo", "grpo"),
+        "token | return | gae (ppo) | rloo | grpo | process; default: token if the reward is a Q, else return"
+        " or gae",
+        choices=("", "token", "return", "gae", "rloo", "grpo", "process"),
     )
     standardize: str = flag(
         "mean_std",
@@ -470,8 +505,12 @@ def unread_flags(argv):
     cfg = parse(argv)
     if cfg.stage == "demo":
         return [name for name in given if name not in DEMO_READS]
-    unranked = cfg.stage == "pairs" and not cfg.best  # nothing for --reward_model to do
-    return [name for name in given if cfg.stage not in STAGES_OF[name] or unranked and name == "reward_model"]
+    unread = {name for name in given if cfg.stage not in STAGES_OF[name]}
+    if cfg.stage == "pairs" and not cfg.best:
+        unread.add("reward_model")  # it has nothing to rank
+    if cfg.stage in ("eval", "score") and cfg.data and cfg.reward != "judge":
+        unread.add("reward")  # a reward model knows its own; else it names the one of the built-in run
+    return [name for name in given if name in unread]
 
 
 # -------------------------------------------------------------------------------- refusals
@@ -490,7 +529,7 @@ def check_combinations(cfg):
         f" expected a multiple of --group_size {cfg.group_size}",
     )
     require(
-        not rl or cfg.advantage not in ("rloo", "grpo") or cfg.group_size > 1,
+        not rl or cfg.advantage not in ("rloo", "grpo", "process") or cfg.group_size > 1,
         f"--advantage {cfg.advantage} compares the samples of one prompt: expected --group_size 2 or more",
     )
     require(
@@ -504,6 +543,15 @@ def check_combinations(cfg):
     require(
         not rl or cfg.temperature,
         f"--temperature 0.0: --stage {cfg.stage} learns from samples; expected more than 0",
+    )
+    require(
+        cfg.stage != "pairs" or not (cfg.step_rollouts and cfg.best),
+        "--step_rollouts and --best: expected one of them",
+    )
+    require(
+        cfg.temperature == 0 or cfg.temperature >= COLDEST,
+        f"--temperature {cfg.temperature}: logits divided by it overflow, or are as good as greedy;"
+        f" expected 0 (greedy) or at least {COLDEST}",
     )
     require(
         cfg.stage != "demo" or not (cfg.model or cfg.data),
@@ -536,30 +584,47 @@ def check_reward(cfg):
     """--reward takes other values in the RL stages than in --stage rm."""
     rl = cfg.stage in POLICY_GRADIENT
     own = ".py:" in cfg.reward
-    known = cfg.reward in REWARD_MODELS or cfg.reward in GRADED_REWARDS or own
-    names = ", ".join((*REWARD_MODELS, *GRADED_REWARDS))
+    known = cfg.reward in (*REWARD_MODELS, *GRADED_REWARDS, "judge") or own
+    names = ", ".join((*REWARD_MODELS, *GRADED_REWARDS, "judge"))
     require(known, f"--reward {cfg.reward!r}: expected one of {names}, FILE.py:FUNCTION")
     require(
         cfg.stage != "rm" or cfg.reward in REWARD_MODELS,
-        f"--reward {cfg.reward} needs no reward model; --stage rm expects one of {', '.join(REWARD_MODELS)}",
+        f"--reward {cfg.reward} is not trained; --stage rm expects one of {', '.join(REWARD_MODELS)}",
     )
     require(
         not rl or cfg.reward != "oracle" or cfg.task == "arith",
         "--reward oracle knows the first wrong token of the built-in task only (--task arith)",
     )
     require(
-        cfg.stage != "rm" or cfg.reward != "prm" or cfg.task == "arith",
-        "--reward prm learns from step labels, which only the built-in task (--task arith) knows",
+        not rl or not cfg.reward_model or cfg.reward in (*REWARD_MODELS, "judge"),
+        f"--reward {cfg.reward} grades the answers itself; expected no --reward_model",
     )
     require(
-        not rl or not cfg.reward_model or cfg.reward in REWARD_MODELS,
-        f"--reward {cfg.reward} grades the answers itself; expected no --reward_model",
+        not rl or not cfg.outcome_model or cfg.reward in REWARD_MODELS,
+        f"--outcome_model: is added to a reward model's scores; found --reward {cfg.reward}",
+    )
+    check_judge(cfg)
+
+
+def check_judge(cfg):
+    """--reward judge needs a language model and a question."""
+    judge = cfg.reward == "judge"
+    require(not judge or cfg.judge_prompt, "--reward judge: expected --judge_prompt FILE, with its question")
+    require(judge or not cfg.judge_prompt, "--judge_prompt: only a judge is asked; expected --reward judge")
+    require(
+        not judge or cfg.stage not in POLICY_GRADIENT or cfg.reward_model,
+        "--reward judge: expected --reward_model, the directory of the language model that judges",
+    )
+    require(
+        not judge or cfg.stage not in ("eval", "score") or cfg.model,
+        f"--reward judge: --stage {cfg.stage} expects --model, the language model that judges"
+        " (or, with --reward_model, the policy to evaluate)",
     )
 
 
 def check_paths(cfg):
     """Inputs exist, and --out replaces nothing but a result of the same kind."""
-    for name in ("model", "reward_model"):
+    for name in ("model", "reward_model", "outcome_model"):
         directory = getattr(cfg, name)
         hub = directory.count("/") == 1 and directory[0] not in "./~"
         get_it = f"; if it is a hub id, get it with: hf download {directory} --local-dir DIR" if hub else ""
@@ -567,8 +632,18 @@ def check_paths(cfg):
             not directory or Path(directory).is_dir(),
             f"--{name} {directory}: no such directory; expected a Hugging Face model directory{get_it}",
         )
+    require(
+        not cfg.judge_prompt or Path(cfg.judge_prompt).is_file(),
+        f"--judge_prompt {cfg.judge_prompt}: no such file; expected a text with places to fill",
+    )
     for path in filter(None, (cfg.data, cfg.heldout)):
         next(read_jsonl(path), None)
+    apart = cfg.stage != "eval" and cfg.data and cfg.heldout  # eval learns from neither
+    require(
+        not apart or not filecmp.cmp(cfg.data, cfg.heldout, shallow=False),
+        f"--heldout {cfg.heldout}: holds the same rows as --data {cfg.data}; expected rows that are not"
+        " learned from",
+    )
     out = out_path(cfg)
     foreign = not out.name or (out.exists() and not (out / "run.json").exists())
     require(
@@ -594,7 +669,8 @@ def check_paths(cfg):
 def check_replaced(cfg, out):
     """--out replaces nothing that the command reads."""
     written = [out, heldout_path(cfg)] if cfg.stage == "pairs" and cfg.heldout else [out]
-    read = ("model", "data", "heldout", "reward_model") if cfg.stage != "eval" else ("data", "heldout")
+    read = ("data", "heldout", "judge_prompt")
+    read = read if cfg.stage == "eval" else ("model", "reward_model", "outcome_model", *read)
     for name in read:
         source = getattr(cfg, name)
         over = source and any(path.exists() and path.samefile(source) for path in written)
@@ -604,7 +680,7 @@ def check_replaced(cfg, out):
 def out_path(cfg):
     """--out, or the place where the other stages look for this one's result."""
     names = {
-        "pairs": "best.jsonl" if cfg.best else "pairs.jsonl",
+        "pairs": "steps.jsonl" if cfg.step_rollouts else "best.jsonl" if cfg.best else "pairs.jsonl",
         "rm": "rm" if cfg.reward == "qrm" else f"rm-{cfg.reward}",
         "score": "score.jsonl",
         "grade": "grade.jsonl",

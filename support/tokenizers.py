@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tiktoken
 
-from support.chats import CHATS, Chat, recognised, template_of
+from support.chats import CHATS, Chat, OwnTemplate, template_of
 from support.files import BadInput, read_json, require
 
 # Regular expressions that cut text into pieces; no token spans two pieces.
@@ -30,6 +30,7 @@ FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
     "config.json",
@@ -51,6 +52,7 @@ class Vocabulary(NamedTuple):
     ranks: dict  # {bytes: id}, the lowest id merged first
     specials: dict  # {name: id}, never made from text
     added: dict  # {text: id}, found in a text before it is cut into pieces, such as "<think>"
+    raw: frozenset  # those of `added` that are found before the text is normalised, and before the others
     pattern: str  # cuts text into pieces
     nfc: bool  # text is normalised to NFC first
     first: str | None  # name of the special token that opens every text
@@ -159,6 +161,7 @@ def read_tokenizer_json(path, raw):
     pattern = split_pattern(spec.get("pre_tokenizer"), path)
     specials = {token["content"]: token["id"] for token in spec["added_tokens"] if token.get("special", True)}
     added = added_tokens(spec["added_tokens"], path)
+    raw = frozenset(token["content"] for token in spec["added_tokens"] if not token.get("normalized", True))
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     try:
         ranks = {to_bytes(word): id for word, id in model["vocab"].items() if word not in specials | added}
@@ -168,7 +171,8 @@ def read_tokenizer_json(path, raw):
             f"{path}: {error} is no letter of the byte-level alphabet (a SentencePiece model?)"
         ) from None
     check_merges(merges, ranks, model.get("ignore_merges"), path)
-    return Vocabulary(ranks, specials, added, pattern, bool(normalizers), first_special(spec, path))
+    first = first_special(spec, path)
+    return Vocabulary(ranks, specials, added, raw & added.keys(), pattern, bool(normalizers), first)
 
 
 def added_tokens(tokens, path):
@@ -226,7 +230,7 @@ def read_tokenizer_model(path, raw):
         *spare[5:],
     ]
     specials = {name: len(ranks) + i for i, name in enumerate(names)}
-    return Vocabulary(ranks, specials, {}, LLAMA3, False, names[0])
+    return Vocabulary(ranks, specials, {}, frozenset(), LLAMA3, False, names[0])
 
 
 def is_message(value):
@@ -246,6 +250,17 @@ def is_conversation(value):
 def token_name(token):
     """The name of a token in tokenizer_config.json, which may be written out as an object."""
     return token.get("content") if isinstance(token, dict) else token
+
+
+def listed(ids):
+    """eos_token_id as a list: it may be one id."""
+    return ids if isinstance(ids, list) else [ids]
+
+
+def any_of(texts):
+    """A pattern that finds any of the texts, the longest first; re.split puts what it found at odd places."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if texts else "(?!)")
 
 
 class Tokenizer:
@@ -274,12 +289,15 @@ class Tokenizer:
         self.files, self.path = files, Path(path)
         vocabulary = self.read_vocabulary()
         config = self.read_settings("tokenizer_config.json")
+        if "added_tokens_decoder" not in config:  # as in transformers: otherwise it is the newer file
+            config |= self.read_settings("special_tokens_map.json")
         bos, eos = token_name(config.get("bos_token")), token_name(config.get("eos_token"))
-        self.chat = self.choose_chat(chat, date, system, bos)
+        self.strict = chat == "auto"
+        self.chat, self.own = self.choose_chat(chat, date, system, self.own_template(bos, eos))
         first = vocabulary.first
         if self.chat.name == "llama3":
             first = "<|begin_of_text|>"  # its template says so itself
-        elif first is None and config.get("add_bos_token"):
+        elif first is None and (config.get("add_bos_token") or self.own and self.own.chat.bos):
             first = bos
         stops = self.stops(eos)
         needed = [self.special(name) for name in CHATS[self.chat.name]]
@@ -291,21 +309,26 @@ class Tokenizer:
         rules = self.rules(vocabulary, needed)
         self.fingerprint = hashlib.sha256(repr(rules).encode()).hexdigest()
 
-    def choose_chat(self, chat, date, system, bos):
-        """The Chat in use: the named one, with what the directory's own template adds to it."""
+    def own_template(self, bos, eos):
+        """The OwnTemplate of the directory, or None."""
         try:
-            template = template_of(self.files)
+            source = template_of(self.files)
         except ValueError as error:
             raise BadInput(f"{self.path}: the chat template cannot be read: {error}") from None
-        own = recognised(template, bos or "") if template is not None else Chat("none")
+        return None if source is None else OwnTemplate(source, bos or "", eos or "")
+
+    def choose_chat(self, chat, date, system, own):
+        """-> the Chat in use, with what the directory's own template adds to it; that template, if in use"""
         if chat == "auto":
             require(
-                own is not None,
+                own is None or own.chat is not None,
                 f"{self.path}: its own chat template is none of {', '.join(CHATS)}; name one of these with "
                 "--chat (none: text as it is)",
             )
-            chat = own.name
-        chosen = own if own is not None and own.name == chat else Chat(chat)
+            chat = own.chat.name if own else "none"
+        if own is not None and (own.chat is None or own.chat.name != chat):
+            own = None
+        chosen = own.chat if own else Chat(chat)
         require(
             not date or chat == "llama3", f"{self.path}: --date belongs to the template llama3, found {chat}"
         )
@@ -314,7 +337,7 @@ class Tokenizer:
         )
         if system is not None:
             chosen = chosen._replace(system=system or None)
-        return chosen._replace(date=date or chosen.date)
+        return chosen._replace(date=date or chosen.date), own
 
     def rules(self, vocabulary, needed):
         """Everything that decides which ids a text becomes."""
@@ -322,7 +345,9 @@ class Tokenizer:
         ranks = sorted(vocabulary.ranks.items())
         rules = ranks, vocabulary.pattern, self.nfc, chat.name, chat.date, self.bos_id, needed, self.stop_id
         more = chat.system, sorted(self.added.items())
-        return rules if more == (None, []) else (*rules, *more)
+        normalised = sorted(self.added.keys() - vocabulary.raw)
+        rules = rules if more == (None, []) else (*rules, *more)
+        return (*rules, normalised) if normalised else rules
 
     def read_vocabulary(self):
         """Sets specials, added, nfc, token_bytes {id: bytes}, vocab_size and bpe (tiktoken). -> Vocabulary"""
@@ -333,7 +358,8 @@ class Tokenizer:
             vocabulary = read(self.path / name, self.files[name])
             self.added, self.nfc = vocabulary.added, vocabulary.nfc
             self.specials = vocabulary.specials | vocabulary.added
-            self.find_added = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))))
+            self.find_raw = any_of(vocabulary.raw)
+            self.find_normalised = any_of(self.added.keys() - vocabulary.raw)
             named = [(special.encode(), id) for special, id in self.specials.items()]
             self.token_bytes = {id: token for token, id in [*vocabulary.ranks.items(), *named]}
             sound = all(
@@ -355,7 +381,21 @@ class Tokenizer:
             raise
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{self.path / name}: not laid out as expected: {error!r}") from error
+        if name == "tokenizer.json":
+            self.check_added_elsewhere()
         return vocabulary
+
+    def check_added_elsewhere(self):
+        """BadInput for a token that another file adds to tokenizer.json's: transformers finds it in texts."""
+        by_id = self.read_settings("tokenizer_config.json").get("added_tokens_decoder") or {}
+        tokens = [*map(token_name, by_id.values()), *self.read_settings("added_tokens.json")]
+        unknown = [token for token in tokens if token not in self.specials]
+        require(
+            not unknown,
+            f"{self.path}: added_tokens_decoder or added_tokens.json adds {str(unknown[:3])[:60]}, which"
+            " tokenizer.json lacks; write all files again:"
+            " AutoTokenizer.from_pretrained(...).save_pretrained(...)",
+        )
 
     def read_settings(self, name):
         """The JSON object in one of the directory's files; {} if the file is not there."""
@@ -369,7 +409,7 @@ class Tokenizer:
         if stops is None:  # without any settings these are Meta's files: its code stops at these two
             names = [eos] if eos else ["<|end_of_text|>", "<|eot_id|>"]
             stops = [self.special(name) for name in names]
-        stops = stops if isinstance(stops, list) else [stops]
+        stops = listed(stops)
         known = stops and all(stop in self.specials.values() for stop in stops)
         require(known, f"{self.path}: eos_token_id {stops}: expected ids of special tokens")
         return stops
@@ -385,11 +425,19 @@ class Tokenizer:
         return cls(files, directory, chat, date, system)
 
     def save(self, directory):
-        """The files as they were read, without config.json, which is the model's."""
+        """The files as they were read, without config.json, which is the model's.
+
+        If they do not say what ends a reply (it may be config.json that does, or a template named by --chat),
+        generation_config.json does so from here on, for transformers' generate and for load().
+        """
         Path(directory).mkdir(parents=True, exist_ok=True)
-        for name, raw in self.files.items():
-            if name != "config.json":
-                Path(directory, name).write_bytes(raw)
+        files = {name: raw for name, raw in self.files.items() if name != "config.json"}
+        settings = self.read_settings("generation_config.json")
+        if set(listed(settings.get("eos_token_id"))) != set(self.stop_ids):
+            settings["eos_token_id"] = list(self.stop_ids)
+            files["generation_config.json"] = json.dumps(settings, indent=1).encode()
+        for name, raw in files.items():
+            Path(directory, name).write_bytes(raw)
 
     def special(self, name):
         """The id of a special token."""
@@ -401,24 +449,26 @@ class Tokenizer:
         """Ids of ordinary text: no BOS; the spelling of a special token stays text. decode(encode(text)) ==
         text.
 
-        Added tokens that are not special ("<think>") are found first, as in tokenizers; no piece spans one.
+        Added tokens that are not special ("<think>") are found first, as in tokenizers: in the text as it is,
+        then, in what is left, those that say so in the normalised text. No piece spans one.
         """
         ids = []
-        end = 0
-        for match in self.find_added.finditer(text) if self.added else ():
-            ids += [*self.encode_pieces(text[end : match.start()]), self.added[match[0]]]
-            end = match.end()
-        return ids + self.encode_pieces(text[end:])
+        for i, part in enumerate(self.find_raw.split(text)):
+            if i % 2:  # odd places: what the pattern found
+                ids.append(self.added[part])
+                continue
+            part = unicodedata.normalize("NFC", part) if self.nfc else part
+            for j, piece in enumerate(self.find_normalised.split(part)):
+                ids += [self.added[piece]] if j % 2 else self.encode_pieces(piece)
+        return ids
 
     def encode_pieces(self, text):
-        """Ids of text without added tokens.
+        """Ids of normalised text without added tokens.
 
         Runs of more than LONGEST_RUN characters without a change between whitespace and other text are cut,
         because tiktoken overflows its stack on very long ones. Meta's llama3/tokenizer.py cuts them too,
         Hugging Face does not.
         """
-        if self.nfc:
-            text = unicodedata.normalize("NFC", text)
         cuts = [0, len(text)]
         if len(text) > LONGEST_RUN:
             for run in re.finditer(r"\s+|\S+", text):
@@ -469,10 +519,26 @@ class Tokenizer:
                 raise BadInput(f"{len(messages)} messages need a chat template (--chat llama3 or chatml)")
             ids = self.encode(messages[0][1])
         else:
+            self.check_template(messages)
             ids = []
             for is_special, text in self.chat.parts(messages):
                 ids += [self.special(text)] if is_special else self.encode(text)
         return ids if self.bos_id is None else [self.bos_id, *ids]
+
+    def check_template(self, messages):
+        """BadInput if the directory's own template, recognised on a few messages, writes these otherwise."""
+        if self.own is None or not self.strict:
+            return
+        try:
+            agrees = self.own.agrees(self.own.chat, messages)
+        except Exception as error:  # a template raises what it likes
+            raise BadInput(f"the model's chat template refuses the messages: {error}") from None
+        name = self.chat.name
+        require(
+            agrees,
+            f"the model's own chat template is {name}, but writes these messages otherwise (without old"
+            f" thoughts, or without an empty system message); --chat {name} writes them as they are",
+        )
 
     def encode_response(self, response):
         """Ids of a reply (text or one message) and its stop token; they do not depend on the prompt."""
@@ -498,7 +564,11 @@ def build_tokenizer(words):
         "eos_token": eos,
         "clean_up_tokenization_spaces": False,
     }
-    files = {"tokenizer.json": tokenizer_spec(ranks, bos, eos), "tokenizer_config.json": config}
+    files = {
+        "tokenizer.json": tokenizer_spec(ranks, bos, eos),
+        "tokenizer_config.json": config,
+        "generation_config.json": {"eos_token_id": [len(ranks) + 1]},
+    }
     files = {name: json.dumps(value, indent=1).encode() for name, value in files.items()}
     tokenizer = Tokenizer(files, "built-in")
     for word in words:

@@ -12,6 +12,7 @@ import re
 import statistics
 from pathlib import Path
 
+import made_checkpoints
 import pytest
 import torch
 
@@ -25,6 +26,7 @@ from data import (
     batch_indices,
     collate,
     encode,
+    encode_prompts,
     first_error,
     load_rows,
     rows_by_prompt,
@@ -32,6 +34,7 @@ from data import (
 )
 from support.files import BadInput, read_jsonl
 from support.graders import grade, gsm8k_label
+from support.tokenizers import Tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 FILES = ("train", "ppo", "reinforce", "qrm", "model", "parallel", "data")
@@ -307,6 +310,123 @@ def test_files_whose_texts_hold_more_than_their_keys_say(file):
     assert len(load_rows(file(one, one), PAIRS)) == 2
 
 
+@pytest.mark.parametrize(
+    "marker", ["<|endoftext|>", "</s>", "<|eot_id|>\n", "<\uff5cend\u2581of\uff5c>", "<eos>"]
+)
+def test_texts_with_spelled_special_tokens(file, marker):
+    """TL;DR's completions end with <|endoftext|>, which would be read as 13 letters before the real token."""
+    fine = {"prompt": "What is 2+2?", "response": "4", "chosen": "4", "rejected": "5"}
+    closed = fine | {key: fine[key] + marker for key in ("response", "chosen", "rejected")}
+    for needs in (ONE, PAIRS):
+        for answer in (lambda text: text, lambda text: [assistant(text)]):
+            rows = [
+                {key: answer(row[key]) if key != "prompt" else row[key] for key in row}
+                for row in (closed, fine)
+            ]
+            with pytest.raises(BadInput, match="line 1: .* replies end with the spelling"):
+                load_rows(file(rows[0], rows[1], rows[0]), needs)
+            assert len(load_rows(file(*rows), needs)) == 2  # half of them: it can be what they are about
+    opened = fine | {"prompt": marker.strip() + fine["prompt"]}
+    for needs in (ONE, ("prompt",)):
+        with pytest.raises(BadInput, match="line 1: 2 of 3 prompts begin with"):
+            load_rows(file(opened, fine, opened), needs)
+    sampled = closed | {"tokenizer": "x", "ids": [1], "chosen_ids": [1], "rejected_ids": [1]}
+    assert len(load_rows(file(sampled, sampled), ONE)) == 2  # trained on as ids
+    graded = {"response": closed["response"], "label": "4"}
+    assert len(load_rows(file(graded), ("response", "label"))) == 1
+    for text in ("a < s > b", "x </s> y", "<think>4</think>", "|>", "see <|x|>: 4"):
+        assert len(load_rows(file(fine | {"response": text}), ONE)) == 1
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+def test_messages_written_as_text(file, write):
+    """As pandas writes them to a CSV: JSON, or Python's own spelling."""
+    fine = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
+    for key, needs, says in (
+        ("prompt", ONE, "prompts"),
+        ("response", ONE, "replies"),
+        ("chosen", PAIRS, None),
+    ):
+        row = fine | {key: write([user("q"), assistant("a")])}
+        if says is None:
+            row["rejected"] = write([user("q"), assistant("b")])
+        with pytest.raises(
+            BadInput, match=f"line 1: . of . {says or 'replies'} are messages written as text"
+        ):
+            load_rows(file(row, row), needs)
+        assert len(load_rows(file(row, fine), needs)) == 2
+    for text in ("[{1: 2}]", '{"role": "x"}', '[{"name": "get", "value": 1}]'):
+        assert len(load_rows(file(fine | {"response": text}), ONE)) == 1
+
+
+def test_labels_that_judge_the_response(file):
+    """KTO's rows with 0 and 1 for true and false. One row with label 0 can be an answer."""
+    bad, good = ({"prompt": "q", "completion": "r", "label": label} for label in (0, 1))
+    with pytest.raises(BadInput, match="line 1: label is 0 or 1 in all rows.*--ignore_keys label"):
+        load_rows(file(good, bad), ONE)
+    assert len(load_rows(file(good, bad), ONE, ignore_keys=("label",))) == 2
+    assert len(load_rows(file(good, bad, bad | {"label": 7}), ONE)) == 3
+    assert len(load_rows(file(good, bad | {"label": "0"}), ONE)) == 2  # what stage pairs --best writes
+    need = ("prompt", "label")
+    assert [row["label"] for row in load_rows(file(good, bad), need)] == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"prompt": "q", "response": "", "answer": "18"}, 'response is ""'),
+        ({"prompt": "q", "output": " \n", "solution": "18"}, "output is"),
+        (
+            {"prompt": "q", "completion": "", "messages": [{"role": "assistant", "content": "r"}]},
+            "completion is",
+        ),
+        ({"problem": "q", "solution": "", "answer": "42"}, 'solution is ""'),
+    ],
+)
+def test_an_empty_reply_is_not_replaced_by_another_key(file, row, says):
+    """By the reference answer, an empty reply would be graded as right."""
+    for needs in (ONE, ("response", "label")):
+        with pytest.raises(BadInput, match=f"line 1: {says}"):
+            load_rows(file(row), needs)
+    absent = {key: value or None for key, value in row.items() if value != " \n"}
+    assert len(load_rows(file(absent), ONE)) == 1  # null: a column that other rows have
+
+
+def test_notes_on_rows_that_are_used_against_what_they_say(file):
+    row = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
+    for ours, other in (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating")):
+        rated = [row | {ours: x, other: y} for x, y in ((1, 9), (2.5, 2.5), (9, 1), (3, None))]
+        for needs, notes in (
+            (PAIRS, ["1 rows rate the chosen reply below the rejected one, 1 rate"]),
+            (ONE, []),
+        ):
+            lines = []
+            assert len(load_rows(file(*rated), needs, log=lines.append)) == 4
+            assert [note in line for note, line in zip(notes, lines, strict=True)] == [True] * len(notes)
+    graded = [row | {"correct": correct, "label": "5"} for correct in (True, False, False)]
+    for needs, n in ((ONE, 1), (("response", "label"), 0)):
+        lines = []
+        load_rows(file(*graded), needs, log=lines.append)
+        assert len(lines) == n and all("2 rows have correct false" in line for line in lines)
+
+
+def test_transcripts_as_prompts_need_messages_under_a_template(file, tmp_path):
+    """Dahoas/full-hh-rlhf has the dialogue as the text of its prompt."""
+    source = file({"prompt": HH, "response": "r"}, {"prompt": HH, "response": "s"})
+    rows = load_rows(source, ONE)
+    files = made_checkpoints.tokenizer_files()
+    files = {name: text.encode() for name, text in files.items()}
+    for use in (
+        lambda chat: encode(rows, Tokenizer(files, "x", chat), 999, source=source),
+        lambda chat: encode_prompts(rows, Tokenizer(files, "x", chat), source),
+    ):
+        assert use("none")
+        with pytest.raises(BadInput, match="transcripts .* --chat chatml would make one message of each"):
+            use("chatml")
+    rows[0]["prompt"] = "q"
+    assert len(encode_prompts(rows, Tokenizer(files, "x", "chatml"), source)) == 2
+
+
 def test_ignored_keys(file):
     row = {"prompt": "q", "response": "r", "history": [["a", "b"]], "weight": 0.5}
     (found,) = load_rows(file(row), ONE, ignore_keys=("history", "weight"))
@@ -366,7 +486,8 @@ def test_labels(file):
         {"label": 8.5},
         {"answer": solution},
         {"answer": "18"},
-        {"label": "7", "answer": solution},
+        {"label": "7", "answer": "seven"},
+        {"label": "1234", "answer": solution},
     ]
     assert [row["label"] for row in load_rows(file(*rows), ("label",))] == [
         "8",
@@ -375,14 +496,15 @@ def test_labels(file):
         "1234",
         "18",
         "7",
+        "1234",
     ]
     assert gsm8k_label("#### -3") == "-3"
     (row,) = load_rows(
         file({"question": "q", "answer": solution}), ("prompt", "response", "label")
     )  # OpenAI's rows are good for both
     assert (row["response"], row["label"]) == (solution, "1234")
-    numbers = [1e-05, 8.0, -0.5, 1e22, 12345678901234567890]
-    plain = ["0.00001", "8", "-0.5", "10000000000000000000000", "12345678901234567890"]
+    numbers = [1e-05, 8.0, -0.5, 1e22, 12345678901234567890, 10**400]
+    plain = ["0.00001", "8", "-0.5", "10000000000000000000000", "12345678901234567890", str(10**400)]
     found = load_rows(file(*({"label": number} for number in numbers)), ("label",))
     assert [row["label"] for row in found] == plain
     for bad in ({"label": ["8"]}, {"answer": "#### none"}, {}, {"label": True}, {"label": {"a": 1}}):
@@ -393,6 +515,37 @@ def test_labels(file):
             load_rows(file(bad), ("label",))
     assert "label" not in load_rows(file({"prompt": "x"}), ("prompt",), optional=("label",))[0]
     assert load_rows(file({"prompt": "x", "label": 3}), ("prompt",), optional=("label",))[0]["label"] == "3"
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"label": "7", "answer": "He has 8.\n#### 1,234"}, "label says '7', but answer says '1234'"),
+        ({"label": 7, "answer": "8"}, "label says '7', but answer says '8'"),
+        ({"answer": "x+1", "solution": r"so \boxed{x+2}"}, "answer says 'x+1', but solution says 'x+2'"),
+        ({"label": "B", "solution": r"\boxed{C}"}, "label says 'B', but solution says 'C'"),
+        ({"label": "0.5", "answer": r"\frac{1}{2}"}, None),
+        ({"label": "5", "answer": "5 apples"}, None),  # a text, not a value
+        ({"label": "5", "answer": "He has 6 apples."}, None),
+        ({"label": "5", "solution": "a text without a box"}, None),
+        ({"label": "", "answer": "6"}, None),
+    ],
+)
+def test_a_row_that_states_two_labels(file, row, says):
+    path = file({"label": "1"}, row)
+    if says is None:
+        assert len(load_rows(path, ("label",))) == 2
+        return
+    with pytest.raises(BadInput, match="line 2: ") as error:
+        load_rows(path, ("label",))
+    assert says in str(error.value) and "--ignore_keys" in str(error.value)
+    name = "solution" if "solution" in row else "answer"
+    assert len(load_rows(path, ("label",), ignore_keys=(name,))) == 2
+
+
+def test_an_answer_that_is_the_response_may_be_wrong(file):
+    (row,) = load_rows(file({"answer": "#### 6", "label": "5"}), ("response", "label"))
+    assert (row["response"], row["label"]) == ("#### 6", "5")
 
 
 def test_rows_without_a_label_are_dropped_and_counted(file):

@@ -32,6 +32,8 @@ from exercises import (  # noqa: E402
     write_notebook,
 )
 
+from support.settings import FIELDS  # noqa: E402
+
 EXERCISES = {e.id: e for e in ladder()}
 SOURCES = {e.file: (ROOT / e.file).read_text(encoding="utf-8") for e in EXERCISES.values()}
 GIVEN = {  # as handed out, without any solution
@@ -339,12 +341,12 @@ MUTANTS = {
     ],
     "5.1": [
         ("logprobs - ref_logprobs", "ref_logprobs - logprobs"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "torch.expm1(k1) - k1"),
-        ("(max=60.0)) + k1", "(max=60.0)) - k1"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "k1.square() / 2"),
-        ("torch.expm1((-k1)", "torch.exp((-k1)"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "torch.exp(-k1) - 1 + k1"),
-        ("torch.expm1((-k1).clamp(max=60.0)) + k1", "k1.abs()"),
+        ("torch.expm1(log_ratio) - log_ratio", "torch.expm1(k1) - k1"),
+        ("expm1(log_ratio) - log_ratio", "expm1(log_ratio) + log_ratio"),
+        ("torch.expm1(log_ratio) - log_ratio", "k1.square() / 2"),
+        ("torch.expm1(log_ratio)", "torch.exp(log_ratio)"),
+        ("torch.expm1(log_ratio) - log_ratio", "torch.exp(-k1) - 1 + k1"),
+        ("torch.expm1(log_ratio) - log_ratio", "k1.abs()"),
     ],
     "5.2": [
         ('squares / sums["n"]', 'squares / (sums["n"] - 1)'),
@@ -1109,11 +1111,8 @@ def test_questions_have_answers_that_students_do_not_get():
     for command in re.findall(r"^(?:python|torchrun) .+$", texts[0], re.M):
         words = command.split()
         assert (ROOT / next(word for word in words if word.endswith(".py"))).exists(), command
-        known = subprocess.run(
-            [sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True
-        ).stdout
         if "train.py" in words:
-            assert all(flag in known for flag in re.findall(r"--\w+", command)), command
+            assert set(re.findall(r"--(\w+)", command)) <= FIELDS.keys(), command
 
 
 # -------------------------------------------------------------------------------- notebooks

@@ -5,15 +5,23 @@ import collections
 import importlib.util
 import json
 import random
-import re
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
+from classroom.grader_counts import number_of, one_character_changes
 from support.expressions import tokens_of, value_of
-from support.graders import GRADERS, TASKS, extract_answer, grade, gsm8k_label, same_answer
+from support.graders import (
+    GRADERS,
+    TASKS,
+    can_match,
+    extract_answer,
+    grade,
+    gsm8k_label,
+    is_value,
+    same_answer,
+)
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 real = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
@@ -184,6 +192,13 @@ SAME = [  # (label, answer): equal for "ours"
     (r"10^{\frac{1}{2}}", r"\sqrt{10}"),
     (r"2\sin b\cos a", r"2 \cos a \sin b"),
     ("2^{100}", "4^{50}"),
+    (r"\sqrt{x}", "x^{1/2}"),
+    (r"\sqrt{x+y}z", r"z\sqrt{y+x}"),
+    ("x<1 or x>2", "x>2, x<1"),
+    (r"x<1 \text{ and } y>2", "y>2 and 1>x"),
+    (r"x \in (0,1) \text{ and } y \in (2,3)", r"y \in (2,3) and x \in (0,1)"),
+    (r"\frac{1}{2}\%", "1/2"),
+    (r"(5\%, 6\%)", "(5,6)"),
     ("12345678901234567890", "12,345,678,901,234,567,890"),
 ]
 DIFFERENT = [
@@ -286,6 +301,28 @@ DIFFERENT = [
     (r"\frac{x}{y}", r"\frac{y}{x}"),
     (r"\sin x", r"\cos x"),
     ("f(2)", "2f"),
+    # a root of variables is not one of its two values
+    (r"\sqrt{x^2}", "x"),
+    (r"\sqrt{x^2}", "-x"),
+    (r"(x^2)^{1/2}", "x"),
+    (r"(x^2)^{0.5}", "x"),
+    (r"\sqrt[4]{x^4}", "x"),
+    (r"\sqrt{4x^2}", "2x"),
+    (r"\sqrt{x^2y}", r"x\sqrt{y}"),
+    (r"\sqrt{a^2b^2}", "ab"),
+    (r"\sqrt{(x-1)^2}", "x-1"),
+    # and is not or
+    ("x<1 and x>2", "x<1 or x>2"),
+    (r"x<1 \text{ and } x>2", r"x<1 \text{ or } x>2"),
+    (r"x \ne 1 and x \ne 2", r"x \ne 1 or x \ne 2"),
+    ("x>1 and y=2", "x>1 or y=2"),
+    ("x<1 and x>2 or x>5", "x<1 or x>2 and x>5"),
+    (r"x \in (0,1) and x \in (2,3)", r"x \in (0,1) or x \in (2,3)"),
+    # what is left of \in, and percent signs within
+    (r"x\in[-2,7]", r"6x\in[-2,7]"),
+    (r"x\in[-2,7]", r"\in[-2,7]"),
+    ("4+6i", r"4\%+6i"),
+    (r"\frac{1}{2}", r"\frac{1\%}{2}"),
 ]
 MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     ("1024", "2^{10}"),
@@ -299,6 +336,9 @@ MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     (r"\sin^2 x + \cos^2 x", "1"),
     ("1.5", "1,5"),
     (r"100\text{ cm}", r"1\text{ m}"),
+    (r"2\sqrt{x}", r"\sqrt{4x}"),
+    ("(1,2)", "x>1 and x<2"),
+    ("x>1 and x<2", "x>1, x<2"),
 ]
 
 
@@ -368,6 +408,24 @@ def test_labels_and_errors():
     for task, grader in (("aime", "ours"), ("math", "exact")):
         with pytest.raises(ValueError, match="aime|exact"):
             extract_answer("5", task, grader)
+
+
+def test_which_labels_can_be_matched():
+    for label in ("5", "-1,000", "1/2", "18 dollars", "50%", "x = 5"):
+        assert can_match(label, "gsm8k") and can_match(label, "arith"), label
+    for label in ("x+1", "Yes", "", "5 or 6", "5 eggs", "2 million"):
+        assert not can_match(label, "gsm8k"), label
+        assert can_match(label, "math") or not label
+    assert not can_match("1,234,567", "gsm8k", "authors")  # they read 567
+    assert can_match("1,234,567", "gsm8k", "strict")
+    assert can_match("5", "gsm8k", "math_verify") and not can_match("Yes", "gsm8k", "math_verify")
+
+
+def test_which_answers_are_values():
+    for answer in ("5", "1,234.5", r"\frac{1}{2}", "x+1", "(1,2)", "5 cm", "B"):
+        assert is_value(answer), answer
+    for answer in ("five", "5 apples", "She has 5.", "1 2", "5 --", ""):
+        assert not is_value(answer), answer
 
 
 def test_math_verify_or_one_clear_line():
@@ -516,6 +574,41 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     (r"#### $\boxed{5}$", "5"),
     ("#### +5", "5"),
     ('#### "5"', "5"),
+    # a correction or an alternative on the same line
+    ("#### 5, not 6", "5"),
+    ("#### 5 (not 6)", "5"),
+    ("so 5, not 6", None),
+    ("#### 5, wait, 6", None),
+    ("#### 5 no, 6", None),
+    ("#### 5, sorry, six", None),
+    ("#### 5 -> 6", None),
+    ("#### 5 \N{RIGHTWARDS ARROW} 6", None),
+    ("#### 5 is wrong", None),
+    ("#### 5 is not the answer", None),
+    ("#### 5, or rather 6", None),
+    ("#### 5 but 6", None),
+    ("#### 5?", None),
+    ("#### 5? No, 6", None),
+    ("#### 5...6", None),
+    ("#### 5 (or 6)", None),
+    ("so 6 or 5", None),
+    ("so it is 6 apples or 5", None),
+    ("so between 5 and 6", None),
+    ("so 5 to 6", None),
+    ("that takes 120 seconds, or 2 minutes", "2"),
+    ("#### 5 (no change)", "5"),
+    ("#### 5 apples, not pears", "5"),
+    # a factorial, pairs, a compound quantity
+    ("#### 5!", None),
+    ("so 5 !", None),
+    (r"\boxed{5!}", None),
+    (r"\boxed{5}!", None),
+    ("#### 5 pairs", None),
+    (r"\boxed{5} pairs", None),
+    ("#### 5 couples of shoes", None),
+    ("#### 5 feet 6 inches", None),
+    ("#### 5 dollars, 6 cents", None),
+    ("#### 5 in 6 days", "5"),
 ]
 
 
@@ -542,40 +635,11 @@ def test_boxes_that_are_one_list(text, answer):
     assert extract_answer(text, "math") == answer
 
 
-def one_character_changes(label, rng, n):
-    """n labels that differ from label in one character."""
-    for _ in range(n):
-        place = rng.randrange(len(label) + 1)
-        new = rng.choice("0123456789-+.,/ xe%")
-        yield rng.choice(
-            [
-                label[:place] + new + label[place:],
-                label[:place] + new + label[place + 1 :],
-                label[:place] + label[place + 1 :],
-            ]
-        )
-
-
-def number_of(text):
-    """The number that a text is, by rules of its own; None if it is none."""
-    text = text.strip().rstrip(".,").removesuffix("%").strip()  # punctuation, and a percentage is its number
-    text = re.sub(r"^([+-]) | ?(/) ?", r"\1\2", text)
-    if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text):
-        text = text.replace(",", "")
-    if mixed := re.fullmatch(r"(-?)(\d+) (\d+)/(\d+)", text):
-        sign, whole, top, bottom = mixed.groups()
-        return (-1 if sign else 1) * (int(whole) + Fraction(int(top), int(bottom))) if int(bottom) else None
-    try:
-        return Fraction(text.lstrip("+"))
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
 def assert_no_false_positive(labels):
     rng = random.Random(0)
     wrong = 0
     for label in labels:
-        for text in one_character_changes(label, rng, 8):
+        for text in one_character_changes(label, rng):
             right = number_of(text) == number_of(label)
             wrong += not right
             assert right or not same_answer(text, label, "math"), (text, label)
@@ -722,9 +786,9 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 14 rejected answers right; of the 5 chosen ones
-    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), and 2 are right but close with a remark ("8
-    sheets (or 1/8 of ...)")."""
+    """The authors sorted 787 pairs by their rule. Ours finds 14 rejected answers right; of the 7 chosen ones
+    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), 2 are right but close with a remark ("8
+    sheets (or 1/8 of ...)"), and 2 are right in pairs ("6 pairs of shoes")."""
     labels = {row["question"].strip(): gsm8k_label(row["answer"]) for row in rows("test.jsonl")}
     pairs = rows("pairs_test.jsonl")
     count = {
@@ -738,7 +802,7 @@ def test_the_authors_test_pairs():
     assert count == {
         ("chosen", "authors"): 787,
         ("rejected", "authors"): 0,
-        ("chosen", "ours"): 782,
+        ("chosen", "ours"): 780,
         ("rejected", "ours"): 14,
     }
 

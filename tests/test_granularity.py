@@ -124,7 +124,7 @@ def test_tuning_takes_the_best_rate_and_then_the_best_coefficient():
     assert not {job["seed"] for job in runs.asked} & set(range(8))  # test seeds are not looked at
 
 
-def test_tables_pair_the_seeds_and_report_only_complete_ones():
+def test_tables_pair_the_seeds_and_report_only_complete_ones(tmp_path):
     chosen = dict.fromkeys(g.ARMS, (3e-4, 0.3))
     rm_lrs = dict.fromkeys(g.REWARD_MODELS, 2e-3)
 
@@ -143,6 +143,12 @@ def test_tables_pair_the_seeds_and_report_only_complete_ones():
     table = {row[0]: row for row in g.arm_rows(curves, chosen, 6144)}
     assert table["qrm tokens"][4] == "0.65 [0.60, 0.70]" and table["qrm tokens"][-1].endswith("0/2")
     assert table["qrm tokens"][-3] == "2253 [2048, 2458], 2/2"  # .5: (.5 - .1) / (.6 - .1) of 3,072 and / .6
+    rows = g.readme_rows(curves)
+    assert rows[0] == "| long | SFT, before RL |  | .10 (.10 to .10) | 2 |"
+    assert "| long | PPO | **Q-RM, every token** | .65 (.60 to .70) | 2 |" in rows
+    assert "| long | PPO | exact token rewards | .65 (.60 to .70) | 2 |" in rows
+    g.draw(tmp_path / "granularity.png", curves)
+    assert (tmp_path / "granularity.png").stat().st_size > 10_000
 
 
 def test_a_cut_off_line_is_dropped_and_nothing_runs_twice(tmp_path):

@@ -10,14 +10,17 @@ METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
 SUPPORT = (
     "chats",
     "checkpoints",
+    "compare",
     "evaluate",
     "expressions",
     "files",
     "graders",
+    "judge",
     "rewards",
     "rows",
     "sampling",
     "settings",
+    "steps",
     "tokenizers",
 )
 ARROWS = {  # a file -> what of ours it may import

@@ -681,6 +681,21 @@ def test_shards_hold_what_they_hold_whatever_the_index_says(tmp_path):
     assert same_parameters(load_model(LanguageModel, tmp_path, Grid()), model)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_tensor_in_two_shards_is_refused(tmp_path, order):
+    """Which one transformers takes depends on the names of the files, and it says nothing."""
+    save_model(random_model(LanguageModel, small_config()), tmp_path, 3000)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": dict(list(weight_map.items())[::order])}))
+    first, *_, last = sorted(set(weight_map.values()))
+    name = next(name for name, shard in weight_map.items() if shard == first)
+    stale = {name: torch.zeros_like(load_file(tmp_path / first)[name])}
+    save_file(load_file(tmp_path / last) | stale, tmp_path / last)
+    with pytest.raises(BadInput, match=f"{name} is in model-0.* and model-0.*; expected each tensor in one"):
+        load_model(LanguageModel, tmp_path, Grid())
+
+
 def test_saved_rope_angles_are_ignored(tmp_path):
     model = random_model(LanguageModel, small_config())
     save_model(model, tmp_path)
@@ -975,6 +990,7 @@ def test_config_round_trip(cfg):
         ({"rope_scaling": {k: LLAMA3[k] for k in LLAMA3 if k != "factor"}}, "factor"),
         ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"partial_rotary_factor": 0.25}, "partial_rotary_factor 0.25"),
+        ({"is_causal": False}, "is_causal"),
         ({"transformers_weights": "other.safetensors"}, "'other.safetensors'; rename"),
         ({"vocab_size": None}, "number"),
         ({"hidden_size": "wide"}, "wide"),

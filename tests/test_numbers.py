@@ -5,6 +5,7 @@ are replaced by tables.
 import dataclasses
 import itertools
 import json
+from hashlib import sha256
 
 import pytest
 import torch
@@ -493,7 +494,18 @@ def test_eval_of_a_reward_model_by_hand(run, start, tmp_path, monkeypatch, total
         "error_auc": wins / comparisons,
         "first_error_hit": hits / errors,
         "first_error_choice": choices / errors,
+        "made_from": found["made_from"],
     }
+    assert found["made_from"]["data"] == {"path": str(data), "sha256": sha256(data.read_bytes()).hexdigest()}
+
+
+def test_an_error_that_no_answer_has_is_not_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_reward", lambda *args: table_reward(sum_of_rewards))
+    monkeypatch.setattr(train, "judges", lambda directory: True)
+    run("--stage", "eval", "--data", write_jsonl(tmp_path / "d.jsonl", PAIRS[-1:]), "--task", "arith")
+    found = json.loads((tmp_path / "out/eval.json").read_text())
+    assert found["n_pairs"] == 1
+    assert not found.keys() & {"error_auc", "first_error_hit", "first_error_choice"}
 
 
 def test_equal_totals_are_not_in_the_right_order(run, tmp_path, monkeypatch):

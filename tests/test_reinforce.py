@@ -697,6 +697,17 @@ def test_kl_estimates_at_every_scale(dtype):
         assert torch.isfinite(k3.float().sum())
 
 
+@pytest.mark.parametrize("drift", [1e-3, 1.0, 50.0, 59.0, 61.0, 1e3])
+def test_k3_never_pulls_away_from_the_reference(drift):
+    """Its gradient is 1 - ref / pi; where the ratio is bounded, k1 alone would push pi further down."""
+    logprobs = torch.tensor([-1.0 - drift, -1.0 + drift], requires_grad=True)
+    kl_estimates(logprobs, torch.tensor([-1.0, -1.0]))[1].sum().backward()
+    below, above = logprobs.grad.double()
+    assert below <= 0 < above and torch.isfinite(below)
+    if drift < 60:
+        assert below.item() == pytest.approx(1 - math.exp(drift), rel=1e-3)
+
+
 def hand_made(scores, reward_mask=MASK, kl=0.0, response_mask=MASK):
     zeros = torch.zeros(response_mask.shape)
     return Rollout(

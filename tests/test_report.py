@@ -558,6 +558,21 @@ def test_what_was_made_from_something_else_is_said_to_be_out_of_date(run, tmp_pa
     assert "<th scope='row'>rm (out of date)" in page
 
 
+def test_an_evaluation_of_another_model_or_data_is_out_of_date(run, tmp_path):
+    part = shutil.copytree(run, tmp_path / "part")
+    data = tmp_path / "heldout.jsonl"
+    write_lines(data, [{"prompt": "q", "label": "5"}])
+    made_from = {}
+    for name, path in (("model", part / "ppo"), ("data", data)):
+        made_from[name] = {"path": str(path), "sha256": digest(path)}
+    result = json.loads((part / "ppo" / "eval.json").read_text()) | {"made_from": made_from}
+    (part / "ppo" / "eval.json").write_text(json.dumps(result))
+    assert read_run(part).changed == {}
+    write_lines(data, [{"prompt": "q", "label": "6"}])
+    assert read_run(part).changed == {"ppo/eval.json": [f"{data}, which has changed since"]}
+    assert f"<b>ppo/eval.json</b> was made from {data}, which has changed since" in page_of(part)
+
+
 # -------------------------------------------------------------------------------- captions and charts
 
 

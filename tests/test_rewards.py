@@ -13,7 +13,7 @@ from test_reinforce import a_policy, a_rollout, config, gradient, grow, poisoned
 
 import reinforce
 from data import Example, arith_rows, arith_tokenizer, collate, rows_by_prompt
-from model import LanguageModel, ScalarModel, token_logits
+from model import LanguageModel, ScalarModel, token_logits, token_logprobs
 from parallel import Grid, Optimizer, Update
 from qrm import (
     REWARD_MODELS,
@@ -32,11 +32,13 @@ from qrm import (
     step_end_mask,
     step_loss,
     step_rewards,
+    with_outcome,
 )
 from reinforce import collect_rollout, reinforce_advantages
 from support.files import BadInput
 from support.rewards import graded_reward, user_reward
 from support.settings import Config
+from support.steps import StepExample, collate_steps
 
 STOP, LINE, OTHER_LINE = 2, 7, 9  # two tokens end a line
 PROMPT = [3, LINE, 11]  # its line end is none of the answer's steps
@@ -270,14 +272,41 @@ def test_reward_functions_by_name():
         "verifier": (response_scores(model, ids, mask), mask, True),
         "dpo": (dpo_rewards(policy, reference, ids, mask), mask, True),
         "logit": (token_logits(policy, ids, mask), mask, True),
+        "simpo": (token_logprobs(policy, ids, mask)[0], mask, True),
     }
     assert expected.keys() == REWARD_MODELS.keys()
     for kind, (rewards, speaks, is_q) in expected.items():
         base = REWARD_MODELS[kind].base
-        assert base is (LanguageModel if kind in ("dpo", "logit") else ScalarModel)
+        assert base is (LanguageModel if kind in ("dpo", "logit", "simpo") else ScalarModel)
         reward = bind_reward(kind, policy if base is LanguageModel else model, reference, lines)
         assert torch.equal(reward.rewards(ids, mask), rewards) and reward.is_q == is_q
         assert torch.equal(reward.speaks(ids, mask), speaks)
+
+
+def test_rto_is_dpo_plus_an_outcome_at_the_end():
+    policy, reference = (random_model(LanguageModel, small_config(), seed) for seed in (0, 1))
+    model = scorer()
+    reward = with_outcome(bind_reward("dpo", policy, reference), bind_reward("orm", model))
+    expected = []
+    for answer in ANSWERS:
+        expected.append([0.1 * ratio for ratio in log_ratios(policy, reference, answer)])
+        expected[-1][-1] += z_alone(model, answer)[-1]
+    check(reward.rewards, expected, STOP)
+    ids, mask = collate([Example(PROMPT, a) for a in ANSWERS])
+    assert torch.equal(reward.speaks(ids, mask), mask) and not reward.is_q
+    assert reward.total(torch.tensor([1.0, 0.5, 2.0])) == 3.5
+
+
+STEPS = [((1, 1.0), (2, 1.0)), ((2, -1.0),), ((0, 1.0), (3, -1.0), (5, -1.0)), ((0, -1.0),)]  # of ANSWERS
+
+
+def step_labels(mask):
+    """STEPS as a tensor like the mask, NaN where no step ends."""
+    labels = torch.full(mask.shape, math.nan)
+    for row, answer_steps in zip(labels, STEPS):
+        for place, label in answer_steps:
+            row[len(PROMPT) - 1 + place] = label
+    return labels
 
 
 @pytest.mark.parametrize("kind", REWARD_MODELS)
@@ -286,9 +315,9 @@ def test_the_training_loss_of_each_reward_model(kind):
     base = REWARD_MODELS[kind].base
     model, reference = random_model(base, small_config(), 8), random_model(base, small_config(), 9)
     ids, mask = collate([Example(PROMPT, a) for a in ANSWERS], pad_id=LINE)
-    errors, lines = torch.tensor([3, 1, 2, 0]), [LINE, OTHER_LINE]  # the first wrong token; answer 0 has none
+    labels = step_labels(mask)
     cfg = config(reward=kind, beta=0.7, margin=0.5)
-    loss, stats = reward_model_loss(model, ids, mask, cfg, reference, lines, errors)
+    loss, stats = reward_model_loss(model, ids, mask, cfg, reference, labels)
 
     def z(answer):
         return model.scalars(model.model(torch.tensor([PROMPT + answer])))[0, len(PROMPT) :]
@@ -297,16 +326,16 @@ def test_the_training_loss_of_each_reward_model(kind):
         row = torch.tensor([PROMPT + answer])
         return model.logits(model.model(row))[0, :-1].gather(-1, row[0, 1:, None])[len(PROMPT) - 1 :].mean()
 
-    def log_ratio(answer):
+    def logprobs(lm, answer):
         row = torch.tensor([PROMPT + answer])
-        log_pi = [
-            m.logits(m.model(row))[0, :-1]
-            .log_softmax(-1)
-            .gather(-1, row[0, 1:, None])[len(PROMPT) - 1 :]
-            .sum()
-            for m in (model, reference)
-        ]
-        return log_pi[0] - log_pi[1].detach()
+        log_pi = lm.logits(lm.model(row))[0, :-1].log_softmax(-1)
+        return log_pi.gather(-1, row[0, 1:, None])[len(PROMPT) - 1 :]
+
+    def log_ratio(answer):
+        return logprobs(model, answer).sum() - logprobs(reference, answer).sum().detach()
+
+    def mean_logprob(answer):
+        return logprobs(model, answer).mean()
 
     if kind == "prm":  # steps end at 1, 2 | 2 | 0, 3, 5 | 0
         errors = [
@@ -327,7 +356,8 @@ def test_the_training_loss_of_each_reward_model(kind):
         hits = sum((sign * row > 0).sum().item() for sign, row in zip(signs, rows))
         assert stats["token_accuracy"] == pytest.approx(hits / 13)
     else:
-        one = {"orm": lambda a: z(a)[-1], "dpo": log_ratio, "logit": logit}.get(kind, lambda a: z(a).mean())
+        ones = {"orm": lambda a: z(a)[-1], "dpo": log_ratio, "logit": logit, "simpo": mean_logprob}
+        one = ones.get(kind, lambda a: z(a).mean())
         beta, margin = {"orm": (1.0, 0.0), "dpo": (0.7, 0.0)}.get(kind, (0.7, 0.5))
         gaps = [one(ANSWERS[0]) - one(ANSWERS[1]), one(ANSWERS[2]) - one(ANSWERS[3])]
         expected = sum(F.softplus(margin - beta * gap) for gap in gaps) / 2
@@ -340,22 +370,21 @@ def test_the_training_loss_of_each_reward_model(kind):
 @pytest.mark.parametrize("kind", REWARD_MODELS)
 def test_an_update_does_not_depend_on_how_pairs_are_cut(kind):
     """Loss and gradient of all pairs at once, and in parts of unequal tokens and steps, are equal."""
-    reference, lines = random_model(REWARD_MODELS[kind].base, small_config(), 9), [LINE, OTHER_LINE]
-    examples = [Example(PROMPT, answer) for answer in ANSWERS]
-    pairs = [
-        (examples[0], examples[1], 3, 1),
-        (examples[2], examples[3], 2, 0),
-        (examples[2], examples[1], 2, 1),
-    ]
+    reference = random_model(REWARD_MODELS[kind].base, small_config(), 9)
+    examples = [StepExample(PROMPT, answer, steps) for answer, steps in zip(ANSWERS, STEPS)]
+    pairs = [(examples[0], examples[1]), (examples[2], examples[3]), (examples[2], examples[1])]
+    if REWARD_MODELS[kind].needs_steps:  # a row of one answer, too
+        pairs += [(examples[0],)]
     cfg, found = config(reward=kind), []
     for cuts in ((pairs,), (pairs[:1], pairs[1:]), (pairs[:1], pairs[1:2], pairs[2:])):
         model = random_model(REWARD_MODELS[kind].base, small_config(), 8)
-        parts = [(REWARD_MODELS[kind].weigh(part, step_ids=lines), part) for part in cuts]
+        parts = [(REWARD_MODELS[kind].weigh(part), part) for part in cuts]
         update = Update(Optimizer(model, Grid(), 1e-3, max_grad_norm=0), parts)
         for part in update:
-            ids, mask = collate([example for pair in part for example in pair[:2]])
-            errors = torch.tensor([error for pair in part for error in pair[2:]])
-            update.backward(*reward_model_loss(model, ids, mask, cfg, reference, lines, errors))
+            answers = [example for pair in part for example in pair]
+            ids, mask = collate(answers)
+            labels = collate_steps(answers, mask)
+            update.backward(*reward_model_loss(model, ids, mask, cfg, reference, labels))
         found.append(update.step(1e-3))
     for row in found[1:]:
         assert row == pytest.approx(found[0], rel=1e-5)
@@ -368,6 +397,7 @@ def test_one_number_for_an_answer():
     assert total["prm"](torch.tensor([0.0, 0.5, 0.0, -0.25])) == 0.125  # only where a step ends
     assert total["orm"](torch.tensor([0.0, 0.0, 5.0])) == 5
     assert total["dpo"](torch.tensor([1.0, 0.0, 5.0])) == 6
+    assert total["simpo"](torch.tensor([-1.0, 0.0, -5.0])) == -2
     assert total["verifier"](torch.tensor([1.0, 0.0, 5.0])) == 5
 
 

@@ -27,6 +27,7 @@ def study(out, *flags):
     )
 
 
+@pytest.mark.slow
 def test_quick_study_and_restart(tmp_path):
     first = study(tmp_path)
     assert first.returncode == 0 and "failed" not in first.stderr + first.stdout, first.stderr + first.stdout

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "classroom")]
 import demo_table
 import pictures
+from granularity import BLOCKS
 
 from support.files import BadInput
 
@@ -27,7 +28,7 @@ means +5.761 and -0.392
 def write_run(directory, greedy, accuracy):
     for name in ("sft", "ppo", "rm"):
         (directory / name).mkdir(parents=True)
-    policy = {"pass@1": greedy, "pass@k": {"1": greedy / 2, "8": 1.0}}
+    policy = {"pass@1": greedy, "pass@k": {"1": greedy / 2, "8": 1.0}, "best_of_k": 2 * greedy}
     for name in ("sft", "ppo"):
         (directory / name / "eval.json").write_text(json.dumps(policy))
     (directory / "rm" / "eval.json").write_text(json.dumps({"pair_accuracy": accuracy}))
@@ -41,10 +42,17 @@ def test_demo_table_by_hand(tmp_path):
         "| demo | SFT, before RL |  | .35 (.20 to .50) | 2 |",
         "| demo | PPO | **Q-RM, every token** | .35 (.20 to .50) | 2 |",
     ]
-    assert demo_table.by_run(directories, runs)[2:] == [
-        "| a | 0.200 / 0.100 / 1.000 | 0.200 / 0.100 / 1.000 |",
-        "| b | 0.500 / 0.250 / 1.000 | 0.500 / 0.250 / 1.000 |",
-        "| **mean** | 0.350 / 0.175 / 1.000 | 0.350 / 0.175 / 1.000 |",
+    assert demo_table.policy_rows(runs)[2:] == [
+        "| SFT, before RL |  | .35 (.20 to .50) | .17 (.10 to .25) | 1.00 (1.00 to 1.00) "
+        "| .70 (.40 to 1.00) | 2 |",
+        "| PPO | **Q-RM, every token** | .35 (.20 to .50) | .17 (.10 to .25) | 1.00 (1.00 to 1.00) "
+        "| .70 (.40 to 1.00) | 2 |",
+    ]
+    assert demo_table.greedy_rows(directories, runs) == [
+        "| policy | reward | a | b |",
+        "|---|---|---|---|",
+        "| SFT, before RL |  | .200 | .500 |",
+        "| PPO | **Q-RM, every token** | .200 | .500 |",
     ]
     assert demo_table.judge_rows(runs)[2:] == ["| pair accuracy | .950 (.900 to 1.000) |"]
     with pytest.raises(BadInput, match="no eval.json"):
@@ -54,15 +62,22 @@ def test_demo_table_by_hand(tmp_path):
 def test_the_tables_have_their_places():
     """--write finds them, and replaces nothing else."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    replaced = demo_table.replace_rows(readme, ["| demo | x |"])
+    replaced = demo_table.replace_rows(readme, "demo", ["| demo | x |"])
     assert replaced.count("| demo |") == 1
     assert [line for line in replaced.split("\n") if "| demo |" not in line] == [
         line for line in readme.split("\n") if "| demo |" not in line
     ]
-    results = (ROOT / "classroom" / "results.md").read_text(encoding="utf-8")
-    for name in ("policies", "reward model"):
-        again = demo_table.replace_block(results, name, ["| new |"])
-        assert again.count("| new |") == 1 and demo_table.replace_block(again, name, ["| new |"]) == again
+    blocks = {
+        "results.md": ("policies", "greedy by seed", "reward model"),
+        "carry.md": ("policies",),
+        "science.md": BLOCKS,
+    }
+    for chapter, names in blocks.items():
+        text = (ROOT / "classroom" / chapter).read_text(encoding="utf-8")
+        for name in names:
+            again = demo_table.replace_block(text, name, ["| new |"])
+            assert again.count("| new |") == 1
+            assert demo_table.replace_block(again, name, ["| new |"]) == again
     with pytest.raises(BadInput, match="no block"):
         demo_table.replace_block("", "policies", [])
 

@@ -613,12 +613,101 @@ def test_auto_without_a_template_is_none_and_an_unknown_one_is_refused(tmp_path)
             load(tmp_path, FORMS["qwen"], "auto", tokenizer_config=config)
         assert "\n" not in str(error.value)
         assert load(tmp_path, FORMS["qwen"], "chatml", tokenizer_config=config).chat == Chat("chatml")
+    only = [{"name": "tool_use", "template": OWN["Qwen2.5"][2]}]
+    with pytest.raises(BadInput, match="its own chat template is none of"):
+        load(tmp_path, FORMS["qwen"], "auto", tokenizer_config={"chat_template": only})
     several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": OWN["Qwen2.5"][2]}]
     config = {"eos_token": "<|end_of_text|>", "chat_template": several}
     assert load(tmp_path, FORMS["qwen"], "auto", tokenizer_config=config).chat.system == OF_QWEN
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(BadInput, match="cannot be read"):
         load(tmp_path, FORMS["qwen"], "auto")
+
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + CONTENT + '<|im_end|>\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN = CHATML.replace("CONTENT", "message['content']")
+
+
+def chatml(directory, template, chat="auto", **more):
+    """A directory of the form qwen, whose tokenizer puts no BOS first, with a template."""
+    config = {"eos_token": "<|im_end|>", "bos_token": "<|begin_of_text|>", "chat_template": template, **more}
+    return load(directory, FORMS["qwen"], chat, tokenizer_config=config)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN.replace("'<|im_end|>\n'", "eos_token + '\n'"),
+        PLAIN.replace("{{'<|im_start|>'", "{%- generation -%}{{'<|im_start|>'").replace(
+            "'}}", "'}}{%- endgeneration %}", 1
+        ),
+        "{% if not messages %}{{ raise_exception('none') }}{% endif %}" + PLAIN,
+    ],
+)
+def test_other_spellings_of_a_template(tmp_path, template):
+    assert chatml(tmp_path, template).chat == Chat("chatml", bos=False)
+
+
+def test_a_template_may_write_the_bos_itself(tmp_path):
+    """Of a tokenizer that puts none before a text."""
+    tokenizer = chatml(tmp_path, "{{ bos_token }}" + PLAIN)
+    assert tokenizer.encode_prompt("low") == [264, 269, *tokenizer.encode("user\nlow"), 270, 10, 269] + (
+        tokenizer.encode("assistant\n")
+    )
+    assert tokenizer.encode_prompt("low")[1:] == chatml(tmp_path, PLAIN).encode_prompt("low")
+    assert chatml(tmp_path, "{{ bos_token }}" + PLAIN, "none").bos_id is None
+
+
+THOUGHT = [("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"), ("user", "c")]
+EMPTY = [("system", ""), ("user", "a")]
+TWO = [("system", "a"), ("system", "b"), ("user", "c")]
+
+
+@pytest.mark.parametrize(
+    "template, messages, says",
+    [
+        (
+            CHATML.replace("CONTENT", "message.content.split('</think>')[-1].lstrip('\n')"),
+            THOUGHT,
+            "otherwise",
+        ),
+        (
+            PLAIN.replace("{{'<|", "{% if message.content %}{{'<|").replace("'}}", "'}}{% endif %}", 1),
+            EMPTY,
+            "oth",
+        ),
+        (PLAIN, TWO, None),
+        (
+            PLAIN.replace("{{'<|", "{% if message.role != 'system' or loop.first %}{{'<|").replace(
+                "'}}", "'}}{% endif %}", 1
+            ),
+            TWO,
+            "otherwise",
+        ),
+        (
+            "{% if messages[2:] and messages[1].role == 'system' %}{{ raise_exception('twice') }}{% endif %}"
+            + PLAIN,
+            TWO,
+            "refuses the messages: twice",
+        ),
+    ],
+)
+def test_messages_that_the_directorys_template_writes_otherwise(tmp_path, template, messages, says):
+    """Qwen3's template, which drops old thoughts, is chatml on most conversations."""
+    tokenizer = chatml(tmp_path, template)
+    assert tokenizer.chat == Chat("chatml", bos=False) and tokenizer.encode_prompt("a")
+    named = [{"role": role, "content": content} for role, content in messages]
+    by_name = chatml(tmp_path, template, "chatml").encode_prompt(named)
+    if says is None:
+        assert tokenizer.encode_prompt(named) == by_name
+        return
+    with pytest.raises(BadInput, match=says):
+        tokenizer.encode_prompt(named)
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
+    assert tokenizer.decode(by_name) == text + "<|im_start|>assistant\n"
 
 
 def with_added(*tokens, form="qwen", **flags):
@@ -650,6 +739,69 @@ def test_added_tokens_that_are_not_special(tmp_path, form):
         [text + rng.choice(["<think>", "<thinking>", "</think>", "   "]) + text for text in texts],
     )
     assert tokenizer.vocab_size == first + 4
+
+
+def test_added_tokens_before_and_after_normalisation(tmp_path):
+    """tokenizers looks first for tokens that are not `normalized`, in the text as it is."""
+    spec, first = with_added("<caf\u00e9>", "<th", "x><", normalized=True)
+    spec["added_tokens"] += with_added("<t", "<the>")[0]["added_tokens"][-2:]
+    for i, token in enumerate(spec["added_tokens"][-2:], first + 3):
+        token["id"] = i
+    tokenizer = load(tmp_path, spec)
+    assert tokenizer.encode("<cafe\u0301>") == tokenizer.encode("<caf\u00e9>") == [first]
+    assert tokenizer.encode("x><t") == [120, 62, first + 3]  # not [first + 2, ord("t")]
+    assert tokenizer.encode("<th") == [first + 3, 104] and tokenizer.encode("<the>") == [first + 4]
+    rng = random.Random(5)
+    parts = [
+        "<cafe\u0301>",
+        "<caf\u00e9>",
+        "<t",
+        "<th",
+        "<the>",
+        "x><",
+        "e\u0301",
+        " low",
+        ">",
+        "<",
+    ]
+    texts = ["".join(rng.choice(parts) for _ in range(6)) for _ in range(500)]
+    assert_agrees(tokenizer, tmp_path, texts)
+    raw, _ = with_added("<caf\u00e9>", "<th", "x><")
+    raw["added_tokens"] += spec["added_tokens"][-2:]
+    assert load(tmp_path, raw).fingerprint != tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_that_only_another_file_adds_are_refused(tmp_path, special):
+    """transformers adds them to the tokenizer and finds them in texts."""
+    known = {"266": {"content": "<|end_of_text|>", "special": True}}
+    config = {"eos_token": "<|end_of_text|>", "added_tokens_decoder": known}
+    assert load(tmp_path, FORMS["llama3"], tokenizer_config=config).stop_id == 266
+    config["added_tokens_decoder"] = {**known, "300": {"content": "<think>", "special": special}}
+    for more in ({"tokenizer_config": config}, {"added_tokens": {"<think>": 300}}):
+        directory = tmp_path / str(len(more["tokenizer_config"]) if "tokenizer_config" in more else 0)
+        with pytest.raises(BadInput, match="adds ..<think>.., which tokenizer.json lacks"):
+            load(directory, FORMS["llama3"], **more)
+        spec, _ = with_added("<think>", form="llama3")
+        load(directory, spec, **more)
+
+
+def test_special_tokens_map(tmp_path):
+    """transformers goes by special_tokens_map.json, but not beside an added_tokens_decoder."""
+    named = {"eos_token": {"content": "<|eot_id|>"}, "bos_token": "<|im_start|>"}
+    config = {"eos_token": "<|end_of_text|>", "bos_token": "<|begin_of_text|>", "add_bos_token": True}
+    found = load(tmp_path, FORMS["gpt2"], tokenizer_config=config, special_tokens_map=named)
+    assert (found.bos_id, found.stop_id, found.stop_ids) == (269, 268, (268,))
+    alone = load(tmp_path, FORMS["gpt2"], tokenizer_config={}, special_tokens_map=named)
+    assert (alone.bos_id, alone.stop_id, alone.stop_ids) == (None, 268, (268,))
+    decoder = {"265": {"content": "<|end_of_text|>"}}
+    newer = load(
+        tmp_path,
+        FORMS["gpt2"],
+        tokenizer_config={**config, "added_tokens_decoder": decoder},
+        special_tokens_map=named,
+    )
+    assert (newer.bos_id, newer.stop_ids) == (264, (265,))
 
 
 def test_odd_added_tokens_and_processors_are_refused(tmp_path):
@@ -761,6 +913,28 @@ def test_stop_ids(tmp_path):
     assert load(tmp_path, FORMS["llama3"], "llama3").stop_ids == (266, 269, 270)
     with pytest.raises(BadInput, match="special tokens"):
         load(tmp_path, FORMS["llama3"], generation_config={"eos_token_id": 2})
+
+
+def test_what_ends_a_reply_is_saved(tmp_path):
+    """A saved directory's config.json is the model's and names no tokens; transformers' default is id 2."""
+    settings = {"temperature": 0.6}
+    for more, chat, stops in (
+        ({"config": {"eos_token_id": [269, 268]}}, "none", (266, 268, 269)),
+        ({"config": {"eos_token_id": 268}, "generation_config": settings}, "none", (266, 268)),
+        ({"generation_config": {**settings, "eos_token_id": 266}}, "chatml", (266, 271)),
+        ({}, "none", (266,)),
+    ):
+        source = tmp_path / f"source{len(list(tmp_path.iterdir()))}"
+        tokenizer = load(source, FORMS["llama3"], chat, **more)
+        assert tokenizer.stop_ids == stops
+        tokenizer.save(source.with_suffix(".saved"))
+        assert Tokenizer.load(source.with_suffix(".saved"), chat).stop_ids == stops
+        saved = json.loads((source.with_suffix(".saved") / "generation_config.json").read_text())
+        assert saved == {**more.get("generation_config", {}), "eos_token_id": list(stops)}
+    raw = b'{"eos_token_id":   266}'  # says so already: the file stays as it is
+    (source / "generation_config.json").write_bytes(raw)
+    Tokenizer.load(source).save(tmp_path / "same")
+    assert (tmp_path / "same" / "generation_config.json").read_bytes() == raw
 
 
 def test_bad_messages_and_flags(tmp_path):

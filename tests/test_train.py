@@ -26,6 +26,7 @@ import data
 import train
 from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
 from parallel import Grid, Optimizer
+from qrm import REWARD_MODELS
 from support import evaluate, graders, settings, tokenizers
 from support.checkpoints import Workdir
 from support.sampling import generate
@@ -67,6 +68,7 @@ POLICY_FILES = {
     "model.safetensors",
     "tokenizer.json",
     "tokenizer_config.json",
+    "generation_config.json",
     "run.json",
     "metrics.jsonl",
 }
@@ -221,6 +223,7 @@ def test_keys_of_metrics_and_evaluations(built):
             "n_prompts",
             "generated_tokens",
             "tokens_per_s",
+            "made_from",
         }
         assert list(found["pass@k"]) == ["1", "2", "3"] and found["n_prompts"] == 5
     found = json.loads((built / "rm" / "eval.json").read_text())
@@ -232,6 +235,7 @@ def test_keys_of_metrics_and_evaluations(built):
         "first_error_hit",
         "error_auc",
         "first_error_choice",
+        "made_from",
     }
     assert found["n_pairs"] == min(5, len(rows_of(built / "pairs-heldout.jsonl")))
 
@@ -365,7 +369,7 @@ def test_a_stage_makes_what_it_needs_first(command, tmp_path):
     }
 
 
-@pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo", "logit"])
+@pytest.mark.parametrize("reward", ["plain", "orm", "prm", "dpo", "logit", "simpo"])
 def test_other_reward_models(built, command, tmp_path, reward):
     run = shutil.copytree(built, tmp_path / "run")
     assert command("--stage", "rm", "--run", run, "--reward", reward, "--steps", 2, "--lr", 1e-3)[0] == 0
@@ -380,6 +384,102 @@ def test_other_reward_models(built, command, tmp_path, reward):
         "--stage", "reinforce", "--run", run, "--reward", reward, "--steps", 1, "--out", tmp_path / "rl"
     )
     assert status == 0 and "running --stage rm" not in out  # it takes <run>/rm-<reward>, and judges by that
+    if REWARD_MODELS[reward].base is LanguageModel:  # on prompts it is a policy
+        rows = [{"prompt": p, "label": "2"} for p in PROMPTS]
+        prompts = write_jsonl(tmp_path / "p.jsonl", rows)
+        words = ["--stage", "eval", "--model", made, "--data", prompts, "--k", 2, "--max_new_tokens", 8]
+        assert command(*words, "--out", tmp_path / "e")[0] == 0
+        assert "pass@1" in json.loads((tmp_path / "e/eval.json").read_text())
+
+
+def test_an_outcome_model_beside_the_token_rewards(built, command, tmp_path):
+    """--outcome_model adds to the reward, and a model of another kind is refused."""
+    run = shutil.copytree(built, tmp_path / "run")
+    assert command("--stage", "rm", "--run", run, "--reward", "orm", "--steps", 2, "--lr", 1e-2)[0] == 0
+    words = ["--stage", "ppo", "--run", run, "--reward_model", run / "rm", "--steps", 1]
+    rewards = {}
+    for name, more in (
+        ("with", ["--outcome_model", run / "rm-orm", "--advantage", "token"]),
+        ("without", []),
+    ):
+        assert command(*words, *more, "--out", tmp_path / name)[0] == 0
+        rewards[name] = rows_of(tmp_path / name / "metrics.jsonl")[0]["reward"]
+    assert rewards["with"] != rewards["without"]
+    status, _, err = command(*words, "--outcome_model", run / "rm", "--out", tmp_path / "o")
+    assert status == 2 and "trained with --reward orm" in err
+
+
+def test_the_critic_is_evaluated_as_a_reward_model(built, command, tmp_path):
+    """On its own directory: V where a_t has been read, averaged over the answer."""
+    pairs = write_jsonl(tmp_path / "p.jsonl", PAIRS)
+    words = ["--stage", "eval", "--model", built / "ppo/critic", "--data", pairs, "--out", tmp_path / "e"]
+    assert command(*words)[0] == 0
+    critic, tokenizer = (
+        load_model(ScalarModel, built / "ppo/critic", Grid()),
+        tokenizers.Tokenizer.load(built / "ppo"),
+    )
+
+    def mean(row, key):
+        prompt, answer = tokenizer.encode_prompt(row["prompt"]), tokenizer.encode_response(row[key])
+        with torch.no_grad():
+            return critic.scalars(critic.model(torch.tensor([prompt + answer])))[0, len(prompt) :].mean()
+
+    right = sum((mean(row, "chosen") > mean(row, "rejected")).item() for row in PAIRS)
+    assert json.loads((tmp_path / "e/eval.json").read_text())["pair_accuracy"] == right / len(PAIRS)
+
+
+def test_step_labels_by_rollouts(built, command, tmp_path):
+    """pairs --step_rollouts, rm and eval on what it writes, and RL with process supervision."""
+    steps, held_out = tmp_path / "steps.jsonl", tmp_path / "steps-heldout.jsonl"
+    words = ("--stage", "pairs", "--run", built, "--step_rollouts", 2, "--k", 2, "--limit", 6, "--out", steps)
+    assert command(*words)[0] == 0
+    rows = rows_of(steps)
+    assert rows and all(len(row["labels"]) == len(row["completions"]) for row in rows)
+    assert all(share in (0, 0.5, 1) for row in rows for share in row["shares"])
+    assert [[share > 0 for share in row["shares"]] for row in rows] == [row["labels"] for row in rows]
+    rm = (
+        "--stage",
+        "rm",
+        "--reward",
+        "prm",
+        "--model",
+        built / "sft",
+        "--data",
+        steps,
+        "--heldout",
+        held_out,
+    )
+    metrics = []
+    for micro_tokens in (1000, 60):  # the cut into micro-batches changes no number
+        out = tmp_path / f"rm-{micro_tokens}"
+        size = ("--batch_size", 4, "--steps", 2, "--lr", 1e-3, "--micro_tokens", micro_tokens, "--out", out)
+        status, said, _ = command(*rm, *size)
+        assert status == 0 and "first_error_f1" in said
+        metrics.append(
+            [(row["loss"], row["grad_norm"], row["step_accuracy"]) for row in rows_of(out / "metrics.jsonl")]
+        )
+    for one, other in zip(*metrics):
+        assert one == pytest.approx(other, rel=1e-4)
+    judged = ("--model", out, "--heldout", held_out, "--out", tmp_path / "judged")
+    assert command("--stage", "eval", "--run", built, *judged)[0] == 0
+    result = json.loads((tmp_path / "judged/eval.json").read_text())
+    assert result["n_answers"] == len(rows_of(held_out)) and 0 <= result["step_accuracy"] <= 1
+    rl = ("--run", built, "--reward", "prm", "--reward_model", out, "--steps", 1, "--group_size", 4)
+    process = (*rl, "--advantage", "process", "--out", tmp_path / "rl")
+    assert command("--stage", "reinforce", *process)[0] == 0
+    status, _, error = command("--stage", "ppo", *rl, "--advantage", "grpo", "--out", tmp_path / "no")
+    assert status == 2 and "expected --advantage process" in error
+
+
+def test_prm_needs_labels_of_steps(built, command, tmp_path, pairs_file):
+    rm = ("--stage", "rm", "--reward", "prm", "--model", built / "sft", "--out", tmp_path / "rm")
+    status, _, error = command(*rm, "--data", pairs_file)
+    assert status == 2 and "expected rows of prompt, completions and labels" in error
+    steps = write_jsonl(
+        tmp_path / "steps.jsonl", [{"prompt": "1", "completions": ["2", "3"], "labels": [True, False]}]
+    )
+    status, _, error = command(*rm[:2], "--reward", "qrm", *rm[4:], "--data", steps)
+    assert status == 2 and "--reward prm and --stage eval read" in error
 
 
 @pytest.mark.parametrize(
@@ -847,7 +947,18 @@ def test_grade(command, tmp_path):
     assert status == 0 and "4 of 6 correct" in out
     assert [row["correct"] for row in found] == [True, False, False, True, True, True]
     assert [row["answer"] for row in found] == ["18", None, "1800", "5", "72", "5"]
-    assert found[0] == {**rows[0], "answer": "18", "correct": True}
+    assert found[0] == {**rows[0], "answer": "18", "correct": True} and found[4]["label"] == "72"
+    again = ["--stage", "grade", "--data", tmp_path / "g.jsonl", "--out", tmp_path / "again.jsonl"]
+    assert command(*again)[0] == 0 and rows_of(tmp_path / "again.jsonl") == found  # no label was replaced
+    # graded again: a GSM8K row's reference answer is not replaced by what was extracted
+    wrong = {"response": "#### 71", "answer": "48+24=<<48+24=72>>72\n#### 72"}
+    boxed = {"response": "#### 3", "solution": r"\boxed{4}", "label": ""}
+    write_jsonl(tmp_path / "g.jsonl", [*found, wrong, boxed])
+    for _ in range(2):
+        write_jsonl(tmp_path / "r.jsonl", rows_of(tmp_path / "g.jsonl"))
+        assert command(*words)[0] == 0
+        again = [(row["label"], row["correct"]) for row in rows_of(tmp_path / "g.jsonl")[4:]]
+        assert again == [("72", True), ("5", True), ("72", False), ("4", False)]
     rows = [{"response": r"\boxed{\frac12}", "label": "0.5"}]
     write_jsonl(tmp_path / "r.jsonl", rows)
     assert command(*words, "--task", "math")[0] == 0 and rows_of(tmp_path / "g.jsonl")[0]["correct"]
@@ -1049,11 +1160,16 @@ def test_eval_of_a_reward_model_on_a_file(built, command, tmp_path):
         "length_baseline": pytest.approx(
             4 / 6
         ),  # two of the chosen are the shorter ones, so the longer is preferred
+        "made_from": found["made_from"],
     }
+    assert found["made_from"].keys() == {"model", "data"}
     assert [chosen < rejected for chosen, rejected in zip(*lengths)] == [False] * 4 + [True] * 2
-    assert (
-        command(*words, "--task", "arith")[0] == 0
-    )  # prompts of the built-in task; two rejected answers have no error
+    # prompts of the built-in task: here errors are at the first token, where nothing comes before, or nowhere
+    assert command(*words, "--task", "arith")[0] == 0
+    assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys()
+    rows[0] |= {"rejected": "0+2=3\n#### 3"}
+    write_jsonl(tmp_path / "p.jsonl", rows)
+    assert command(*words, "--task", "arith")[0] == 0
     assert json.loads((tmp_path / "e/eval.json").read_text()).keys() == found.keys() | {
         "error_auc",
         "first_error_hit",
@@ -1250,6 +1366,7 @@ def test_bad_rows(built, command, tmp_path, kind):
         (["--lr", "nan"], ["--lr nan"]),
         (["--beta", "inf"], ["--beta inf"]),
         (["--temperature", "-0.5"], ["--temperature -0.5"]),
+        (["--temperature", "1e-38"], ["--temperature 1e-38", "0 (greedy) or at least 0.001"]),
         (["--seed", "-1"], ["--seed -1"]),
         (["--group_size", "0"], ["--group_size 0"]),
         (["--eval_every", "0"], ["--eval_every 0"]),
@@ -1375,6 +1492,30 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
     assert mine.read_bytes() == before
     words = ["--stage", "grade", "--data", mine, "--out", tmp_path / "out.jsonl"]
     assert command(*words)[0] == 0 and command(*words)[0] == 0  # its own result may be replaced
+
+
+def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_path):
+    """By path, by a link, or as a copy; --stage eval, which learns from nothing, may read one file twice."""
+    copy = shutil.copy(pairs_file, tmp_path / "copy.jsonl")
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(pairs_file)
+    rm = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out", tmp_path / "o"]
+    for same in (pairs_file, copy, link):
+        assert_refused(command, tmp_path, [*rm, "--heldout", same], f"--heldout {same}", "same rows")
+    words = ["--stage", "eval", "--model", built / "rm", "--out", tmp_path / "e"]
+    assert command(*words, "--data", pairs_file, "--heldout", copy)[0] == 0
+
+
+def test_labels_that_nothing_can_match_are_said(command, tmp_path):
+    rows = [{"response": "5", "label": label} for label in ("5", "x+1", "5", "Yes", "x+1")]
+    mine, out = write_jsonl(tmp_path / "l.jsonl", rows), tmp_path / "o.jsonl"
+    words = ["--stage", "grade", "--data", mine, "--out", out]
+    status, said, _ = command(*words)
+    line = f"{mine}: 3 labels that no answer to --task gsm8k can match (line 2 has 'x+1')"
+    assert status == 0 and said.count(line) == 1 and "2 of 5 correct" in said
+    assert "can match" not in command(*words, "--task", "math")[1]
+    write_jsonl(mine, rows[3:4])
+    assert_refused(command, tmp_path, words, "line 1 has 'Yes'", "no other label", "--task math")
 
 
 def test_flags_that_would_be_ignored(built, command, pairs_file, tmp_path):
@@ -1897,10 +2038,14 @@ def test_rl_at_tp_2_follows_tp_1(built, command, tmp_path):
         "--kl_coef",
         0.1,
     ]
-    for stage in ("reinforce", "ppo"):
-        given = ["--stage", stage, *words, "--limit", 4, "--max_new_tokens", 24]
-        process = start(*given, "--out", tmp_path / f"{stage}-tp", program=torchrun)
-        assert command(*given, "--out", tmp_path / stage)[0] == 0
+    words += ["--limit", 4, "--max_new_tokens", 24]
+    stages = ("reinforce", "ppo")
+    processes = [
+        start("--stage", stage, *words, "--out", tmp_path / f"{stage}-tp", program=torchrun)
+        for stage in stages
+    ]
+    for stage, process in zip(stages, processes):
+        assert command("--stage", stage, *words, "--out", tmp_path / stage)[0] == 0
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err[-3000:]
         for a, b in zip(untimed(tmp_path / f"{stage}-tp"), untimed(tmp_path / stage), strict=True):
