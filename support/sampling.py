@@ -308,7 +308,8 @@ class _ReorderedProduct:
     """x times several matrices at once, when the first one is asked for; the others find theirs computed."""
 
     def __init__(self, weights):
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(torch.cat([w.detach() for w in weights]))
+        matrix = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(matrix)
         self.sizes = [len(w) for w in weights]
         self.x, self.parts = None, []
 
