@@ -526,6 +526,9 @@ class Packed:
         """
         if self.flex:
             return self.attend_flex(q, k, v)
+        dtype = q.dtype
+        if q.device.type == "cpu":  # in bf16, torch's kernel takes up to twice as long backward
+            q, k, v = q.float(), k.float(), v.float()
         pieces = [x[0].split(self.lengths) for x in (q, k, v)]  # (tokens, heads, E) each
         out = [None] * len(self.lengths)
         for lengths, sequences in self.sequences.items():
@@ -536,7 +539,7 @@ class Packed:
             prompts, responses = y.split(lengths, 1)
             for (prompt_piece, response_piece), prompt, response in zip(sequences, prompts, responses):
                 out[prompt_piece], out[response_piece] = prompt, response
-        return torch.cat(out)[None]
+        return torch.cat(out)[None].to(dtype)
 
     def attend_flex(self, q, k, v):
         """`attend` as one kernel for the whole row."""

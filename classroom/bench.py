@@ -2,12 +2,14 @@
 
     python classroom/bench.py [--data pairs.jsonl] [--only rm,decode,rl,logprobs,head,tp] [--rounds 5]
                               [--device cpu|cuda]
+    python classroom/bench.py --model DIR --data pairs.jsonl      real weights: decoding, a LoRA step
 
 Prints a table, then one JSON object per figure. The alternatives run in turn, in alternating order, and are
 compared round by round: on a shared machine the ratio of two neighbouring runs is steadier than two absolute
 times. On the CPU the clock counts this process's CPU seconds on one thread, so other load hardly matters.
 transformers and TRL take part where they can be imported. Without --data the pairs are random ids with
-GSM8K's lengths; MATH's lengths are always simulated.
+GSM8K's lengths; MATH's lengths are always simulated. --model DIR, a Hugging Face directory of the Llama
+architecture, prints other figures: its weights in fp32 and bf16, its tokenizer and its chat template.
 
 P pairs (2P rows) · T positions · D model width · N tokens
 """
@@ -47,8 +49,10 @@ from model import (
     Packed,
     RMSNorm,
     ScalarModel,
+    add_lora,
     build_model,
     init_weights,
+    load_model,
     response_log_softmax,
     save_model,
     token_logprobs,
@@ -59,6 +63,7 @@ from reinforce import collect_rollout, reinforce_step
 from support import tokenizers
 from support.sampling import generate
 from support.settings import Config
+from support.tokenizers import Tokenizer
 
 CONFIG = ModelConfig(  # small enough for one core: 3.0 M parameters in the blocks, 1.0 M in the embedding
     vocab_size=4096,
@@ -76,6 +81,7 @@ LR = 1e-4
 GEMM = "as many FLOP in products of 1,024^3"
 HF = importlib.util.find_spec("transformers") is not None
 TRL = importlib.util.find_spec("trl") is not None
+PEFT = importlib.util.find_spec("peft") is not None
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -258,6 +264,7 @@ def bench_logprobs(rounds, device, n=2048, vocab=128_256):
 # -------------------------------------------------------------------------------- a training step
 
 
+PAIR_KEYS = ("prompt", "chosen", "rejected")
 CHAT = [0] * 35  # in place of the recipe's chat template (Llama 3's), which is part of every prompt
 # Mean tokens of the authors' test pairs (prompt without template, chosen, rejected), and a log-normal sigma
 # that makes padding waste as much as it does there.
@@ -280,19 +287,31 @@ def made_pairs(like, n):
     return pairs
 
 
-def load_pairs(path, n=64):
-    """-> tokenizer (all bytes and the file's 3,800 most frequent words), n pairs of Examples"""
+def ignore(text):
+    """In place of a log."""
+
+
+def load_pairs(path, n=64, directory=None):
+    """-> tokenizer (all bytes and the file's 3,800 most frequent words), n pairs of Examples
+
+    directory   use the tokenizer and the chat template of this model instead
+    """
+    if directory:
+        tokenizer, rows = Tokenizer.load(directory, "auto"), data.load_rows(path, PAIR_KEYS)
+        pairs, _ = data.encode(rows, tokenizer, 1024, PAIR_KEYS[1:], str(path), ignore)
+        random.Random(0).shuffle(pairs)
+        return tokenizer, pairs[:n]
     if not path:
         return data.arith_tokenizer(), made_pairs("GSM8K", n)
-    rows = data.load_rows(path, ("prompt", "chosen", "rejected"))
+    rows = data.load_rows(path, PAIR_KEYS)
     words = collections.Counter()
     for row in rows:
-        for key in ("prompt", "chosen", "rejected"):
+        for key in PAIR_KEYS:
             words.update(re.findall(r" ?[^\W\d_]+|[^\s\w]+", row[key]))
     frequent = [word for word, _ in words.most_common(3800) if len(word.encode()) > 1]
     tokenizer = tokenizers.build_tokenizer(frequent)
     longest = 1023 - len(CHAT)
-    pairs, _ = data.encode(rows, tokenizer, longest, ("chosen", "rejected"), str(path), lambda text: None)
+    pairs, _ = data.encode(rows, tokenizer, longest, PAIR_KEYS[1:], str(path), ignore)
     pairs = [tuple(data.Example(CHAT + e.prompt_ids, e.response_ids) for e in pair) for pair in pairs]
     random.Random(0).shuffle(pairs)
     return tokenizer, pairs[:n]
@@ -306,13 +325,16 @@ def tokens_of(pairs):
     return sum(length_of(example) for pair in pairs for example in pair)
 
 
-def rm_step(way, batches, device):
-    """-> a function that makes one update on each batch: forward, backward, clip, AdamW."""
+def rm_step(way, batches, device, model=None):
+    """-> a function that makes one update on each batch: forward, backward, clip, AdamW.
+
+    model   what is trained; None: random weights of CONFIG
+    """
     if way == "TRL RewardTrainer":
         return trl_reward_trainer(batches)
     if way == "transformers":
-        return transformers_step(batches, device)
-    model = init_weights(build_model(ScalarModel, CONFIG, Grid(device)), 0)
+        return transformers_step(batches, device, model)
+    model = model or init_weights(build_model(ScalarModel, CONFIG, Grid(device)), 0)
     optimizer = Optimizer(model, Grid(device), LR)
 
     def loss_fn(part):
@@ -363,12 +385,14 @@ def hf_config(architecture):
     return LlamaConfig(**CONFIG.to_dict(head) | changes)
 
 
-def transformers_step(batches, device):
+def transformers_step(batches, device, model=None):
     """The same loss on LlamaForTokenClassification, rows padded to the longest of the batch."""
     from transformers import LlamaForTokenClassification
 
-    model = LlamaForTokenClassification(hf_config("LlamaForTokenClassification")).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
+    if model is None:
+        model = LlamaForTokenClassification(hf_config("LlamaForTokenClassification")).to(device)
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
 
     def work():
         for batch in batches:
@@ -379,7 +403,7 @@ def transformers_step(batches, device):
             scores = model(ids, attention_mask=real.long()).logits[:, 1:, 0]  # (2P, T)
             loss, _ = qrm_loss(scores, mask)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
@@ -459,9 +483,9 @@ def trl_reward_trainer(batches):
     return trainer_seconds(make)
 
 
-def gemm_seconds(device, flops, n=1024):
+def gemm_seconds(device, flops, n=1024, dtype=torch.float32):
     """The roof: -> a function that does a tenth of `flops` in large products, times 10 its seconds."""
-    a, b, out = (torch.randn(n, n, device=device) for _ in range(3))
+    a, b, out = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(3))
     times = max(1, round(flops / 20 / n**3))  # a product is 2 n^3 FLOP
 
     def work():
@@ -473,13 +497,12 @@ def gemm_seconds(device, flops, n=1024):
     return work
 
 
-def rm_flops(pairs):
+def rm_flops(pairs, c=CONFIG, lora=0):
     """FLOP of forward and backward through the blocks on packed tokens.
 
     6 per weight and token; attention multiplies twice (scores, values), each time half of T^2 x width, so 6 x
-    2 x that.
+    2 x that. With adapters of rank `lora` 4 per frozen weight, and 6 per number of the adapters.
     """
-    c = CONFIG
     tokens, squares = 0, 0
     for chosen, rejected in pairs:
         p, n, m = len(chosen.prompt_ids), len(chosen.response_ids), len(rejected.response_ids)
@@ -489,7 +512,13 @@ def rm_flops(pairs):
         )  # the rejected response reads the prompt of the chosen one
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads  # q and o, k and v
     weights = c.hidden_size * c.head_dim * heads + 3 * c.hidden_size * c.intermediate_size
-    return c.num_hidden_layers * (6 * weights * tokens + 12 * c.num_attention_heads * c.head_dim * squares)
+    each = 6 * weights
+    if lora:
+        ends = (
+            4 * c.hidden_size + c.head_dim * heads + 3 * (c.hidden_size + c.intermediate_size)
+        )  # d_in + d_out
+        each = 4 * weights + 6 * lora * ends
+    return c.num_hidden_layers * (each * tokens + 12 * c.num_attention_heads * c.head_dim * squares)
 
 
 def batches_of(pairs):
@@ -618,7 +647,10 @@ def transformers_generate(policy, prompts, lengths, ends, device):
 
     with tempfile.TemporaryDirectory() as directory:
         save_model(policy, directory)
-        model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa").to(device)
+        dtype = policy.head_weight.dtype
+        model = LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=dtype).to(
+            device
+        )
     width, most = max(map(len, prompts)), max(lengths)
     limits = torch.tensor(lengths, device=device)
     ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
@@ -703,6 +735,61 @@ def trl_grpo_trainer(policy, tokenizer, prompts, group, new_tokens):
     return trainer_seconds(make)
 
 
+# -------------------------------------------------------------------------------- real weights
+
+
+def model_decoding(directory, path, rounds, device, slots=16, new_tokens=48):
+    """Tokens per second at temperature 1, in fp32 and bf16, prompts read included; no answer ends early."""
+    _, pairs = load_pairs(path, directory=directory)
+    prompts, lengths = [pair[0].prompt_ids for pair in pairs[:slots]], [new_tokens] * slots
+    policies = {
+        name: load_model(LanguageModel, directory, Grid(device), dtype) for name, dtype in DTYPES.items()
+    }
+    ours = {
+        name: functools.partial(our_answers, policy, prompts, lengths, False)
+        for name, policy in policies.items()
+    }
+    rows = []
+    for name, policy in policies.items():
+        works = {"ours": ours[name]}
+        if name == "bf16":
+            works["ours in fp32"] = ours["fp32"]
+        if HF:
+            works["transformers"] = transformers_generate(policy, prompts, lengths, False, device)
+        figure = f"real weights: decoding, batch {slots}, {new_tokens} new tokens, {name}"
+        rows.append(compare(figure, works, rounds, device, "tokens/s", slots * new_tokens))
+    return rows
+
+
+def model_rm_step(directory, path, rounds, device, rank=16):
+    """One update of a reward model in bf16 with adapters on all linear layers of the blocks."""
+    _, used = load_pairs(path, PAIRS, directory)
+    dtype = DTYPES["bf16"]
+    frozen = load_model(ScalarModel, directory, Grid(device), dtype)
+    works = {"ours": rm_step("ours", [used], device, add_lora(frozen, rank, seed=0))}
+    if PEFT:
+        works["transformers + PEFT"] = rm_step(
+            "transformers", [used], device, peft_model(directory, rank, device)
+        )
+    works[GEMM] = gemm_seconds(device, rm_flops(used, frozen.cfg, rank), dtype=dtype)
+    figure = f"real weights: RM step, LoRA {rank}, {PAIRS} pairs, bf16"
+    return compare(figure, works, rounds, device, "real tokens/s", tokens_of(used))
+
+
+def peft_model(directory, rank, device):
+    """LlamaForTokenClassification with PEFT's adapters where ours are; the new head is trained as well."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForTokenClassification
+
+    model = LlamaForTokenClassification.from_pretrained(
+        directory, num_labels=1, attn_implementation="sdpa", dtype=DTYPES["bf16"]
+    )
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, target_modules="all-linear", modules_to_save=["score"], task_type="TOKEN_CLS"
+    )
+    return get_peft_model(model.to(device), config)
+
+
 # -------------------------------------------------------------------------------- tensor parallelism
 
 
@@ -780,6 +867,7 @@ def parse(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", help="JSON lines with prompt, chosen and rejected")
+    parser.add_argument("--model", help="a Hugging Face directory; needs --data")
     parser.add_argument("--only", default="head,logprobs,rm,decode,rl,tp", help="figures, with commas")
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -792,6 +880,10 @@ def parse(argv):
         parser.error("--rounds: expected 1 or more")
     if unknown := set(args.only.split(",")) - {"head", "logprobs", "rm", "decode", "rl", "tp"}:
         parser.error(f"--only {','.join(unknown)}: expected head, logprobs, rm, decode, rl or tp")
+    if args.model and not {"rm", "decode"} & set(args.only.split(",")):
+        parser.error("--model: expected --only rm, decode, or both")
+    if args.model and not args.data:
+        parser.error("--model: expected --data with it, pairs of which the prompts and answers are used")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: this torch sees no CUDA device")
     return args
@@ -814,7 +906,7 @@ def main(argv=None):
     logging.disable(logging.WARNING)
     if args.alone:
         return print_peak_memory(args.alone, args.data, args.math, device)
-    others = [name for name, there in (("transformers", HF), ("trl", TRL)) if there]
+    others = [name for name, there in (("transformers", HF), ("trl", TRL), ("peft", PEFT)) if there]
     print(machine(device), *(f"{name} {importlib.metadata.version(name)}" for name in others), sep=", ")
     heads = list(itertools.product(args.sizes, DTYPES))
     figures = {
@@ -825,7 +917,12 @@ def main(argv=None):
         "rl": lambda: [bench_rl(args.data, args.rounds, device)],
         "tp": lambda: [bench_tp()],
     }
-    rows = [row for name in args.only.split(",") for row in figures[name]()]
+    if args.model:
+        figures = {
+            "rm": lambda: [model_rm_step(args.model, args.data, args.rounds, device)],
+            "decode": lambda: model_decoding(args.model, args.data, args.rounds, device),
+        }
+    rows = [row for name in args.only.split(",") if name in figures for row in figures[name]()]
     print(f"\nmedian (lowest-highest) of {args.rounds} interleaved rounds, how much faster ours is, memory\n")
     print_table(rows)
     print()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from model import Packed, sample_tokens, sampling_uniforms
-from parallel import ParallelLinear, gather_shards
+from parallel import gather_shards
 from support.files import require
 
 # -------------------------------------------------------------------------------- the cache
@@ -231,8 +231,7 @@ def generate(
     lengths = torch.zeros(n + 1, dtype=torch.int64, device=device)
     stops = torch.tensor(stop_ids, device=device)
     slots = Slots(policy, prompts, min(batch_size, n), graphs)
-    layers = [layer for layer in policy.modules() if isinstance(layer, ParallelLinear)]
-    with reordered_weights([policy.head_weight, *(layer.weight for layer in layers)]):
+    with reordered_weights(weights_by_input(policy)):
         while slots.waiting or slots.busy:
             slots.refill()
             logits = policy.logits(slots.x).float()  # (B, V/tp)
@@ -252,34 +251,77 @@ def generate(
 # -------------------------------------------------------------------------------- reordered weights
 
 
-REORDERS = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-)
+def _reordered_dtypes():
+    """The dtypes that this processor and this torch multiply in oneDNN's own layout."""
+    has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    mkldnn = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and has_avx and hasattr(mkldnn, "_reorder_linear_weight")):
+        return ()
+    return (torch.float32, torch.bfloat16) if mkldnn._is_mkldnn_bf16_supported() else (torch.float32,)
+
+
+REORDERED = _reordered_dtypes()
+
+
+def weights_by_input(policy):
+    """[[weights that multiply the same x]]: q, k and v together, gate and up, every other one alone."""
+    groups = [[policy.head_weight]]
+    for block in policy.model.layers:
+        attention, mlp = block.self_attn, block.mlp
+        q, k, v = (proj.weight for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+        # One rounding with a bias needs a product of its own, and so does a slice of a whole k (my_rows).
+        apart = attention.q_proj.bias is not None or attention.k_proj.cut is None
+        groups += [[q], [k], [v]] if apart else [[q, k, v]]
+        groups += [
+            [attention.o_proj.weight],
+            [mlp.gate_proj.weight, mlp.up_proj.weight],
+            [mlp.down_proj.weight],
+        ]
+    return groups
 
 
 @contextlib.contextmanager
-def reordered_weights(weights, at_least=2**16):
+def reordered_weights(groups, at_least=2**16):
     """Inside, parallel.linear multiplies by a copy of these weights in the memory layout of oneDNN's kernels.
 
     F.linear reorders the matrix at each call, which for 2 to 16 rows of x can cost as much as the product.
-    Only fp32 matrices on the CPU with `at_least` numbers are copied, which doubles their memory; they must
-    not change inside. Elsewhere (CUDA, other processors, a torch without these operations) this does nothing.
+    groups     lists of weights that multiply the same x, in this order: they become one product
+    at_least   numbers that every weight of a group must have
+    Only fp32 and bf16 matrices on the CPU are copied, which doubles their memory; they must not change
+    inside. Elsewhere (CUDA, other processors, a torch without these operations) this does nothing.
     """
     marked = []
     try:
-        for weight in set(weights):
-            fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-            if REORDERS and fits and weight.numel() >= at_least:
-                reordered = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-                weight.fast_product = partial(_reordered_product, reordered)
-                marked.append(weight)
+        for group in groups:
+            if all(w.device.type == "cpu" and w.dtype in REORDERED and w.numel() >= at_least for w in group):
+                product = _ReorderedProduct(group)
+                for place, weight in enumerate(group):
+                    weight.fast_product = partial(product, place)
+                    marked.append(weight)
         yield
     finally:
         for weight in marked:
             del weight.fast_product
 
 
-def _reordered_product(weight, x, bias):
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+class _ReorderedProduct:
+    """x times several matrices at once, when the first one is asked for; the others find theirs computed."""
+
+    def __init__(self, weights):
+        matrix = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(matrix)
+        self.sizes = [len(w) for w in weights]
+        self.x, self.parts = None, []
+
+    def __call__(self, place, x, bias):
+        if len(self.sizes) == 1:
+            return self.product(x, bias)
+        if x is not self.x:
+            self.x, self.parts = x, self.product(x, None).split(self.sizes, -1)
+        y = self.parts[place]
+        if place == len(self.sizes) - 1:
+            self.x, self.parts = None, []  # or a prompt's would stay in memory, layer by layer
+        return y if bias is None else y + bias
+
+    def product(self, x, bias):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, bias, "none", [], "")

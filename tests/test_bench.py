@@ -109,6 +109,42 @@ def test_all_ways_make_the_same_update(way, monkeypatch):
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+def test_figures_of_a_model_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(bench, "HF", False)
+    monkeypatch.setattr(bench, "PEFT", False)
+    tokenizer = bench.data.arith_tokenizer()
+    tokenizer.save(tmp_path)
+    cfg = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
+    bench.save_model(
+        bench.init_weights(bench.build_model(bench.LanguageModel, cfg, bench.Grid()), 0), tmp_path
+    )
+    rows = [{"prompt": f"{i}+2=", "chosen": f"{i + 2}", "rejected": "no"} for i in range(20)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    bench.main(["--rounds", "1", "--device", "cpu", "--model", str(tmp_path), "--data", str(pairs)])
+    lines = capsys.readouterr().out.split("\n")
+    found = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [list(row["rates"]) for row in found] == [["ours", bench.GEMM], ["ours"], ["ours", "ours in fp32"]]
+    assert all(rate["low"] > 0 for row in found for rate in row["rates"].values())
+    with pytest.raises(SystemExit):
+        bench.main(["--model", str(tmp_path)])
+    assert "expected --data" in capsys.readouterr().err
+
+
+def test_flops_of_a_step_with_adapters():
+    """As many as the layers themselves say; one long prompt and no attention to speak of."""
+    cfg = dataclasses.replace(TINY, num_hidden_layers=2)
+    frozen = bench.build_model(bench.ScalarModel, cfg, bench.Grid())
+    model = bench.add_lora(frozen, 3, seed=0).model.layers
+    linears = [layer for layer in model.modules() if isinstance(layer, bench.parallel.ParallelLinear)]
+    each = sum(4 * x.weight.numel() + 6 * (x.lora_A.numel() + x.lora_B.numel()) for x in linears)
+    pair = (bench.data.Example([5] * 7, [5] * 2), bench.data.Example([5] * 7, [5]))
+    squares = 9**2 / 2 + 1 * 7 + 1 / 2
+    expected = each * 10 + 2 * 12 * cfg.num_attention_heads * cfg.head_dim * squares
+    assert bench.rm_flops([pair], cfg, lora=3) == expected
+
+
 def test_both_ways_give_the_same_gradient():
     """What is timed is the same work: the same gradient of the same input."""
     grads = []
@@ -141,7 +177,14 @@ def test_extra_memory_is_counted():
 
 @pytest.mark.parametrize(
     "words",
-    [["--rounds", "0"], ["--sizes", "3x4x5"], ["--sizes", "2x4"], ["--device", "tpu"], ["--only", "speed"]],
+    [
+        ["--rounds", "0"],
+        ["--sizes", "3x4x5"],
+        ["--sizes", "2x4"],
+        ["--device", "tpu"],
+        ["--only", "speed"],
+        ["--model", "x", "--only", "tp"],
+    ],
 )
 def test_wrong_words(words, capsys):
     with pytest.raises(SystemExit) as end:

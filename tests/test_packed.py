@@ -31,7 +31,7 @@ from model import (
 from parallel import Grid, linear
 from qrm import masked_mean, qrm_loss, response_scores, reward_model_loss, token_scores
 from support import tokenizers
-from support.sampling import REORDERS, KVCache, generate, reordered_weights
+from support.sampling import REORDERED, KVCache, _ReorderedProduct, generate, reordered_weights
 from support.settings import Loss
 
 # Two answers to one prompt, three to another, one alone; lengths that coincide (3 + 4 twice) and lengths
@@ -376,7 +376,7 @@ def test_where_weights_cannot_be_reordered_nothing_happens(monkeypatch):
     policy = random_model(LanguageModel, small_config())
     monkeypatch.setattr("support.sampling.reordered_weights", partial(reordered_weights, at_least=1))
     expected = generate(policy, [[3, 1, 4]], 5, [], 0.0)
-    monkeypatch.setattr("support.sampling.REORDERS", False)
+    monkeypatch.setattr("support.sampling.REORDERED", ())
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", None, raising=False)
     assert generate(policy, [[3, 1, 4]], 5, [], 0.0) == expected
 
@@ -448,10 +448,17 @@ def test_the_cache_grows_with_its_longest_answer(monkeypatch):
     assert max(keys for _, keys, _ in seen) <= max(map(len, responses)) + 6 + 8
 
 
-@pytest.mark.skipif(not REORDERS, reason="oneDNN lays out no weights here")
-@pytest.mark.parametrize("changes", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}, {"lora": 2}])
+@pytest.mark.skipif(not REORDERED, reason="oneDNN lays out no weights here")
+@pytest.mark.parametrize(
+    "changes", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}, {"lora": 2}, {"bf16": True}]
+)
 def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
-    policy = random_model(LanguageModel, small_config(**{k: v for k, v in changes.items() if k != "lora"}))
+    config = small_config(**{k: v for k, v in changes.items() if k not in ("lora", "bf16")})
+    policy = random_model(LanguageModel, config)
+    if "bf16" in changes:
+        if torch.bfloat16 not in REORDERED:
+            pytest.skip("oneDNN has no bf16 products here")
+        policy = policy.bfloat16()
     if "lora" in changes:
         policy = add_lora(policy, changes["lora"], seed=1)
         for name, param in policy.named_parameters():
@@ -482,19 +489,19 @@ def test_reordered_weights_sample_the_same_tokens(changes, monkeypatch):
     )
 
 
-@pytest.mark.skipif(not REORDERS, reason="oneDNN lays out no weights here")
+@pytest.mark.skipif(not REORDERED, reason="oneDNN lays out no weights here")
 def test_reordered_weights_are_left_behind_and_never_differentiated():
-    weight, small, half = (
+    weight, small, double = (
         torch.nn.Parameter(torch.randn(shape, dtype=dtype))
-        for shape, dtype in (((300, 256), None), ((8, 8), None), ((300, 256), torch.bfloat16))
+        for shape, dtype in (((300, 256), None), ((8, 8), None), ((300, 256), torch.float64))
     )
     x, bias = torch.randn(3, 5, 256, requires_grad=True), torch.randn(300)
     expected = torch.nn.functional.linear(x, weight, bias)
-    with pytest.raises(KeyError), reordered_weights([weight, weight, small, half]):
+    with pytest.raises(KeyError), reordered_weights([[weight], [small], [double]]):
         assert (
             hasattr(weight, "fast_product")
             and not hasattr(small, "fast_product")
-            and not hasattr(half, "fast_product")
+            and not hasattr(double, "fast_product")
         )
         with torch.no_grad():
             near(linear(x, weight, bias), expected)
@@ -504,6 +511,44 @@ def test_reordered_weights_are_left_behind_and_never_differentiated():
     with torch.no_grad():
         weight.mul_(2)  # what a copy would not see
         near(linear(x, weight, bias), 2 * expected - bias)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in REORDERED, reason="oneDNN has no bf16 products here")
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_reordered_bf16_weights_round_as_those_of_f_linear(rows):
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(rows + 301, 256, generator=generator, dtype=torch.float64)
+    x, weight, bias = (z.bfloat16() for z in (numbers[:rows], numbers[rows:-1], numbers[-1].repeat(2)[:300]))
+    exact = x.double() @ weight.double().T + bias.double()
+    with torch.no_grad(), reordered_weights([[weight]]):
+        assert hasattr(weight, "fast_product")
+        found = linear(x, weight, bias).double()
+    assert torch.equal(found, torch.nn.functional.linear(x, weight, bias).double())
+    assert ((found - exact).abs() <= exact.abs() / 2**8 + 1e-4).all()
+
+
+@pytest.mark.skipif(not REORDERED, reason="oneDNN lays out no weights here")
+def test_weights_that_multiply_the_same_x_are_one_product(monkeypatch):
+    """And a second x gets its own, whichever matrices the first one was multiplied by."""
+    weights = [torch.nn.Parameter(torch.randn(n, 256)) for n in (300, 280, 290)]
+    xs, counted, plain = torch.randn(2, 1, 5, 256), [], _ReorderedProduct.product
+    monkeypatch.setattr(
+        _ReorderedProduct, "product", lambda self, x, bias: (counted.append(1), plain(self, x, bias))[1]
+    )
+    with torch.no_grad(), reordered_weights([weights]):
+        for x in (xs[0], xs[1]):
+            for weight in weights:
+                near(linear(x, weight), torch.nn.functional.linear(x, weight))
+        assert len(counted) == 2
+        linear(xs[0], weights[0])
+        near(linear(xs[1], weights[1]), torch.nn.functional.linear(xs[1], weights[1]))
+        near(linear(xs[1], weights[2], torch.ones(290)), torch.nn.functional.linear(xs[1], weights[2]) + 1)
+    policy = random_model(LanguageModel, small_config())
+    layers = policy.cfg.num_hidden_layers
+    monkeypatch.setattr("support.sampling.reordered_weights", partial(reordered_weights, at_least=1))
+    counted.clear()
+    generate(policy, [[3, 1, 4]], 1, [], 0.0)
+    assert len(counted) == 4 * layers + 1  # qkv, o, gate and up, down; the output matrix
 
 
 def test_a_finished_slot_is_refilled(monkeypatch):
