@@ -371,7 +371,7 @@ def markdown(rows):
 BLOCKS = ("granularity: reward models", "granularity: arms", "granularity: differences")  # in science.md
 README_ARMS = {  # arm: policy, reward in README.md's table
     "qrm tokens": ("PPO", "**Q-RM, every token**"),
-    "qrm answer": ("PPO, λ = 1", "Q-RM, its mean, last token"),
+    "verifier tokens": ("PPO", "verifier, every token"),
     "orm answer": ("PPO, λ = 1", "outcome model, last token"),
     "grpo graded": ("PPO, groups of 8", "graded outcome"),
     "oracle tokens": ("PPO", "exact token rewards"),

@@ -102,7 +102,7 @@ def draw_results(text, path):
     for axis, task in zip(axes[:, 0], tasks):
         draw_ranges(axis, [row for row in rows if row[0] == task])
         axis.set_title(f"{task} task", loc="left", fontsize=12.5)
-    axes[-1, 0].set_xlabel("problems solved greedily: mean and range over five seeds", fontsize=12)
+    axes[-1, 0].set_xlabel("problems solved greedily: mean and range over the seeds", fontsize=12)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 
