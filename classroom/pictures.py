@@ -47,11 +47,8 @@ def read_scores(text):
     return prompt[1], right, wrong, marked[0]
 
 
-def draw_answer(axis, answer, title, lowest, error=None):
-    """One answer as bars: token t at x = t, its score Z as the height, written at the bar's end.
-
-    lowest   Z at the lower edge of the panel
-    """
+def draw_answer(axis, answer, title, error=None):
+    """One answer as bars: token t at x = t, its score Z as the height, written at the bar's end."""
     scores = [z for _, z in answer]
     colours = [BLUE if z > 0 else ORANGE for z in scores]
     axis.bar(range(len(scores)), scores, width=0.72, color=colours)
@@ -63,7 +60,7 @@ def draw_answer(axis, answer, title, lowest, error=None):
     axis.set_xticks(range(len(answer)), [SHOWN.get(token, token.strip()) for token, _ in answer])
     axis.tick_params(axis="x", labelsize=13, length=0, pad=6)
     axis.set_yticks([])
-    axis.set_ylim(lowest, 8.2)
+    axis.set_ylim(-8.2, 8.2)
     axis.spines[:].set_visible(False)
     if error is not None:
         label = axis.get_xticklabels()[error]
@@ -77,11 +74,10 @@ def draw_answer(axis, answer, title, lowest, error=None):
 def draw_credit(text, path):
     """The two answers of the walk-through's output, as a PNG at `path`."""
     prompt, right, wrong, error = read_scores(text)
-    sizes = {"height_ratios": [9.2, 16.4]}  # one scale for both panels
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9.6, 4.6), gridspec_kw=sizes)
+    figure, (above, below) = plt.subplots(2, 1, figsize=(9.6, 5.4))
     figure.suptitle(f"“{prompt}”", x=0.02, ha="left", fontsize=13.5)
-    draw_answer(above, right, "a right answer: score Z of each token", -1.0)
-    draw_answer(below, wrong, "a wrong answer: the same up to its first mistake", -8.2, error)
+    draw_answer(above, right, "a right answer: score Z of each token")
+    draw_answer(below, wrong, "a wrong answer: the same up to its first mistake", error)
     figure.tight_layout(rect=(0, 0, 1, 0.99), h_pad=1.6)
     figure.savefig(path, dpi=150)
 
