@@ -301,19 +301,20 @@ def reinforce_advantages(rollout, cfg, grid):
     """
     response_mask = rollout.response_mask
     if cfg.advantage == "gae":
-        raise BadInput("--advantage gae needs a critic: expected --stage ppo, or token, return, rloo or grpo")
+        raise BadInput(
+            "--advantage gae needs a critic: expected --stage ppo, or token, return, rloo, grpo or process"
+        )
+    if cfg.advantage in ("token", "return"):
+        _, rewards = shape_rewards(rollout, cfg, grid)
+        return returns_to_go(rewards, response_mask, cfg.gamma) if cfg.advantage == "return" else rewards
+    scores = rollout.scores.masked_fill(~rollout.reward_mask, 0.0)  # (B, T)
     if cfg.advantage == "process":
-        relative = process_advantages(rollout.scores, rollout.reward_mask, response_mask, cfg.group_size)
-        penalty = cfg.kl_coef * kl_penalty(rollout, cfg.kl)  # (B, T)
-        return (relative - penalty).masked_fill(~response_mask, 0.0)
-    if cfg.advantage in ("rloo", "grpo"):
-        scores = rollout.scores.masked_fill(~rollout.reward_mask, 0.0)  # (B, T)
+        relative = process_advantages(scores, rollout.reward_mask, response_mask, cfg.group_size)  # (B, T)
+    else:
         means = scores.sum(1) / rollout.reward_mask.sum(1).clamp(min=1)  # (B,)
-        relative = group_advantages(means, cfg.group_size, cfg.advantage, scores.abs().amax(1))  # (B,)
-        penalty = cfg.kl_coef * kl_penalty(rollout, cfg.kl)  # (B, T)
-        return (relative[:, None] - penalty).masked_fill(~response_mask, 0.0)
-    _, rewards = shape_rewards(rollout, cfg, grid)
-    return returns_to_go(rewards, response_mask, cfg.gamma) if cfg.advantage == "return" else rewards
+        relative = group_advantages(means, cfg.group_size, cfg.advantage, scores.abs().amax(1))[:, None]
+    penalty = cfg.kl_coef * kl_penalty(rollout, cfg.kl)  # (B, T)
+    return (relative - penalty).masked_fill(~response_mask, 0.0)
 
 
 # -------------------------------------------------------------------------------- the update

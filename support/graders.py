@@ -77,7 +77,8 @@ COMPOUND = "|".join(sorted(UNITS.keys() - {"in", "ins"}))  # "5 in 6 days" says 
 TEXT_OPENS = r"\s*\\?(?:text\w*\{)?\s*"
 FOLLOWING = (
     # an operator, relation or arrow with another operand
-    r"\s*(?:[-+*/×÷·^=<>~±≈≠≤≥→]|[!=<>]=|[-=]>|\\(?:times|cdot|div|le|ge|leq|geq|ne|neq|approx|to))\s*[\d.$({\\]",
+    r"\s*(?:[-+*/×÷·^=<>~±≈≠≤≥→]|[!=<>]=|[-=]>|\\(?:times|cdot|div|le|ge|leq|geq|ne|neq|approx|to))"
+    r"\s*[\d.$({\\]",
     r"\s*[-+*×÷^]\s*[a-z]|[-+/^](?:\s|$)|\*\*\d",
     # a factor, an index, a factorial, a question
     r"\s*(?:[√π½⅓⅔¼¾]|\\(?:frac|sqrt|pi|pm)(?![a-z]))|[\^_(]\w|\s?[!?]",
@@ -94,7 +95,8 @@ FOLLOWING = (
     r"|[ap]\.?\s?m|x\s\d+|(?:to|(?:per\s?cent\s+)?of|over|by|times|through|(?:more|less|fewer)\s+than)"
     rf"\s+\$?\d+|(?:{COMPOUND}),?\s+\d+)\b",
     # a correction on the same line
-    r"[^\n]*\b(?:wait|actually|sorry|correction|or\s+rather|but|i\s+mean|hmm|wrong|incorrect|is\s+not|isn't)\b",
+    r"[^\n]*\b(?:wait|actually|sorry|correction|or\s+rather|but|i\s+mean|hmm|wrong|incorrect|is\s+not"
+    r"|isn't)\b",
     r"[^\n]*\bno\s*(?:[,.;:]|\$?\d)",
 )
 OTHER_NUMBER = re.compile("|".join(FOLLOWING), re.IGNORECASE)

@@ -21,6 +21,7 @@ from support.tokenizers import CHATS, ROLES, is_conversation
 
 PROMPT = ("prompt", "instruction", "question", "problem")
 CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
+NO_CONTEXT = ("<noinput>", "<no input>", "noinput", "no input")  # how Alpaca's author spells that there is none
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")
 SOLUTION = (
@@ -593,6 +594,8 @@ def read_prompt(fields):
     """The prompt that a row states: a text or messages, with what belongs to it; None if it states none."""
     name, prompt = pick(fields, PROMPT)
     context_name, context = pick(fields, CONTEXT)
+    if isinstance(context, str) and context.strip().lower() in NO_CONTEXT:
+        context = None
     if prompt is None:
         beside = f"{context_name} is {json.dumps(context)[:60]}; expected {' or '.join(PROMPT)} beside it"
         require(context is None, f"{beside} (--ignore_keys {context_name})")

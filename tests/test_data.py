@@ -168,6 +168,8 @@ MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so 
         (ONE, {**ALPACA, "input": "", "text": "... Sort these.\n\n9, 4 ... 4, 9"}, ["Sort these.", "4, 9"]),
         (ONE, {**ALPACA, "text": ALPACA_TEXT}, ["Sort these.\n\n9, 4", "4, 9"]),
         (ONE, {**ALPACA, "input": None, "system": "s"}, [[system("s"), user("Sort these.")], "4, 9"]),
+        (ONE, {**ALPACA, "input": "<noinput>"}, ["Sort these.", "4, 9"]),
+        (ONE, {**ALPACA, "input": "no input yet"}, ["Sort these.\n\nno input yet", "4, 9"]),
         (ONE, {"instruction": "q", "context": "c", "response": "r", "category": "open_qa"}, ["q\n\nc", "r"]),
         (ONE, {"messages": [*TURNS, assistant("a2")]}, [TURNS, [assistant("a2")]]),
         (ONE, {"prompt": "q2", "messages": [*TURNS, assistant("a2")]}, [TURNS, [assistant("a2")]]),
