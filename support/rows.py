@@ -21,7 +21,7 @@ from support.tokenizers import CHATS, ROLES, is_conversation
 
 PROMPT = ("prompt", "instruction", "question", "problem")
 CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
-NO_CONTEXT = ("<noinput>", "<no input>", "noinput", "no input")  # how Alpaca's author spells that there is none
+NO_CONTEXT = ("<noinput>", "<no input>", "noinput", "no input")  # how Alpaca spells that there is none
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")
 SOLUTION = (
