@@ -695,7 +695,8 @@ def run_stage(cfg, grid):
 
 
 def main(argv=None):
-    """-> exit status: 0; 2 for bad input or a full disk, after one line on stderr; 130 after Ctrl-C."""
+    """-> exit status: 0; 2 for bad input or a full disk, after one line on stderr; 130 after Ctrl-C; 141 when
+    whoever reads the output (`| head`) has gone."""
     argv = sys.argv[1:] if argv is None else argv
     status, cfg = 0, None
     try:
@@ -711,6 +712,10 @@ def main(argv=None):
         for name in unread_flags(argv):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
         run_stage(cfg, grid)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        status = 141
     except (BadInput, OSError) as e:
         if os.environ.get("RANK", "0") != "0":
             # Rank 0 usually reports the same error, and its exit ends this process before it prints; an error
@@ -748,7 +753,7 @@ def one_line(error, cfg):
     """The message of an error for the user, as one printable line."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        text = f"{error.filename or out_path(cfg)}: {error.strerror}"
+        text = f"{error.filename or (cfg and out_path(cfg))}: {error.strerror}"
     return " ".join(text.split()).encode("utf-8", "backslashreplace").decode()[:2000]
 
 

@@ -477,7 +477,7 @@ def parse(argv):
     given = given_flags(argv)
     defaults = defaults_of(given)
     if "help" in given:
-        print(help_text(given.get("stage", defaults.get("stage")), defaults))
+        print(help_text(given.get("stage", defaults.get("stage")), defaults), flush=True)
         raise SystemExit(0)
     cfg = Config(**defaults | {name: convert(name, text) for name, text in given.items()})
     check_combinations(cfg)

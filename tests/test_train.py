@@ -2113,3 +2113,17 @@ def test_real_pairs_on_the_tiny_model(built, command, tmp_path):
         in out
     )
     assert 0 < long < 787 and len(rows_of(tmp_path / "rm/metrics.jsonl")) == 2
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--stage", "rm", "--help"], ["--stage", "grade"]])
+def test_a_closed_pipe_ends_quietly(tmp_path, words):
+    """As `train.py ... | head` does when head has read enough."""
+    if "grade" in words:
+        rows = write_jsonl(tmp_path / "r.jsonl", [{"response": "#### 5", "label": "5"}])
+        words = [*words, "--data", rows, "--out", tmp_path / "g.jsonl"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, REPOSITORY / "train.py", *map(str, words)]
+    found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (141, "")
