@@ -1,0 +1,293 @@
+"""Three probes of the demo: larger reward models, many samples per prompt, and shaped rewards.
+
+    python classroom/probes.py runs/seed0 runs/seed1 ... [--parts sizes samples shaping] [--out runs/probes]
+
+Each RUN_DIR holds a demo and its baselines, as `make results` leaves them; it is only read. Every step is a
+command of train.py whose result stays in <out>; a second call makes what is missing and prints the tables.
+The protocol, written before the runs, is in classroom/protocol.md.
+
+    sizes     Q-RM in three widths on the same pairs, the same policy and critic: PPO with each
+    samples   pass@1 to pass@64 of sampled answers, before and after RL
+    shaping   PPO on Z + Phi(s') - Phi(s), which has the same loss as Z
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from credit import corr, held_out
+from demo_table import mean_and_range
+from granularity import call, markdown, read_rows
+from guided import moments
+from study import reach
+
+import train
+from model import LanguageModel, build_model, init_weights, save_model
+from parallel import Grid
+from qrm import last_token_mask
+from support.settings import ARITH
+from support.tokenizers import Tokenizer
+
+WIDTHS = (32, 64, 128)  # of the reward model; the policy and the critic have 64
+RM_LRS = (1e-3, 2e-3, 4e-3)  # chosen for each width by accuracy on the held-out pairs of TUNING_SEED
+TUNING_SEED = 100
+POLICIES = {
+    "sft": "SFT",
+    "ppo": "PPO, Q-RM",
+    "ppo-orm": "PPO, outcome model",
+    "ppo-outcome": "PPO, graded",
+}
+K, PROMPTS = 64, 200  # samples of each held-out prompt
+READINGS = {"tokens": {}, "summed": {"advantage": "gae", "lam": 1.0, "gamma": 1.0}}
+TARGETS = (0.5, 0.7)
+
+
+def once(made, stage, **flags):
+    """train.py --stage ..., unless its result exists."""
+    if not made.exists():
+        began = time.process_time()
+        call(stage, **flags)
+        print(f"{time.process_time() - began:6.1f} s  {made}", flush=True)
+
+
+def result(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def inputs_of(run, stage):
+    """{"data", "seed" and, where it has one, "heldout"} of a stage of a run, found in the run's directory."""
+    config = result(run / stage / "run.json")["config"]
+    paths = {name: config[name] for name in ("data", "heldout") if config[name]}
+    here = {name: run / Path(path).relative_to(config["run_dir"]) for name, path in paths.items()}
+    return here | {"seed": config["seed"]}
+
+
+def ppo_curve(run, out, reward_of_run, **flags):
+    """[[trajectories, greedy pass@1], ...] of PPO with the demo's settings, whatever reward it is given."""
+    given = inputs_of(run, "ppo") | {"model": run / "sft", "reward_model": run / "rm"}
+    with mock.patch.object(train, "reward_of_run", reward_of_run):
+        once(out, "ppo", out=out, **given, **flags)
+    return [[row["trajectories"], row["pass@1"]] for row in read_rows(out / "metrics.jsonl")]
+
+
+# ------------------------------------------------------------------------------------------------ sizes
+
+
+def base_of(run, out, width):
+    """An SFT policy as wide as the reward model that starts from it, on the answers that the policy had."""
+    if width == 64:
+        return run / "sft"
+    start = out / f"start-{width}"
+    if not start.exists():
+        tokenizer = Tokenizer.load(run / "sft")
+        shape = train.arith_shape(tokenizer)
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        scaled = {name: getattr(shape, name) * width // 64 for name in names}
+        seed = inputs_of(run, "sft")["seed"]
+        policy = build_model(LanguageModel, dataclasses.replace(shape, **scaled), Grid())
+        start.mkdir(parents=True)
+        tokenizer.save(start)
+        save_model(init_weights(policy, seed), start)
+    base = out / f"sft-{width}"
+    once(base, "sft", model=start, out=base, **inputs_of(run, "sft"))
+    return base
+
+
+def reward_model_of(run, out, width, lr):
+    """-> directory of Q-RM in a width, its accuracy on the held-out pairs; the demo's own, if it is that"""
+    path = out / f"rm-{width}-{lr:g}"
+    if width == 64 and lr == ARITH["rm"]["lr"] and (run / "rm").exists():
+        path = run / "rm"
+    else:
+        seed = inputs_of(run, "sft")["seed"]
+        base = base_of(run, out, width)
+        once(path, "rm", model=base, data=run / "pairs.jsonl", out=path, lr=lr, seed=seed)
+    measured = out / f"accuracy-{width}-{lr:g}"
+    heldout = run / "pairs-heldout.jsonl"
+    once(measured / "eval.json", "eval", model=path, data=heldout, out=measured, limit=0)
+    return path, result(measured / "eval.json")["pair_accuracy"]
+
+
+def tuned_lrs(out):
+    """{width: learning rate of the reward model}, on a seed that no table has."""
+    run = out / "tuning"
+    once(run / "pairs.jsonl", "pairs", run_dir=run, seed=TUNING_SEED)
+    best = {}
+    for width in WIDTHS:
+        found = {lr: reward_model_of(run, run, width, lr)[1] for lr in RM_LRS}
+        best[width] = max(found, key=found.get)
+        print(f"width {width}: accuracy by learning rate {found}, chosen {best[width]:g}")
+    return best
+
+
+def with_model(path):
+    """train.py's reward_of_run for another reward model than the one that the critic starts from."""
+    original = train.reward_of_run
+
+    def reward_of_run(cfg, tokenizer, rows, grid):
+        return original(dataclasses.replace(cfg, reward_model=str(path)), tokenizer, rows, grid)
+
+    return reward_of_run
+
+
+def sizes(runs, out):
+    lrs = tuned_lrs(out)
+    found = {width: [] for width in WIDTHS}  # [(pair accuracy, curve), ...], one a run
+    for run in runs:
+        home = out / run.name
+        for width, lr in lrs.items():
+            path, accuracy = reward_model_of(run, home, width, lr)
+            where = run / "ppo" if path == run / "rm" else home / f"ppo-{width}"
+            found[width].append((accuracy, ppo_curve(run, where, with_model(path))))
+    head = ["width of the reward model", "lr", "seeds", "pair accuracy"]
+    rows = [head + CURVE_COLUMNS]
+    for width, results in found.items():
+        accuracies, curves = zip(*results)
+        cells = [str(width), f"{lrs[width]:g}", str(len(runs)), mean_and_range(accuracies)]
+        rows.append(cells + curve_cells(curves, [curve for _, curve in found[64]]))
+    print(markdown(rows))
+    accuracies, finals = [], []
+    for of_run in zip(*found.values()):
+        accuracies += centred([accuracy for accuracy, _ in of_run])
+        finals += centred([curve[-1][1] for _, curve in of_run])
+    print(f"correlation of accuracy and final pass@1 within seeds: {corr(accuracies, finals):.2f}")
+
+
+def centred(numbers):
+    return [x - statistics.fmean(numbers) for x in numbers]
+
+
+# ------------------------------------------------------------------------------------------------ samples
+
+
+def samples(runs, out):
+    found = {name: [] for name in POLICIES}
+    for run in runs:
+        for name in POLICIES:
+            path = out / run.name / f"samples-{name}"
+            given = {"data": inputs_of(run, "ppo")["heldout"], "limit": PROMPTS, "k": K, "seed": 1}
+            once(path / "eval.json", "eval", model=run / name, out=path, **given)
+            found[name].append(result(path / "eval.json"))
+    ks = [2**i for i in range(K.bit_length())]
+    rows = [["policy", "greedy", *(f"pass@{k}" for k in ks)]]
+    for name, title in POLICIES.items():
+        cells = [mean_and_range([r["pass@1"] for r in found[name]])]
+        cells += [mean_and_range([r["pass@k"][str(k)] for r in found[name]], 3) for k in ks]
+        rows.append([title, *cells])
+    for name in list(POLICIES)[1:]:
+        cells = [difference([r["pass@1"] for r in found[name]], [r["pass@1"] for r in found["sft"]])]
+        for k in map(str, ks):
+            passed = [[r["pass@k"][k] for r in found[policy]] for policy in (name, "sft")]
+            cells.append(difference(*passed, 3))
+        rows.append([f"{POLICIES[name]}, minus SFT", *cells])
+    print(markdown(rows))
+
+
+# ------------------------------------------------------------------------------------------------ shaping
+
+
+def shaping(ids, response_mask, potential):
+    """Phi(s_{t+1}) - Phi(s_t), (B, T), 0 outside the mask; each answer's sum is 0, and so is its mean.
+
+    ids (B, T+1), response_mask (B, T)
+    potential   (longest answer + 1, V): Phi by the number of response tokens so far and the last of them; it
+                is 0 before the first and after the last one
+    """
+    within = response_mask & ~last_token_mask(response_mask)
+    after = potential[response_mask.cumsum(1), ids[:, 1:]] * within  # (B, T)
+    return (after - F.pad(after, (1, 0))[:, :-1]) * response_mask
+
+
+def shaped(run, scale):
+    """train.py's reward_of_run plus the shaping of a random potential, its std `scale` times that of Z."""
+    original = train.reward_of_run
+
+    def reward_of_run(cfg, tokenizer, rows, grid):
+        reward = original(cfg, tokenizer, rows, grid)
+        pairs = held_out(run, tokenizer, 200)
+        examples = [pair[key] for pair in pairs for key in ("chosen", "rejected")]
+        _, std = moments(reward.rewards, examples, cfg)
+        generator = torch.Generator().manual_seed(cfg.seed)
+        potential = torch.randn(cfg.max_new_tokens + 1, tokenizer.vocab_size, generator=generator)
+        potential *= scale * std / 2**0.5  # a difference of two has std scale * std
+
+        def rewards(ids, response_mask):
+            return reward.rewards(ids, response_mask) + shaping(ids, response_mask, potential)
+
+        return dataclasses.replace(reward, rewards=rewards)
+
+    return reward_of_run
+
+
+def shaping_table(runs, out):
+    found = {}  # {(reading, scale): [curve, ...]}
+    for run in runs:
+        for reading, flags in READINGS.items():
+            for scale in (0, 1):
+                where = out / run.name / f"shaped-{reading}-{scale}"
+                if reading == "tokens" and scale == 0:
+                    where = run / "ppo"
+                curve = ppo_curve(run, where, shaped(run, scale), **flags)
+                found.setdefault((reading, scale), []).append(curve)
+    rows = [["rewards", "shaping's std / Z's", "seeds", *CURVE_COLUMNS]]
+    for (reading, scale), curves in found.items():
+        cells = curve_cells(curves, found[reading, 0])
+        rows.append([reading, str(scale), str(len(runs)), *cells])
+    print(markdown(rows))
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+CURVE_COLUMNS = ["final pass@1", "mean over the run", "final, difference", *(f"to {t}" for t in TARGETS)]
+
+
+def difference(numbers, base, digits=2):
+    """Mean and range over the seeds of a paired difference."""
+    return mean_and_range([a - b for a, b in zip(numbers, base)], digits)
+
+
+def curve_cells(curves, base):
+    """Cells of CURVE_COLUMNS, mean and range over the seeds; the difference is to `base`, seed by seed.
+
+    A target that is never reached counts as the whole run; then how many seeds reach it.
+    """
+    finals = [curve[-1][1] for curve in curves]
+    means = [statistics.fmean(passed for _, passed in curve) for curve in curves]
+    cells = [mean_and_range(finals), mean_and_range(means)]
+    cells.append("" if curves == base else difference(finals, [curve[-1][1] for curve in base]))
+    for target in TARGETS:
+        times = [reach(curve, target) for curve in curves]
+        hits = sum(time is not None for time in times)
+        counted = [curve[-1][0] if time is None else time for time, curve in zip(times, curves)]
+        cells.append(f"{mean_and_range(counted, 0)}, {hits}/{len(times)}")
+    return cells
+
+
+PARTS = {"samples": samples, "sizes": sizes, "shaping": shaping_table}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("runs/probes"))
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    for part in args.parts:
+        print(f"\n{part}")
+        PARTS[part](args.runs, args.out)
+
+
+if __name__ == "__main__":
+    main()
