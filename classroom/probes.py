@@ -38,8 +38,6 @@ from support.settings import ARITH
 from support.tokenizers import Tokenizer
 
 WIDTHS = (32, 64, 128)  # of the reward model; the policy and the critic have 64
-RM_LRS = (1e-3, 2e-3, 4e-3)  # chosen for each width by accuracy on the held-out pairs of TUNING_SEED
-TUNING_SEED = 100
 POLICIES = {
     "sft": "SFT",
     "ppo": "PPO, Q-RM",
@@ -84,49 +82,36 @@ def ppo_curve(run, out, reward_of_run, **flags):
 
 def base_of(run, out, width):
     """An SFT policy as wide as the reward model that starts from it, on the answers that the policy had."""
-    if width == 64:
-        return run / "sft"
-    start = out / f"start-{width}"
+    start, base = out / f"start-{width}", out / f"sft-{width}"
+    given = inputs_of(run, "sft")
     if not start.exists():
         tokenizer = Tokenizer.load(run / "sft")
         shape = train.arith_shape(tokenizer)
         names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
         scaled = {name: getattr(shape, name) * width // 64 for name in names}
-        seed = inputs_of(run, "sft")["seed"]
         policy = build_model(LanguageModel, dataclasses.replace(shape, **scaled), Grid())
         start.mkdir(parents=True)
         tokenizer.save(start)
-        save_model(init_weights(policy, seed), start)
-    base = out / f"sft-{width}"
-    once(base, "sft", model=start, out=base, **inputs_of(run, "sft"))
+        save_model(init_weights(policy, given["seed"]), start)
+    once(base, "sft", model=start, out=base, lr=lr_of("sft", width), **given)
     return base
 
 
-def reward_model_of(run, out, width, lr):
-    """-> directory of Q-RM in a width, its accuracy on the held-out pairs; the demo's own, if it is that"""
-    path = out / f"rm-{width}-{lr:g}"
-    if width == 64 and lr == ARITH["rm"]["lr"] and (run / "rm").exists():
-        path = run / "rm"
-    else:
-        seed = inputs_of(run, "sft")["seed"]
-        base = base_of(run, out, width)
-        once(path, "rm", model=base, data=run / "pairs.jsonl", out=path, lr=lr, seed=seed)
-    measured = out / f"accuracy-{width}-{lr:g}"
-    heldout = run / "pairs-heldout.jsonl"
-    once(measured / "eval.json", "eval", model=path, data=heldout, out=measured, limit=0)
+def lr_of(stage, width):
+    """The demo's learning rate at its width, 64, and in inverse proportion to the width elsewhere."""
+    return ARITH[stage]["lr"] * 64 / width
+
+
+def reward_model_of(run, out, width):
+    """-> directory of Q-RM in a width (64: the demo's own), its accuracy on the held-out pairs"""
+    path = run / "rm"
+    if width != 64:
+        path = out / f"rm-{width}"
+        given = {"data": run / "pairs.jsonl", "seed": inputs_of(run, "rm")["seed"]}
+        once(path, "rm", model=base_of(run, out, width), out=path, lr=lr_of("rm", width), **given)
+    measured = out / f"accuracy-{width}"
+    once(measured / "eval.json", "eval", model=path, data=run / "pairs-heldout.jsonl", out=measured, limit=0)
     return path, result(measured / "eval.json")["pair_accuracy"]
-
-
-def tuned_lrs(out):
-    """{width: learning rate of the reward model}, on a seed that no table has."""
-    run = out / "tuning"
-    once(run / "pairs.jsonl", "pairs", run_dir=run, seed=TUNING_SEED)
-    best = {}
-    for width in WIDTHS:
-        found = {lr: reward_model_of(run, run, width, lr)[1] for lr in RM_LRS}
-        best[width] = max(found, key=found.get)
-        print(f"width {width}: accuracy by learning rate {found}, chosen {best[width]:g}")
-    return best
 
 
 def with_model(path):
@@ -140,19 +125,17 @@ def with_model(path):
 
 
 def sizes(runs, out):
-    lrs = tuned_lrs(out)
     found = {width: [] for width in WIDTHS}  # [(pair accuracy, curve), ...], one a run
     for run in runs:
         home = out / run.name
-        for width, lr in lrs.items():
-            path, accuracy = reward_model_of(run, home, width, lr)
-            where = run / "ppo" if path == run / "rm" else home / f"ppo-{width}"
+        for width in WIDTHS:
+            path, accuracy = reward_model_of(run, home, width)
+            where = run / "ppo" if width == 64 else home / f"ppo-{width}"
             found[width].append((accuracy, ppo_curve(run, where, with_model(path))))
-    head = ["width of the reward model", "lr", "seeds", "pair accuracy"]
-    rows = [head + CURVE_COLUMNS]
+    rows = [["width of the reward model", "seeds", "pair accuracy", *CURVE_COLUMNS]]
     for width, results in found.items():
         accuracies, curves = zip(*results)
-        cells = [str(width), f"{lrs[width]:g}", str(len(runs)), mean_and_range(accuracies)]
+        cells = [str(width), str(len(runs)), mean_and_range(accuracies, 3)]
         rows.append(cells + curve_cells(curves, [curve for _, curve in found[64]]))
     print(markdown(rows))
     accuracies, finals = [], []
@@ -263,7 +246,7 @@ def curve_cells(curves, base):
     finals = [curve[-1][1] for curve in curves]
     means = [statistics.fmean(passed for _, passed in curve) for curve in curves]
     cells = [mean_and_range(finals), mean_and_range(means)]
-    cells.append("" if curves == base else difference(finals, [curve[-1][1] for curve in base]))
+    cells.append("" if list(curves) == base else difference(finals, [curve[-1][1] for curve in base]))
     for target in TARGETS:
         times = [reach(curve, target) for curve in curves]
         hits = sum(time is not None for time in times)

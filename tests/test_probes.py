@@ -108,7 +108,6 @@ def run(tmp_path, monkeypatch):
 
 def test_every_part(run, tmp_path, capsys):
     out = tmp_path / "probes"
-    shutil.copytree(run, out / "tuning")  # the tuning seed's pairs would take a trained policy
     arguments = [str(run), "--out", str(out)]
     probes.main(arguments)
     first = capsys.readouterr().out
