@@ -153,26 +153,26 @@ def centred(numbers):
 
 
 def samples(runs, out):
-    found = {name: [] for name in POLICIES}
-    for run in runs:
-        for name in POLICIES:
-            path = out / run.name / f"samples-{name}"
-            given = {"data": inputs_of(run, "ppo")["heldout"], "limit": PROMPTS, "k": K, "seed": 1}
-            once(path / "eval.json", "eval", model=run / name, out=path, **given)
-            found[name].append(result(path / "eval.json"))
-    ks = [2**i for i in range(K.bit_length())]
-    rows = [["policy", "greedy", *(f"pass@{k}" for k in ks)]]
-    for name, title in POLICIES.items():
-        cells = [mean_and_range([r["pass@1"] for r in found[name]])]
-        cells += [mean_and_range([r["pass@k"][str(k)] for r in found[name]], 3) for k in ks]
-        rows.append([title, *cells])
-    for name in list(POLICIES)[1:]:
-        cells = [difference([r["pass@1"] for r in found[name]], [r["pass@1"] for r in found["sft"]])]
-        for k in map(str, ks):
-            passed = [[r["pass@k"][k] for r in found[policy]] for policy in (name, "sft")]
-            cells.append(difference(*passed, 3))
-        rows.append([f"{POLICIES[name]}, minus SFT", *cells])
+    found = {}  # {policy: {column: [share, one a run]}}
+    for name in POLICIES:
+        results = [sampled(run, out / run.name / f"samples-{name}", name) for run in runs]
+        found[name] = {"greedy": [r["pass@1"] for r in results]}
+        for k in results[0]["pass@k"]:
+            found[name][f"pass@{k}"] = [r["pass@k"][k] for r in results]
+    rows = [["policy", *found["sft"]]]
+    for name, columns in found.items():
+        rows.append([POLICIES[name], *(mean_and_range(shares, 3) for shares in columns.values())])
+    for name, columns in list(found.items())[1:]:
+        pairs = zip(columns.values(), found["sft"].values())
+        rows.append([f"{POLICIES[name]}, minus SFT", *(difference(*pair, 3) for pair in pairs)])
     print(markdown(rows))
+
+
+def sampled(run, path, name):
+    """eval.json of a policy of a run, with K samples of each prompt."""
+    given = {"data": inputs_of(run, "ppo")["heldout"], "limit": PROMPTS, "k": K, "seed": 1}
+    once(path / "eval.json", "eval", model=run / name, out=path, **given)
+    return result(path / "eval.json")
 
 
 # ------------------------------------------------------------------------------------------------ shaping
