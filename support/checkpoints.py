@@ -279,7 +279,8 @@ class Workdir:
 
     def __init__(self, cfg, out, grid, trained, inputs=None):
         """inputs: {description: value}; a checkpoint must fit these, the flags and the models' sizes."""
-        self.cfg, self.out, self.grid, self.trained = cfg, Path(out), grid, trained
+        self.cfg, self.grid, self.trained = cfg, grid, trained
+        self.out = Path(out).resolve() if Path(out).is_symlink() else Path(out)  # a link stays a link
         self.path = self.out.with_name(self.out.name + ".partial")
         self.old = self.out.with_name(self.out.name + ".old")
         self.state = self.path / "state" / "state.json"

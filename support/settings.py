@@ -667,14 +667,23 @@ def check_paths(cfg):
 
 
 def check_replaced(cfg, out):
-    """--out replaces nothing that the command reads."""
-    written = [out, heldout_path(cfg)] if cfg.stage == "pairs" and cfg.heldout else [out]
-    read = ("data", "heldout", "judge_prompt")
-    read = read if cfg.stage == "eval" else ("model", "reward_model", "outcome_model", *read)
-    for name in read:
-        source = getattr(cfg, name)
-        over = source and any(path.exists() and path.samefile(source) for path in written)
+    """--out replaces nothing that the command reads, and no directory that holds such a thing."""
+    if cfg.stage == "demo":
+        return  # it writes in --run_dir
+    written = [out / "eval.json"] if cfg.stage == "eval" else [out]
+    if cfg.stage == "pairs" and cfg.heldout:
+        written.append(heldout_path(cfg))
+    names = ("run_dir", "model", "reward_model", "outcome_model", "data", "heldout", "judge_prompt")
+    read = {name: getattr(cfg, name) for name in names} | {"reward": cfg.reward.rpartition(":")[0]}
+    for name, source in read.items():
+        places = [Path(source), *Path(source).resolve().parents] if source else []
+        over = any(same_path(path, place) for path in written for place in places)
         require(not over, f"--out {out}: would replace --{name} {source}; expected another name")
+
+
+def same_path(a, b):
+    """Whether two paths are one, by any name, whether or not there is anything."""
+    return a.samefile(b) if a.exists() and b.exists() else a.resolve() == b.resolve()
 
 
 def out_path(cfg):

@@ -77,7 +77,7 @@ CHECKS = {}  # name: (function of a grid, is about tp alone, is about dp, most p
 
 
 def check(tp_alone, dp_alone=False, most=4):
-    """A check of tensor parallelism alone, of data parallelism alone, or of any grid up to `most` processes."""
+    """A check of tensor parallelism alone, of data parallelism alone, or of grids up to `most` processes."""
 
     def keep(function):
         CHECKS[function.__name__.replace("_", " ")] = (function, tp_alone, dp_alone, most)

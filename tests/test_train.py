@@ -1476,6 +1476,10 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
     link.symlink_to(mine)
     before = mine.read_bytes()
     model = ["--model", built / "sft"]
+    inside = tmp_path / "inside"  # a result of train.py, with what its owner put into it
+    shutil.copytree(built / "sft", inside)
+    shutil.copytree(built / "sft", inside / "sft")
+    shutil.copy(pairs_file, inside / "mine.jsonl")
     for words, name in [
         (["--stage", "grade", "--data", mine, "--out", mine], "data"),
         (["--stage", "grade", "--data", mine, "--out", link], "data"),
@@ -1486,12 +1490,34 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
         ),
         (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "sft"], "model"),
         (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "rm" / ".." / "sft"], "model"),
+        (["--stage", "rm", *model, "--data", inside / "mine.jsonl", "--out", inside], "data"),
+        (["--stage", "rm", "--model", inside / "sft", "--data", pairs_file, "--out", inside], "model"),
+        (["--stage", "reinforce", "--reward", f"{inside}/own.py:f", "--out", inside], "reward"),
+        (["--stage", "rm", "--run_dir", tmp_path / "new", "--out", tmp_path / "new"], "run_dir"),
     ]:
         (tmp_path / "x").mkdir(exist_ok=True)
         assert_refused(command, tmp_path, words, "would replace", f"--{name} ")
     assert mine.read_bytes() == before
     words = ["--stage", "grade", "--data", mine, "--out", tmp_path / "out.jsonl"]
     assert command(*words)[0] == 0 and command(*words)[0] == 0  # its own result may be replaced
+
+
+def test_a_link_as_out_stays_a_link(tmp_path):
+    """Its target is replaced; renaming the link would end the second run with its result unpublished."""
+    link, there = tmp_path / "link", tmp_path / "disk" / "sft"
+    link.symlink_to(there)
+    for run in ("first", "second"):  # the target is missing at first
+        work = Workdir(settings.Config(stage="sft"), link, Grid(), {})
+        (work.path / "run.json").write_text(run)
+        work.publish()
+        assert link.is_symlink() and (there / "run.json").read_text() == run
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "disk",
+        "link",
+        "metrics.jsonl",
+        "run.json",
+        "sft",
+    ]
 
 
 def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_path):
