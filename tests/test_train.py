@@ -29,6 +29,7 @@ from parallel import Grid, Optimizer
 from qrm import REWARD_MODELS
 from support import evaluate, graders, settings, tokenizers
 from support.checkpoints import Workdir
+from support.files import BadInput
 from support.sampling import generate
 
 REPOSITORY = Path(__file__).parents[1]
@@ -1518,6 +1519,20 @@ def test_a_link_as_out_stays_a_link(tmp_path):
         "run.json",
         "sft",
     ]
+
+
+def test_of_two_runs_with_one_out_the_later_goes_on(tmp_path):
+    """The earlier one ends at its next line or at its end, before it can mix its metrics with the other's."""
+    for resume in (False, True):
+        early, late = [
+            Workdir(settings.Config(stage="sft", resume=resume), tmp_path / "o", Grid(), {}) for _ in "ab"
+        ]
+        for step in (early.log, lambda row: early.publish()):
+            with pytest.raises(BadInput, match="another run with --out"):
+                step({"step": 0})
+        late.log({"step": 0, "loss": 1.0})
+        late.publish()
+        assert rows_of(tmp_path / "o" / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
 
 
 def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_path):
