@@ -283,12 +283,13 @@ class Workdir:
         self.cfg, self.grid, self.trained = cfg, grid, trained
         self.out = Path(out).resolve() if Path(out).is_symlink() else Path(out)  # a link stays a link
         self.path = self.out.with_name(self.out.name + ".partial")
-        self.old = self.out.with_name(self.out.name + ".old")
+        self.old = self.out.with_name(self.out.name + ".replaced")  # no name that a user gives a copy
         self.state = self.path / "state" / "state.json"
         self.first_step = 0
         self.saved_step = 0
         self.identity = self._identity(inputs or {})
-        if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
+        is_whole = (self.path / "run.json").exists()
+        if grid.is_main and self.old.exists() and not self.out.exists() and is_whole:
             self.path.rename(self.out)  # a kill between the two renames of publish(): the new result is whole
         barrier(self.grid)
         if cfg.resume and not self.state.exists():

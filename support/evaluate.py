@@ -40,7 +40,7 @@ from qrm import (
     with_outcome,
 )
 from reinforce import standardize
-from support.files import BadInput, at_line, read_json, require, write_atomically
+from support.files import BadInput, at_line, read_json, read_jsonl, require, write_atomically
 from support.graders import MAX_CHARS, can_match, extract_answer, grade, meaning
 from support.judge import judge_reward, make_judge
 from support.rewards import answer_text, graded_reward, user_reward
@@ -136,6 +136,20 @@ def reward_name(directory, otherwise="qrm"):
 def judges(directory):
     """Whether a directory holds a reward model; dpo's and logit's are known by run.json alone."""
     return is_reward_model(directory) or REWARD_MODELS[reward_name(directory)].base is LanguageModel
+
+
+def kind_of_eval(directory, cfg):
+    """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
+    _, row = next(read_jsonl(cfg.data), (0, {}))
+    if "responses" in row:
+        return "candidates"
+    if cfg.reward == "judge" and "chosen" in row:
+        return "judge"
+    if judges(directory) and "completions" in row:
+        return "steps"
+    if judges(directory) and (is_reward_model(directory) or "chosen" in row):
+        return "reward model"
+    return "policy"  # dpo's and logit's models are policies, too
 
 
 def load_reward(name, directory, tokenizer, cfg, grid):
