@@ -36,7 +36,7 @@ def files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("reward", REWARD_MODELS)
 def test_what_a_loss_reads(reward):
-    """The loss of two pairs changes with --beta and --margin exactly where the kind says that it reads them."""
+    """The loss of two pairs changes with --beta and --margin exactly where the kind reads them."""
     kind = REWARD_MODELS[reward]
     model, reference = (random_model(kind.base, small_config(), seed) for seed in (0, 1))
     examples = [Example([1, 2], [3] * n) for n in (2, 3, 1, 4)]
