@@ -410,7 +410,7 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
     correct = all_sum({"correct": correct}, grid)["correct"]
     found = all_ranks(found, grid)
     missing = "has a right answer" if cfg.best else "has both a right and a wrong answer"
-    missing = "has an answer that ends" if cfg.step_rollouts else missing
+    missing = "has an answer that ends" if cfg.step_rollouts or reward else missing
     require(found, f"{cfg.data}: no prompt {missing}; raise --k or --limit, or use another policy")
     if grid.is_main:
         write_rows(path, found, Grid())
