@@ -802,7 +802,7 @@ IN_RL = (
 JUDGED = "--reward judge --verdicts 3,4 --judge_prompt {base}"
 EVERY_GRID = {
     "steps.jsonl": "--stage pairs --step_rollouts 2 --k 2 --limit 5",
-    "best.jsonl": "--stage pairs --best --reward_model {base}/rm --k 4",
+    "best.jsonl": "--stage pairs --best --reward_model {base}/rm --k 4 --limit 9",
     "prm": f"--stage rm --reward prm --balance_prompts {ON_PAIRS} --data {{one}}/steps.jsonl",
     "simpo": f"--stage rm --reward simpo --balance_prompts {ON_PAIRS}",
     "orm": f"--stage rm --reward orm {ON_PAIRS}",
@@ -811,7 +811,7 @@ EVERY_GRID = {
     "of pairs": "--stage eval --model {one}/prm --data {base}/pairs.jsonl --prm_aggregate min",
     "of given answers": "--stage eval --model {base}/rm --data {base}/given.jsonl",
     "of a judge": f"--stage eval --data {{base}}/pairs.jsonl {JUDGED}/question.txt",
-    "by a judge": f"--stage eval --k 4 --reward_model {{base}}/sft {JUDGED}/about-one.txt",
+    "by a judge": f"--stage eval --k 4 --limit 9 --reward_model {{base}}/sft {JUDGED}/about-one.txt",
     "score.jsonl": f"--stage score --data {{base}}/sft.jsonl --limit 9 {JUDGED}/about-one.txt",
     "process": f"--stage reinforce --reward prm --reward_model {{one}}/prm --advantage process {IN_RL}",
     "judge": f"--stage reinforce --reward_model {{base}}/sft {JUDGED}/about-one.txt {IN_RL}",
