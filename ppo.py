@@ -15,7 +15,8 @@ from model import at_states, scatter_to_mask, token_logprobs
 from parallel import Update, all_reduce, all_sum
 from reinforce import (
     ROUNDING,
-    by_parts,
+    cut_rows,
+    join_rows,
     kl_loss,
     mean_stats,
     micro_batches,
@@ -171,7 +172,6 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
 def old_values(critic, rollout, cuts):
     """V(s_t) before the first update, computed in the micro-batches of the updates: (B, T)"""
 
-    def values(ids, response_mask):
-        return {"values": state_values(critic, ids, response_mask)}
-
-    return by_parts(values, rollout.ids, rollout.response_mask, cuts)["values"]
+    parts = cut_rows(rollout.ids, rollout.response_mask, cuts)
+    values = [state_values(critic, ids, response_mask) for ids, response_mask in parts]  # (b, t) each
+    return join_rows(values, rollout.response_mask.shape[1])

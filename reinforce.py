@@ -81,19 +81,19 @@ def minibatches(lengths, cfg):
     return cuts
 
 
-def by_parts(f, ids, response_mask, cuts):
-    """Runs f on one micro-batch at a time. -> {name: (B, T) fp32}, 0 in the columns that f did not see
+def cut_rows(ids, response_mask, cuts):
+    """Yields the micro-batches in order: ids (b, t+1), response_mask (b, t), less the columns of pads alone.
 
-    f      (ids (b, t+1), response_mask (b, t)) -> {name: (b, t)}; t drops columns that only other rows need
-    cuts   what minibatches returns: together they cover all rows, in order
+    ids (B, T+1), response_mask (B, T); cuts: what minibatches returns
     """
-    T, parts = response_mask.shape[1], {}
     for start, stop in (span for minibatch in cuts for span in minibatch):
         t = used_columns(response_mask[start:stop])
-        results = f(ids[start:stop, : t + 1], response_mask[start:stop, :t])
-        for name, x in results.items():
-            parts.setdefault(name, []).append(F.pad(x.float(), (0, T - t)))  # (b, t) -> (b, T)
-    return {name: torch.cat(rows) for name, rows in parts.items()}
+        yield ids[start:stop, : t + 1], response_mask[start:stop, :t]
+
+
+def join_rows(parts, T):
+    """The inverse of cut_rows, for results: [(b, t)] -> (B, T) fp32, 0 in the columns that were left out"""
+    return torch.cat([F.pad(part.float(), (0, T - part.shape[1])) for part in parts])
 
 
 # exercise 5.1 (2 points): KL from one sampled token
@@ -109,6 +109,24 @@ def kl_estimates(logprobs, ref_logprobs):
     k1 = logprobs - ref_logprobs
     log_ratio = (-k1).clamp(max=60.0)
     return k1, torch.expm1(log_ratio) - log_ratio
+
+
+def score_tokens(policy, reference, reward, ids, response_mask, cfg):
+    """The numbers of a Rollout for one micro-batch, by the forward that training will run: {name: (B, T)}"""
+    old_logprobs, entropy = token_logprobs(policy, ids, response_mask, cfg.temperature)
+    ref_logprobs, _ = token_logprobs(reference, ids, response_mask, cfg.temperature)
+    kl_k1, kl_k3 = kl_estimates(old_logprobs, ref_logprobs)
+    kl_exact = torch.zeros_like(kl_k1)
+    if cfg.kl == "exact":
+        kl_exact = exact_kl(policy, reference, ids, response_mask, cfg.temperature)
+    return {
+        "old_logprobs": old_logprobs,
+        "entropy": entropy,
+        "kl_k1": kl_k1,
+        "kl_k3": kl_k3,
+        "kl_exact": kl_exact,
+        "scores": reward.rewards(ids, response_mask).masked_fill(~response_mask, 0.0),
+    }
 
 
 @torch.no_grad()
@@ -132,31 +150,18 @@ def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed, pla
     )
     examples = [Example(prompt, response) for prompt, response in zip(prompts, responses)]
     ids, response_mask = collate(examples, device)  # (B, T+1), (B, T)
-
-    def score(ids, response_mask):  # by the forward that training will run, in the same micro-batches
-        old_logprobs, entropy = token_logprobs(policy, ids, response_mask, cfg.temperature)
-        ref_logprobs, _ = token_logprobs(reference, ids, response_mask, cfg.temperature)
-        kl_k1, kl_k3 = kl_estimates(old_logprobs, ref_logprobs)
-        kl_exact = torch.zeros_like(kl_k1)
-        if cfg.kl == "exact":
-            kl_exact = exact_kl(policy, reference, ids, response_mask, cfg.temperature)
-        return {
-            "old_logprobs": old_logprobs,
-            "entropy": entropy,
-            "kl_k1": kl_k1,
-            "kl_k3": kl_k3,
-            "kl_exact": kl_exact,
-            "scores": reward.rewards(ids, response_mask).masked_fill(~response_mask, 0.0),
-        }
-
-    lengths = [sequence_length(example) for example in examples]
-    scored = by_parts(score, ids, response_mask, minibatches(lengths, cfg))
+    cuts = minibatches([sequence_length(example) for example in examples], cfg)
+    parts = [
+        score_tokens(policy, reference, reward, part_ids, part_mask, cfg)
+        for part_ids, part_mask in cut_rows(ids, response_mask, cuts)
+    ]
+    T = response_mask.shape[1]
     return Rollout(
         ids=ids,
         response_mask=response_mask,
         truncated=torch.tensor(truncated, device=device),
         reward_mask=reward.speaks(ids, response_mask) & response_mask,
-        **scored,
+        **{name: join_rows([part[name] for part in parts], T) for name in parts[0]},
     )
 
 
