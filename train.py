@@ -41,7 +41,6 @@ from model import (
     add_lora,
     build_model,
     init_weights,
-    save_model,
     token_logprobs,
 )
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
@@ -90,6 +89,7 @@ from support.settings import (
     unread_flags,
 )
 from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
+from support.weights import save_model
 
 # -------------------------------------------------------------------------------- the stages
 

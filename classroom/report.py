@@ -58,12 +58,13 @@ from classroom.run_files import (
     start_of,
     weight_bytes,
 )
-from model import LanguageModel, ScalarModel, load_model, token_logprobs
+from model import LanguageModel, ScalarModel, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import ppo_advantages, ppo_step, state_values
 from qrm import REWARD_MODELS
 from reinforce import Rollout, collect_rollout, minibatches, reinforce_advantages, reinforce_step, standardize
 from support import evaluate, files, graders, settings, tokenizers
+from support.weights import load_model
 
 EXAMPLES = 3  # prompts shown token by token
 PAIRS = 400  # held-out pairs in the averages

@@ -29,7 +29,7 @@ from data import (
     spans,
     stable_hash,
 )
-from model import LanguageModel, ScalarModel, load_model, read_config, stored_head
+from model import LanguageModel, ScalarModel
 from parallel import Grid, all_sum, say
 from qrm import (
     REWARD_MODELS,
@@ -47,6 +47,7 @@ from support.rewards import answer_text, graded_reward, user_reward
 from support.sampling import generate
 from support.settings import GRADED_REWARDS, out_path
 from support.tokenizers import Tokenizer
+from support.weights import load_model, read_config, stored_head
 
 # -------------------------------------------------------------------------------- loading
 

@@ -40,9 +40,6 @@ from model import (
     add_lora,
     build_model,
     init_weights,
-    load_model,
-    save_adapter,
-    save_model,
     token_logprobs,
 )
 from parallel import (
@@ -66,6 +63,7 @@ from qrm import reward_model_loss
 from support import checkpoints, evaluate, sampling, settings, tokenizers
 from support.sampling import generate
 from support.settings import Loss
+from support.weights import load_model, save_adapter, save_model
 
 SHAPES = {
     2: [(2, 1), (1, 2)],

@@ -22,6 +22,7 @@ SUPPORT = (
     "settings",
     "steps",
     "tokenizers",
+    "weights",
 )
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
@@ -30,7 +31,8 @@ ARROWS = {  # a file -> what of ours it may import
     "support.expressions": ("support.files",),
     "support.graders": ("support.expressions", "support.files"),
     "parallel": ("support.files",),
-    "model": ("parallel", "support.files"),
+    "model": ("parallel",),
+    "support.weights": ("model", "parallel", "support.files"),
     "support.rows": ("support.files", "support.tokenizers", "support.graders"),
     "data": ("support.files", "support.tokenizers", "support.rows"),
     "qrm": ("model",),

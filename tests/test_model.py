@@ -26,20 +26,24 @@ from model import (
     build_model,
     generate_plainly,
     init_weights,
-    load_model,
     response_log_softmax,
     rope_frequencies,
     rope_table,
     sample_tokens,
     sampling_uniforms,
-    save_adapter,
-    save_model,
-    stored_head,
     token_logprobs,
 )
 from parallel import Grid
 from support.files import BadInput
 from support.sampling import KVCache, generate
+from support.weights import (
+    config_from_dict,
+    config_to_dict,
+    load_model,
+    save_adapter,
+    save_model,
+    stored_head,
+)
 
 SCALING = RopeScaling(
     8.0, 1.0, 2.0, 16
@@ -781,7 +785,8 @@ def test_adapters_are_no_model(tmp_path):
 
 LOADER = """import sys
 sys.path.insert(0, sys.argv[1])
-from model import LanguageModel, build_model, load_model, read_config
+from model import LanguageModel, build_model
+from support.weights import load_model, read_config
 from parallel import Grid
 build_model(LanguageModel, read_config(sys.argv[2])[0], Grid())  # torch's own modules for the meta device
 kib = lambda key: int(open("/proc/self/status").read().split(key)[1].split()[0])
@@ -929,11 +934,11 @@ def test_config_in_the_old_form_and_with_rope_parameters():
     expected = ModelConfig(
         100, 64, 96, 3, 8, 2, 8, 1e-5, 5e5, RopeScaling(8.0, 1.0, 4.0, 8192), False, 2048, "llama"
     )
-    assert ModelConfig.from_dict({**RAW, "rope_theta": 5e5, "rope_scaling": LLAMA3}) == expected
-    assert ModelConfig.from_dict({**RAW, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}) == expected
-    assert ModelConfig.from_dict({**RAW, "rope_theta": 5e5, "rope_parameters": LLAMA3}) == expected
+    assert config_from_dict({**RAW, "rope_theta": 5e5, "rope_scaling": LLAMA3}) == expected
+    assert config_from_dict({**RAW, "rope_parameters": {**LLAMA3, "rope_theta": 5e5}}) == expected
+    assert config_from_dict({**RAW, "rope_theta": 5e5, "rope_parameters": LLAMA3}) == expected
     both = {**RAW, "rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}
-    assert ModelConfig.from_dict(both) == expected  # transformers lets rope_scaling win
+    assert config_from_dict(both) == expected  # transformers lets rope_scaling win
     plain = ModelConfig(100, 64, 96, 3, 8, 2, 16, 1e-5, 5e5, None, True, 4096, "qwen2")
     shared = {
         **RAW,
@@ -942,34 +947,31 @@ def test_config_in_the_old_form_and_with_rope_parameters():
         "tie_word_embeddings": True,
         "max_position_embeddings": 4096,
     }
-    assert ModelConfig.from_dict({**shared, "rope_theta": 5e5, "rope_scaling": None}) == plain
+    assert config_from_dict({**shared, "rope_theta": 5e5, "rope_scaling": None}) == plain
     assert (
-        ModelConfig.from_dict({**shared, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}})
-        == plain
+        config_from_dict({**shared, "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}) == plain
     )
 
 
 def test_config_defaults_are_transformers_own():
     needed = {k: RAW[k] for k in RAW if k not in ("num_key_value_heads", "rms_norm_eps", "hidden_act")}
-    cfg = ModelConfig.from_dict({**needed, "head_dim": None})
+    cfg = config_from_dict({**needed, "head_dim": None})
     assert cfg == ModelConfig(100, 64, 96, 3, 8, 8, 8, 1e-6, 10000.0, None, False, 2048, "llama")
     needed |= {"num_attention_heads": 64, "model_type": "qwen2"}
-    cfg = ModelConfig.from_dict(needed | {"head_dim": 2})
+    cfg = config_from_dict(needed | {"head_dim": 2})
     assert cfg == ModelConfig(100, 64, 96, 3, 64, 32, 2, 1e-6, 10000.0, None, False, 32768, "qwen2")
-    assert (
-        ModelConfig.from_dict(needed | {"head_dim": 2, "num_key_value_heads": None}).num_key_value_heads == 64
-    )
+    assert config_from_dict(needed | {"head_dim": 2, "num_key_value_heads": None}).num_key_value_heads == 64
 
 
 @pytest.mark.parametrize(
     "cfg", [small_config(), small_config(rope_scaling=SCALING, tie_word_embeddings=False, model_type="qwen2")]
 )
 def test_config_round_trip(cfg):
-    raw = json.loads(json.dumps(cfg.to_dict("lm")))
-    assert ModelConfig.from_dict(raw) == cfg
+    raw = json.loads(json.dumps(config_to_dict(cfg, "lm")))
+    assert config_from_dict(raw) == cfg
     family = {"llama": "Llama", "qwen2": "Qwen2"}[cfg.model_type]
     assert raw["architectures"] == [f"{family}ForCausalLM"]
-    score = cfg.to_dict("score")
+    score = config_to_dict(cfg, "score")
     assert score["architectures"] == [f"{family}ForTokenClassification"]
     assert score["num_labels"] == 1 and not score["tie_word_embeddings"]
 
@@ -1002,14 +1004,14 @@ def test_config_round_trip(cfg):
     ],
 )
 def test_configs_that_would_go_wrong_are_refused(change, reason):
-    ModelConfig.from_dict(RAW)
+    config_from_dict(RAW)
     with pytest.raises(ValueError, match=reason):
-        ModelConfig.from_dict({**RAW, **change})
+        config_from_dict({**RAW, **change})
 
 
 def test_a_missing_size_is_named():
     with pytest.raises(ValueError, match="intermediate_size"):
-        ModelConfig.from_dict({k: RAW[k] for k in RAW if k != "intermediate_size"})
+        config_from_dict({k: RAW[k] for k in RAW if k != "intermediate_size"})
 
 
 # -------------------------------------------------------------------------------- transformers
@@ -1028,7 +1030,7 @@ def test_a_missing_size_is_named():
 )
 def test_transformers_gives_the_same_numbers(tmp_path, cfg):
     transformers = pytest.importorskip("transformers")
-    config = transformers.AutoConfig.for_model(**cfg.to_dict("lm"))
+    config = transformers.AutoConfig.for_model(**config_to_dict(cfg, "lm"))
     theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
