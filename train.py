@@ -58,17 +58,7 @@ from support.evaluate import (
     flat,
     greedy_pass,
     hash_seed,
-    is_reward_model,
-    judges,
-    load,
-    load_ranker,
-    load_reward,
-    load_tokenizer,
-    log_to,
     make_pairs,
-    read_rows,
-    reward_name,
-    reward_of_run,
     sample_graded,
     score_examples,
     show_tokens,
@@ -76,6 +66,18 @@ from support.evaluate import (
 )
 from support.files import BadInput, at_line, read_jsonl, require, write_atomically
 from support.graders import grade
+from support.loading import (
+    has_scalar_head,
+    holds_reward_model,
+    load,
+    load_ranker,
+    load_reward,
+    load_tokenizer,
+    log_to,
+    read_rows,
+    reward_name,
+    reward_of_run,
+)
 from support.settings import (
     ARITH,
     FIELDS,
@@ -219,7 +221,7 @@ def frozen_start(model, cfg, grid):
 def load_critic(cfg, grid):
     """PPO's critic: the reward model's decoder (else the policy's) with a new scalar head, zero at first."""
     start = cfg.model
-    if cfg.reward_model and is_reward_model(cfg.reward_model):
+    if cfg.reward_model and has_scalar_head(cfg.reward_model):
         start = cfg.reward_model
     critic = load(ScalarModel, start, cfg, grid)
     critic.score.weight.data.zero_()
@@ -457,9 +459,9 @@ def kind_of_eval(directory, cfg):
         return "candidates"
     if cfg.reward == "judge" and "chosen" in row:
         return "judge"
-    if judges(directory) and "completions" in row:
+    if holds_reward_model(directory) and "completions" in row:
         return "steps"
-    if judges(directory) and (is_reward_model(directory) or "chosen" in row):
+    if holds_reward_model(directory) and (has_scalar_head(directory) or "chosen" in row):
         return "reward model"
     return "policy"  # dpo's and logit's models are policies, too
 
@@ -471,7 +473,7 @@ def stage_score(cfg, grid):
     if cfg.reward == "judge":
         key = "scores"
         numbers_of = load_ranker(cfg.model, tokenizer, rows, cfg, grid).rewards
-    elif is_reward_model(cfg.model):
+    elif has_scalar_head(cfg.model):
         key = "scores"
         numbers_of = load_reward("qrm", cfg.model, tokenizer, cfg, grid).rewards
     else:
@@ -607,7 +609,7 @@ def judge_files(cfg, grid):
     if not chosen:
         result_of("rm", cfg, grid)
     alone = cfg.reward == "judge" and not cfg.reward_model  # it is the model to evaluate
-    if not chosen or judges(chosen) or alone:
+    if not chosen or holds_reward_model(chosen) or alone:
         result_of("pairs", cfg, grid)
         paths["heldout"] = str(heldout_path(stage_config(cfg, "pairs")))
     own = out_path(stage_config(cfg, "rm"))

@@ -16,6 +16,7 @@ SUPPORT = (
     "files",
     "graders",
     "judge",
+    "loading",
     "rewards",
     "rows",
     "sampling",
