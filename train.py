@@ -47,7 +47,7 @@ from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import REWARD_MODELS, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
-from support.checkpoints import Training, fingerprints, out_of_date, run_path, sources
+from support.checkpoints import Training, fingerprints, in_words, out_of_date, run_path, sources
 from support.compare import eval_candidates, eval_judge
 from support.evaluate import (
     all_ranks,
@@ -249,7 +249,7 @@ def say_accuracy(cfg, grid):
     """The new reward model's accuracy on the pairs of --heldout."""
     measured = dataclasses.replace(cfg, data=cfg.heldout, limit=0)
     if has_steps(cfg.heldout):
-        found = numbers_text(eval_steps(out_path(cfg), measured, grid))
+        found = in_words(eval_steps(out_path(cfg), measured, grid), digits=4)
         say(grid, f"rm: on the steps of {cfg.heldout}: {found}")
         return
     result = eval_reward_model(out_path(cfg), measured, grid)
@@ -435,12 +435,7 @@ def stage_eval(cfg, grid):
         path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
             write_atomically(path, json.dumps(result | {"made_from": sources(read)}, indent=1))
-        say(grid, f"eval: {path}: {numbers_text(result)}")
-
-
-def numbers_text(result):
-    """The numbers of an eval.json in one line."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
+        say(grid, f"eval: {path}: {in_words(result, digits=4)}")
 
 
 EVALUATIONS = {

@@ -157,9 +157,9 @@ class Training:
         self.work.publish()
 
 
-def in_words(row):
-    """A row of metrics as one line."""
-    return "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+def in_words(row, digits=6):
+    """Metrics as one line of names and numbers."""
+    return "  ".join(f"{k} {v:.{digits}g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
 @contextlib.contextmanager
