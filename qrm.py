@@ -299,9 +299,9 @@ def count_pairs(pairs):
     return len(pairs)
 
 
-def count_response_tokens(pairs):
-    """How many response tokens the answers of the pairs have."""
-    return sum(len(example.response_ids) for pair in pairs for example in pair[:2])
+def count_response_tokens(rows):
+    """How many response tokens the answers have, one or two in a row."""
+    return sum(len(example.response_ids) for row in rows for example in row[:2])
 
 
 def count_steps(rows):

@@ -45,7 +45,7 @@ from model import (
 )
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
-from qrm import REWARD_MODELS, reward_model_loss
+from qrm import REWARD_MODELS, count_response_tokens, reward_model_loss
 from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
 from support.checkpoints import Training, fingerprints, in_words, out_of_date, run_path, sources
 from support.compare import eval_candidates, eval_judge
@@ -110,7 +110,7 @@ def stage_sft(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [examples[i] for i in batch_indices(len(examples), cfg.batch_size, step, cfg.seed)]
             parts = cut_by_tokens(batch, cfg, grid)
-            update = Update(optimizer, [(response_tokens(part), part) for part in parts])
+            update = Update(optimizer, [(count_response_tokens(part), part) for part in parts])
             for part in update:
                 ids, mask = collate(flat(part), grid.device)  # (B, T+1), (B, T)
                 logprobs, entropy = token_logprobs(policy, ids, mask)  # (B, T)
@@ -238,11 +238,6 @@ def cut_by_tokens(batch, cfg, grid):
 def count_tokens(rows):
     """Tokens of all prompts and responses. A row is an (Example,), or a Pair, which starts with two."""
     return sum(sequence_length(example) for row in rows for example in row[:2])
-
-
-def response_tokens(rows):
-    """Response tokens of rows that are an (Example,) each."""
-    return sum(len(example.response_ids) for (example,) in rows)
 
 
 def say_accuracy(cfg, grid):
