@@ -137,26 +137,27 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
     cuts = minibatches(rollout.lengths(), cfg)
     values = old_values(critic, rollout, cuts)  # (B, T)
     advantages, returns = ppo_advantages(rollout, values, cfg, grid)
-    steps, value_steps, ratio_max = [], [], 0.0
+    steps, value_steps = [], []
+    ratio_max = 0.0
 
     for _ in range(cfg.ppo_epochs):
         for minibatch in cuts:
             update = Update(optimizer, micro_batches(rollout, advantages, minibatch))
-            for chunk, chunk_advantages in update:
-                logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
+            for part, part_advantages in update:
+                logprobs, _ = token_logprobs(policy, part.ids, part.response_mask, cfg.temperature)
                 loss, stats = ppo_loss(
-                    logprobs, chunk.old_logprobs, chunk_advantages, chunk.response_mask, cfg.clip
+                    logprobs, part.old_logprobs, part_advantages, part.response_mask, cfg.clip
                 )
                 ratio_max = max(ratio_max, stats.pop("ratio_max"))  # a maximum, not a mean
                 if cfg.kl_loss_coef:
-                    loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, chunk)
+                    loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, part)
                 update.backward(loss, stats)
             steps.append(update.step(lr))
 
             update = Update(critic_optimizer, micro_batches(rollout, returns, minibatch))
-            for chunk, chunk_returns in update:
-                new_values = state_values(critic, chunk.ids, chunk.response_mask)
-                loss, stats = value_loss(new_values, chunk_returns, chunk.response_mask)
+            for part, part_returns in update:
+                new_values = state_values(critic, part.ids, part.response_mask)
+                loss, stats = value_loss(new_values, part_returns, part.response_mask)
                 update.backward(loss, stats)
             value_steps.append(update.step(critic_lr))
 

@@ -48,15 +48,9 @@ class Rollout:
     def rows(self, start, stop):
         """Rows [start, stop) of every field, without the columns that only longer rows need."""
         T = used_columns(self.response_mask[start:stop])
-        part = {}
-        for name, x in vars(self).items():
-            if name == "truncated":
-                part[name] = x[start:stop]
-            elif name == "ids":
-                part[name] = x[start:stop, : T + 1]
-            else:
-                part[name] = x[start:stop, :T]
-        return Rollout(**part)
+        fields = {name: x[start:stop, :T] for name, x in vars(self).items() if name != "truncated"}
+        fields["ids"] = self.ids[start:stop, : T + 1]
+        return Rollout(truncated=self.truncated[start:stop], **fields)
 
 
 def used_columns(response_mask):
@@ -335,14 +329,14 @@ def reinforce_loss(logprobs, advantages, response_mask):
     return -(advantages.detach()[response_mask] * logprobs[response_mask]).mean(), {}
 
 
-def kl_loss(logprobs, chunk):
+def kl_loss(logprobs, part):
     """GRPO's penalty in the loss (Shao et al. 2024): mean of k3 = ref/pi - 1 - log(ref/pi).
 
-    logprobs (B, T) nats carry the gradient; chunk: rows of a Rollout -> scalar, the mean over response tokens
+    logprobs (B, T) nats carry the gradient; part: rows of a Rollout -> scalar, the mean over response tokens
     At the policy that sampled, the expected gradient is that of KL(ref || pi) at each state.
     """
-    ref_logprobs = chunk.old_logprobs - chunk.kl_k1
-    return kl_estimates(logprobs, ref_logprobs)[1][chunk.response_mask].mean()
+    ref_logprobs = part.old_logprobs - part.kl_k1
+    return kl_estimates(logprobs, ref_logprobs)[1][part.response_mask].mean()
 
 
 def reinforce_step(policy, optimizer, rollout, cfg, lr):
@@ -351,11 +345,11 @@ def reinforce_step(policy, optimizer, rollout, cfg, lr):
     steps = []
     for minibatch in minibatches(rollout.lengths(), cfg):
         update = Update(optimizer, micro_batches(rollout, advantages, minibatch))
-        for chunk, chunk_advantages in update:
-            logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
-            loss, stats = reinforce_loss(logprobs, chunk_advantages, chunk.response_mask)
+        for part, part_advantages in update:
+            logprobs, _ = token_logprobs(policy, part.ids, part.response_mask, cfg.temperature)
+            loss, stats = reinforce_loss(logprobs, part_advantages, part.response_mask)
             if cfg.kl_loss_coef:
-                loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, chunk)
+                loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, part)
             update.backward(loss, stats)
         steps.append(update.step(lr))
     return mean_stats(steps)
@@ -366,14 +360,14 @@ def micro_batches(rollout, per_token, minibatch):
 
     per_token   (B, T): advantages, or the critic's targets
     minibatch   [(start, stop)] of its micro-batches
-    -> [(response tokens, (chunk of the rollout, chunk of per_token))]
+    -> [(response tokens, (part of the rollout, part of per_token))]
     """
     parts = []
     for start, stop in minibatch:
-        chunk = rollout.rows(start, stop)
-        T = chunk.response_mask.shape[1]
-        n_tokens = int(chunk.response_mask.sum())
-        parts.append((n_tokens, (chunk, per_token[start:stop, :T])))
+        part = rollout.rows(start, stop)
+        n_tokens = int(part.response_mask.sum())
+        T = part.response_mask.shape[1]
+        parts.append((n_tokens, (part, per_token[start:stop, :T])))
     return parts
 
 
