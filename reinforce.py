@@ -58,6 +58,11 @@ def used_columns(response_mask):
     return int(response_mask.any(0).nonzero().max()) + 1
 
 
+def count_minibatches(cfg):
+    """Updates of one pass over a rollout, equal on all processes."""
+    return -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
+
+
 def minibatches(lengths, cfg):
     """Cuts this process's rows into minibatches (updates), and these into micro-batches (forwards).
 
@@ -66,7 +71,7 @@ def minibatches(lengths, cfg):
     -> [[(start, stop) of each micro-batch] of each minibatch]; every process gets as many minibatches
     Old and new log-probabilities use the same cuts, so the first ratio is exactly 1.
     """
-    n = -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
+    n = count_minibatches(cfg)
     cuts = []
     for i in range(n):
         start, stop = shard_range(len(lengths), i, n)

@@ -46,7 +46,7 @@ from model import (
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import REWARD_MODELS, count_response_tokens, reward_model_loss
-from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
+from reinforce import collect_rollout, count_minibatches, reinforce_step, rollout_stats
 from support.checkpoints import Training, fingerprints, in_words, out_of_date, run_path, sources
 from support.compare import eval_candidates, eval_judge
 from support.evaluate import (
@@ -155,6 +155,7 @@ def stage_rl(cfg, grid):
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows, heldout = load_prompts(cfg, grid)
     prompts = short_prompts(rows, tokenizer, cfg, grid)
+    check_rollout_size(cfg, grid)
     reference = load(LanguageModel, cfg.model, cfg, grid).requires_grad_(False)
     start = reference if cfg.lora_rank else load(LanguageModel, cfg.model, cfg, grid)
     policy = with_adapters(start, cfg.lora_rank, cfg)
@@ -337,14 +338,18 @@ def short_prompts(rows, tokenizer, cfg, grid):
     require(kept, f"{dropped}; none is left")
     if len(kept) < len(prompts):
         say(grid, f"{dropped}; {len(kept)} left")
-    cuts = len(minibatches([], cfg))
+    return kept
+
+
+def check_rollout_size(cfg, grid):
+    """BadInput unless every process samples at least one trajectory for each minibatch."""
+    cuts = count_minibatches(cfg)
     mine = cfg.batch_size // cfg.group_size // grid.dp_size * cfg.group_size
     require(
         mine >= cuts,
         f"--batch_size {cfg.batch_size}: too few trajectories for"
         f" {grid.dp_size} processes x {cuts} minibatches",
     )
-    return kept
 
 
 def with_advantage(cfg, reward):

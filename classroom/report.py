@@ -62,7 +62,14 @@ from model import LanguageModel, ScalarModel, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import ppo_advantages, ppo_step, state_values
 from qrm import REWARD_MODELS
-from reinforce import Rollout, collect_rollout, minibatches, reinforce_advantages, reinforce_step, standardize
+from reinforce import (
+    Rollout,
+    collect_rollout,
+    count_minibatches,
+    reinforce_advantages,
+    reinforce_step,
+    standardize,
+)
 from support import evaluate, files, graders, loading, settings, tokenizers
 from support.weights import load_model
 
@@ -694,7 +701,7 @@ def config_of(run, stage):
 
 def one_rollout(cfg):
     """The Config of a rollout of at most SAMPLED trajectories, cut into as many minibatches as the run's."""
-    n_minibatches = len(minibatches([], cfg))
+    n_minibatches = count_minibatches(cfg)
     size = max(SAMPLED // cfg.group_size, 1) * cfg.group_size
     return dataclasses.replace(cfg, batch_size=size, minibatch=max(size // n_minibatches, 1))
 
