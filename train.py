@@ -140,8 +140,8 @@ def stage_rm(cfg, grid):
             for part in update:
                 examples = flat(pair[:2] for pair in part)
                 ids, mask = collate(examples, grid.device)  # (2P, T+1), (2P, T)
-                step_labels = collate_steps(examples, mask)  # (2P, T); None, unless for prm
-                loss_cfg = with_margins(cfg, part, grid)
+                step_labels = collate_steps(examples, mask)  # (2P, T) for --reward prm, else None
+                loss_cfg = with_margins(cfg, part, grid)  # the margin of a row wins over --margin
                 loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_labels)
                 update.backward(loss, stats)
             training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
@@ -230,7 +230,7 @@ def load_critic(cfg, grid):
 
 
 def cut_by_tokens(batch, cfg, grid):
-    """This rank's rows of a batch as micro-batches of at most cfg.micro_tokens tokens: a list of lists."""
+    """This rank's rows of a batch as micro-batches (parts) of at most cfg.micro_tokens tokens each."""
     mine = batch[grid.dp_rank :: grid.dp_size]
     lengths = [count_tokens([row]) for row in mine]
     return [mine[start:stop] for start, stop in spans(lengths, cfg.micro_tokens)]
@@ -557,7 +557,8 @@ def accuracy_table(cfg):
 def prepare(cfg, grid):
     """cfg with every missing path set to a file of the built-in task, which is made first if need be.
 
-    After this, a stage only reads and writes files.
+    A missing result is made by its own stage (result_of), whose inputs are prepared first, and so on down to
+    sft. After this, a stage only reads and writes files.
     """
     paths = {}
     if not cfg.model and cfg.stage in ("pairs", "rm", *POLICY_GRADIENT):
