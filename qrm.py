@@ -14,7 +14,6 @@ D model width · n response tokens, in reading order
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,17 +84,9 @@ def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
 CHUNK = 4096  # rows of x converted to fp32 at a time: a whole fp32 copy takes twice the memory of a bf16 x
 
 
-class _Constants(NamedTuple):
-    n_pairs: int
-    beta: float
-    margin: float
-    eps: float  # of the RMSNorm
-
-
 class _FusedQRM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, head_weight, shares, pairs, constants):
-        n_pairs, beta, margin, eps = constants
+    def forward(ctx, x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps):
         acc = torch.promote_types(x.dtype, torch.float32)  # accumulates in fp32; in fp64 when the test's x is
         u = norm_weight.to(acc) * head_weight.to(acc).flatten()  # (D,)
         mean_square = torch.linalg.vector_norm(x, dim=-1, dtype=acc).square() / x.shape[-1]  # (n,)
@@ -128,7 +119,7 @@ class _FusedQRM(torch.autograd.Function):
         s = sum(chunk.to(r.dtype).T @ part for chunk, part in chunks)  # (D,)
         d_norm = (s * w).to(norm_weight)
         d_head = (s * g).view_as(head_weight).to(head_weight)
-        return dx, d_norm, d_head, None, None, None
+        return dx, d_norm, d_head, None, None, None, None, None, None
 
 
 def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2, margin=2.0, eps=1e-5):
@@ -152,8 +143,7 @@ def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2
     shares, pairs             (n,) c_t (fp32), and the pair 0 .. n_pairs - 1 of each token: see token_shares
     -> loss (scalar, differentiable), gaps (P,) = sum_t c_t Z_t (not differentiable: for metrics)
     """
-    constants = _Constants(n_pairs, beta, margin, eps)
-    return _FusedQRM.apply(x, norm_weight, head_weight, shares, pairs, constants)
+    return _FusedQRM.apply(x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps)
 
 
 def token_shares(response_mask):
