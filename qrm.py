@@ -284,19 +284,19 @@ def logprob_rewards(policy, ids, response_mask):
 # -------------------------------------------------------------------------------- what --reward chooses from
 
 
-def count_pairs(pairs):
-    """How many pairs there are."""
-    return len(pairs)
+def count_pairs(examples):
+    """How many pairs the answers make."""
+    return len(examples) // 2
 
 
-def count_response_tokens(rows):
-    """How many response tokens the answers have, one or two in a row."""
-    return sum(len(example.response_ids) for row in rows for example in row[:2])
+def count_response_tokens(examples):
+    """How many response tokens the answers have."""
+    return sum(len(example.response_ids) for example in examples)
 
 
-def count_steps(rows):
-    """How many labelled steps the answers have, one or two in a row."""
-    return sum(len(example.steps) for row in rows for example in row[:2])
+def count_steps(examples):
+    """How many labelled steps the answers have."""
+    return sum(len(example.steps) for example in examples)
 
 
 def sum_of_rewards(rewards):
@@ -342,7 +342,7 @@ class RewardModel:
     """A kind of reward model; its loss is in reward_model_loss, and its rewards are in bind_reward.
 
     total(rewards (n,)) -> float    one number for an answer of n tokens
-    weigh(pairs) -> int             numbers that the loss is a mean over
+    weigh(examples) -> int          numbers that the loss is a mean over
     """
 
     base: type  # LanguageModel, or ScalarModel: a decoder with a scalar head

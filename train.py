@@ -110,9 +110,9 @@ def stage_sft(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [examples[i] for i in batch_indices(len(examples), cfg.batch_size, step, cfg.seed)]
             parts = cut_by_tokens(batch, cfg, grid)
-            update = Update(optimizer, [(count_response_tokens(part), part) for part in parts])
+            update = Update(optimizer, [(count_response_tokens(examples_of(part)), part) for part in parts])
             for part in update:
-                ids, mask = collate(flat(part), grid.device)  # (B, T+1), (B, T)
+                ids, mask = collate(examples_of(part), grid.device)  # (B, T+1), (B, T)
                 logprobs, entropy = token_logprobs(policy, ids, mask)  # (B, T)
                 stats = {"entropy": (entropy.sum() / mask.sum()).item()}
                 update.backward(-logprobs.sum() / mask.sum(), stats)
@@ -136,9 +136,9 @@ def stage_rm(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = pick_pairs(pairs, step, cfg)
             parts = cut_by_tokens(batch, cfg, grid)
-            update = Update(optimizer, [(kind.weigh(part), part) for part in parts])
+            update = Update(optimizer, [(kind.weigh(examples_of(part)), part) for part in parts])
             for part in update:
-                examples = flat(pair[:2] for pair in part)
+                examples = examples_of(part)
                 ids, mask = collate(examples, grid.device)  # (2P, T+1), (2P, T)
                 step_labels = collate_steps(examples, mask)  # (2P, T) for --reward prm, else None
                 loss_cfg = with_margins(cfg, part, grid)  # the margin of a row wins over --margin
@@ -236,9 +236,14 @@ def cut_by_tokens(batch, cfg, grid):
     return [mine[start:stop] for start, stop in spans(lengths, cfg.micro_tokens)]
 
 
+def examples_of(rows):
+    """The Examples of rows, each of which is an (Example,), or a Pair: two, and a margin."""
+    return [example for row in rows for example in row[:2]]
+
+
 def count_tokens(rows):
-    """Tokens of all prompts and responses. A row is an (Example,), or a Pair, which starts with two."""
-    return sum(sequence_length(example) for row in rows for example in row[:2])
+    """Tokens of all prompts and responses."""
+    return sum(map(sequence_length, examples_of(rows)))
 
 
 def say_accuracy(cfg, grid):

@@ -203,7 +203,7 @@ def test_a_rank_takes_every_other_row():
         found[rank] = train.cut_by_tokens(rows, cfg, grid)
     assert found[0] == [[rows[0], rows[2]], [rows[4], rows[6]]]
     assert found[1] == [[rows[1]], [rows[3]], [rows[5]]]
-    assert [train.count_response_tokens(part) for part in found[0]] == [1 + 3, 1 + 3]
+    assert [train.count_response_tokens(train.examples_of(part)) for part in found[0]] == [1 + 3, 1 + 3]
     assert train.count_tokens([(Example([1], [2, 3]), Example([1, 1], [2]), 99)]) == 6
 
 
