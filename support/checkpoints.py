@@ -15,7 +15,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from parallel import all_sum, barrier, say
+from parallel import all_reduce, barrier, say
 from support.files import BadInput, flush, read_json, require, write_atomically
 from support.settings import POLICY_GRADIENT, out_path
 from support.weights import save_adapter, save_model
@@ -180,8 +180,8 @@ def deferred_interrupt(grid):
             signal.alarm(4)
 
     def agreed():
-        over_dp = all_sum({"pressed": pressed[0]}, grid)
-        stop = all_sum(over_dp, grid, "tp")["pressed"] > 0
+        over_dp = all_reduce(torch.tensor(pressed, device=grid.device), grid.dp_group)
+        stop = all_reduce(over_dp, grid.tp_group).item() > 0
         if stop:
             signal.alarm(0)  # all ranks live: saving may take its time
         return stop

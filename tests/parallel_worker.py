@@ -256,8 +256,8 @@ def neighbouring_ranks_share_a_model(grid):
     return {
         "place": unequal((grid.tp_rank, grid.dp_rank), (rank % tp, rank // tp)),
         "tp group": unequal(
-            list(all_sum({"rank": rank}, grid, "tp").values()),
-            [float(sum(range(rank // tp * tp, rank // tp * tp + tp)))],
+            all_reduce(torch.tensor(rank), grid.tp_group).item(),
+            sum(range(rank // tp * tp, rank // tp * tp + tp)),
         ),
         "dp group": unequal(
             list(all_sum({"rank": rank, "big": 2**40}, grid).values()),
