@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ from model import (
 )
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
-from qrm import REWARD_MODELS, count_response_tokens, reward_model_loss
+from qrm import REWARD_MODELS, count_response_tokens, logprob_rewards, reward_model_loss
 from reinforce import collect_rollout, count_minibatches, reinforce_step, rollout_stats
 from support.checkpoints import Training, fingerprints, in_words, out_of_date, run_path, sources
 from support.compare import eval_candidates, eval_judge
@@ -478,11 +479,7 @@ def stage_score(cfg, grid):
         numbers_of = load_reward("qrm", cfg.model, tokenizer, cfg, grid).rewards
     else:
         key = "logprobs"
-        policy = load(LanguageModel, cfg.model, cfg, grid)
-
-        def numbers_of(ids, mask):
-            return token_logprobs(policy, ids, mask)[0]
-
+        numbers_of = partial(logprob_rewards, load(LanguageModel, cfg.model, cfg, grid))
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scored = score_examples(numbers_of, flat(examples), cfg, grid)
