@@ -106,21 +106,22 @@ def value_loss(values, returns, response_mask):
     return (values - returns.detach())[response_mask].square().mean(), {}
 
 
+def moments(x, grid):
+    """Mean and variance of x over all ranks. x (N,) float64; the variance is divided by the count"""
+    sums = all_sum({"n": x.numel(), "total": x.sum().item()}, grid)
+    mean = sums["total"] / sums["n"]
+    return mean, all_sum({"squares": (x - mean).square().sum().item()}, grid)["squares"] / sums["n"]
+
+
 def explained_variance(values, returns, response_mask, grid):
     """1 - Var(returns - V) / Var(returns) over all ranks; (B, T) each -> float
 
     1 is a perfect critic; 0 is no better than a constant, or the returns are constant themselves (standardize
     says when).
     """
-
-    def moments(x):
-        sums = all_sum({"n": x.numel(), "total": x.sum().item()}, grid)
-        mean = sums["total"] / sums["n"]
-        return mean, all_sum({"squares": (x - mean).square().sum().item()}, grid)["squares"] / sums["n"]
-
     values, returns = values[response_mask].double(), returns[response_mask].double()  # (N,), (N,)
-    mean, total = moments(returns)
-    _, unexplained = moments(returns - values)
+    mean, total = moments(returns, grid)
+    _, unexplained = moments(returns - values, grid)
     constant = total**0.5 <= max(1e-6, ROUNDING * abs(mean))
     return 0.0 if constant else 1.0 - unexplained / total
 
