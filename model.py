@@ -545,13 +545,18 @@ def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
     return scatter_to_mask(response_mask, logprobs), scatter_to_mask(response_mask, entropy)
 
 
+def log_softmax(policy, x, temperature):
+    """Residual stream (n, D) -> log pi(. | s_t), this rank's (n, V/tp), fp32 nats"""
+    return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
+
+
 def response_log_softmax(policy, ids, response_mask, temperature=1.0):
     """log pi(. | s_t) over the vocabulary at the response positions: token_logprobs is tested against it.
 
     ids (B, T+1), response_mask (B, T) -> (n, V/tp) fp32 nats; n = response_mask.sum(), rows in reading order
     """
     x = policy.model(ids[:, :-1])[response_mask]  # (n, D): position t has read s_t
-    return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
+    return log_softmax(policy, x, temperature)
 
 
 @torch.no_grad()
@@ -560,17 +565,13 @@ def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
 
     ids (B, T+1), response_mask (B, T) -> (B, T) nats, 0 outside the mask
     """
-
-    def log_softmax(model, x):
-        return vocab_log_softmax(model.logits(x).float() / temperature, model.grid)  # (rows, V/tp)
-
     rows = rows_at_a_time(policy)
     states = at_states(policy, ids, response_mask).split(rows)
     ref_states = at_states(reference, ids, response_mask).split(rows)
     kl = []
     for x, ref_x in zip(states, ref_states):
-        log_pi = log_softmax(policy, x)
-        log_ref = log_softmax(reference, ref_x)
+        log_pi = log_softmax(policy, x, temperature)  # (rows, V/tp)
+        log_ref = log_softmax(reference, ref_x, temperature)
         kl.append(vocab_sum(log_pi.exp() * (log_pi - log_ref), policy.grid))  # (rows,)
     return scatter_to_mask(response_mask, torch.cat(kl))
 
