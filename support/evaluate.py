@@ -96,8 +96,9 @@ def make_pairs(row, answers, most, tokenizer):
     """
     right, wrong = {}, {}
     for answer in answers:
+        side = right if answer.correct else wrong
         if not answer.truncated and answer.text.strip():
-            (right if answer.correct else wrong).setdefault(answer.text, answer)
+            side.setdefault(answer.text, answer)
     if not right or not wrong:
         return []
     right, wrong = list(right.values()), list(wrong.values())
