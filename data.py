@@ -232,11 +232,13 @@ class Arith:
 
     @functools.cached_property
     def words(self):
+        """[(verb, its sign)] of the verbs in use."""
         half = self.verbs // 2
         return [(verb, op) for op in "+-" for verb in VERBS[op][:half]]
 
     @functools.cached_property
     def misreads(self):
+        """The verbs that the author misreads."""
         rng = random.Random(self.author)
         half = self.verbs // 2
         adding = rng.sample(VERBS["+"][:half], self.misread // 2)

@@ -65,8 +65,8 @@ class Training:
         self.cfg, self.grid, self.steps = cfg, grid, steps
         self.made_from = sources(cfg)
         self.optimizers = [optimizer for _, optimizer in trained.values()]
-        made_from = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
-        self.work = Workdir(cfg, out_path(cfg), grid, trained, made_from | inputs)
+        digests = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
+        self.work = Workdir(cfg, out_path(cfg), grid, trained, digests | inputs)
 
     def __enter__(self):
         self.interrupts = contextlib.ExitStack()
