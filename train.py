@@ -431,10 +431,10 @@ def stage_eval(cfg, grid):
     if not cfg.model and not cfg.out:
         results = sorted(Path(cfg.run_dir).iterdir())
         directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
-    given = dataclasses.replace(cfg, data=cfg.heldout or cfg.data)  # answers that are not sampled first
+    on_heldout = dataclasses.replace(cfg, data=cfg.heldout or cfg.data)  # where given answers are read
     for directory in directories:
-        kind = kind_of_eval(directory, given)
-        read = dataclasses.replace(cfg if kind == "policy" else given, model=str(directory))
+        kind = kind_of_eval(directory, on_heldout)
+        read = dataclasses.replace(cfg if kind == "policy" else on_heldout, model=str(directory))
         if kind in ("reward model", "steps"):
             read = dataclasses.replace(read, reward_model="")  # none but the one in the directory
         result = EVALUATIONS[kind](directory, read, grid)
