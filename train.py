@@ -35,15 +35,7 @@ from data import (
     sequence_length,
     spans,
 )
-from model import (
-    LanguageModel,
-    ModelConfig,
-    ScalarModel,
-    add_lora,
-    build_model,
-    init_weights,
-    token_logprobs,
-)
+from model import LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, token_logprobs
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import REWARD_MODELS, count_response_tokens, logprob_rewards, reward_model_loss

@@ -10,14 +10,7 @@ from support.evaluate import all_ranks, clustered_interval, flat, means_of, scor
 from support.files import at_line, require
 from support.graders import MAX_CHARS, extract_answer, grade, meaning
 from support.judge import compare, text_of
-from support.loading import (
-    holds_reward_model,
-    load_judge,
-    load_ranker,
-    load_tokenizer,
-    log_to,
-    read_rows,
-)
+from support.loading import holds_reward_model, load_judge, load_ranker, load_tokenizer, log_to, read_rows
 
 # -------------------------------------------------------------------------------- one of several
 
