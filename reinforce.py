@@ -190,7 +190,8 @@ def standardize(rewards, reward_mask, how, grid):
     sigma = (squares / sums["n"]) ** 0.5
     rounding = max(1e-6, ROUNDING * abs(mean))
     sigma = sigma if sigma > rounding else 1.0  # equal rewards: nothing to scale
-    return ((rewards - (mean if how == "mean_std" else 0.0)) / sigma).masked_fill(~reward_mask, 0.0)
+    centre = mean if how == "mean_std" else 0.0
+    return ((rewards - centre) / sigma).masked_fill(~reward_mask, 0.0)
 
 
 def eos_to_mean(rewards, response_mask):
@@ -240,7 +241,8 @@ def group_advantages(sequence_rewards, group_size, how, sizes=None):
     groups = sequence_rewards.double().view(-1, group_size)  # (prompts, group)
     centred = groups - groups.mean(1, keepdim=True)
     std = groups.std(1, keepdim=True)  # (prompts, 1)
-    largest = (sequence_rewards if sizes is None else sizes).double().abs().view(groups.shape).amax(1, True)
+    sizes = sequence_rewards if sizes is None else sizes
+    largest = sizes.double().abs().view(groups.shape).amax(1, keepdim=True)  # (prompts, 1)
     rounding = max(ROUNDING, torch.finfo(sequence_rewards.dtype).eps) * largest  # (prompts, 1)
     out = centred * group_size / (group_size - 1) if how == "rloo" else centred / std
     out = out.masked_fill(std <= rounding.clamp(min=1e-6), 0.0)
