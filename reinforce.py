@@ -110,7 +110,7 @@ def kl_estimates(logprobs, ref_logprobs):
     return k1, torch.expm1(log_ratio) - log_ratio
 
 
-def score_tokens(policy, reference, reward, ids, response_mask, cfg):
+def score_part(policy, reference, reward, ids, response_mask, cfg):
     """The numbers of a Rollout for one micro-batch, by the forward that training will run: {name: (B, T)}"""
     old_logprobs, entropy = token_logprobs(policy, ids, response_mask, cfg.temperature)
     ref_logprobs, _ = token_logprobs(reference, ids, response_mask, cfg.temperature)
@@ -151,7 +151,7 @@ def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed, pla
     ids, response_mask = collate(examples, device)  # (B, T+1), (B, T)
     cuts = minibatches([sequence_length(example) for example in examples], cfg)
     parts = [
-        score_tokens(policy, reference, reward, part_ids, part_mask, cfg)
+        score_part(policy, reference, reward, part_ids, part_mask, cfg)
         for part_ids, part_mask in cut_rows(ids, response_mask, cuts)
     ]
     T = response_mask.shape[1]
