@@ -351,16 +351,19 @@ class RewardModel:
     weigh: Callable = count_pairs
     needs_reference: bool = False  # the frozen model that training started from
     needs_steps: bool = False  # labels of steps
+    reads: tuple = ("beta", "margin")  # numbers of cfg that the loss has
 
 
 REWARD_MODELS = {  # what --stage rm trains
     "qrm": RewardModel(ScalarModel, is_q=True, total=mean_of_rewards),
     "plain": RewardModel(ScalarModel, is_q=True, total=mean_of_rewards),  # qrm without the fused head
     "logit": RewardModel(LanguageModel, is_q=True, total=mean_of_rewards),
-    "orm": RewardModel(ScalarModel, is_q=False, total=sum_of_rewards),
-    "prm": RewardModel(ScalarModel, is_q=False, total=mean_of_steps, weigh=count_steps, needs_steps=True),
-    "verifier": RewardModel(ScalarModel, is_q=True, total=last_reward, weigh=count_response_tokens),
-    "dpo": RewardModel(LanguageModel, is_q=True, total=sum_of_rewards, needs_reference=True),
+    "orm": RewardModel(ScalarModel, is_q=False, total=sum_of_rewards, reads=()),
+    "prm": RewardModel(
+        ScalarModel, is_q=False, total=mean_of_steps, weigh=count_steps, needs_steps=True, reads=()
+    ),
+    "verifier": RewardModel(ScalarModel, is_q=True, total=last_reward, weigh=count_response_tokens, reads=()),
+    "dpo": RewardModel(LanguageModel, is_q=True, total=sum_of_rewards, needs_reference=True, reads=("beta",)),
     "simpo": RewardModel(LanguageModel, is_q=True, total=mean_of_rewards),
 }
 

@@ -12,7 +12,7 @@ from data import load_rows
 from model import LanguageModel
 from parallel import say
 from qrm import REWARD_MODELS, STEP_TOTALS, bind_reward, with_outcome
-from support.files import BadInput, read_json, require
+from support.files import BadInput, read_json, read_jsonl, require
 from support.graders import can_match
 from support.judge import judge_reward, make_judge
 from support.rewards import graded_reward, user_reward
@@ -116,6 +116,20 @@ def reward_name(directory, otherwise="qrm"):
 def holds_reward_model(directory):
     """Whether a directory holds a reward model; for one without a scalar head (dpo), run.json says so."""
     return has_scalar_head(directory) or REWARD_MODELS[reward_name(directory)].base is LanguageModel
+
+
+def kind_of_eval(directory, cfg):
+    """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
+    _, row = next(read_jsonl(cfg.data), (0, {}))
+    if "responses" in row:
+        return "candidates"
+    if cfg.reward == "judge" and "chosen" in row:
+        return "judge"
+    if holds_reward_model(directory) and "completions" in row:
+        return "steps"
+    if holds_reward_model(directory) and (has_scalar_head(directory) or "chosen" in row):
+        return "reward model"
+    return "policy"  # dpo's and logit's models are policies, too
 
 
 # -------------------------------------------------------------------------------- rewards

@@ -23,6 +23,7 @@ SUPPORT = (
     "settings",
     "steps",
     "tokenizers",
+    "unread",
     "weights",
 )
 ARROWS = {  # a file -> what of ours it may import
