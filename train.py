@@ -698,7 +698,7 @@ def main(argv=None):
         for name in unread_flags(argv):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
         run_stage(cfg, grid)
-        sys.stdout.flush()
+        print(end="", flush=True)  # a full disk or a closed pipe shows here, not at exit
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         status = 141

@@ -418,7 +418,7 @@ for label, cfg in MODELS.items():
     for model_class in (LanguageModel, ScalarModel):
         for make in (filled, with_adapters):
             same = functools.partial(same_as_one_process, model_class=model_class, cfg=cfg, make=make)
-            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (same, True, False)
+            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (same, True, False, 4)
 
 
 @check(tp_alone=True)

@@ -2191,3 +2191,11 @@ def test_a_closed_pipe_ends_quietly(tmp_path, words):
     found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writing)
     assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_a_run_without_an_output_is_a_run(monkeypatch, tmp_path):
+    """`train.py >&-`, as some daemons start it: Python has no sys.stdout then."""
+    rows = write_jsonl(tmp_path / "g.jsonl", [{"response": "#### 5", "label": "5"}])
+    monkeypatch.setattr(sys, "stdout", None)
+    assert train.main(["--stage", "grade", "--data", str(rows), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["correct"]
