@@ -457,7 +457,7 @@ PAIRS = [
 def test_eval_of_a_reward_model_by_hand(run, start, tmp_path, monkeypatch, total):
     tokenizer = Tokenizer.load(start)
     monkeypatch.setattr(evaluate, "load_reward", lambda *args: table_reward(total))
-    monkeypatch.setattr(train, "holds_reward_model", lambda directory: True)
+    monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
     data = write_jsonl(tmp_path / "d.jsonl", PAIRS)
     run("--stage", "eval", "--data", data, "--task", "arith")
     found = json.loads((tmp_path / "out/eval.json").read_text())
@@ -500,7 +500,7 @@ def test_eval_of_a_reward_model_by_hand(run, start, tmp_path, monkeypatch, total
 
 def test_an_error_that_no_answer_has_is_not_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_reward", lambda *args: table_reward(sum_of_rewards))
-    monkeypatch.setattr(train, "holds_reward_model", lambda directory: True)
+    monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
     run("--stage", "eval", "--data", write_jsonl(tmp_path / "d.jsonl", PAIRS[-1:]), "--task", "arith")
     found = json.loads((tmp_path / "out/eval.json").read_text())
     assert found["n_pairs"] == 1
@@ -509,7 +509,7 @@ def test_an_error_that_no_answer_has_is_not_measured(run, tmp_path, monkeypatch)
 
 def test_equal_totals_are_not_in_the_right_order(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_reward", lambda *args: Reward(lambda ids, mask: 0.0 * mask))
-    monkeypatch.setattr(train, "holds_reward_model", lambda directory: True)
+    monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
     run("--stage", "eval", "--data", write_jsonl(tmp_path / "d.jsonl", PAIRS), "--task", "gsm8k")
     found = json.loads((tmp_path / "out/eval.json").read_text())
     assert found["pair_accuracy"] == 0 and found["n_pairs"] == 5 and "error_auc" not in found
