@@ -156,7 +156,7 @@ def collate(examples, device="cpu", pad_id=0):
     any id.
     T+1 is the length of the longest row.
     """
-    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
+    lengths = [sequence_length(e) for e in examples]
     ids = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(examples), max(lengths) - 1, dtype=torch.bool)
     for i, e in enumerate(examples):
@@ -232,11 +232,13 @@ class Arith:
 
     @functools.cached_property
     def words(self):
+        """[(verb, its sign)] of the verbs in use."""
         half = self.verbs // 2
         return [(verb, op) for op in "+-" for verb in VERBS[op][:half]]
 
     @functools.cached_property
     def misreads(self):
+        """The verbs that the author misreads."""
         rng = random.Random(self.author)
         half = self.verbs // 2
         adding = rng.sample(VERBS["+"][:half], self.misread // 2)

@@ -52,9 +52,7 @@ from model import (
     add_lora,
     build_model,
     init_weights,
-    load_model,
     response_log_softmax,
-    save_model,
     token_logprobs,
 )
 from parallel import Grid, Optimizer, Update, make_grid
@@ -64,6 +62,7 @@ from support import tokenizers
 from support.sampling import generate
 from support.settings import Config
 from support.tokenizers import Tokenizer
+from support.weights import config_to_dict, load_model, save_model
 
 CONFIG = ModelConfig(  # small enough for one core: 3.0 M parameters in the blocks, 1.0 M in the embedding
     vocab_size=4096,
@@ -382,7 +381,7 @@ def hf_config(architecture):
         "attn_implementation": "sdpa",
         "tie_word_embeddings": "Causal" in architecture,
     }
-    return LlamaConfig(**CONFIG.to_dict(head) | changes)
+    return LlamaConfig(**config_to_dict(CONFIG, head) | changes)
 
 
 def transformers_step(batches, device, model=None):

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from model import save_adapter, save_model
-from parallel import all_sum, barrier, say
+from parallel import all_reduce, barrier, say
 from support.files import BadInput, flush, read_json, require, write_atomically
 from support.settings import POLICY_GRADIENT, out_path
+from support.weights import save_adapter, save_model
 
 IN_THE_BAR = ("loss", "pair_accuracy", "reward", "pass@1")  # metrics that the progress bar shows
 
@@ -66,8 +66,8 @@ class Training:
         self.cfg, self.grid, self.steps = cfg, grid, steps
         self.made_from = sources(cfg)
         self.optimizers = [optimizer for _, optimizer in trained.values()]
-        made_from = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
-        self.work = Workdir(cfg, out_path(cfg), grid, trained, made_from | inputs)
+        digests = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
+        self.work = Workdir(cfg, out_path(cfg), grid, trained, digests | inputs)
 
     def __enter__(self):
         self.interrupts = contextlib.ExitStack()
@@ -158,9 +158,9 @@ class Training:
         self.work.publish()
 
 
-def in_words(row):
-    """A row of metrics as one line."""
-    return "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+def in_words(row, digits=6):
+    """Metrics as one line of names and numbers."""
+    return "  ".join(f"{k} {v:.{digits}g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
 @contextlib.contextmanager
@@ -181,8 +181,8 @@ def deferred_interrupt(grid):
             signal.alarm(4)
 
     def agreed():
-        over_dp = all_sum({"pressed": pressed[0]}, grid)
-        stop = all_sum(over_dp, grid, "tp")["pressed"] > 0
+        over_dp = all_reduce(torch.tensor(pressed, device=grid.device), grid.dp_group)
+        stop = all_reduce(over_dp, grid.tp_group).item() > 0
         if stop:
             signal.alarm(0)  # all ranks live: saving may take its time
         return stop

@@ -33,18 +33,12 @@ CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, afte
 NO_CONTEXT = ("<noinput>", "<no input>", "noinput", "no input")  # how Alpaca spells that there is none
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")
-SOLUTION = (
-    "solution",
-    "answer",
-)  # the response where none of RESPONSE is there (MATH, GSM8K), else the reference
+SOLUTION = ("solution", "answer")  # the response if there is no RESPONSE (MATH, GSM8K), else the reference
 PAIR = ("chosen", "rejected")
 CANDIDATES = ("responses", "labels")  # several answers to one prompt, and which of them are right
 REPLIES = ("response", *PAIR)
 LABEL = ("label", "answer", "solution")  # what follows "####" (GSM8K), what stands in the last \boxed (MATH)
-CONVERSATION = (
-    "messages",
-    "conversations",
-)  # a prompt and, if the last message is the assistant's, its response
+CONVERSATION = ("messages", "conversations")  # a prompt and, if the assistant has the last word, its response
 STEPS = ("completions", "labels")  # TRL's stepwise form: the steps of one answer, and a label for each
 SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", "margin", *CONVERSATION)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qrm import REWARD_MODELS
-from support.evaluate import kind_of_eval, reward_name
+from support.loading import kind_of_eval, reward_name
 from support.settings import DEMO_READS, POLICY_GRADIENT, STAGES_OF, given_flags, parse
 from support.steps import has_steps
 

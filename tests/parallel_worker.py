@@ -40,9 +40,6 @@ from model import (
     add_lora,
     build_model,
     init_weights,
-    load_model,
-    save_adapter,
-    save_model,
     token_logprobs,
 )
 from parallel import (
@@ -66,6 +63,7 @@ from qrm import reward_model_loss
 from support import checkpoints, evaluate, sampling, settings, steps, tokenizers
 from support.sampling import generate
 from support.settings import Loss
+from support.weights import load_model, save_adapter, save_model
 
 SHAPES = {
     2: [(2, 1), (1, 2)],
@@ -255,8 +253,8 @@ def neighbouring_ranks_share_a_model(grid):
     return {
         "place": unequal((grid.tp_rank, grid.dp_rank), (rank % tp, rank // tp)),
         "tp group": unequal(
-            list(all_sum({"rank": rank}, grid, "tp").values()),
-            [float(sum(range(rank // tp * tp, rank // tp * tp + tp)))],
+            all_reduce(torch.tensor(rank), grid.tp_group).item(),
+            sum(range(rank // tp * tp, rank // tp * tp + tp)),
         ),
         "dp group": unequal(
             list(all_sum({"rank": rank, "big": 2**40}, grid).values()),

@@ -16,6 +16,7 @@ SUPPORT = (
     "files",
     "graders",
     "judge",
+    "loading",
     "rewards",
     "rows",
     "sampling",
@@ -23,6 +24,7 @@ SUPPORT = (
     "steps",
     "tokenizers",
     "unread",
+    "weights",
 )
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
@@ -31,7 +33,8 @@ ARROWS = {  # a file -> what of ours it may import
     "support.expressions": ("support.files",),
     "support.graders": ("support.expressions", "support.files"),
     "parallel": ("support.files",),
-    "model": ("parallel", "support.files"),
+    "model": ("parallel",),
+    "support.weights": ("model", "parallel", "support.files"),
     "support.rows": ("support.files", "support.tokenizers", "support.graders"),
     "data": ("support.files", "support.tokenizers", "support.rows"),
     "qrm": ("model",),

@@ -378,10 +378,10 @@ def test_an_update_does_not_depend_on_how_pairs_are_cut(kind):
     cfg, found = config(reward=kind), []
     for cuts in ((pairs,), (pairs[:1], pairs[1:]), (pairs[:1], pairs[1:2], pairs[2:])):
         model = random_model(REWARD_MODELS[kind].base, small_config(), 8)
-        parts = [(REWARD_MODELS[kind].weigh(part), part) for part in cuts]
+        parts = [[example for pair in part for example in pair] for part in cuts]
+        parts = [(REWARD_MODELS[kind].weigh(part), part) for part in parts]
         update = Update(Optimizer(model, Grid(), 1e-3, max_grad_norm=0), parts)
-        for part in update:
-            answers = [example for pair in part for example in pair]
+        for answers in update:
             ids, mask = collate(answers)
             labels = collate_steps(answers, mask)
             update.backward(*reward_model_loss(model, ids, mask, cfg, reference, labels))

@@ -10,8 +10,9 @@ import torch
 from conftest import near, random_model
 
 from data import arith_tokenizer
-from model import LanguageModel, ModelConfig, ScalarModel, save_model
+from model import LanguageModel, ModelConfig, ScalarModel
 from qrm import token_scores
+from support.weights import save_model
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))

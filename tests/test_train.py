@@ -24,13 +24,14 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
+from model import LanguageModel, ScalarModel, build_model, init_weights
 from parallel import Grid, Optimizer
 from qrm import REWARD_MODELS
-from support import evaluate, graders, settings, tokenizers
+from support import evaluate, graders, loading, settings, tokenizers
 from support.checkpoints import Workdir
 from support.files import BadInput
 from support.sampling import generate
+from support.weights import load_model, save_model
 
 REPOSITORY = Path(__file__).parents[1]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
@@ -1077,8 +1078,7 @@ def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
         assert status == 2 and says in err and not (tmp_path / "r").exists()
     (tmp_path / "rm/run.json").unlink()  # from elsewhere: what --reward says it is
     assert (
-        evaluate.reward_name(tmp_path / "rm", "orm") == "orm"
-        and evaluate.reward_name(tmp_path / "rm") == "qrm"
+        loading.reward_name(tmp_path / "rm", "orm") == "orm" and loading.reward_name(tmp_path / "rm") == "qrm"
     )
 
 
