@@ -35,7 +35,16 @@ from data import (
     sequence_length,
     spans,
 )
-from model import LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, token_logprobs
+from model import (
+    LanguageModel,
+    ModelConfig,
+    ScalarModel,
+    add_lora,
+    build_model,
+    init_weights,
+    save_model,
+    token_logprobs,
+)
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import REWARD_MODELS, count_response_tokens, logprob_rewards, reward_model_loss
@@ -86,7 +95,6 @@ from support.settings import (
 )
 from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
 from support.unread import unread_flags
-from support.weights import save_model
 
 # -------------------------------------------------------------------------------- the stages
 

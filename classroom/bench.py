@@ -52,7 +52,9 @@ from model import (
     add_lora,
     build_model,
     init_weights,
+    load_model,
     response_log_softmax,
+    save_model,
     token_logprobs,
 )
 from parallel import Grid, Optimizer, Update, make_grid
@@ -62,7 +64,6 @@ from support import tokenizers
 from support.sampling import generate
 from support.settings import Config
 from support.tokenizers import Tokenizer
-from support.weights import config_to_dict, load_model, save_model
 
 CONFIG = ModelConfig(  # small enough for one core: 3.0 M parameters in the blocks, 1.0 M in the embedding
     vocab_size=4096,
@@ -381,7 +382,7 @@ def hf_config(architecture):
         "attn_implementation": "sdpa",
         "tie_word_embeddings": "Causal" in architecture,
     }
-    return LlamaConfig(**config_to_dict(CONFIG, head) | changes)
+    return LlamaConfig(**CONFIG.to_dict(head) | changes)
 
 
 def transformers_step(batches, device, model=None):

@@ -44,14 +44,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from notes import NOTE, as_number, first_wrong_note, plant_somewhere, token_at
 
-from model import LanguageModel, Packed
+from model import LanguageModel, Packed, load_model
 from parallel import Grid
 from support.evaluate import pass_at_k
 from support.files import BadInput, require, write_atomically
 from support.graders import extract_answer, grade, gsm8k_label
 from support.sampling import generate
 from support.tokenizers import Tokenizer
-from support.weights import load_model
 
 LAYERS = (12, 20, 30)  # blocks after which the residual stream is kept, counted from 1
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # the model's default

@@ -58,7 +58,7 @@ from classroom.run_files import (
     start_of,
     weight_bytes,
 )
-from model import LanguageModel, ScalarModel, token_logprobs
+from model import LanguageModel, ScalarModel, load_model, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import ppo_advantages, ppo_step, state_values
 from qrm import REWARD_MODELS
@@ -71,7 +71,6 @@ from reinforce import (
     standardize,
 )
 from support import evaluate, files, graders, loading, settings, tokenizers
-from support.weights import load_model
 
 EXAMPLES = 3  # prompts shown token by token
 PAIRS = 400  # held-out pairs in the averages

@@ -39,10 +39,9 @@ from theory import theory_table
 import data
 import qrm
 import train
-from model import LanguageModel, ScalarModel, at_states, scatter_to_mask
+from model import LanguageModel, ScalarModel, at_states, load_model, save_model, scatter_to_mask
 from parallel import Grid
 from support import settings, tokenizers
-from support.weights import load_model, save_model
 
 REWARDS = {
     "oracle": "oracle, tokens",

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from model import save_adapter, save_model
 from parallel import all_reduce, barrier, say
 from support.files import BadInput, flush, read_json, require, write_atomically
 from support.settings import POLICY_GRADIENT, out_path
-from support.weights import save_adapter, save_model
 
 IN_THE_BAR = ("loss", "pair_accuracy", "reward", "pass@1")  # metrics that the progress bar shows
 

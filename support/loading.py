@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data import load_rows
-from model import LanguageModel
+from model import LanguageModel, load_model, read_config, stored_head
 from parallel import say
 from qrm import REWARD_MODELS, STEP_TOTALS, bind_reward, with_outcome
 from support.files import BadInput, read_json, read_jsonl, require
@@ -18,7 +18,6 @@ from support.judge import judge_reward, make_judge
 from support.rewards import graded_reward, user_reward
 from support.settings import GRADED_REWARDS
 from support.tokenizers import Tokenizer
-from support.weights import load_model, read_config, stored_head
 
 # -------------------------------------------------------------------------------- models, tokenizers, rows
 

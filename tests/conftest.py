@@ -52,12 +52,6 @@ def random_model(kind, cfg, seed=0):
     return model
 
 
-def same_parameters(a, b):
-    """Whether two models have the same parameters, bit by bit."""
-    a, b = dict(a.named_parameters()), dict(b.named_parameters())
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
 def random_ids(*shape, vocab=29, seed=0):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 

@@ -11,11 +11,10 @@ import torch
 from conftest import random_model
 
 from data import arith_tokenizer, first_error, load_rows
-from model import ModelConfig, ScalarModel
+from model import ModelConfig, ScalarModel, load_model, save_model
 from parallel import Grid
 from qrm import token_scores
 from support.graders import grade
-from support.weights import load_model, save_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 import carry_credit  # noqa: E402

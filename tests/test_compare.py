@@ -11,11 +11,10 @@ from conftest import random_model, small_config
 
 import train
 from data import arith_tokenizer
-from model import LanguageModel, ScalarModel
+from model import LanguageModel, ScalarModel, save_model
 from support.compare import Candidates, share_right, shares_right, votes
 from support.files import BadInput
 from support.rows import load_rows
-from support.weights import save_model
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,7 @@ import torch
 from conftest import random_model
 
 from data import Example, arith_rows, arith_tokenizer
-from model import LanguageModel, ModelConfig, ScalarModel
-from support.weights import save_model
+from model import LanguageModel, ModelConfig, ScalarModel, save_model
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "classroom"))
 import credit  # noqa: E402

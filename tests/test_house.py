@@ -24,7 +24,6 @@ SUPPORT = (
     "steps",
     "tokenizers",
     "unread",
-    "weights",
 )
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
@@ -33,8 +32,7 @@ ARROWS = {  # a file -> what of ours it may import
     "support.expressions": ("support.files",),
     "support.graders": ("support.expressions", "support.files"),
     "parallel": ("support.files",),
-    "model": ("parallel",),
-    "support.weights": ("model", "parallel", "support.files"),
+    "model": ("parallel", "support.files"),
     "support.rows": ("support.files", "support.tokenizers", "support.graders"),
     "data": ("support.files", "support.tokenizers", "support.rows"),
     "qrm": ("model",),

@@ -8,13 +8,12 @@ from conftest import near, random_model, small_config
 
 import train
 from data import Example, arith_tokenizer, collate
-from model import LanguageModel
+from model import LanguageModel, save_model
 from parallel import Grid
 from support import compare, loading, settings
 from support.files import BadInput
 from support.judge import fill, judge_reward, log_odds, make_judge, text_of
 from support.tokenizers import build_tokenizer
-from support.weights import save_model
 
 POINTWISE = "Q: {prompt}\nA: {response} {sic}\nRight?\n"
 PAIRWISE = "{prompt}\nA {a}\nB {b}\nBetter:\n"

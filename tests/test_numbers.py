@@ -18,7 +18,9 @@ from model import (
     ScalarModel,
     build_model,
     init_weights,
+    load_model,
     sampling_uniforms,
+    save_model,
     token_logprobs,
 )
 from parallel import Grid, Optimizer
@@ -26,7 +28,6 @@ from qrm import Reward, at_last_token, mean_of_rewards, sum_of_rewards
 from support import checkpoints, evaluate, loading, settings
 from support.evaluate import Answer, hash_seed
 from support.tokenizers import Tokenizer
-from support.weights import load_model, save_model
 
 
 @pytest.fixture(scope="module", autouse=True)

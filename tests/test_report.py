@@ -24,13 +24,13 @@ from model import (
     ScalarModel,
     build_model,
     init_weights,
+    save_model,
     token_logprobs,
 )
 from parallel import Grid
 from qrm import token_scores
 from support.checkpoints import digest
 from support.files import BadInput
-from support.weights import save_model
 
 HOSTILE = "<script>alert('&')</script>"
 SECTIONS = (

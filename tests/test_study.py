@@ -10,9 +10,8 @@ import torch
 from conftest import near, random_model
 
 from data import arith_tokenizer
-from model import LanguageModel, ModelConfig, ScalarModel
+from model import LanguageModel, ModelConfig, ScalarModel, save_model
 from qrm import token_scores
-from support.weights import save_model
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))

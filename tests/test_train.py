@@ -24,14 +24,13 @@ from safetensors.torch import load_file
 
 import data
 import train
-from model import LanguageModel, ScalarModel, build_model, init_weights
+from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
 from parallel import Grid, Optimizer
 from qrm import REWARD_MODELS
 from support import evaluate, graders, loading, settings, tokenizers
 from support.checkpoints import Workdir
 from support.files import BadInput
 from support.sampling import generate
-from support.weights import load_model, save_model
 
 REPOSITORY = Path(__file__).parents[1]
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"

@@ -33,11 +33,19 @@ import ppo
 import qrm
 import reinforce
 import train
-from model import LanguageModel, ModelConfig, ScalarModel, build_model, init_weights
+from model import (
+    LanguageModel,
+    ModelConfig,
+    ScalarModel,
+    build_model,
+    init_weights,
+    load_model,
+    read_config,
+    save_model,
+)
 from parallel import Grid, Optimizer
 from support import checkpoints, files, settings, tokenizers
 from support.checkpoints import Workdir, out_of_date, sources
-from support.weights import load_model, read_config, save_model
 
 REPOSITORY = Path(__file__).parents[1]
 STAGES = ("sft", "rm", "reinforce", "ppo")
