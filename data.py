@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.rows import is_hh, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
+from support.rows import TURN, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
@@ -130,14 +130,19 @@ def encode_prompts(rows, tokenizer, source):
 
 
 def refuse_transcripts(rows, tokenizer, source):
-    """BadInput if every prompt is a whole dialogue as text, and a template would make one message of it."""
-    prompts = [row["prompt"] for row in rows]
-    transcripts = [prompt for prompt in prompts if isinstance(prompt, str) and is_hh(prompt)]
+    """BadInput if prompts are whole dialogues as text, of which a template would make one message each.
+
+    A single one, or a twentieth of them, may speak of dialogues.
+    """
+    texts = [row for row in rows if isinstance(row["prompt"], str)]
+    found = [(row["line"], match[0]) for row in texts if (match := TURN.search(row["prompt"]))]
     chat = tokenizer.chat.name
-    require(
-        chat == "none" or not prompts or len(transcripts) < len(prompts),
-        f"{source}: the prompts are transcripts (Human: ..., Assistant:), and --chat {chat} would make one"
-        " message of each; expected messages, or --chat none",
+    if chat == "none" or len(found) < min(2, len(rows)) or 20 * len(found) <= len(rows):
+        return
+    line, turn = found[0]
+    raise BadInput(
+        f"{source}, line {line}: {len(found)} of {len(rows)} prompts are transcripts (found {turn!r}), and"
+        f" --chat {chat} would make one message of each; expected messages, or --chat none"
     )
 
 

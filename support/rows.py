@@ -5,6 +5,7 @@ known to carry nothing for training (HARMLESS), or the row is refused by name, u
 key.
 """
 
+import collections
 import itertools
 import json
 import math
@@ -14,14 +15,14 @@ from typing import NamedTuple
 
 from support.files import BadInput, at_line, read_jsonl, require
 from support.graders import MAX_CHARS, boxed, gsm8k_label, is_value, same_answer
-from support.tokenizers import CHATS, ROLES, is_conversation
+from support.tokenizers import ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row
 
 
 PROMPT = ("prompt", "instruction", "question", "problem")
 CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
-NO_CONTEXT = ("<noinput>", "<no input>", "noinput", "no input")  # how Alpaca spells that there is none
+NO_CONTEXT = ("noinput", "no input", "none", "n/a", "nan", "null")  # Alpaca's spellings, but for <, > and .
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")
 SOLUTION = (
@@ -97,10 +98,11 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     if unlabelled:
         log(f"{path}: dropped {unlabelled} rows with an empty label; {len(rows)} left")
     require(rows, f"{path}: no row is left: every label is empty")
+    refuse_replaced(path, rows, needs, ignore_keys)
     with at_line(path, rows[0]["line"]):
-        refuse_rendered(rows)
+        refuse_repeated(rows)
         refuse_marked(rows)
-        refuse_verdicts(rows, needs, ignore_keys)
+        refuse_verdicts(rows, ignore_keys)
         if "steps" in needs:
             refuse_one_sided(rows)
     for note in notes_on_ratings(rows, needs):
@@ -108,17 +110,8 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     return rows
 
 
-def refuse_rendered(rows):
-    """BadInput for a file whose texts hold more than their keys say: in one row it can be chance, in all it
-    is how the file was made."""
-    prompts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
-    for opening in (CHATS["chatml"][0], CHATS["llama3"][1]):  # of every message
-        rendered = len(prompts) == len(rows) and all(opening in prompt for prompt in prompts)
-        require(
-            not rendered,
-            f"the prompt holds {opening}, as all prompts of the file do: a chat template was applied; "
-            "expected messages, or texts without it",
-        )
+def refuse_repeated(rows):
+    """BadInput for a file whose replies begin with their prompts; in one row it can be chance."""
     replies = [(row["prompt"], row[key]) for row in rows for key in REPLIES if key in row and "prompt" in row]
     repeated = all(begins_with_prompt(prompt, reply) for prompt, reply in replies)
     require(
@@ -134,24 +127,40 @@ MARKER = (
 )
 OPENS = re.compile(rf"\A(?:{MARKER})")
 CLOSES = re.compile(rf"(?:{MARKER})\Z")
-SERIALISED = re.compile(r"""\A\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+# What opens a turn of the assistant inside a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates.
+TURN = re.compile(
+    r"\n(?:### ?)?Assistant:|\bASSISTANT:|### Response:|\[/INST\]|<(?:extra_id_\d+|start_of_turn|\|im_start\|"
+    r"|\|start_header_id\|)>(?:assistant|model)|<\|assistant\|>|<\uff5cassistant\uff5c>",
+    re.IGNORECASE,
+)
+# Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.
+MESSAGE = r"""\{\s*['"](?:role|content|from|value)['"]\s*:"""
+SERIALISED = re.compile(
+    rf"""\A\s*(?:(?:array\()?\[\s*{MESSAGE}|\{{\s*['"](?:messages|conversations)['"]\s*:\s*\["""
+    rf"""|(?=.*['"](?:role|from)['"]\s*:\s*['"](?:user|human|assistant|gpt|system)['"]){MESSAGE})""",
+    re.DOTALL,
+)
+LISTED = re.compile(r"""\A\[\s*(['"])[^'"]*\1\s*\]\Z""")  # "['34']"
 
 
 def refuse_marked(rows):
-    """BadInput if most prompts begin, or most replies end, with the spelling of a special token.
+    """BadInput if most prompts begin, or most replies end, with the spelling of a special token, or if most
+    texts are a list's or a conversation's spelling.
 
-    It would be read letter by letter, beside the token itself. A reply whose ids are known is not read as
-    text.
+    A token's would be read letter by letter, beside the token itself. A reply whose ids are known is not read
+    as text.
     """
     prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
     prompts = [said(row["prompt"]) for row in prompted]
     read = [row for row in prompted if not row["sampled"]]
     replies = [said(row[key]) for row in read for key in REPLIES if key in row]
-    token = "the spelling of a special token, which would be read as letters; expected texts without it"
-    refuse_most(prompts, OPENS, f"prompts begin with {token}")
-    refuse_most(replies, CLOSES, f"replies end with {token}")
+    token = "the spelling of a special token, which would be read as letters"
+    refuse_most(prompts, OPENS, f"prompts begin with {token}: a chat template was applied; expected messages")
+    refuse_most(replies, CLOSES, f"replies end with {token}; expected texts without it")
     for texts, name in ((prompts, "prompts"), (replies, "replies")):
         refuse_most(texts, SERIALISED, f"{name} are messages written as text; expected a list of messages")
+    labels = [row["label"] for row in rows if "label" in row]
+    refuse_most(labels, LISTED, "labels are lists written as text; expected the answer alone")
 
 
 def refuse_most(texts, marker, says):
@@ -161,20 +170,65 @@ def refuse_most(texts, marker, says):
         raise BadInput(f"{len(found)} of {len(texts)} {says} (found {found[0]!r})")
 
 
-def refuse_verdicts(rows, needs, ignore_keys):
-    """BadInput for a file whose labels, 0 and 1, nothing asks for: they judge the responses.
+VERDICTS = ("correct", "score", "reward", "rating")  # keys that may hold one, beside label
+BAD = {"0", "-1", "false", "bad", "incorrect", "rejected", "undesirable"}
+GOOD = {"1", "true", "good", "correct", "chosen", "desirable"}
 
-    In one row such a label can be an answer.
+
+def as_word(value):
+    """A value in lower case; "0" for 0, 0.0 and "0"."""
+    return str(value).strip().lower().removesuffix(".0")
+
+
+def verdicts_among(values):
+    """The values as a set of words if all are verdicts, some of them bad; else an empty one."""
+    words = {as_word(value) for value in values if not is_empty(value)}
+    return words if words & BAD and words <= BAD | GOOD else set()
+
+
+def refuse_verdicts(rows, ignore_keys):
+    """BadInput for a file whose labels, such as 0 and 1, are verdicts on the replies beside them.
+
+    They are answers if most replies begin or end with such a word.
     """
-    if "response" not in needs or "label" in needs or "label" in ignore_keys:
+    verdicts = verdicts_among(row["raw"].get("label") for row in rows)
+    if not verdicts or "label" in ignore_keys:
         return
-    labels = [row["raw"].get("label") for row in rows]
-    binary = all(type(label) is int and label in (0, 1) for label in labels) and 0 in labels
+    replies = [["", *re.findall(r"-?\w+", text.lower())] for text in map(replied, rows) if text]
+    stated = sum(not verdicts.isdisjoint((*words[:2], words[-1])) for words in replies)
     require(
-        not binary,
-        "label is 0 or 1 in all rows: a verdict on the response? Keep the rows that are wanted, then"
-        " --ignore_keys label",
+        2 * stated > len(replies) or not replies,
+        f"label is {' or '.join(sorted(verdicts))} in all rows: a verdict on the response? Keep the rows that"
+        " are wanted, then --ignore_keys label; if it is the right answer, name it answer",
     )
+
+
+def replied(row):
+    """The text of a row's reply, whether or not it is wanted; "" if there is none."""
+    found = [row["raw"].get(name) for name in (*RESPONSE, *CONVERSATION, *SOLUTION)]
+    value = next((value for value in found if not is_empty(value)), "")
+    if not is_conversation(value):
+        return str(value)
+    return value[-1]["content"] if value[-1]["role"] == "assistant" else ""
+
+
+def refuse_replaced(path, rows, needs, ignore_keys):
+    """BadInput for a row whose reply is absent, if it would be replaced by a key that holds the reference
+    beside other rows' replies."""
+    references = {}  # key -> the line of a row that has it beside its reply
+    replies = []
+    for row in rows if "response" in needs else ():
+        fields = {key: value for key, value in row["raw"].items() if key not in ignore_keys}
+        name = dict(reply_keys(fields, needs))["response"]
+        replies.append((row["line"], name, fields[name]))
+        references |= {key: row["line"] for key in SOLUTION if key != name and not is_empty(fields.get(key))}
+    for line, name, value in replies:
+        with at_line(path, line):
+            require(
+                name not in references or "####" in str(value),  # GSM8K's solutions may be among MATH's
+                f"the reply is absent or null, and {name} is the reference beside that of line"
+                f" {references.get(name)}; expected a reply in every row, or --ignore_keys {name}",
+            )
 
 
 RATINGS = (
@@ -197,9 +251,28 @@ def notes_on_ratings(rows, needs):
             notes.append(
                 f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal"
             )
-    wrong = sum(row["raw"].get("correct") is False for row in rows)
-    if "response" in needs and "label" not in needs and wrong:
-        notes.append(f"{wrong} rows have correct false; they are used like the others")
+    for key in VERDICTS if "response" in needs and "label" not in needs else ():
+        values = [row["raw"].get(key) for row in rows]
+        bad = [value for value in map(as_word, values) if value in BAD & verdicts_among(values)]
+        if bad:
+            notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
+    return notes + notes_on_prompts(rows)
+
+
+# Keys that describe a prompt, unless they are a part of it.
+OF_PROMPTS = ("source", "sources", "topic", "subject", "language", "lang", "category", "type", "tags")
+
+
+def notes_on_prompts(rows):
+    """Which of OF_PROMPTS differ in most rows from a row with the same prompt: list of texts."""
+    notes = []
+    for key in OF_PROMPTS:
+        found = [(str(row.get("prompt")), str(row["raw"][key])) for row in rows if key in row["raw"]]
+        kinds = collections.Counter(prompt for prompt, _ in set(found))
+        differ = sum(kinds[prompt] > 1 for prompt, _ in found)
+        if 2 * differ > len(rows):
+            says = f"{differ} rows have the prompt of another row, but not its {key}"
+            notes.append(f"{says}; if that is a part of the prompt, name it input")
     return notes
 
 
@@ -282,7 +355,7 @@ def is_empty(value):
 def refuse_unknown(fields):
     """BadInput for a field that says something and that nothing here reads."""
     for name, value in fields.items():
-        if name in SPEAKING or name in HARMLESS or is_empty(value):
+        if name in SPEAKING or is_empty(value) or name in HARMLESS and not is_prose(value):
             continue
         if name == "text" and is_rendering(value, fields):
             continue
@@ -290,6 +363,12 @@ def refuse_unknown(fields):
             f"{name} is {json.dumps(value)[:60]}, which nothing here reads; expected keys among "
             f"{', '.join(SPEAKING)}; if it may be left out: --ignore_keys {name}"
         )
+
+
+def is_prose(value):
+    """Whether a text, or one in a list, is longer than what names a source or a topic."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and len(text) > 200 and " " in text for text in texts)
 
 
 def is_rendering(text, fields):
@@ -543,18 +622,18 @@ def is_dialogue(value):
 
 def is_hh(text):
     """Whether text is a transcript as in HH-RLHF."""
-    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+    return text.startswith(("\n\nHuman:", "\n\nSystem:")) and "\n\nAssistant:" in text
 
 
 def hh_messages(text):
     """Messages of an HH-RLHF transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
-    role = {"Human": "user", "Assistant": "assistant"}
+    parts = re.split(r"\n\n(Human|Assistant|System):", text)[1:]
+    role = {"Human": "user", "Assistant": "assistant", "System": "system"}
     return [{"role": role[name], "content": said.strip()} for name, said in zip(parts[0::2], parts[1::2])]
 
 
 def check_messages(value, name):
-    """value, if it is a list of {"role", "content"} messages that say nothing else."""
+    """The role and content of each message of a list, if they say nothing else."""
     if not is_conversation(value):
         raise BadInput(
             f"{name} is {json.dumps(value)[:60]}; expected a text that is not empty, or a list of "
@@ -569,7 +648,7 @@ def check_messages(value, name):
         require(role in ROLES, f"{name}: a message of role {role!r}; expected {', '.join(ROLES)}")
         said = message["content"].strip() or role == "system"
         require(said, f"{name}: the content of a message of the {role} is empty")
-    return value
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def split_reply(value, name):
@@ -594,7 +673,7 @@ def read_prompt(fields):
     """The prompt that a row states: a text or messages, with what belongs to it; None if it states none."""
     name, prompt = pick(fields, PROMPT)
     context_name, context = pick(fields, CONTEXT)
-    if isinstance(context, str) and context.strip().lower() in NO_CONTEXT:
+    if str(context).strip(" \n<>.").lower() in NO_CONTEXT:  # also pandas' NaN
         context = None
     if prompt is None:
         beside = f"{context_name} is {json.dumps(context)[:60]}; expected {' or '.join(PROMPT)} beside it"
