@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.rows import TURN, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
+from support.rows import TURN, is_hh, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
@@ -132,18 +132,27 @@ def encode_prompts(rows, tokenizer, source):
 def refuse_transcripts(rows, tokenizer, source):
     """BadInput if prompts are whole dialogues as text, of which a template would make one message each.
 
-    A single one, or a twentieth of them, may speak of dialogues.
+    A single one, or a twentieth of them, may speak of dialogues. Without a template, transcripts that were
+    read as messages, HH-RLHF's, are refused: their headers would be lost.
     """
-    texts = [row for row in rows if isinstance(row["prompt"], str)]
-    found = [(row["line"], match[0]) for row in texts if (match := TURN.search(row["prompt"]))]
     chat = tokenizer.chat.name
-    if chat == "none" or len(found) < min(2, len(rows)) or 20 * len(found) <= len(rows):
+    if chat == "none":
+        for row in rows:
+            texts = [text for text in row.get("raw", {}).values() if isinstance(text, str) and is_hh(text)]
+            require(
+                not texts or isinstance(row["prompt"], str),
+                f"{source}, line {row['line']}: a transcript (Human: ..., Assistant:), which --chat none"
+                " cannot write; expected a prompt beside the replies, or a template (--chat)",
+            )
         return
-    line, turn = found[0]
-    raise BadInput(
-        f"{source}, line {line}: {len(found)} of {len(rows)} prompts are transcripts (found {turn!r}), and"
-        f" --chat {chat} would make one message of each; expected messages, or --chat none"
-    )
+    texts = [row for row in rows if isinstance(row["prompt"], str)]
+    found = [(row["line"], turn[0]) for row in texts if (turn := TURN.search(row["prompt"]))]
+    if len(found) >= min(2, len(rows)) and 20 * len(found) > len(rows):
+        line, turn = found[0]
+        raise BadInput(
+            f"{source}, line {line}: {len(found)} of {len(rows)} prompts are transcripts (found {turn!r}),"
+            f" and --chat {chat} would make one message of each; expected messages, or --chat none"
+        )
 
 
 # exercise 3.1 (3 points): the shift and the mask

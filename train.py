@@ -325,7 +325,11 @@ def load_prompts(cfg, grid):
         return rows, read_rows(cfg.heldout, ("prompt", "label"), cfg, grid)
     cut = max(len(rows) - cfg.limit, 0)
     require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
-    return rows[:cut], [row for row in rows[cut:] if "label" in row]
+    heldout = [row for row in rows[cut:] if "label" in row]
+    unlabelled = len(rows) - cut - len(heldout)
+    if unlabelled:
+        say(grid, f"note: {unlabelled} of the {cfg.limit} rows held out for pass@1 have no label")
+    return rows[:cut], heldout
 
 
 def short_prompts(rows, tokenizer, cfg, grid):
@@ -509,6 +513,8 @@ def stage_grade(cfg, grid):
         graded = {"answer": answer, "correct": correct}
         if str(row["raw"].get("label")) != row["label"]:
             graded["label"] = row["label"]  # it may come from `answer`, which is written over
+        if row["raw"].get("answer") == row["response"]:
+            graded["response"] = row["response"]
         written.append((row["line"], row["raw"] | graded))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())

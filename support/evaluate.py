@@ -146,6 +146,10 @@ def load_reward(name, directory, tokenizer, cfg, grid):
         f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids",
     )
     kind = REWARD_MODELS[name]
+    require(
+        kind.base is LanguageModel or is_reward_model(directory),
+        f"{directory}: a language model, without a reward model's head; expected what --stage rm writes",
+    )
     reference = None
     if kind.needs_reference:
         start = read_run(directory).get("reference")

@@ -111,22 +111,23 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
 
 
 def refuse_repeated(rows):
-    """BadInput for a file whose replies begin with their prompts; in one row it can be chance."""
+    """BadInput for a file most of whose replies begin with their prompts; in one row it can be chance."""
     replies = [(row["prompt"], row[key]) for row in rows for key in REPLIES if key in row and "prompt" in row]
-    repeated = all(begins_with_prompt(prompt, reply) for prompt, reply in replies)
+    repeated = sum(begins_with_prompt(said(prompt), said(reply)) for prompt, reply in replies)
     require(
-        not (replies and repeated),
-        "every reply of the file begins with its prompt, which would be trained on; expected replies alone",
+        2 * repeated <= len(replies),
+        f"{repeated} of {len(replies)} replies begin with their prompt, which would be trained on; expected"
+        " replies alone",
     )
 
 
-# Spellings of special tokens that open or close a text for some model.
+# Spellings of special tokens that open or close a text for some model, or a message inside it.
 MARKER = (
-    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>"
-    r"|\[/?INST\]"
+    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
+    r"|\[(?:/?INST|BOS|EOS|PAD)\]"
 )
-OPENS = re.compile(rf"\A(?:{MARKER})")
-CLOSES = re.compile(rf"(?:{MARKER})\Z")
+HEADER = r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>"
+MARKED = re.compile(rf"\A(?:{MARKER})|(?:{MARKER})\Z|{HEADER}")
 # What opens a turn of the assistant inside a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates.
 TURN = re.compile(
     r"\n(?:### ?)?Assistant:|\bASSISTANT:|### Response:|\[/INST\]|<(?:extra_id_\d+|start_of_turn|\|im_start\|"
@@ -140,27 +141,24 @@ SERIALISED = re.compile(
     rf"""|(?=.*['"](?:role|from)['"]\s*:\s*['"](?:user|human|assistant|gpt|system)['"]){MESSAGE})""",
     re.DOTALL,
 )
-LISTED = re.compile(r"""\A\[\s*(['"])[^'"]*\1\s*\]\Z""")  # "['34']"
 
 
 def refuse_marked(rows):
-    """BadInput if most prompts begin, or most replies end, with the spelling of a special token, or if most
-    texts are a list's or a conversation's spelling.
+    """BadInput if most prompts, or replies, begin or end with the spelling of a special token.
 
-    A token's would be read letter by letter, beside the token itself. A reply whose ids are known is not read
-    as text.
+    It would be read letter by letter, beside the token itself. A reply whose ids are known is not read as
+    text.
     """
     prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
     prompts = [said(row["prompt"]) for row in prompted]
     read = [row for row in prompted if not row["sampled"]]
     replies = [said(row[key]) for row in read for key in REPLIES if key in row]
-    token = "the spelling of a special token, which would be read as letters"
-    refuse_most(prompts, OPENS, f"prompts begin with {token}: a chat template was applied; expected messages")
-    refuse_most(replies, CLOSES, f"replies end with {token}; expected texts without it")
+    token = "the spelling of a special token, which would be read as letters (a chat template was applied?)"
     for texts, name in ((prompts, "prompts"), (replies, "replies")):
+        refuse_most(
+            texts, MARKED, f"{name} begin or end with {token}; expected messages, or texts without it"
+        )
         refuse_most(texts, SERIALISED, f"{name} are messages written as text; expected a list of messages")
-    labels = [row["label"] for row in rows if "label" in row]
-    refuse_most(labels, LISTED, "labels are lists written as text; expected the answer alone")
 
 
 def refuse_most(texts, marker, says):
@@ -278,22 +276,25 @@ def notes_on_prompts(rows):
 
 def begins_with_prompt(prompt, reply):
     """Whether a text goes on from the text of its prompt."""
-    texts = isinstance(prompt, str) and isinstance(reply, str)
-    return texts and len(reply) > len(prompt) and reply.startswith(prompt)
+    return len(reply) > len(prompt) and reply.startswith(prompt)
 
 
 def read_row(fields, needs, optional=()):
-    """One row's canonical keys -> values; an empty label is None, an optional one is left out."""
-    wanted = [
-        *needs,
-        *(key for key in optional if any(not is_empty(fields.get(name)) for name in NAMES[key])),
-    ]
+    """One row's canonical keys -> values; an empty label is None, an optional one that cannot be read is left
+    out."""
+    wanted = [*needs, *(key for key in optional if states(fields, key))]
     row = {}
+    refuse_undoubled(fields)
     refuse_prm800k(fields)
     if {"prompt", "response", "chosen", "rejected"} & set(wanted):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
-        row["label"] = read_label(fields, response=dict(reply_keys(fields, wanted)).get("response"))
+        response = dict(reply_keys(fields, wanted)).get("response")
+        try:
+            row["label"] = read_label(fields, response)
+        except BadInput:
+            if "label" in needs:
+                raise
     if "responses" in wanted:
         row |= read_candidates(fields)
         fields = {key: value for key, value in fields.items() if key not in CANDIDATES}
@@ -306,6 +307,12 @@ def read_row(fields, needs, optional=()):
     if "chosen" in wanted and not is_empty(fields.get("margin")):
         row["margin"] = read_margin(fields["margin"])
     return row
+
+
+def states(fields, key):
+    """Whether a row says something of an optional key; a solution without \\boxed states no label."""
+    boxed_solution = key == "label" and "\\boxed" in str(fields.get("solution"))
+    return boxed_solution or any(not is_empty(fields.get(name)) for name in NAMES[key])
 
 
 def read_margin(value):
@@ -348,8 +355,11 @@ def refuse_verdict(fields):
 
 
 def is_empty(value):
-    """Whether a field says nothing."""
-    return value is None or value in ([], {}) or isinstance(value, str) and not value.strip()
+    """Whether a field says nothing: null, a blank text, or an object or a list of nulls."""
+    if isinstance(value, (list, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return all(not isinstance(part, str) and is_empty(part) for part in parts)
+    return value is None or isinstance(value, str) and not value.strip()
 
 
 def refuse_unknown(fields):
@@ -362,6 +372,23 @@ def refuse_unknown(fields):
         raise BadInput(
             f"{name} is {json.dumps(value)[:60]}, which nothing here reads; expected keys among "
             f"{', '.join(SPEAKING)}; if it may be left out: --ignore_keys {name}"
+        )
+
+
+# LaTeX commands whose backslash JSON takes for an escape, so that \frac becomes a form feed and "rac".
+UNDOUBLED = re.compile(
+    r"(?<!\\)(?:\\\\)*\\(b(?:oxed|egin|eta|inom|ar)\b|f(?:rac(?=[{\d\\ ])|orall\b|box\b)"
+    r"|r(?:ight|angle)\b|t(?:ext(?={)|frac(?=[{\d])|imes\b|heta\b))"
+)
+
+
+def refuse_undoubled(fields):
+    """BadInput for texts in which a backslash of LaTeX was not doubled when they were written as JSON."""
+    found = UNDOUBLED.search(json.dumps(fields))
+    if found:
+        raise BadInput(
+            f"a text has \\{found[1]} with one backslash, which JSON reads as a control character and"
+            f" {found[1][1:]!r}; expected two, as json.dumps writes it"
         )
 
 

@@ -223,6 +223,18 @@ MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so 
         ),
         (PAIRS, {"prompt": HH, "chosen": "a", "rejected": "b"}, [HH, "a", "b"]),
         (ONE, {"prompt": "q", "response": "r", "source": "Smith, A. (2020). A title."}, ["q", "r"]),
+        (  # absent objects, as Hugging Face's datasets writes them
+            ONE,
+            {
+                "messages": [
+                    user("q"),
+                    {**assistant("r"), "function_call": {"name": None, "arguments": None}},
+                ],
+                "extra": {"a": None, "b": [{"c": None}]},
+                "tools": [None],
+            },
+            [[user("q")], [assistant("r")]],
+        ),
         ((*ONE, "label"), MATH, ["q", MATH["solution"], r"\frac{1}{2}"]),
         ((*ONE, "label"), {**MATH, "answer": "0.5", "unique_id": "x"}, ["q", MATH["solution"], "0.5"]),
         (("prompt", "label"), {"prompt": "q", "response": "r", "label": "5", "solution": "z"}, ["q", "5"]),
@@ -325,22 +337,26 @@ def test_files_whose_texts_hold_more_than_their_keys_say(file):
     fine = {"prompt": "What is 2+2?", "response": "4", "chosen": "4", "rejected": "5"}
     chatml = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
     llama3 = "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
-    for prompt in (chatml, llama3):
+    for prompt in (chatml, llama3, "Be kind. " + chatml + "4"):
         rendered = fine | {"prompt": prompt}
         with pytest.raises(BadInput, match="line 1: .*a chat template was applied"):
             load_rows(file(rendered, rendered), ONE)
         assert len(load_rows(file(rendered, fine), ONE)) == 2
     repeated = {key: fine["prompt"] + " " + fine[key] for key in ("response", "chosen", "rejected")}
     for needs in (ONE, PAIRS):
-        with pytest.raises(BadInput, match="line 1: every reply .* begins with its prompt"):
-            load_rows(file(fine | repeated, fine | repeated), needs)
+        other = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
+        asked = {"prompt": [user(fine["prompt"] + "\n")]}
+        for rows in ([repeated] * 2, [repeated, repeated, other], [repeated | asked] * 2):
+            with pytest.raises(BadInput, match="line 1: . of . replies begin with their prompt"):
+                load_rows(file(*(fine | row for row in rows)), needs)
         assert len(load_rows(file(fine | repeated, fine), needs)) == 2
     one = fine | repeated | {"rejected": "5"}
     assert len(load_rows(file(one, one), PAIRS)) == 2
 
 
 @pytest.mark.parametrize(
-    "marker", ["<|endoftext|>", "</s>", "<|eot_id|>\n", "<\uff5cend\u2581of\uff5c>", "<eos>"]
+    "marker",
+    ["<|endoftext|>", "</s>", "<|eot_id|>\n", "<\uff5cend\u2581of\uff5c>", "<eos>", "<pad><pad>", "[EOS]"],
 )
 def test_texts_with_spelled_special_tokens(file, marker):
     """TL;DR's completions end with <|endoftext|>, which would be read as 13 letters before the real token."""
@@ -352,13 +368,19 @@ def test_texts_with_spelled_special_tokens(file, marker):
                 {key: answer(row[key]) if key != "prompt" else row[key] for key in row}
                 for row in (closed, fine)
             ]
-            with pytest.raises(BadInput, match="line 1: .* replies end with the spelling"):
+            with pytest.raises(BadInput, match="line 1: .* replies begin or end with the spelling"):
                 load_rows(file(rows[0], rows[1], rows[0]), needs)
             assert len(load_rows(file(*rows), needs)) == 2  # half of them: it can be what they are about
     opened = fine | {"prompt": marker.strip() + fine["prompt"]}
     for needs in (ONE, ("prompt",)):
-        with pytest.raises(BadInput, match="line 1: 2 of 3 prompts begin with"):
+        with pytest.raises(BadInput, match="line 1: 2 of 3 prompts begin or end with the spelling"):
             load_rows(file(opened, fine, opened), needs)
+        ended = fine | {"prompt": fine["prompt"] + marker}
+        with pytest.raises(BadInput, match="line 1: 2 of 3 prompts begin or end with the spelling"):
+            load_rows(file(ended, ended, fine), needs)
+    begun = fine | {"response": marker.strip() + "4"}
+    with pytest.raises(BadInput, match="line 1: 2 of 3 replies begin or end with the spelling"):
+        load_rows(file(begun, begun, fine), ONE)
     sampled = closed | {"tokenizer": "x", "ids": [1], "chosen_ids": [1], "rejected_ids": [1]}
     assert len(load_rows(file(sampled, sampled), ONE)) == 2  # trained on as ids
     graded = {"response": closed["response"], "label": "4"}
@@ -513,13 +535,27 @@ def test_a_note_on_keys_that_may_belong_to_the_prompt(file):
         assert [note in line for note, line in zip(notes, lines, strict=True)] == [True] * len(notes)
 
 
-def test_labels_that_are_lists_as_text(file):
-    """As Python prints a list; a tuple of several may be what is asked for."""
-    listed = [{"prompt": "q", "label": label} for label in ("['34']", '["x"]', "3")]
-    with pytest.raises(BadInput, match="line 1: 2 of 3 labels are lists written as text"):
-        load_rows(file(*listed), ("prompt", "label"))
-    for label in ("[1, 2]", "['a', 'b']", "[34]"):
-        assert len(load_rows(file({"label": label}), ("label",))) == 1
+LATEX = (
+    r"\boxed{5} \beta \begin{pmatrix} \bar{x} \frac{1}{2} \frac12 \forall \fbox{5} \text{east} \times \theta"
+    r" \tfrac12 \right) \rangle"
+)
+
+
+@pytest.mark.parametrize("command", LATEX.split())
+def test_latex_whose_backslashes_were_not_doubled(file, command):
+    """JSON reads "\\frac" as a form feed and "rac"."""
+    line = '{"prompt": "q", "response": "so RESPONSE", "metadata": ["METADATA"]}'
+    for name in ("RESPONSE", "METADATA"):
+        with pytest.raises(BadInput, match=r"line 1: a text has \\\w+ with one backslash"):
+            load_rows(file(line.replace(name, command)), ONE)
+    (row,) = load_rows(file(line.replace("RESPONSE", "\\" + command)), ONE)
+    assert row["response"] == f"so {command}"
+    assert load_rows(file(line.replace("METADATA", command)), ONE, ignore_keys=("metadata",))
+
+
+@pytest.mark.parametrize("text", ["a\tfraction\r\night", "\x0craces", "\t text", "C:\\beta", "N\x08NA\x08A"])
+def test_control_characters_that_are_no_latex(file, text):
+    assert load_rows(file({"prompt": text, "response": text}), ONE)[0]["prompt"] == text
 
 
 def test_transcripts_as_prompts_need_messages_under_a_template(file, tmp_path):
@@ -535,6 +571,11 @@ def test_transcripts_as_prompts_need_messages_under_a_template(file, tmp_path):
         assert use("none")
         with pytest.raises(BadInput, match="transcripts .* --chat chatml would make one message of each"):
             use("chatml")
+    whole = file({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"})
+    headed = load_rows(whole, PAIRS)
+    assert len(encode(headed, Tokenizer(files, "x", "chatml"), 999, PAIRS[1:], whole)[0]) == 1
+    with pytest.raises(BadInput, match="line 1: a transcript .* which --chat none cannot write"):
+        encode(headed, Tokenizer(files, "x", "none"), 999, PAIRS[1:], whole)
     rows[0]["prompt"] = "q"
     assert len(encode_prompts(rows, Tokenizer(files, "x", "chatml"), source)) == 2
 
@@ -699,6 +740,19 @@ def test_rows_without_a_label_are_dropped_and_counted(file):
     assert lines == [f"{path}: dropped 3 rows with an empty label; 2 left"]
     with pytest.raises(BadInput, match="every label is empty"):
         load_rows(file({"label": ""}), ("label",), log=lines.append)
+    prose = {"question": "q", "answer": "so it is " * 80}
+    for row in (
+        prose,
+        {"prompt": "q", "answer": ["a"]},
+        {"prompt": "q", "answer": "5", "solution": r"\boxed{6}"},
+    ):
+        assert "label" not in load_rows(file(row), ("prompt",), optional=("label",))[0]
+        with pytest.raises(BadInput):
+            load_rows(file(row), ("prompt", "label"))
+    (row,) = load_rows(file(MATH), ("prompt",), optional=("label",))
+    assert row["label"] == r"\frac{1}{2}"  # what RL with a reward model reports pass@1 by
+    unboxed = {"prompt": "q", "solution": "no box"}
+    assert "label" not in load_rows(file(unboxed), ("prompt",), optional=("label",))[0]
     rows = load_rows(file({"prompt": "q", "label": ""}), ("prompt",), optional=("label",), log=lines.append)
     assert "label" not in rows[0] and len(lines) == 2
 

@@ -950,6 +950,11 @@ def test_grade(command, tmp_path):
     assert found[0] == {**rows[0], "answer": "18", "correct": True} and found[4]["label"] == "72"
     again = ["--stage", "grade", "--data", tmp_path / "g.jsonl", "--out", tmp_path / "again.jsonl"]
     assert command(*again)[0] == 0 and rows_of(tmp_path / "again.jsonl") == found  # no label was replaced
+    # a reply that was under `answer`, which is written over, is kept for --stage sft
+    write_jsonl(tmp_path / "r.jsonl", [{"question": "q", "answer": rows[4]["answer"]}])
+    assert command(*words)[0] == 0
+    (row,) = rows_of(tmp_path / "g.jsonl")
+    assert (row["response"], row["answer"], row["label"]) == (rows[4]["answer"], "72", "72")
     # graded again: a GSM8K row's reference answer is not replaced by what was extracted
     wrong = {"response": "#### 71", "answer": "48+24=<<48+24=72>>72\n#### 72"}
     boxed = {"response": "#### 3", "solution": r"\boxed{4}", "label": ""}
