@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.rows import TURN, is_hh, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
+from support.rows import OF_ONE_ROW, TURN, is_hh, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
@@ -105,8 +105,11 @@ def sampled_ids(row, tokenizer, prompt_ids):
     return found
 
 
-def rows_by_prompt(rows, tokenizer, source):
-    """-> {prompt ids as a tuple: row}, to look up a prompt's label; BadInput if one prompt has two labels."""
+def rows_by_prompt(rows, tokenizer, source, whole=False):
+    """-> {prompt ids as a tuple: row}, to look up a prompt's label; BadInput if one prompt has two labels.
+
+    whole   the row is looked up for all that it says: BadInput also for another key that differs
+    """
     found = {}
     for row in rows:
         with at_line(source, row["line"]):
@@ -115,6 +118,12 @@ def rows_by_prompt(rows, tokenizer, source):
                 first.get("label") == row.get("label"),
                 f"label {row.get('label')!r}, but the same prompt has {first.get('label')!r}"
                 f" on line {first['line']}",
+            )
+            ours, others = row.get("raw", {}), first.get("raw", {})
+            differing = [key for key in ours.keys() - OF_ONE_ROW if ours[key] != others.get(key)]
+            require(
+                not whole or not differing,
+                f"{differing} is not that of line {first['line']}, which has the same prompt; expected one row",
             )
     return found
 

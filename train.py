@@ -71,6 +71,7 @@ from support.evaluate import (
     reward_name,
     reward_of_run,
     sample_graded,
+    say_shared_prompts,
     score_examples,
     show_tokens,
     write_rows,
@@ -122,6 +123,8 @@ def stage_rm(cfg, grid):
     """The reward model: pairs -> token scores -> pairwise loss on their means; --reward names other kinds."""
     tokenizer = load_tokenizer(cfg.model, cfg)
     pairs = load_pairs(cfg, tokenizer, grid)
+    if cfg.heldout:
+        say_shared_prompts(cfg, grid)
     kind = REWARD_MODELS[cfg.reward]
     start = load(kind.base, cfg.model, cfg, grid)
     reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
@@ -322,6 +325,7 @@ def load_prompts(cfg, grid):
     needs = ("prompt", "label") if graded else ("prompt",)
     rows = read_rows(cfg.data, needs, cfg, grid, optional=("label",))
     if cfg.heldout:
+        say_shared_prompts(cfg, grid)
         return rows, read_rows(cfg.heldout, ("prompt", "label"), cfg, grid)
     cut = max(len(rows) - cfg.limit, 0)
     require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")

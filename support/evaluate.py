@@ -40,7 +40,7 @@ from qrm import (
     with_outcome,
 )
 from reinforce import standardize
-from support.files import BadInput, at_line, read_json, require, write_atomically
+from support.files import BadInput, at_line, read_json, read_jsonl, require, write_atomically
 from support.graders import MAX_CHARS, can_match, extract_answer, grade, meaning
 from support.judge import judge_reward, make_judge
 from support.rewards import answer_text, graded_reward, user_reward
@@ -90,14 +90,18 @@ def load_tokenizer(directory, cfg):
     return tokenizer
 
 
+def ignored_keys(cfg):
+    """The keys that --ignore_keys lists."""
+    return tuple(key.strip() for key in cfg.ignore_keys.split(","))
+
+
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal.
 
     Labels that no answer can match, such as "Yes" for --task gsm8k, are counted in one line; BadInput if they
     are needed and all labels are of that kind.
     """
-    ignored = tuple(key.strip() for key in cfg.ignore_keys.split(","))
-    rows = load_rows(path, needs, limit, optional, ignored, log_to(grid))
+    rows = load_rows(path, needs, limit, optional, ignored_keys(cfg), log_to(grid))
     labels = {row["label"] for row in rows if "label" in row}
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:
@@ -110,6 +114,19 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
         )
         say(grid, f"{cannot}: whatever is answered there counts as wrong")
     return rows
+
+
+def say_shared_prompts(cfg, grid):
+    """One line for the prompts of --heldout that --data has too: what is measured there was learned from."""
+    prompts = []
+    for path in (cfg.data, cfg.heldout):
+        needs = ("prompt", "steps") if "completions" in next(read_jsonl(path))[1] else ("prompt",)
+        rows = load_rows(path, needs, ignore_keys=ignored_keys(cfg), log=len)
+        prompts.append({str(row["prompt"]) for row in rows})
+    learned, heldout = prompts
+    shared = len(learned & heldout)
+    if shared:
+        say(grid, f"note: {shared} of the {len(heldout)} prompts of {cfg.heldout} are in {cfg.data} too")
 
 
 def read_run(directory):

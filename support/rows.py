@@ -58,6 +58,9 @@ HARMLESS = set(
     )
 )
 
+# Keys in which rows of one prompt may differ: what describes a row, and sampled replies.
+OF_ONE_ROW = HARMLESS - {"meta", "metadata"} | {*RESPONSE, *PAIR, *CONVERSATION}
+
 # needs -> the keys that can supply it, for messages
 NAMES = {
     "prompt": PROMPT,
@@ -77,10 +80,10 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
     log               gets one line that counts the rows dropped because their label is empty
-    -> list of {"prompt": ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A prompt
-       is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a text or a
-       list of one assistant message; a label is a text; steps are a list of Step. Beside "responses" a row
-       may have "labels".
+    -> list of {"prompt": ..., "line": int, "raw": the row as read, "fields": raw without ignore_keys,
+       "sampled": see data.sampled_ids}. A prompt is a text or a list of {"role", "content"} that does not end
+       with the assistant; a reply is a text or a list of one assistant message; a label is a text; steps are
+       a list of Step. Beside "responses" a row may have "labels".
     Raises BadInput with the line number for a row that lacks something or says something that would be lost.
     """
     rows = []
@@ -93,16 +96,16 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
             unlabelled += 1
         else:
             sampled = {key: fields[key] for key in SAMPLED if key in fields}
-            rows.append({**row, "line": line, "raw": raw, "sampled": sampled})
+            rows.append({**row, "line": line, "raw": raw, "fields": fields, "sampled": sampled})
     require(rows or unlabelled, f"{path}: no rows; expected one JSON object a line")
     if unlabelled:
         log(f"{path}: dropped {unlabelled} rows with an empty label; {len(rows)} left")
     require(rows, f"{path}: no row is left: every label is empty")
-    refuse_replaced(path, rows, needs, ignore_keys)
+    refuse_replaced(path, rows, needs)
     with at_line(path, rows[0]["line"]):
         refuse_repeated(rows)
         refuse_marked(rows)
-        refuse_verdicts(rows, ignore_keys)
+        refuse_verdicts(rows)
         if "steps" in needs:
             refuse_one_sided(rows)
     for note in notes_on_ratings(rows, needs):
@@ -184,13 +187,13 @@ def verdicts_among(values):
     return words if words & BAD and words <= BAD | GOOD else set()
 
 
-def refuse_verdicts(rows, ignore_keys):
+def refuse_verdicts(rows):
     """BadInput for a file whose labels, such as 0 and 1, are verdicts on the replies beside them.
 
     They are answers if most replies begin or end with such a word.
     """
-    verdicts = verdicts_among(row["raw"].get("label") for row in rows)
-    if not verdicts or "label" in ignore_keys:
+    verdicts = verdicts_among(row["fields"].get("label") for row in rows)
+    if not verdicts:
         return
     replies = [["", *re.findall(r"-?\w+", text.lower())] for text in map(replied, rows) if text]
     stated = sum(not verdicts.isdisjoint((*words[:2], words[-1])) for words in replies)
@@ -203,29 +206,30 @@ def refuse_verdicts(rows, ignore_keys):
 
 def replied(row):
     """The text of a row's reply, whether or not it is wanted; "" if there is none."""
-    found = [row["raw"].get(name) for name in (*RESPONSE, *CONVERSATION, *SOLUTION)]
+    found = [row["fields"].get(name) for name in (*RESPONSE, *CONVERSATION, *SOLUTION)]
     value = next((value for value in found if not is_empty(value)), "")
     if not is_conversation(value):
         return str(value)
     return value[-1]["content"] if value[-1]["role"] == "assistant" else ""
 
 
-def refuse_replaced(path, rows, needs, ignore_keys):
+def refuse_replaced(path, rows, needs):
     """BadInput for a row whose reply is absent, if it would be replaced by a key that holds the reference
     beside other rows' replies."""
-    references = {}  # key -> the line of a row that has it beside its reply
-    replies = []
+    references = {}  # (key, kind of text) -> the line of a row that has it beside its reply
+    replies = {}  # line -> the key and kind that its reply was read from
     for row in rows if "response" in needs else ():
-        fields = {key: value for key, value in row["raw"].items() if key not in ignore_keys}
-        name = dict(reply_keys(fields, needs))["response"]
-        replies.append((row["line"], name, fields[name]))
-        references |= {key: row["line"] for key in SOLUTION if key != name and not is_empty(fields.get(key))}
-    for line, name, value in replies:
+        kinds = {key: (key, "####" in str(row["fields"].get(key))) for key in row["fields"]}
+        name = dict(reply_keys(row["fields"], needs))["response"]
+        replies[row["line"]] = kinds[name]
+        beside = [key for key in SOLUTION if key != name and not is_empty(row["fields"].get(key))]
+        references |= {kinds[key]: row["line"] for key in beside}
+    for line, (name, kind) in replies.items():
         with at_line(path, line):
             require(
-                name not in references or "####" in str(value),  # GSM8K's solutions may be among MATH's
+                (name, kind) not in references,
                 f"the reply is absent or null, and {name} is the reference beside that of line"
-                f" {references.get(name)}; expected a reply in every row, or --ignore_keys {name}",
+                f" {references.get((name, kind))}; expected a reply in every row, or --ignore_keys {name}",
             )
 
 
@@ -249,12 +253,25 @@ def notes_on_ratings(rows, needs):
             notes.append(
                 f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal"
             )
+    if {"response", "label"} <= {*needs}:
+        same = [row for row in rows if reads_one_field(row["fields"], needs)]
+        if same:
+            where = f"line {same[0]['line']}"
+            notes.append(
+                f"{len(same)} rows have reply and label in one field ({where}): they grade themselves"
+            )
     for key in VERDICTS if "response" in needs and "label" not in needs else ():
         values = [row["raw"].get(key) for row in rows]
         bad = [value for value in map(as_word, values) if value in BAD & verdicts_among(values)]
         if bad:
             notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
     return notes + notes_on_prompts(rows)
+
+
+def reads_one_field(fields, needs):
+    """Whether the response of a row is the text that states its label."""
+    stating = next(name for name in LABEL if not is_empty(fields.get(name)))
+    return dict(reply_keys(fields, needs))["response"] == stating
 
 
 # Keys that describe a prompt, unless they are a part of it.
@@ -582,7 +599,10 @@ def reply_keys(fields, wanted):
     found = []
     if "response" in wanted:
         name, _ = pick(fields, RESPONSE)
-        others = (name, *CONVERSATION, *SOLUTION) if name or not has_empty_text(fields, RESPONSE) else ()
+        graded = "label" in wanted
+        others = (
+            (name, *CONVERSATION, *SOLUTION) if name or not has_empty_text(fields, RESPONSE, graded) else ()
+        )
         name = next((name for name in others if name and not is_empty(fields.get(name))), None)
         if name == "answer" and has_empty_text(fields, ("solution",)):
             name = None
@@ -597,9 +617,13 @@ def reply_keys(fields, wanted):
     return found
 
 
-def has_empty_text(fields, names):
-    """Whether one of the keys holds a text that says nothing: an empty reply, which no other key replaces."""
-    return any(isinstance(fields.get(name), str) and is_empty(fields[name]) for name in names)
+def has_empty_text(fields, names, or_null=False):
+    """Whether one of the keys holds a text that says nothing: an empty reply, which no other key replaces.
+
+    or_null   null is such a reply too: as it is where replies are graded
+    """
+    found = [fields[name] for name in names if name in fields and (or_null or fields[name] is not None)]
+    return any(not isinstance(value, list) and is_empty(value) for value in found)
 
 
 def check_same_reply(replies, wanted):

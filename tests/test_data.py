@@ -491,8 +491,22 @@ def test_an_absent_reply_is_not_replaced_by_a_reference(file, full, absent):
     assert len(load_rows(file(absent), ONE)) == 1  # a file of such replies
     solved = {"question": "q", "answer": "1 + 1 = 2\n#### 2"}
     assert len(load_rows(file(full, solved), ONE)) == 2  # GSM8K among MATH
+    with pytest.raises(BadInput, match="line 2: the reply is absent .* of line 1"):
+        load_rows(file({**solved, "response": "r"}, {**solved, "response": None}), ONE)
     joined = [{"prompt": "q", "output": x, "answer": y} for x, y in (("r", None), (None, "s"))]
     assert [row["response"] for row in load_rows(file(*joined), ONE)] == ["r", "s"]
+
+
+@pytest.mark.parametrize("name", ["response", "completion", "output"])
+def test_a_null_reply_is_not_graded_by_its_reference(file, name):
+    """Where the model's output is null, GSM8K's own solution would be right."""
+    row = {"question": "q", "answer": "1 + 1 = 2\n#### 2", name: None}
+    for needs in (("response", "label"), (*ONE, "label")):
+        with pytest.raises(BadInput, match=f"line 1: {name} is null; expected a text"):
+            load_rows(file(row), needs)
+        lines = []
+        assert len(load_rows(file(row), needs, ignore_keys=(name,), log=lines.append)) == 1
+        assert len(lines) == 1 and "1 rows have reply and label in one field (line 1)" in lines[0]
 
 
 def test_notes_on_rows_that_are_used_against_what_they_say(file):

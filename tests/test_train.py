@@ -1086,6 +1086,28 @@ def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [("reinforce", "--limit", 1, "--steps", 1), ("eval", "--limit", 1), ("pairs", "--best", "--limit", 1)],
+)
+def test_a_language_model_is_no_reward_model(built, command, tmp_path, stage):
+    """It would get a head of zeros, as at the start of --stage rm, and then reward nothing."""
+    name, *more = stage
+    rows = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "1"} for p in PROMPTS])
+    words = ["--stage", name, "--data", rows, "--out", tmp_path / "o", *more]
+    models = ["--model", built / "sft", "--reward_model", built / "sft"]
+    says = f"{built / 'sft'}: a language model, without a reward model's head"
+    assert_refused(command, tmp_path, [*words, *models], says)
+
+
+def test_prompts_held_out_without_a_label_are_said(tmp_path, capsys):
+    rows = [{"problem": "q", "solution": solution} for solution in (r"\boxed{1}", r"\boxed{2}", "no box")]
+    mine = write_jsonl(tmp_path / "p.jsonl", rows)
+    learned, heldout = train.load_prompts(settings.Config(data=str(mine), limit=2, task="math"), Grid())
+    assert len(learned) == 1 and [row["label"] for row in heldout] == ["2"]
+    assert "note: 1 of the 2 rows held out for pass@1 have no label" in capsys.readouterr().out
+
+
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
     """The labels are what the policy says greedily, on two prompts of four; the reward model that judges is
     named."""
@@ -1509,6 +1531,25 @@ def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_p
         assert_refused(command, tmp_path, [*rm, "--heldout", same], f"--heldout {same}", "same rows")
     words = ["--stage", "eval", "--model", built / "rm", "--out", tmp_path / "e"]
     assert command(*words, "--data", pairs_file, "--heldout", copy)[0] == 0
+
+
+def test_shared_prompts_are_said(tmp_path, capsys):
+    """In another order and form, among others."""
+    turns = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "x"}]
+    pair = {"chosen": "x", "rejected": "y"}
+    learned = [
+        {"prompt": "a", **pair},
+        {"messages": turns},
+        {"instruction": "c", "input": "d", "output": "x"},
+    ]
+    heldout = [{"prompt": "c\n\nd"}, {"prompt": turns[:1]}, {"prompt": "c"}, {"prompt": "c\n\nd", **pair}]
+    paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate((learned, heldout))]
+    cfg = settings.Config(data=paths[0], heldout=paths[1])
+    evaluate.say_shared_prompts(cfg, Grid())
+    assert capsys.readouterr().out == f"note: 2 of the 3 prompts of {paths[1]} are in {paths[0]} too\n"
+    write_jsonl(Path(paths[1]), heldout[2:3])
+    evaluate.say_shared_prompts(cfg, Grid())
+    assert capsys.readouterr().out == ""
 
 
 def test_labels_that_nothing_can_match_are_said(command, tmp_path):
