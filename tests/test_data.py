@@ -436,7 +436,12 @@ def test_labels_that_judge_the_response(file, good, bad):
         named = [{**row, "label": None, "answer": row["label"]} for row in (answers, bad)]
         assert load_rows(file(*named), needs)  # as the message says
     assert len(load_rows(file(good, bad), ONE, ignore_keys=("label",))) == 2
-    for row in ({"messages": turns}, {"question": "q", "answer": "so it is"}):  # as in WikiQA
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for row in (
+        {"messages": turns},
+        {"question": "q", "answer": "so it is"},
+        pair,
+    ):  # the second as in WikiQA
         with pytest.raises(BadInput, match="line 1: label is "):
             load_rows(file(row | {"label": good["label"]}, row | {"label": bad["label"]}), ("prompt",))
     for row in ({"prompt": "q"}, {"messages": turns[:1]}):
@@ -512,7 +517,7 @@ def test_a_null_reply_is_not_graded_by_its_reference(file, name):
 def test_notes_on_rows_that_are_used_against_what_they_say(file):
     row = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
     for ours, other in (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating")):
-        rated = [row | {ours: x, other: y} for x, y in ((1, 9), (2.5, 2.5), (9, 1), (3, None))]
+        rated = [row | {ours: x, other: y} for x, y in (("1", "9.0"), (2.5, 2.5), (9, 1), (3, None))]
         for needs, notes in (
             (PAIRS, ["1 rows rate the chosen reply below the rejected one, 1 rate"]),
             (ONE, []),
@@ -646,6 +651,7 @@ def test_one_prompt_has_one_label(tokenizer):
     rows = [row(1, "Tom", "3"), row(2, "Ann", "4"), row(5, "Tom", "3")]
     found = rows_by_prompt(rows, tokenizer, "here.jsonl")
     assert found == {tuple(tokenizer.encode_prompt(r["prompt"])): r for r in rows[:2]}
+    assert rows_by_prompt([*rows, row(7, "Tom", "3.0")], tokenizer, "here.jsonl") == found  # the same number
     with pytest.raises(
         BadInput, match="here.jsonl, line 6: label '4', but the same prompt has '3' on line 1"
     ):
@@ -697,6 +703,8 @@ def test_labels(file):
         "1234",
     ]
     assert gsm8k_label("#### -3") == "-3"
+    (row,) = load_rows(file({"answer": "The final answer is: 1/2."}), ("label",))
+    assert row["label"] == "1/2"
     (row,) = load_rows(
         file({"question": "q", "answer": solution}), ("prompt", "response", "label")
     )  # OpenAI's rows are good for both
@@ -705,7 +713,14 @@ def test_labels(file):
     plain = ["0.00001", "8", "-0.5", "10000000000000000000000", "12345678901234567890", str(10**400)]
     found = load_rows(file(*({"label": number} for number in numbers)), ("label",))
     assert [row["label"] for row in found] == plain
-    for bad in ({"label": ["8"]}, {"answer": "#### none"}, {}, {"label": True}, {"label": {"a": 1}}):
+    for bad in (
+        {"label": ["8"]},
+        {"answer": "#### none"},
+        {"answer": "#### 10-15"},
+        {},
+        {"label": True},
+        {"label": {"a": 1}},
+    ):
         with pytest.raises(BadInput, match="line 2: "):
             load_rows(file({"label": "1"}, bad), ("label",))
     for bad in ('{"label": NaN}', '{"label": Infinity}', '{"label": 1e999}'):
@@ -722,7 +737,13 @@ def test_labels(file):
         ({"label": 7, "answer": "8"}, "label says '7', but answer says '8'"),
         ({"answer": "x+1", "solution": r"so \boxed{x+2}"}, "answer says 'x+1', but solution says 'x+2'"),
         ({"label": "B", "solution": r"\boxed{C}"}, "label says 'B', but solution says 'C'"),
+        ({"label": "algebra", "answer": "18"}, "label says 'algebra', but answer says '18'"),
+        ({"label": "Yes", "answer": "No"}, "label says 'Yes', but answer says 'No'"),
         ({"label": "0.5", "answer": r"\frac{1}{2}"}, None),
+        ({"label": "1, 2", "solution": r"so \boxed{2} and \boxed{1}"}, None),
+        ({"label": "13", "solution": "#### 1. Find x\nso\n#### 2. Done\nit is \\boxed{13}"}, None),
+        ({"label": "3/4", "answer": "<think>#### 7</think>\n#### 3/4"}, None),
+        ({"label": "18", "answer": "The answer is 18."}, None),
         ({"label": "5", "answer": "5 apples"}, None),  # a text, not a value
         ({"label": "5", "answer": "He has 6 apples."}, None),
         ({"label": "5", "solution": "a text without a box"}, None),
