@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.graders import same_answer
-from support.rows import OF_ONE_ROW, TURN, is_hh, load_rows  # noqa: F401 (load_rows: the first stop)
+from support.rows import OF_ONE_ROW, TURN, is_hh, load_rows, same_label  # noqa: F401 (load_rows: the first stop)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
@@ -115,9 +114,8 @@ def rows_by_prompt(rows, tokenizer, source, whole=False):
     for row in rows:
         with at_line(source, row["line"]):
             first = found.setdefault(tuple(tokenizer.encode_prompt(row["prompt"])), row)
-            labels = [first.get("label"), row.get("label")]
             require(
-                labels[0] == labels[1] or None not in labels and same_answer(*labels, "math"),
+                same_label(first.get("label"), row.get("label")),
                 f"label {row.get('label')!r}, but the same prompt has {first.get('label')!r}"
                 f" on line {first['line']}",
             )

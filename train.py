@@ -123,8 +123,6 @@ def stage_rm(cfg, grid):
     """The reward model: pairs -> token scores -> pairwise loss on their means; --reward names other kinds."""
     tokenizer = load_tokenizer(cfg.model, cfg)
     pairs = load_pairs(cfg, tokenizer, grid)
-    if cfg.heldout:
-        say_shared_prompts(cfg, grid)
     kind = REWARD_MODELS[cfg.reward]
     start = load(kind.base, cfg.model, cfg, grid)
     reference = frozen_start(start, cfg, grid) if kind.needs_reference else None
@@ -272,6 +270,8 @@ def load_pairs(cfg, tokenizer, grid):
 
     For --reward prm their Examples are StepExamples; a step-labelled row is (StepExample,) instead of a Pair.
     """
+    if cfg.heldout:
+        say_shared_prompts(cfg, grid)
     needs_steps = REWARD_MODELS[cfg.reward].needs_steps
     if needs_steps and has_steps(cfg.data):
         return by_prompt(load_step_rows(cfg.data, tokenizer, cfg, grid)[0], cfg)

@@ -496,6 +496,11 @@ def read_label(fields, response=None):
     return label
 
 
+def same_label(one, other):
+    """Whether two labels, or the absence of any (None), are the same."""
+    return one == other or None not in (one, other) and same_answer(one, other, "math")
+
+
 ANSWER_IS = re.compile(r"(?i)\W*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?")
 
 
