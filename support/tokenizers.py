@@ -526,10 +526,6 @@ class Tokenizer:
         if self.chat.name == "none":
             if len(messages) > 1:
                 raise BadInput(f"{len(messages)} messages need a chat template (--chat llama3 or chatml)")
-            role = messages[0][0]
-            require(
-                role == "user", f"a message of the {role} needs a chat template (--chat llama3 or chatml)"
-            )
             ids = self.encode(messages[0][1])
         else:
             self.check_template(messages)

@@ -661,16 +661,6 @@ def test_a_template_may_write_the_bos_itself(tmp_path):
     assert chatml(tmp_path, "{{ bos_token }}" + PLAIN, "none").bos_id is None
 
 
-def test_a_role_that_cannot_be_written_is_refused(tmp_path):
-    """Without a template a user's message is the text; a system message would be read as one."""
-    tokenizer = load(tmp_path, FORMS["qwen"])
-    message = {"role": "user", "content": "low"}
-    assert tokenizer.encode_prompt([message]) == tokenizer.encode("low")
-    for messages in ([{**message, "role": "system"}], [message, message]):
-        with pytest.raises(BadInput, match="message.* chat template"):
-            tokenizer.encode_prompt(messages)
-
-
 THOUGHT = [("user", "a"), ("assistant", "<think>\nhm\n</think>\n\nb"), ("user", "c")]
 EMPTY = [("system", ""), ("user", "a")]
 TWO = [("system", "a"), ("system", "b"), ("user", "c")]
