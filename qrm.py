@@ -323,6 +323,7 @@ class RewardModel:
     needs_reference: bool = False  # the frozen model that training started from
     needs_steps: bool = False  # labels of steps
     weigh: Callable = count_pairs
+    reads: tuple = ("beta", "margin")  # numbers of cfg that the loss has
 
 
 def fused_loss_on_pairs(model, ids, response_mask, cfg, **_):
@@ -480,6 +481,7 @@ REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one
         speaks=at_last_token,
         is_q=False,
         total=sum_of_rewards,
+        reads=(),
     ),
     "prm": RewardModel(
         base=ScalarModel,
@@ -490,8 +492,11 @@ REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one
         total=mean_of_steps,
         needs_steps=True,
         weigh=count_steps,
+        reads=(),
     ),
-    "verifier": replace(QRM, loss=verifier_loss_on_pairs, total=last_reward, weigh=count_response_tokens),
+    "verifier": replace(
+        QRM, loss=verifier_loss_on_pairs, total=last_reward, weigh=count_response_tokens, reads=()
+    ),
     "dpo": RewardModel(
         base=LanguageModel,
         loss=dpo_loss_on_pairs,
@@ -500,6 +505,7 @@ REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one
         is_q=True,
         total=sum_of_rewards,
         needs_reference=True,
+        reads=("beta",),
     ),
     "simpo": replace(QRM, base=LanguageModel, loss=simpo_loss_on_pairs, rewards=logprob_rewards),
 }

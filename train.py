@@ -61,6 +61,7 @@ from support.evaluate import (
     hash_seed,
     is_reward_model,
     judges,
+    kind_of_eval,
     load,
     load_ranker,
     load_reward,
@@ -76,21 +77,22 @@ from support.evaluate import (
     show_tokens,
     write_rows,
 )
-from support.files import BadInput, at_line, read_jsonl, require, write_atomically
+from support.files import BadInput, at_line, require, write_atomically
 from support.graders import grade
 from support.settings import (
     ARITH,
     FIELDS,
     POLICY_GRADIENT,
     STAGES_OF,
+    TRAINING,
     check_paths,
     heldout_path,
     out_path,
     parse,
     stage_config,
-    unread_flags,
 )
 from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
+from support.unread import unread_flags
 
 # -------------------------------------------------------------------------------- the stages
 
@@ -288,6 +290,8 @@ def load_pairs(cfg, tokenizer, grid):
             with at_line(cfg.data, row["line"]):
                 pair = task_steps(tokenizer, row["prompt"], pair)
         pairs.append(Pair(*pair, row.get("margin")))
+    if "margin" not in REWARD_MODELS[cfg.reward].reads and any(pair.margin is not None for pair in pairs):
+        say(grid, f"note: {cfg.data}: rows have a margin, which --reward {cfg.reward} does not use")
     return by_prompt(pairs, cfg)
 
 
@@ -330,9 +334,9 @@ def load_prompts(cfg, grid):
     cut = max(len(rows) - cfg.limit, 0)
     require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
     heldout = [row for row in rows[cut:] if "label" in row]
-    unlabelled = len(rows) - cut - len(heldout)
-    if unlabelled:
-        say(grid, f"note: {unlabelled} of the {cfg.limit} rows held out for pass@1 have no label")
+    if len(heldout) < len(rows) - cut:
+        needs_labels = f"pass@1 needs labels, which {len(heldout)} of --limit {cfg.limit} rows have"
+        say(grid, f"note: {cfg.data}: {needs_labels}")
     return rows[:cut], heldout
 
 
@@ -410,7 +414,7 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
     correct = all_sum({"correct": correct}, grid)["correct"]
     found = all_ranks(found, grid)
     missing = "has a right answer" if cfg.best else "has both a right and a wrong answer"
-    missing = "has an answer that ends" if cfg.step_rollouts else missing
+    missing = "has an answer that ends" if cfg.step_rollouts or reward else missing
     require(found, f"{cfg.data}: no prompt {missing}; raise --k or --limit, or use another policy")
     if grid.is_main:
         write_rows(path, found, Grid())
@@ -456,20 +460,6 @@ EVALUATIONS = {
     "reward model": eval_reward_model,
     "policy": eval_policy,
 }
-
-
-def kind_of_eval(directory, cfg):
-    """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
-    _, row = next(read_jsonl(cfg.data), (0, {}))
-    if "responses" in row:
-        return "candidates"
-    if cfg.reward == "judge" and "chosen" in row:
-        return "judge"
-    if judges(directory) and "completions" in row:
-        return "steps"
-    if judges(directory) and (is_reward_model(directory) or "chosen" in row):
-        return "reward model"
-    return "policy"  # dpo's and logit's models are policies, too
 
 
 def stage_score(cfg, grid):
@@ -722,7 +712,7 @@ def main(argv=None):
         for name in unread_flags(argv):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
         run_stage(cfg, grid)
-        sys.stdout.flush()
+        print(end="", flush=True)  # a full disk or a closed pipe shows here, not at exit
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         status = 141
@@ -734,7 +724,9 @@ def main(argv=None):
         print(one_line(e, cfg), file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted: --resume continues from the last checkpoint", file=sys.stderr)
+        goes_on = dict.fromkeys(TRAINING, "--resume continues from the last checkpoint")
+        goes_on["demo"] = "the same command keeps the stages that are finished"
+        print(f"interrupted: {goes_on.get(cfg and cfg.stage, 'no file is half-written')}", file=sys.stderr)
         status = 130
     except RuntimeError as e:
         if re.search("timed out|timeout", str(e), re.I):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -279,14 +280,16 @@ class Workdir:
 
     def __init__(self, cfg, out, grid, trained, inputs=None):
         """inputs: {description: value}; a checkpoint must fit these, the flags and the models' sizes."""
-        self.cfg, self.out, self.grid, self.trained = cfg, Path(out), grid, trained
+        self.cfg, self.grid, self.trained = cfg, grid, trained
+        self.out = Path(out).resolve() if Path(out).is_symlink() else Path(out)  # a link stays a link
         self.path = self.out.with_name(self.out.name + ".partial")
-        self.old = self.out.with_name(self.out.name + ".old")
+        self.old = self.out.with_name(self.out.name + ".replaced")  # no name that a user gives a copy
         self.state = self.path / "state" / "state.json"
         self.first_step = 0
         self.saved_step = 0
         self.identity = self._identity(inputs or {})
-        if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
+        is_whole = (self.path / "run.json").exists()
+        if grid.is_main and self.old.exists() and not self.out.exists() and is_whole:
             self.path.rename(self.out)  # a kill between the two renames of publish(): the new result is whole
         barrier(self.grid)
         if cfg.resume and not self.state.exists():
@@ -321,11 +324,24 @@ class Workdir:
             self.state.unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is none
             shutil.rmtree(self.path, ignore_errors=True)
         write_atomically(self.path / "metrics.jsonl", "".join(lines))
+        self.held = open(self.path / "metrics.jsonl", "rb")  # noqa: SIM115 (see check_mine)
+
+    def check_mine(self):
+        """BadInput once another run has begun in this directory: two would mix their metrics and weights.
+
+        A beginning run writes metrics.jsonl under another name and renames it, so the file that this one
+        holds open has no name any more.
+        """
+        require(
+            os.fstat(self.held.fileno()).st_nlink,
+            f"{self.path}: another run with --out {self.out} has begun there; this one ends",
+        )
 
     def log(self, row):
         """A row of metrics.jsonl; a number that is not finite is null there."""
         if not self.grid.is_main:
             return
+        self.check_mine()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
@@ -384,6 +400,7 @@ class Workdir:
     def publish(self):
         """Puts the finished directory in the place of `<out>`; an older one is deleted only now."""
         if self.grid.is_main:
+            self.check_mine()
             for path in (*self.path.rglob("*"), self.path):
                 flush(path)
             shutil.rmtree(self.old, ignore_errors=True)  # left by a publish that was killed

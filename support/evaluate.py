@@ -155,6 +155,20 @@ def judges(directory):
     return is_reward_model(directory) or REWARD_MODELS[reward_name(directory)].base is LanguageModel
 
 
+def kind_of_eval(directory, cfg):
+    """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
+    _, row = next(read_jsonl(cfg.data), (0, {}))
+    if "responses" in row:
+        return "candidates"
+    if cfg.reward == "judge" and "chosen" in row:
+        return "judge"
+    if judges(directory) and "completions" in row:
+        return "steps"
+    if judges(directory) and (is_reward_model(directory) or "chosen" in row):
+        return "reward model"
+    return "policy"  # dpo's and logit's models are policies, too
+
+
 def load_reward(name, directory, tokenizer, cfg, grid):
     """The reward model of a directory as a Reward; BadInput if it reads other ids than the policy writes."""
     own = load_tokenizer(directory, cfg)

@@ -22,6 +22,7 @@ SUPPORT = (
     "settings",
     "steps",
     "tokenizers",
+    "unread",
 )
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),

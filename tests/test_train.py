@@ -29,6 +29,7 @@ from parallel import Grid, Optimizer
 from qrm import REWARD_MODELS
 from support import evaluate, graders, settings, tokenizers
 from support.checkpoints import Workdir
+from support.files import BadInput
 from support.sampling import generate
 
 REPOSITORY = Path(__file__).parents[1]
@@ -178,7 +179,7 @@ def test_demo_leaves_what_the_contract_lists(built):
             and config["run_dir"] == str(built)
             and {"lr", "beta", "clip", "seed"} <= config.keys()
         )
-    assert not [p for p in built.rglob("*") if p.name.endswith((".partial", ".old", ".new"))]
+    assert not [p for p in built.rglob("*") if p.name.endswith((".partial", ".replaced", ".new"))]
 
 
 def test_keys_of_metrics_and_evaluations(built):
@@ -1105,7 +1106,7 @@ def test_prompts_held_out_without_a_label_are_said(tmp_path, capsys):
     mine = write_jsonl(tmp_path / "p.jsonl", rows)
     learned, heldout = train.load_prompts(settings.Config(data=str(mine), limit=2, task="math"), Grid())
     assert len(learned) == 1 and [row["label"] for row in heldout] == ["2"]
-    assert "note: 1 of the 2 rows held out for pass@1 have no label" in capsys.readouterr().out
+    assert "pass@1 needs labels, which 1 of --limit 2 rows have" in capsys.readouterr().out
 
 
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
@@ -1503,6 +1504,10 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
     link.symlink_to(mine)
     before = mine.read_bytes()
     model = ["--model", built / "sft"]
+    inside = tmp_path / "inside"  # a result of train.py, with what its owner put into it
+    shutil.copytree(built / "sft", inside)
+    shutil.copytree(built / "sft", inside / "sft")
+    shutil.copy(pairs_file, inside / "mine.jsonl")
     for words, name in [
         (["--stage", "grade", "--data", mine, "--out", mine], "data"),
         (["--stage", "grade", "--data", mine, "--out", link], "data"),
@@ -1513,12 +1518,74 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
         ),
         (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "sft"], "model"),
         (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "rm" / ".." / "sft"], "model"),
+        (["--stage", "rm", *model, "--data", inside / "mine.jsonl", "--out", inside], "data"),
+        (["--stage", "rm", "--model", inside / "sft", "--data", pairs_file, "--out", inside], "model"),
+        (["--stage", "reinforce", "--reward", f"{inside}/own.py:f", "--out", inside], "reward"),
+        (["--stage", "rm", "--run_dir", tmp_path / "new", "--out", tmp_path / "new"], "run_dir"),
     ]:
         (tmp_path / "x").mkdir(exist_ok=True)
         assert_refused(command, tmp_path, words, "would replace", f"--{name} ")
     assert mine.read_bytes() == before
     words = ["--stage", "grade", "--data", mine, "--out", tmp_path / "out.jsonl"]
     assert command(*words)[0] == 0 and command(*words)[0] == 0  # its own result may be replaced
+
+
+@pytest.mark.parametrize(
+    "stage, says",
+    [("sft", "--resume continues"), ("pairs", "no file is half-written"), ("demo", "keeps the stages")],
+)
+def test_what_ctrl_c_says_is_true_of_the_stage(command, monkeypatch, stage, says):
+    """Only a training stage has a checkpoint to go on from."""
+    monkeypatch.setattr(train, "run_stage", interrupt)
+    status, _, err = command("--stage", stage)
+    assert status == 130 and says in err and err.count("\n") == 1
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_link_as_out_stays_a_link(tmp_path):
+    """Its target is replaced; renaming the link would end the second run with its result unpublished."""
+    link, there = tmp_path / "link", tmp_path / "disk" / "sft"
+    link.symlink_to(there)
+    for run in ("first", "second"):  # the target is missing at first
+        work = Workdir(settings.Config(stage="sft"), link, Grid(), {})
+        (work.path / "run.json").write_text(run)
+        work.publish()
+        assert link.is_symlink() and (there / "run.json").read_text() == run
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "disk",
+        "link",
+        "metrics.jsonl",
+        "run.json",
+        "sft",
+    ]
+
+
+def test_a_copy_of_an_older_result_stays(tmp_path):
+    """`mv rm rm.old` before a run: neither a result nor --resume takes that directory for its own."""
+    copy = tmp_path / "rm.old"
+    copy.mkdir(), (copy / "run.json").write_text("mine")
+    for resume in (False, True):
+        work = Workdir(settings.Config(stage="rm", resume=resume), tmp_path / "rm", Grid(), {})
+        assert not work.out.exists()  # what the first one began is no result yet
+    work.publish()
+    assert (copy / "run.json").read_text() == "mine" and (tmp_path / "rm").is_dir()
+
+
+def test_of_two_runs_with_one_out_the_later_goes_on(tmp_path):
+    """The earlier one ends at its next line or at its end, before it can mix its metrics with the other's."""
+    for resume in (False, True):
+        early, late = [
+            Workdir(settings.Config(stage="sft", resume=resume), tmp_path / "o", Grid(), {}) for _ in "ab"
+        ]
+        for step in (early.log, lambda row: early.publish()):
+            with pytest.raises(BadInput, match="another run with --out"):
+                step({"step": 0})
+        late.log({"step": 0, "loss": 1.0})
+        late.publish()
+        assert rows_of(tmp_path / "o" / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
 
 
 def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_path):
@@ -1567,9 +1634,6 @@ def test_labels_that_nothing_can_match_are_said(command, tmp_path):
 def test_flags_that_would_be_ignored(built, command, pairs_file, tmp_path):
     assert_refused(command, tmp_path, ["--data", pairs_file], "demo", "--stage")
     assert_refused(command, tmp_path, ["--stage", "demo", "--model", built / "sft"], "demo", "--stage")
-    assert settings.unread_flags(["--lr", "1", "--seed", "1", "--run_dir", "x"]) == ["lr"]
-    pairs = ["--stage", "pairs", "--reward_model", "x"]
-    assert settings.unread_flags(pairs) == ["reward_model"] and not settings.unread_flags([*pairs, "--best"])
     rows = [{"prompt": "q", "response": "5", "label": "5", "a": 1, "b": 2}]
     mine, out = write_jsonl(tmp_path / "k.jsonl", rows), tmp_path / "o.jsonl"
     assert command("--stage", "grade", "--data", mine, "--out", out, "--ignore_keys", "a, b")[0] == 0
@@ -2173,3 +2237,11 @@ def test_a_closed_pipe_ends_quietly(tmp_path, words):
     found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writing)
     assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_a_run_without_an_output_is_a_run(monkeypatch, tmp_path):
+    """`train.py >&-`, as some daemons start it: Python has no sys.stdout then."""
+    rows = write_jsonl(tmp_path / "g.jsonl", [{"response": "#### 5", "label": "5"}])
+    monkeypatch.setattr(sys, "stdout", None)
+    assert train.main(["--stage", "grade", "--data", str(rows), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["correct"]
