@@ -72,7 +72,6 @@ from support.evaluate import (
     reward_name,
     reward_of_run,
     sample_graded,
-    say_shared_prompts,
     score_examples,
     show_tokens,
     write_rows,
@@ -272,8 +271,6 @@ def load_pairs(cfg, tokenizer, grid):
 
     For --reward prm their Examples are StepExamples; a step-labelled row is (StepExample,) instead of a Pair.
     """
-    if cfg.heldout:
-        say_shared_prompts(cfg, grid)
     needs_steps = REWARD_MODELS[cfg.reward].needs_steps
     if needs_steps and has_steps(cfg.data):
         return by_prompt(load_step_rows(cfg.data, tokenizer, cfg, grid)[0], cfg)
@@ -329,7 +326,6 @@ def load_prompts(cfg, grid):
     needs = ("prompt", "label") if graded else ("prompt",)
     rows = read_rows(cfg.data, needs, cfg, grid, optional=("label",))
     if cfg.heldout:
-        say_shared_prompts(cfg, grid)
         return rows, read_rows(cfg.heldout, ("prompt", "label"), cfg, grid)
     cut = max(len(rows) - cfg.limit, 0)
     require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")

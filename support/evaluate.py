@@ -102,6 +102,8 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     are needed and all labels are of that kind.
     """
     rows = load_rows(path, needs, limit, optional, ignored_keys(cfg), log_to(grid))
+    if path == cfg.data and cfg.heldout not in ("", path) and cfg.stage != "eval":  # eval learns from neither
+        say_shared_prompts(cfg, grid)
     labels = {row["label"] for row in rows if "label" in row}
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:

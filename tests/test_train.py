@@ -1611,11 +1611,15 @@ def test_shared_prompts_are_said(tmp_path, capsys):
     ]
     heldout = [{"prompt": "c\n\nd"}, {"prompt": turns[:1]}, {"prompt": "c"}, {"prompt": "c\n\nd", **pair}]
     paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate((learned, heldout))]
-    cfg = settings.Config(data=paths[0], heldout=paths[1])
-    evaluate.say_shared_prompts(cfg, Grid())
-    assert capsys.readouterr().out == f"note: 2 of the 3 prompts of {paths[1]} are in {paths[0]} too\n"
+    says = f"note: 2 of the 3 prompts of {paths[1]} are in {paths[0]} too\n"
+    for stage, note in (("ppo", says), ("rm", says), ("eval", "")):  # eval learns from neither
+        cfg = settings.Config(stage=stage, data=paths[0], heldout=paths[1])
+        evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
+        evaluate.read_rows(cfg.heldout, ("prompt",), cfg, Grid())
+        assert capsys.readouterr().out == note
     write_jsonl(Path(paths[1]), heldout[2:3])
-    evaluate.say_shared_prompts(cfg, Grid())
+    cfg = settings.Config(stage="rm", data=paths[0], heldout=paths[1])
+    evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
     assert capsys.readouterr().out == ""
 
 
