@@ -394,7 +394,7 @@ class Tokenizer:
         require(not spaced, f"{self.path}: add_prefix_space is true, which is not supported; expected false")
         by_id = config.get("added_tokens_decoder") or {}
         found = [
-            token for token in by_id.values() if isinstance(token, dict) and token["content"] in self.added
+            token for token in by_id.values() if isinstance(token, dict) and token.get("content") in self.added
         ]
         added_tokens([{**token, "id": None, "special": False} for token in found], self.path)
         tokens = [*map(token_name, by_id.values()), *self.read_settings("added_tokens.json")]
