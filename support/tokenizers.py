@@ -393,9 +393,8 @@ class Tokenizer:
         spaced = config.get("add_prefix_space") and str(config.get("tokenizer_class")).startswith(classes)
         require(not spaced, f"{self.path}: add_prefix_space is true, which is not supported; expected false")
         by_id = config.get("added_tokens_decoder") or {}
-        found = [
-            token for token in by_id.values() if isinstance(token, dict) and token.get("content") in self.added
-        ]
+        objects = [token for token in by_id.values() if isinstance(token, dict)]
+        found = [token for token in objects if token_name(token) in self.added]
         added_tokens([{**token, "id": None, "special": False} for token in found], self.path)
         tokens = [*map(token_name, by_id.values()), *self.read_settings("added_tokens.json")]
         unknown = [token for token in tokens if token not in self.specials]
