@@ -177,7 +177,8 @@ def _require_supported(raw):
         not raw.get("quantization_config"), "the weights are quantised; expected bf16, fp16 or fp32 weights"
     )
     activation = raw.get("hidden_act", "silu")
-    require(activation == "silu", f"hidden_act {activation!r} is not supported; expected 'silu'")
+    same = ("silu", "swish")  # two names in transformers
+    require(activation in same, f"hidden_act {activation!r} is not supported; expected 'silu'")
     biased = raw.get("mlp_bias") or (model_type == "llama" and raw.get("attention_bias"))
     require(
         not biased and not raw.get("use_sliding_window"),
@@ -195,13 +196,16 @@ def _require_supported(raw):
 def _rope_fields(raw):
     """The object that describes RoPE, under its old or its new name; {} if there is none.
 
-    If both exist, the old one wins, as in transformers.
+    If both exist, the old one wins; a length before scaling outside of it wins over the one inside, and
+    without either it is max_position_embeddings: as in transformers.
     """
     fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     require(isinstance(fields, dict), f"rope_scaling is {str(fields)[:40]!r}; expected an object")
     part = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     require(part in (None, 1), f"partial_rotary_factor {part!r} is not supported; expected 1")
-    return fields
+    length = "original_max_position_embeddings"
+    outside = {length: raw[length]} if length in raw else {}
+    return {length: raw.get("max_position_embeddings"), **fields, **outside}
 
 
 def _rope_scaling(rope):

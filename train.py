@@ -502,6 +502,8 @@ def stage_grade(cfg, grid):
         graded = {"answer": answer, "correct": correct}
         if str(row["raw"].get("label")) != row["label"]:
             graded["label"] = row["label"]  # it may come from `answer`, which is written over
+        if row["raw"].get("answer") == row["response"]:
+            graded["response"] = row["response"]
         written.append((row["line"], row["raw"] | graded))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())

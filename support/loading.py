@@ -61,14 +61,20 @@ def load_tokenizer(directory, cfg):
     return tokenizer
 
 
+def ignored_keys(cfg):
+    """The keys that --ignore_keys lists."""
+    return tuple(key.strip() for key in cfg.ignore_keys.split(","))
+
+
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal.
 
     Labels that no answer can match, such as "Yes" for --task gsm8k, are counted in one line; BadInput if they
     are needed and all labels are of that kind.
     """
-    ignored = tuple(key.strip() for key in cfg.ignore_keys.split(","))
-    rows = load_rows(path, needs, limit, optional, ignored, log_to(grid))
+    rows = load_rows(path, needs, limit, optional, ignored_keys(cfg), log_to(grid))
+    if path == cfg.data and cfg.heldout not in ("", path) and cfg.stage != "eval":  # eval learns from neither
+        say_shared_prompts(cfg, grid)
     labels = {row["label"] for row in rows if "label" in row}
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:
@@ -89,6 +95,19 @@ def log_to(grid):
 
 
 # -------------------------------------------------------------------------------- what a directory holds
+
+
+def say_shared_prompts(cfg, grid):
+    """One line for the prompts of --heldout that --data has too: what is measured there was learned from."""
+    prompts = []
+    for path in (cfg.data, cfg.heldout):
+        needs = ("prompt", "steps") if "completions" in next(read_jsonl(path))[1] else ("prompt",)
+        rows = load_rows(path, needs, ignore_keys=ignored_keys(cfg), log=len)
+        prompts.append({str(row["prompt"]) for row in rows})
+    learned, heldout = prompts
+    shared = len(learned & heldout)
+    if shared:
+        say(grid, f"note: {shared} of the {len(heldout)} prompts of {cfg.heldout} are in {cfg.data} too")
 
 
 def read_run(directory):
@@ -142,6 +161,10 @@ def load_reward(name, directory, tokenizer, cfg, grid):
         f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids",
     )
     kind = REWARD_MODELS[name]
+    require(
+        kind.base is LanguageModel or has_scalar_head(directory),
+        f"{directory}: a language model, without a reward model's head; expected what --stage rm writes",
+    )
     reference = None
     if kind.needs_reference:
         start = read_run(directory).get("reference")

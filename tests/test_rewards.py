@@ -575,6 +575,19 @@ def test_one_prompt_with_two_labels_is_refused():
         rows_by_prompt(rows, Letters(), "x.jsonl")
 
 
+@pytest.mark.parametrize("key", ["metadata", "tests", "solution"])
+def test_one_prompt_with_two_rows_for_a_users_function(tmp_path, key):
+    """The function is called with one of them; other samples, sources and scores make no difference."""
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(prompt, response, ids, row, truncated):\n    return 0.0\n")
+    raws = [{key: "5"}, {key: "5", "response": "r", "score": 1, "chosen": "c"}, {key: "6"}]
+    rows = [{"prompt": "one", "line": line, "raw": raw} for line, raw in enumerate(raws, 2)]
+    user_reward(f"{path}:reward", Letters(), rows[:2])
+    with pytest.raises(BadInput, match=rf"--data, line 4: \['{key}'\] is not that of line 2"):
+        user_reward(f"{path}:reward", Letters(), rows)
+    assert len(rows_by_prompt(rows, Letters(), "x.jsonl")) == 1
+
+
 # -------------------------------------------------------------------------------- rewards that grade
 
 

@@ -951,6 +951,11 @@ def test_grade(command, tmp_path):
     assert found[0] == {**rows[0], "answer": "18", "correct": True} and found[4]["label"] == "72"
     again = ["--stage", "grade", "--data", tmp_path / "g.jsonl", "--out", tmp_path / "again.jsonl"]
     assert command(*again)[0] == 0 and rows_of(tmp_path / "again.jsonl") == found  # no label was replaced
+    # a reply that was under `answer`, which is written over, is kept for --stage sft
+    write_jsonl(tmp_path / "r.jsonl", [{"question": "q", "answer": rows[4]["answer"]}])
+    assert command(*words)[0] == 0
+    (row,) = rows_of(tmp_path / "g.jsonl")
+    assert (row["response"], row["answer"], row["label"]) == (rows[4]["answer"], "72", "72")
     # graded again: a GSM8K row's reference answer is not replaced by what was extracted
     wrong = {"response": "#### 71", "answer": "48+24=<<48+24=72>>72\n#### 72"}
     boxed = {"response": "#### 3", "solution": r"\boxed{4}", "label": ""}
@@ -1079,6 +1084,28 @@ def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
     assert (
         loading.reward_name(tmp_path / "rm", "orm") == "orm" and loading.reward_name(tmp_path / "rm") == "qrm"
     )
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [("reinforce", "--limit", 1, "--steps", 1), ("eval", "--limit", 1), ("pairs", "--best", "--limit", 1)],
+)
+def test_a_language_model_is_no_reward_model(built, command, tmp_path, stage):
+    """It would get a head of zeros, as at the start of --stage rm, and then reward nothing."""
+    name, *more = stage
+    rows = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "1"} for p in PROMPTS])
+    words = ["--stage", name, "--data", rows, "--out", tmp_path / "o", *more]
+    models = ["--model", built / "sft", "--reward_model", built / "sft"]
+    says = f"{built / 'sft'}: a language model, without a reward model's head"
+    assert_refused(command, tmp_path, [*words, *models], says)
+
+
+def test_prompts_held_out_without_a_label_are_said(tmp_path, capsys):
+    rows = [{"problem": "q", "solution": solution} for solution in (r"\boxed{1}", r"\boxed{2}", "no box")]
+    mine = write_jsonl(tmp_path / "p.jsonl", rows)
+    learned, heldout = train.load_prompts(settings.Config(data=str(mine), limit=2, task="math"), Grid())
+    assert len(learned) == 1 and [row["label"] for row in heldout] == ["2"]
+    assert "pass@1 needs labels, which 1 of --limit 2 rows have" in capsys.readouterr().out
 
 
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
@@ -1570,6 +1597,29 @@ def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_p
         assert_refused(command, tmp_path, [*rm, "--heldout", same], f"--heldout {same}", "same rows")
     words = ["--stage", "eval", "--model", built / "rm", "--out", tmp_path / "e"]
     assert command(*words, "--data", pairs_file, "--heldout", copy)[0] == 0
+
+
+def test_shared_prompts_are_said(tmp_path, capsys):
+    """In another order and form, among others."""
+    turns = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "x"}]
+    pair = {"chosen": "x", "rejected": "y"}
+    learned = [
+        {"prompt": "a", **pair},
+        {"messages": turns},
+        {"instruction": "c", "input": "d", "output": "x"},
+    ]
+    heldout = [{"prompt": "c\n\nd"}, {"prompt": turns[:1]}, {"prompt": "c"}, {"prompt": "c\n\nd", **pair}]
+    paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate((learned, heldout))]
+    says = f"note: 2 of the 3 prompts of {paths[1]} are in {paths[0]} too\n"
+    for stage, note in (("ppo", says), ("rm", says), ("eval", "")):  # eval learns from neither
+        cfg = settings.Config(stage=stage, data=paths[0], heldout=paths[1])
+        evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
+        evaluate.read_rows(cfg.heldout, ("prompt",), cfg, Grid())
+        assert capsys.readouterr().out == note
+    write_jsonl(Path(paths[1]), heldout[2:3])
+    cfg = settings.Config(stage="rm", data=paths[0], heldout=paths[1])
+    evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
+    assert capsys.readouterr().out == ""
 
 
 def test_labels_that_nothing_can_match_are_said(command, tmp_path):
