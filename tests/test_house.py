@@ -16,12 +16,14 @@ SUPPORT = (
     "files",
     "graders",
     "judge",
+    "loading",
     "rewards",
     "rows",
     "sampling",
     "settings",
     "steps",
     "tokenizers",
+    "unread",
 )
 ARROWS = {  # a file -> what of ours it may import
     "support.files": (),
