@@ -138,11 +138,15 @@ def sizes(runs, out):
         cells = [str(width), str(len(runs)), mean_and_range(accuracies, 3)]
         rows.append(cells + curve_cells(curves, [curve for _, curve in found[64]]))
     print(markdown(rows))
+    points = [["run: pair accuracy, final pass@1", *map(str, WIDTHS)]]
     accuracies, finals = [], []
-    for of_run in zip(*found.values()):
-        accuracies += centred([accuracy for accuracy, _ in of_run])
-        finals += centred([curve[-1][1] for _, curve in of_run])
-    print(f"correlation of accuracy and final pass@1 within seeds: {corr(accuracies, finals):.2f}")
+    for run, of_run in zip(runs, zip(*found.values())):
+        ends = [(accuracy, curve[-1][1]) for accuracy, curve in of_run]
+        points.append([run.name, *(f"{accuracy:.3f}, {final:.2f}" for accuracy, final in ends)])
+        accuracies += centred([accuracy for accuracy, _ in ends])
+        finals += centred([final for _, final in ends])
+    print("\n" + markdown(points))
+    print(f"\ncorrelation of accuracy and final pass@1 within seeds: {corr(accuracies, finals):.2f}")
 
 
 def centred(numbers):
