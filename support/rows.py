@@ -13,17 +13,10 @@ import re
 from decimal import Decimal
 from typing import NamedTuple
 
+from support.answers import is_value
+from support.claims import NUMBER_WORD, after_hashes, last_boxes, without_thoughts
 from support.files import BadInput, at_line, read_jsonl, require
-from support.graders import (
-    MAX_CHARS,
-    NUMBER_WORD,
-    after_hashes,
-    gsm8k_label,
-    is_value,
-    last_boxes,
-    same_answer,
-    without_thoughts,
-)
+from support.graders import MAX_CHARS, gsm8k_label, same_answer
 from support.tokenizers import ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row

@@ -8,8 +8,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
 SUPPORT = (
+    "answers",
     "chats",
     "checkpoints",
+    "claims",
     "compare",
     "evaluate",
     "expressions",
@@ -30,10 +32,18 @@ ARROWS = {  # a file -> what of ours it may import
     "support.chats": (),
     "support.tokenizers": ("support.chats", "support.files"),
     "support.expressions": ("support.files",),
-    "support.graders": ("support.expressions", "support.files"),
+    "support.answers": ("support.expressions",),
+    "support.claims": ("support.answers", "support.expressions"),
+    "support.graders": ("support.answers", "support.claims", "support.files"),
     "parallel": ("support.files",),
     "model": ("parallel", "support.files"),
-    "support.rows": ("support.files", "support.tokenizers", "support.graders"),
+    "support.rows": (
+        "support.files",
+        "support.tokenizers",
+        "support.answers",
+        "support.claims",
+        "support.graders",
+    ),
     "data": ("support.files", "support.tokenizers", "support.rows"),
     "qrm": ("model",),
     "support.sampling": ("model", "parallel", "support.files"),
