@@ -156,7 +156,7 @@ class Training:
 
 
 def write_model(model, tokenizer, path):
-    """A model directory with its tokenizer, as Hugging Face has it. All ranks call it; the main one writes."""
+    """A model directory with its tokenizer, as Hugging Face has it. All ranks call it; one writes."""
     if model.grid.is_main:
         tokenizer.save(path)
     save_model(model, path)
