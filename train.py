@@ -732,7 +732,7 @@ def config_text(cfg, grid):
     read = [name for name in FIELDS if cfg.stage in STAGES_OF[name] and name not in ("stage", "tp", "device")]
     cells = [f"{name} {getattr(cfg, name)}" for name in read if getattr(cfg, name) not in ("", False)]
     for start in range(0, len(cells), 3):
-        lines.append("  " + "".join(f"{cell:<34}" for cell in cells[start : start + 3]).rstrip())
+        lines.append("  " + "".join(f"{cell:<32}  " for cell in cells[start : start + 3]).rstrip())
     return "\n".join(lines)
 
 
