@@ -31,7 +31,7 @@ def test_bench_prints_the_machine_a_table_and_one_json_line_a_figure(capsys, mon
         "CONFIG": TINY,
         "HF": False,
         "TRL": False,
-        "peak_memory": lambda way, path, like: 7,
+        "peak_memory": lambda way, path, *more: 7,
     }.items():
         monkeypatch.setattr(bench, name, value)
     bench.main(["--rounds", "2", "--device", "cpu", "--sizes", "2x8x16", "--only", "head,rm,rl"])
