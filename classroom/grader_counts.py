@@ -10,8 +10,8 @@
     --show            also lists what was judged otherwise than expected
 
 Not counted are changes that leave the value of a number, or only a formula's spelling (spaces, leading zeros,
-a sign, a final full stop or percent sign), or that unbalance its braces. Of other formulas nothing here knows
-the value: such changes are counted, and --show lists those judged equal.
+a sign, a final full stop or percent sign, pi without its backslash), or that unbalance its braces. Of other
+formulas nothing here knows the value: such changes are counted, and --show lists those judged equal.
 """
 
 import argparse
@@ -73,8 +73,11 @@ def is_harmless(text, label):
 
 
 def plainly(formula):
-    """A formula without spaces, leading zeros, signs that say nothing, a final full stop or percent sign."""
-    spaceless = re.sub(r"\s", "", formula)
+    """A formula without what says nothing.
+
+    Spaces, leading zeros, signs, a final full stop or percent sign, the backslash of pi, sqrt and functions.
+    """
+    spaceless = re.sub(r"\s|\\[, ]?(?=pi|sqrt|sin|cos|tan|log|ln)", "", formula)
     return re.sub(r"(?<![\d.])0+(?=\d)|(?<![\w)\]}])\+|[.%]$", "", spaceless)
 
 

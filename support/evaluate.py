@@ -211,7 +211,7 @@ class Answer(NamedTuple):
 
     text: str  # without the stop token
     ids: list  # with it, unless the answer is truncated
-    correct: bool
+    correct: bool  # never if it is truncated: "12" may have been cut to "1"
     truncated: bool  # no stop token within max_new_tokens
 
 
@@ -229,7 +229,7 @@ def sample_graded(policy, tokenizer, rows, cfg, seed, temperature, k):
     answers = []
     for i, (ids, cut) in enumerate(zip(responses, truncated)):
         text = answer_text(tokenizer, ids)
-        correct = grade(text, rows[i // k]["label"], cfg.task, cfg.grader)[1]
+        correct = not cut and grade(text, rows[i // k]["label"], cfg.task, cfg.grader)[1]
         answers.append(Answer(text, ids, correct, cut))
     return [answers[i : i + k] for i in range(0, len(answers), k)]
 

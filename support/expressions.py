@@ -1,14 +1,15 @@
 r"""The value of one LaTeX expression, exactly, at one point: equal values, equal expressions
 (Schwartz-Zippel).
 
-A variable, and everything else without a value of its own (pi, sin(x), a word), is replaced by a large
-integer, a hash of its name. Expressions that are equal as polynomials have equal values there; any others
-differ, but for a chance of about 1e-18. Numbers are Fractions; an irrational root is a Decimal of 60 digits.
+A variable, and everything else without a value of its own (pi, sin(x), f(2)), is replaced by a large integer,
+a hash of its name. Expressions that are equal as polynomials have equal values there; any others differ, but
+for a chance of about 1e-18. Numbers are Fractions; an irrational root is a Decimal of 60 digits. Words, and
+commands that are not listed here, may do anything to what follows them: such a text is no expression.
 
     expression   [+-] term  (+|- term)*
     term         factor  ([*/] factor | factor)*              2x, \frac12 \sqrt3; 1\frac12 is 3/2
     factor       atom  [_ index]  [^ exponent]  [!]
-    atom         number | letter | word | ( expression ) | \frac | \sqrt | \sin factors ... | another command
+    atom         number | letter | ( expression ) | \frac | \sqrt | \sin factors ... | \pi ... | f(2), P(x)
 """
 
 import hashlib
@@ -21,7 +22,7 @@ DIGITS = 60  # of an irrational number
 SAME_DIGITS = 40  # of these count in a comparison
 MAX_BITS = 20_000  # of a numerator or denominator
 MAX_POWER = 1_000
-SHORT_UNITS = ("cm", "mm", "km", "dm", "kg", "mg", "ft", "in", "yd", "mi", "lb", "oz", "hr", "ml", "or")
+SHORT_WORDS = ("cm", "mm", "km", "dm", "kg", "mg", "ft", "in", "yd", "mi", "lb", "oz", "hr", "ml", "or", "no")
 FUNCTIONS = (
     "\\sin",
     "\\cos",
@@ -35,15 +36,24 @@ FUNCTIONS = (
     "\\log",
     "\\ln",
 )
-APPLIED = ("f", "g", "h")  # f(2) is no product
+SPELLED_OUT = ("\\pi", "\\sqrt", *FUNCTIONS)  # also without their backslash
+GREEK = (
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi pi rho"
+    " sigma tau phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega"
+)
+NAMES = ("\\infty", "\\ell", *("\\" + name for name in GREEK.split()))
+APPLIED = ("f", "g", "h")  # f(x+1) is no product; a(x+1) is one
 TIMES = ("*", "\\cdot", "\\times")
 OVER = ("/", "\\div")
 SIGNS = ("+", "-", "\\pm", "\\mp")
 
 
+INVISIBLE = "[\N{ZERO WIDTH SPACE}-\N{RIGHT-TO-LEFT MARK}\N{ZERO WIDTH NO-BREAK SPACE}]"
 # What other spellings are replaced by, in this order.
 SPELLINGS = [
-    (r"[\N{MINUS SIGN}\N{EN DASH}]", "-"),
+    (r"[\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{MINUS SIGN}]", "-"),
+    (INVISIBLE, ""),
+    (r"(?<!\\)\\[][()]|^[\s*`'\"]*=?|[\s*`\"]*$", " "),  # marks around a whole answer
     ("\N{INFINITY}", r"\\infty "),
     ("\N{UNION}", r"\\cup "),
     ("\N{ELEMENT OF}", r"\\in "),
@@ -87,7 +97,7 @@ class NoValue(ValueError):
 
 
 class Token(NamedTuple):
-    """kind: number, letter, word (a run of letters that is a name), command, symbol."""
+    """kind: number, letter (or a name in capitals), word, command, symbol."""
 
     kind: str
     text: str
@@ -127,9 +137,16 @@ def tokens_in(match, found, in_text, before):
 
 
 def words_or_letters(run, in_text, before):
-    """A run of letters is one word if it is long, a unit or in \text; else a product of letters."""
-    after_number = bool(before) and before[-1].kind == "number"
-    if len(run) > 2 or in_text and (len(run) > 1 or after_number) or run in SHORT_UNITS:
+    """The tokens of a run of letters.
+
+    A function or pi; a name in capitals (AB, IV); a word if it is long, a unit or in \text; else a product.
+    """
+    if "\\" + run in SPELLED_OUT:
+        return [Token("command", "\\" + run)]
+    if run.isupper() and len(run) > 1 and not in_text:
+        return [Token("letter", run)]
+    is_unit = bool(before) and (before[-1].kind == "number" or before[-1].text == "/")
+    if len(run) > 2 or in_text and (len(run) > 1 or is_unit) or run.lower() in SHORT_WORDS:
         return [Token("word", run.lower())]
     return [Token("letter", letter) for letter in run]
 
@@ -230,7 +247,8 @@ class Reader:
     def __init__(self, tokens, sign=1, salt=0):
         self.tokens, self.sign, self.salt = tokens, sign, salt
         self.i = 0
-        self.computed = True  # nothing is left to compute with whole numbers: 9 + 1, 2 * 5, 2^10, 5!
+        # What is left to compute: "", "power" (2^10, 5!, 100/5), or "numbers" (9 + 1, 2 * 5; 10-15, too)
+        self.left = ""
 
     def peek(self, ahead=0):
         """The text of the next token, or ""."""
@@ -253,6 +271,8 @@ class Reader:
 
     def whole(self):
         """The value of all tokens."""
+        if any(token.text == "\\infty" for token in self.tokens) and len(self.tokens) > 2:
+            raise NoValue("infinity is no number to compute with")
         value = self.expression()
         if self.i < len(self.tokens):
             raise NoValue("more follows")
@@ -273,7 +293,7 @@ class Reader:
             if self.peek() not in SIGNS:
                 break
             sign = self.one_sign()
-        self.computed = self.computed and plain < 2
+        self.left = "numbers" if plain > 1 else self.left
         if terms > 1 and start > 0 and self.is_symbolic(start) and self.tokens[start - 1].text in ("(", "{"):
             return hashed("sum", abs(canonical(total))) * (1 if total > 0 else -1)
         return total
@@ -282,7 +302,7 @@ class Reader:
         """Whether a name was read since token `start`."""
         known = ("\\frac", "\\sqrt", *TIMES, *OVER, *SIGNS)
         return any(
-            t.kind in ("letter", "word") or t.kind == "command" and t.text not in known
+            t.kind == "letter" or t.kind == "command" and t.text not in known
             for t in self.tokens[start : self.i]
         )
 
@@ -310,19 +330,29 @@ class Reader:
                 scientific = self.tokens[before].text == "10" and self.tokens[before + 1 : before + 2] == [
                     POWER
                 ]
-                self.computed = self.computed and (
-                    divides or scientific or not (plain and self.is_plain(other, before))
-                )
-                value = divide(value, other) if divides else multiply(value, other)
+                again = divides and any(token.text in OVER for token in self.tokens[start : before - 1])
+                if plain and self.is_plain(other, before) and (again or not divides and not scientific):
+                    self.left = "numbers"  # 2/3/2021 may be a date
+                value = self.quotient(value, other, start) if divides else multiply(value, other)
             elif self.starts_factor():
+                plain, before = self.is_plain(value, start), self.i
                 value = multiply(value, self.factor())
+                if plain and self.is_plain(value, before):
+                    self.left = "numbers"  # 5(3)
             else:
                 return value
+
+    def quotient(self, top, bottom, start):
+        """top / bottom, read since token `start`; 100/5 is left to be worked out, 4/6 is not."""
+        value = divide(top, bottom)
+        whole = self.is_plain(value, start) and value.denominator == 1 and bottom != 1
+        self.left = self.left or "power" * whole
+        return value
 
     def starts_factor(self):
         """Whether the next token multiplies without a sign; a number does not: "1 2" is not 2."""
         return (
-            self.kind() in ("letter", "word")
+            self.kind() == "letter"
             or self.peek() in ("(", "{")
             or self.kind() == "command"
             and (self.peek() not in (*SIGNS, *TIMES, *OVER))
@@ -338,11 +368,11 @@ class Reader:
         if self.peek() == "^":
             self.next()
             whole = start.kind == "number" and start.text != "10"
-            self.computed = self.computed and not whole
+            self.left = self.left or "power" * whole
             value = self.raised(value, self.group(), place)
         if self.peek() == "!":
             self.next()
-            self.computed = False
+            self.left = self.left or "power"
             value = factorial(value)
         return value
 
@@ -389,19 +419,27 @@ class Reader:
     def atom(self):
         kind, text = self.next()
         if kind == "number":
+            if re.match(r"0\d", text):
+                raise NoValue("a time or a code, as in 7:05 and 007")
             return self.mixed(Fraction(text))
+        if self.peek() == "(" and (text in APPLIED or self.is_applied(kind, text)):
+            self.next()
+            return hashed("apply", text, canonical(self.bracketed(")")))
         if kind == "letter":
-            if text in APPLIED and self.peek() == "(":
-                self.next()
-                return hashed("apply", text, canonical(self.bracketed(")")))
             return hashed("letter", text, self.salt)
-        if kind == "word":
-            return hashed("word", text)
         if text in ("(", "{"):
             return self.bracketed({"(": ")", "{": "}"}[text])
         if kind == "command" and text not in (*SIGNS, *TIMES, *OVER):
             return self.command(text)
         raise NoValue(text)
+
+    def is_applied(self, kind, text):
+        """Whether P(2) may be a function's value: no sum is in the brackets, as in the product x(x+1)."""
+        inside = self.tokens[self.i + 2 :]
+        texts = [token.text for token in inside]
+        inside = texts[: texts.index(")")] if ")" in texts else texts
+        is_name = kind == "letter" or text in NAMES and text != "\\pi"
+        return is_name and not any(sign in inside for sign in SIGNS)
 
     def mixed(self, whole):
         """1\\frac12 and 1 1/2: the sum of a whole number and a fraction of two whole numbers."""
@@ -415,8 +453,9 @@ class Reader:
 
     def command(self, name):
         if name == "\\frac":
+            start = self.i
             top = self.argument()
-            return divide(top, self.argument())
+            return self.quotient(top, self.argument(), start)
         if name == "\\sqrt":
             root = Fraction(2)
             if self.peek() == "[":
@@ -426,17 +465,22 @@ class Reader:
             return self.raised(self.argument(), divide(Fraction(1), root), place)
         if name in FUNCTIONS:
             return self.function(name)
-        return hashed("command", name)  # pi, infinity, a triangle
+        if name in NAMES:
+            return hashed("command", name)
+        raise NoValue(name)
 
     def function(self, name):
-        """\\sin 2x, \\log_2 8, \\sin^2 x: opaque, but its argument is read."""
+        """\\sin 2x, \\log_2 8, \\sin^2 x: opaque, but its argument is read. That of \\sin(2)x is 2."""
         index = self.index() if self.peek() == "_" else ""
         exponent = Fraction(1)
         if self.peek() == "^":
             self.next()
             exponent = self.group()
-        value = self.factor()
-        while self.starts_factor() and self.peek() not in FUNCTIONS:
+        in_brackets = self.peek() in ("(", "{")
+        value = self.atom() if in_brackets else self.factor()
+        if in_brackets and self.peek() in ("^", "_", "!"):
+            raise NoValue("the power of the sine or of its argument")
+        while not in_brackets and self.starts_factor() and self.peek() not in FUNCTIONS:
             value = multiply(value, self.factor())
         return power(hashed("function", name, index, canonical(value)), exponent)
 
@@ -452,11 +496,11 @@ def factorial(value):
 
 
 def value_of(tokens, sign=1, salt=0):
-    """-> (canonical value of tokens, whether nothing is left to compute), or None for no expression"""
+    """-> (canonical value of tokens, what is left to compute: see Reader), or None for no expression"""
     with localcontext() as context:
         context.prec = DIGITS
         try:
             reader = Reader(list(tokens), sign, salt)
-            return reader.whole(), reader.computed
+            return reader.whole(), reader.left
         except (NoValue, ArithmeticError, RecursionError):
             return None

@@ -2,11 +2,12 @@
 
 import collections
 import re
+import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
-from support.expressions import CLOSING, OPENING, tokens_of, value_of
+from support.expressions import CLOSING, INVISIBLE, OPENING, TIMES, tokens_of, value_of
 from support.files import BadInput
 
 TASKS = ("gsm8k", "math", "arith")
@@ -70,20 +71,38 @@ UNITS = {
     for name in names.split()
     for word in (name, name + "s")
 }
+DASHES = (
+    "[\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{MINUS SIGN}\N{SMALL HYPHEN-MINUS}"
+    "\N{FULLWIDTH HYPHEN-MINUS}]"
+)
 # What may not follow a number, or it is another one.
-SCALES = "(?:dozen|gross|pairs?|couples?|(?:hundred|thousand|million|billion|trillion|lakh|crore)s?)"
-PARTS = "half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths"
+SCALES = (
+    "(?:doz(?:en)?|gross|pairs?|couples?|(?:hundred|thousand|lakh|crore)s?|[a-z]*illion[a-z]*"
+    r"|millones|mil|mille|tausend|тыс\w*|млн|млрд|[百千万萬亿億])"
+)
+PARTS = (
+    "half|halves|thirds?|quarters?"
+    "|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand|[a-z]*illion)ths"
+)
+NUMBER_WORD = rf"(?:{'|'.join(TWELVE)}|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
 COMPOUND = "|".join(sorted(UNITS.keys() - {"in", "ins"}))  # "5 in 6 days" says 5, "5 feet 6" does not
 TEXT_OPENS = r"\s*\\?(?:text\w*\{)?\s*"
+CORRECTION = (
+    r"[^\n]*\b(?:(?:wait|actually|sorry|correction|or\s+rather|but|i\s+meant?|hmm|oops|(?:scratch|make)\s+that"
+    r"|wrong|incorrect|is\s+not|isn't)\b|no\s*(?:[,.;:]|\$?\d))"
+)
 FOLLOWING = (
     # an operator, relation or arrow with another operand
     r"\s*(?:[-+*/×÷·^=<>~±≈≠≤≥→]|[!=<>]=|[-=]>|\\(?:times|cdot|div|le|ge|leq|geq|ne|neq|approx|to))"
-    r"\s*[\d.$({\\]",
+    r"\s*-?[\d.$({\\]",
     r"\s*[-+*×÷^]\s*[a-z]|[-+/^](?:\s|$)|\*\*\d",
+    r"[)\]}]\s*[-+*×÷^=/]?\s*[\d(]|\s*[%@\\]\s*\d|\s(?:r|rem|e)\s?\d|(?:\s+[a-z]+){1,3}\s*[-+*×÷=<>]\s*\$?\d",
+    # a LaTeX command that is no space, bracket, text or degree
+    r"\s*\\(?![%$)\],;! \\]|n\b|(?:text\w*|mbox|mathrm|q?quad|right|degrees?|circ)(?![a-z]))",
     # a factor, an index, a factorial, a question
     r"\s*(?:[√π½⅓⅔¼¾]|\\(?:frac|sqrt|pi|pm)(?![a-z]))|[\^_(]\w|\s?[!?]",
     # more digits, or another number of a list
-    r"[.'’]\d|\s+\d|\s*(?:[:,;&|\[…]|\.\.+)\s*\$?\d",
+    r"""\.\d|['’"]\s*\d|(?:\s|\\[,;:! ]|\\q?quad)+\\?\$?\d|\s*(?:[:,;&|\[…]|\.\.+)\s*\$?\d""",
     # letters of any script that are no ordinal and no unit; K, M and B
     r"(?!(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)[^\W_]",
     r"(?-i:\s?[KMB]\b)|\s(?:k|bn|mn|tens)\b",
@@ -92,26 +111,41 @@ FOLLOWING = (
     r"|and\s+\$?\d+|and\s+(?:a|one)[\s-](?:half|third|quarter|fourth|fifth))\b",
     # words that go on with the number
     rf"{TEXT_OPENS}(?:score|factorial|{PARTS}|point|plus|minus|divided|multiplied|negative|below|and\s+a"
-    r"|[ap]\.?\s?m|x\s\d+|(?:to|(?:per\s?cent\s+)?of|over|by|times|through|(?:more|less|fewer)\s+than)"
-    rf"\s+\$?\d+|(?:{COMPOUND}),?\s+\d+)\b",
+    rf"|(?:{COMPOUND})\s+below|remainder|mod|modulo|choose|\(?(?:in\s+)?base"
+    r"|[ap]\.?\s?m|x\s\d+|to\s+the\s+(?:power|\w+(?:th|rd|nd))"
+    r"|(?:(?:out|per\s?cent)\s+of|for\s+every|(?:more|less|fewer)\s+than|[a-z]+\s+(?:plus|minus))\s+\$?\d+"
+    rf"|(?:{COMPOUND}),?\s+(?:and\s+)?{NUMBER_WORD})\b",
+    # one word and another number, but "5 in 6 days" says 5
+    r"\s+(?!in\b)[^\W\d]+,?\s+\\?\$?\d",
     # a correction on the same line
-    r"[^\n]*\b(?:wait|actually|sorry|correction|or\s+rather|but|i\s+mean|hmm|wrong|incorrect|is\s+not"
-    r"|isn't)\b",
-    r"[^\n]*\bno\s*(?:[,.;:]|\$?\d)",
+    CORRECTION,
 )
 OTHER_NUMBER = re.compile("|".join(FOLLOWING), re.IGNORECASE)
+# As DeepSeek-R1 and Qwen3, Magistral, Kimi, and Sky-T1 spell it.
+THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|<reasoning>|\[THINK\]|◁think▷|<\|begin_of_thought\|>")
+THOUGHTS_END = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>")
 # What before a number makes it another one, or one of several.
 NOT_THIS = re.compile(
-    r"[^\W\d_]$|[√≠≤≥±]\s*$|\d:$"
-    r"|(?:\b(?:not|negative|minus|half|twice|double|between\s.*and)|(?<!,)\s(?:or|nor|vs|versus)|\d\s+to)"
-    r"\s+(?:of\s+)?\\?\$?$",
+    r"[^\W\d_]$|[√≠≤≥±]\s*$"
+    # digits before it: thousands or decimals in another spelling, a date, an operation, a pair
+    r"|\d(?:[.,:'’ ]|\s*(?:[-+*/×÷^x]|\*\*|\\times|\\cdot|\\div)\s*\\?\$?\(?)$"
+    r"|[)}][-+*/×÷^]$|[(\[][^()\[\]]*,\s*$"
+    r"|\\(?:sqrt|[dt]?frac)(?:\{[^{}]*\})?\{?$"
+    # a minus before a bracket, or after "=" and "is"
+    r"|-\s*(?:[({]|\\[,({]|\\text\{)+\s*$|(?:=|\bis)\s*-\s+$"
+    r"|(?:\b(?:not|isn't|negative|minus|half|twice|double|between\s.*and|(?:less|more|fewer|greater)\s+than)"
+    r"|(?<!,)\s(?:or|nor|vs|versus)|\d\s+to)\s+(?:of\s+)?\\?\$?$",
     re.IGNORECASE,
 )
 
 
 def gsm8k_label(answer: str) -> str:
-    """The label in the `answer` of one of OpenAI's GSM8K rows: the number after "####", commas removed."""
-    if (label := extract_answer(answer, "gsm8k", "strict")) is None:
+    """The label in the `answer` of one of OpenAI's GSM8K rows: the number after the last "####".
+
+    It is read by the same rule as a policy's answer; BadInput if no number can be read whole.
+    """
+    label = extract_answer(answer, "gsm8k") if after_hashes(answer) is not None else None
+    if label is None:
         raise BadInput(f"no '#### number' in the GSM8K answer {answer[-60:]!r}")
     return label
 
@@ -128,7 +162,10 @@ def can_match(label: str, task: str, grader: str = "ours") -> bool:
     answer = extract_answer(marked, task, grader)
     if grader == "math_verify":  # slow, and it takes what it cannot read as text
         return answer is not None
-    return answer is not None and same_answer(answer, label, task, grader)
+    if answer is not None and same_answer(answer, label, task, grader):
+        return True
+    claims = [whole_number(match) for match in NUMBER.finditer(label)] if grader == "ours" else []
+    return any(claim and same_answer(claim, label, task) for claim in claims)
 
 
 def is_value(answer: str) -> bool:
@@ -146,21 +183,24 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
                    number. A number is claimed whole or not at all (FOLLOWING, NOT_THIS), and a marker without
                    one claims nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
-    Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words; "2
-    million"; "5 pairs", which may mean 10; "The answer is 5!", which may be a factorial. Known hits that a
-    reader might dispute: a correction on a later line is not read; "5 apples 6 pears" and "5 twins" claim 5.
+    What a reasoning model thinks (THOUGHTS_BEGIN) is not read. Known misses: without a marker, a closing
+    remark with another number ("... in 2 days"); number words; "2 million"; "5 pairs", which may mean 10;
+    "The answer is 5!", which may be a factorial. Known hits that a reader might dispute: a correction on a
+    later line is not read; "5 twins" claims 5, and "3 in 4" claims 3.
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(
             f"task {task!r} is not one of {', '.join(TASKS)}, or grader {grader!r} of {', '.join(GRADERS)}"
         )
+    if grader in ("ours", "math_verify"):
+        text = without_thoughts(text)
     if task == "math":
         return last_boxes(text) if grader in ("ours", "math_verify") else boxed(text)
     if grader == "strict":
         return found[1].replace(",", "") if (found := re.search(r"#### (-?[0-9.,]+)", text)) else None
     if grader == "authors":
         return authors_number(text)
-    text = re.sub("[\N{MINUS SIGN}\N{EN DASH}]", "-", text)
+    text = re.sub(INVISIBLE, "", re.sub(DASHES, "-", text))
     text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
     for marked in (after_hashes, after_boxed, after_words):
         rest = marked(text)
@@ -168,6 +208,11 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
             return claimed(rest)
     numbers = list(NUMBER.finditer(text))
     return whole_number(numbers[-1]) if numbers else None
+
+
+def without_thoughts(text):
+    """What follows a reasoning model's thoughts; nothing of thoughts that are cut off is an answer."""
+    return THOUGHTS_BEGIN.split(THOUGHTS_END.split(text)[-1])[0]
 
 
 def after_hashes(text):
@@ -186,9 +231,7 @@ def after_boxed(text):
     boxes = boxes_of(text)
     if not boxes:
         return None
-    content, between = boxes[-1]
-    is_part = re.match(rf"(?i)[$\s]*(?:\\text\w*\{{)?\s*{SCALES}\b", between)
-    return "" if is_part else content or ""
+    return (boxes[-1][0] or "").replace("\n", " ")
 
 
 def after_words(text):
@@ -196,6 +239,8 @@ def after_words(text):
     digits or words; or None."""
     for words in (r"\banswer(?: is|:)", "^A:"):
         found = re.findall(rf"(?im){words}([\s:=*_$({{\\\[]*[^\n]*)", text)
+        if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
+            return None
         found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{'|'.join(TWELVE)})\b", rest)]
         if found:
             return re.sub(r"(?i)^\W*(?:therefore|thus|then|simply|just|equal to)\b,?", "", found[-1])
@@ -220,7 +265,7 @@ def whole_number(match):
     """A match of NUMBER as plain digits or a fraction; None if what follows makes it another number."""
     rest = re.sub(r"^(?:\\?%|°)", "", match.string[match.end() :])
     before = match.string[max(match.start() - 20, 0) : match.start()]
-    if OTHER_NUMBER.match(rest) or NOT_THIS.search(before):
+    if OTHER_NUMBER.match(rest) or NOT_THIS.search(before) or is_touched(before, rest):
         return None
     if match["digits"] and re.match(r"\d{4,},", match["digits"]) or match["sign"] and match["minus"]:
         return None
@@ -242,6 +287,25 @@ def whole_number(match):
         else Fraction(digits) * Fraction(10) ** int(power)
     )
     return sign + plain(value)
+
+
+def is_touched(before, rest):
+    """Whether a sign that is not ASCII makes the number between two texts another one: √, ⅝, ‰, ⇒.
+
+    Letters, quotes and currency do not, nor does a dash or picture unless another number follows it.
+    """
+    rest = rest.lstrip(" ")
+    place, after = before[-1:], rest[:1]
+    if place > "\x7f":
+        kind = unicodedata.category(place)
+        if kind in ("Sm", "Sk", "Pd") or kind[0] in "NM" or kind == "Po" and before[-2:-1].isdigit():
+            return True
+    if after <= "\x7f":
+        return False
+    kind = unicodedata.category(after)
+    if kind in ("So", "Pd") or after in "。、…，；：！":
+        return re.match(r".\s*\d", rest) is not None
+    return kind in ("Sm", "Sk", "Po") or kind[0] in "NM"
 
 
 def plain(value):
@@ -300,7 +364,8 @@ def last_boxes(text: str) -> str | None:
 def boxes_of(text):
     r"""[(content or None, the text up to the next box)] of every \boxed and \fbox, braces balanced.
 
-    None, too, where a sign, digit or power at the box makes it a part of another value: -\boxed{5}.
+    None, too, where what touches the box makes it a part of another value: -\boxed{5}, \boxed{5}x,
+    \frac{\boxed{5}}{6}, \boxed{5} million.
     """
     found = []
     before, *others = re.split(r"\\(?:boxed|fbox)(?![a-z])\s*", text)
@@ -308,10 +373,23 @@ def boxes_of(text):
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
-        is_part = re.search(r"[-\d./^_]$", before) or re.match(r"\d|\.\d|/\s?\d|!|\^(?!\{?\\circ)", between)
+        is_part = PART_BEFORE.search(BULLET.sub("", before)) or PART_AFTER.match(between)
         found.append((None if is_part else content or None, between))
         before = between
     return found
+
+
+# What at a box makes its content a part of another value.
+PART_BEFORE = re.compile(
+    r"(?:[-+±−\d./^_]|(?<!\*)\*|\\(?:times|cdot|pi|pm|[dt]?frac|sqrt(?:\[[^]]*\])?)|\b(?:not|isn't))"
+    r"(?:\s|\$|\\,|\\left|[({]|\{[^{}]*\})*$|(?:^|[^\\A-Za-z])[A-Za-z]$"
+)
+PART_AFTER = re.compile(
+    r"[$ ]*(?:[-+*/]\s*(?:[\d$({\\]|[A-Za-z]\b)|\s?[!?_]|:\s?\d|\^(?!\{?\\circ)"
+    r"|\\(?:times|cdot|div|sqrt|[dt]?frac|pi|pm)(?![a-z]))"
+    rf"|[\d(]|[A-Za-z](?![A-Za-z])|\.\d|(?i:[$\s]*(?:\\text\w*\{{)?\s*{SCALES}\b|{CORRECTION})"
+)
+BULLET = re.compile(r"(?:^|\n)\s*(?:[-+*]|\d+[.)])\s+\$*$")
 
 
 def closing_brace(text):
@@ -359,11 +437,14 @@ def same_meaning(answer: str, label: str) -> bool:
     list with \in or a relation other than =, "and" is not "or", and a comma is "or". A percentage is its
     number, where % ends a value. A unit (UNITS) may be left out; if both have one, it must be the same.
 
-    An answer must be worked out: 9+1, 2^{10} and 5! are not 10, 1024 and 120, or a policy would learn to
-    repeat the question; for the same reason 2(x+1) is not 2x+2. Known misses, right answers marked wrong: 0.5
-    for 50\%, rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion
-    of units, \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2)
-    for "x>1 and x<2". Known hits: "x=1 and y=2" is "x=1 or y=2"; 0x is 0 and 1x is x.
+    An answer must be worked out: 9+1, 100/5, 2^{10} and 5! are not 10, 20, 1024 and 120, or a policy would
+    learn to repeat the question; for the same reason 2(x+1) is not 2x+2. Sums and products of numbers are
+    compared as they are written, since 10-15 may be a range and 2*3 a size; so is whatever has a word or a
+    command that expressions.py does not list. Known misses, right answers marked wrong: 0.5 for 50\%, a unit
+    of one letter outside \text (5 m for 5), names in other capitals (BA for AB, NO for No), rounding, decimal
+    commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion of units, \sqrt{4x} for
+    2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2) for "x>1 and x<2".
+    Known hits: "x=1 and y=2" is "x=1 or y=2"; 0x is 0 and 1x is x.
     """
     ours, theirs = pieces_of(answer), pieces_of(label)
     if len(ours) == len(theirs):
@@ -389,13 +470,13 @@ SYMBOLS = {
 
 
 def same_units(answer, ours, label, theirs):
-    """Whether the units of two lists of pieces agree; a unit may be left out."""
+    """Whether the units of two lists of pieces agree; a list may leave them out."""
     named = [[piece.unit for piece in pieces] for pieces in (ours, theirs)]
     for units, text in zip(named, (answer, label)):
         symbols = [(unit,) for pattern, unit in SYMBOLS.items() if re.search(pattern, text)]
         if symbols and not any(units):
             units[:] = symbols[:1] * len(units)
-    if not all(named[0]) or not all(named[1]):
+    if not any(named[0]) or not any(named[1]):
         return True
     said = [
         collections.Counter((piece.value, unit) for piece, unit in zip(pieces, units))
@@ -440,6 +521,9 @@ def pieces_of(answer: str) -> list:
     if not all(parts) or "and" in found and "or" in found:
         return [Piece(text_of(tokens))]
     pieces = [piece_of(part) for part in parts]
+    for i in range(1, len(pieces)):  # x = 1, 2 is x = 1, x = 2
+        if pieces[i - 1].name and not pieces[i].name and found[i - 1] != ";":
+            pieces[i] = pieces[i]._replace(name=pieces[i - 1].name)
     if "and" in found and any(token.text in (*RELATIONS[1:], "\\in") for token in tokens):
         return [Piece(("and", *sorted((piece.value for piece in pieces), key=repr)))]
     return pieces
@@ -496,6 +580,8 @@ def is_name(tokens):
     spelled = "".join(token.text for token in tokens)
     spelled = re.sub(r"_(\{[^{}]*\}|.)|(?<=[A-Za-z])\([^()]*\)", "", spelled)
     spelled = re.sub(r"\\(angle|triangle|overline|frac|alpha|beta|theta|lambda)(?![a-z])", "", spelled)
+    if re.fullmatch(r"[a-z]{2,}|\|[a-z]+\|", spelled):  # xy is a product, |x| = 5 says x = -5, too
+        return False
     return re.fullmatch(r"[A-Za-z{}()|:,']*[A-Za-z][A-Za-z{}()|:,']*", spelled) is not None
 
 
@@ -561,8 +647,9 @@ def half_line(sides, relations, values):
 
 
 def text_of(tokens):
-    """The value of what is nothing else: its letters."""
-    return ("text", "".join(token.text for token in tokens))
+    """The value of what is nothing else: its tokens. Braces around one and the sign of times do not count."""
+    spelled = " ".join("*" if token.text in TIMES else token.text for token in tokens)
+    return ("text", re.sub(r"\{ (\S+) \}", r"\1", spelled))
 
 
 def value_of_part(tokens):
@@ -618,10 +705,17 @@ def number_value(tokens):
     r"""The value of an expression, the two of one with \pm, or text."""
     if any(token.text in ("\\pm", "\\mp") for token in tokens):
         two = [value_of(tokens, sign) for sign in (1, -1)]
-        if None not in two:
+        if None not in two and two[0][1] != "numbers":
             return ("pm", *(("number", *value) for value in two))
-    value = value_of(tokens)
-    return text_of(tokens) if value is None else ("number", *value)
+    read = value_of(tokens)
+    if read is None or read[1] == "numbers":  # 10-15 is a range, 2*3 a size: not the same as 20-25, 3*2
+        return text_of(tokens)
+    return ("number", *read)
+
+
+def is_unit(token):
+    """Whether a token is a unit's name; a letter outside \\text is a variable: 4s is not 4."""
+    return token.kind == "word" and token.text in UNITS
 
 
 def without_unit(tokens):
@@ -635,7 +729,7 @@ def without_unit(tokens):
     power = tokens[end:]
     unit = []
     joins = ("/", "per", "square", "cubic")
-    while end > 1 and (tokens[end - 1].text in UNITS or unit and tokens[end - 1].text in joins):
+    while end > 1 and (is_unit(tokens[end - 1]) or unit and tokens[end - 1].text in joins):
         end -= 1
         unit.append(UNITS.get(tokens[end].text, tokens[end].text))
     if not unit or tokens[end - 1].text in ("_", "^", "+", "-", "*", "/", "="):

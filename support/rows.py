@@ -13,7 +13,16 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from support.files import BadInput, at_line, read_jsonl, require
-from support.graders import MAX_CHARS, boxed, gsm8k_label, is_value, same_answer
+from support.graders import (
+    MAX_CHARS,
+    NUMBER_WORD,
+    after_hashes,
+    gsm8k_label,
+    is_value,
+    last_boxes,
+    same_answer,
+    without_thoughts,
+)
 from support.tokenizers import CHATS, ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row
@@ -352,7 +361,7 @@ def read_label(fields, response=None):
             other = label if name == response else label_in(fields, name)
         except BadInput:  # a text that states no final answer
             continue
-        differ = is_value(label) and is_value(other) and not same_answer(label, other, "math")
+        differ = is_final(label) and is_final(other) and not same_answer(label, other, "math")
         require(
             not differ,
             f"{found[0]} says {label!r}, but {name} says {other!r}; expected one answer"
@@ -361,15 +370,27 @@ def read_label(fields, response=None):
     return label
 
 
+ANSWER_IS = re.compile(r"(?i)\W*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?")
+
+
+def is_final(answer):
+    """Whether a text is a final answer: a value, or a word or two; no sentence, no "18 eggs" or "seven"."""
+    has_number = re.search(rf"(?i)\d|\b{NUMBER_WORD}\b", answer)
+    return is_value(answer) or len(answer.split()) <= 2 and not has_number
+
+
 def label_in(fields, name):
     """What a field states as label; numbers in plain digits, so that 1e-05 is 0.00001."""
     value = fields[name]
     if isinstance(value, str):
-        if "####" in value:
+        value = without_thoughts(value)
+        if "####" in value and (after_hashes(value) is not None or "\\boxed" not in value):
             value = gsm8k_label(value)
         elif name == "solution" or "\\boxed" in value:
-            value = boxed(value)
+            value = last_boxes(value)
             require(value, f"{name} is {fields[name][-60:]!r}; expected \\boxed{{...}} in it")
+        elif said := ANSWER_IS.match(value):
+            value = value[said.end() :].removesuffix(".")
         value = value.strip()
     elif is_number(value):
         value = plain_digits(value)

@@ -501,6 +501,8 @@ def test_labels(file):
         "1234",
     ]
     assert gsm8k_label("#### -3") == "-3"
+    (row,) = load_rows(file({"answer": "The final answer is: 1/2."}), ("label",))
+    assert row["label"] == "1/2"
     (row,) = load_rows(
         file({"question": "q", "answer": solution}), ("prompt", "response", "label")
     )  # OpenAI's rows are good for both
@@ -509,7 +511,14 @@ def test_labels(file):
     plain = ["0.00001", "8", "-0.5", "10000000000000000000000", "12345678901234567890", str(10**400)]
     found = load_rows(file(*({"label": number} for number in numbers)), ("label",))
     assert [row["label"] for row in found] == plain
-    for bad in ({"label": ["8"]}, {"answer": "#### none"}, {}, {"label": True}, {"label": {"a": 1}}):
+    for bad in (
+        {"label": ["8"]},
+        {"answer": "#### none"},
+        {"answer": "#### 10-15"},
+        {},
+        {"label": True},
+        {"label": {"a": 1}},
+    ):
         with pytest.raises(BadInput, match="line 2: "):
             load_rows(file({"label": "1"}, bad), ("label",))
     for bad in ('{"label": NaN}', '{"label": Infinity}', '{"label": 1e999}'):
@@ -526,7 +535,13 @@ def test_labels(file):
         ({"label": 7, "answer": "8"}, "label says '7', but answer says '8'"),
         ({"answer": "x+1", "solution": r"so \boxed{x+2}"}, "answer says 'x+1', but solution says 'x+2'"),
         ({"label": "B", "solution": r"\boxed{C}"}, "label says 'B', but solution says 'C'"),
+        ({"label": "algebra", "answer": "18"}, "label says 'algebra', but answer says '18'"),
+        ({"label": "Yes", "answer": "No"}, "label says 'Yes', but answer says 'No'"),
         ({"label": "0.5", "answer": r"\frac{1}{2}"}, None),
+        ({"label": "1, 2", "solution": r"so \boxed{2} and \boxed{1}"}, None),
+        ({"label": "13", "solution": "#### 1. Find x\nso\n#### 2. Done\nit is \\boxed{13}"}, None),
+        ({"label": "3/4", "answer": "<think>#### 7</think>\n#### 3/4"}, None),
+        ({"label": "18", "answer": "The answer is 18."}, None),
         ({"label": "5", "answer": "5 apples"}, None),  # a text, not a value
         ({"label": "5", "answer": "He has 6 apples."}, None),
         ({"label": "5", "solution": "a text without a box"}, None),

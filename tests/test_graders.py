@@ -42,17 +42,17 @@ real = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
         (r"\boxed{\$20} of 30", "20"),
         ("Final answer: -7 (not 7)", "-7"),
         ("a total of $20,000 on advertising", "20000"),
-        ("7 - 5-3", "3"),
+        ("7 - 5-3", None),  # is left to be worked out
         ("x = -3.", "-3"),
         ("it fell to -$5", "-5"),
-        ("(8)-3", "3"),
+        ("(8)-3", None),
         ("costs $10.50.", "10.50"),
         ("saves .5", ".5"),
         ("so ...18", "18"),
         ("about 50%", "50"),
         ("18, 19, 20", "20"),
         ("is 3/4.", "3/4"),
-        ("1,2345", "2345"),
+        ("1,2345", None),
         ("minus: \N{MINUS SIGN}4", "-4"),
         ("no digits, five", None),
         ("", None),
@@ -83,6 +83,16 @@ def test_the_boxed_answer(text, answer):
 
 
 SAME = [  # (label, answer): equal for "ours"
+    ("18", r"\(18\)"),
+    ("18", "**18**"),
+    ("18", '"18"'),
+    ("18", "= 18"),
+    ("18", "18\N{ZERO WIDTH SPACE}"),
+    ("AB+CD", "CD+AB"),
+    ("x(x+1)", "(x+1)x"),
+    (r"x\cos(y)", r"\cos(y)x"),
+    (r"\frac{\pi}{3}", "pi/3"),
+    ("x=1, x=2", "x = 2, 1"),
     ("2000", "2,000"),
     ("1,450,000", "1450000"),
     (r"11,\! 111", "11111"),
@@ -202,6 +212,47 @@ SAME = [  # (label, answer): equal for "ours"
     ("12345678901234567890", "12,345,678,901,234,567,890"),
 ]
 DIFFERENT = [
+    # a function or mark that is not known is no factor
+    (r"2\sqrt{3}", "sqrt(6)"),
+    ("2sin(x)", "sin(2x)"),
+    ("3ln(2)", "ln(6)"),
+    (r"\sin(2x)", r"\sin(2)x"),
+    (r"2\exp(x)", r"\exp(2x)"),
+    (r"2\phi(3)", r"\phi(6)"),
+    ("2P(3)", "P(6)"),
+    ("2p(x)", "p(2x)"),
+    (r"0.1\overline{6}", r"0.2\overline{3}"),
+    (r"\binom{5}{2}", r"\binom{10}{1}"),
+    (r"\vec{a}b", r"a\vec{b}"),
+    (r"2\lceil x\rceil", r"\lceil 2x\rceil"),
+    (r"5\pmod{6}", r"2\pmod{15}"),
+    (r"x \over y", r"y \over x"),
+    (r"A \setminus B", r"B \setminus A"),
+    (r"\mathrm{sin}(2x)", r"2\mathrm{sin}(x)"),
+    (r"\text{arcsin}(2x)", r"2\text{arcsin}(x)"),
+    (r"\int_0^1 x dx", r"x\int_0^1 dx"),
+    # what is not worked out may be no computation: a range, a score, a date, a size, factors
+    ("10-15", "20-25"),
+    ("3-2", "2-1"),
+    ("05/01/2021", "10/02/2021"),
+    ("5/1/2021", "10/2/2021"),
+    (r"2\times 3", r"3\times 2"),
+    (r"2^3\cdot 3^2", r"8\cdot 9"),
+    ("5(3)", "3(5)"),
+    ("7:05", "7:5"),
+    # letters are units only after a number in \text, capitals are one name, spaces part words
+    ("4", "4s"),
+    ("2x+3", "2x+3h"),
+    ("IV", "VI"),
+    ("H_2O", "OH_2"),
+    ("ABC", "abc"),
+    ("no", "on"),
+    ("1 23", "12 3"),
+    (r"\$5 and 3 cents", r"\$3 and 5 cents"),
+    ("x=2,3", "x=2, y=3"),
+    (r"\infty-\infty", "0"),
+    ("5", "xy=5"),
+    ("5", "|x|=5"),
     (r"\frac{1}{2}", "1"),
     ("12", "2"),
     ("12", "1"),
@@ -331,6 +382,11 @@ MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     ("10", "9+1"),  # not worked out
     ("10", r"2\cdot 5"),
     ("120", "5!"),
+    ("20", "100/5"),
+    ("20", r"\frac{100}{5}"),
+    ("6", "2(3)"),
+    ("5", "5 m"),
+    (r"\binom{5}{2}", r"\binom52"),
     ("x^2+3x+2", "(x+1)(x+2)"),
     ("-1", "i^2"),
     (r"\sin^2 x + \cos^2 x", "1"),
@@ -403,6 +459,10 @@ def test_the_two_published_rules_for_gsm8k(text, label, strict, authors):
 
 def test_labels_and_errors():
     assert gsm8k_label("Half of 8.\n#### 1,450,000") == "1450000"
+    assert gsm8k_label("#### 1. Cost: 3\nso\n#### 1 1/2") == "1 1/2"
+    for answer in ("#### 10-15", "#### 5 million", "#### 2:30", "#### .", "#### Cost\nso 5"):
+        with pytest.raises(ValueError, match="####"):
+            gsm8k_label(answer)
     with pytest.raises(ValueError, match="####"):
         gsm8k_label("no label")
     for task, grader in (("aime", "ours"), ("math", "exact")):
@@ -468,6 +528,65 @@ def test_polynomials_are_equal_where_they_are_everywhere():
 
 
 CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
+    # signs that are not ASCII
+    ("#### 10\N{NON-BREAKING HYPHEN}15", None),
+    ("The answer is \N{NON-BREAKING HYPHEN}18.", "-18"),
+    ("#### 1\N{FULLWIDTH COMMA}000", None),
+    ("so 1\N{FULLWIDTH COMMA}000", None),
+    ("#### 3\N{FRACTION SLASH}4", None),
+    ("#### 5 \N{DOT OPERATOR} 3", None),
+    ("#### 5 \N{VULGAR FRACTION FIVE EIGHTHS}", None),
+    ("#### 5 \N{RIGHTWARDS DOUBLE ARROW} 6", None),
+    ("#### 5\N{PER MILLE SIGN}", None),
+    ("#### 18 \N{WHITE HEAVY CHECK MARK}", "18"),
+    ("18 \N{EURO SIGN} \N{EM DASH} for all", "18"),
+    # words that make it another number, and what follows later
+    ("#### 5 quintillion", None),
+    ("#### 5 sixteenths", None),
+    ("#### 20 degrees below zero", None),
+    ("#### 5 hours and thirty minutes", None),
+    ("#### 12 (base 7)", None),
+    ("#### 5 remainder 2", None),
+    ("#### 3 out of 4", None),
+    ("#### 5, make that 6", None),
+    ("#### 5. Oops, 6.", None),
+    ("#### 5 apples = 6", None),
+    ("#### (5) + 6", None),
+    (r"#### 5\cup 6", None),
+    (r"#### 5 \text{ apples}", "5"),
+    ("$27,000 to the artist", "27000"),
+    # the same on the left
+    ("It costs 12,50 \N{EURO SIGN}.", None),
+    ("1.234.567", None),
+    ("1 234 567 dollars", None),
+    ("1.5 x 10^3", None),
+    ("5/6/7", None),
+    ("(5, 6)", None),
+    (r"2\sqrt{3}", None),
+    ("5+5", None),
+    ("isn't 5", None),
+    ("3 x 6 = 18 eggs", "18"),
+    ("she needs at least 9 points", "9"),
+    ("so she has -(5)", None),
+    ("it is - 5", None),
+    ("#### 5 Millionen", None),
+    ("#### 5 mil", None),
+    ("#### 5 miles", "5"),
+    ("#### 5\N{IDEOGRAPHIC COMMA}6", None),
+    ("#### 5 oder 6", None),
+    ("#### 5 apples, 6 pears", None),
+    ("#### 5\N{ZERO WIDTH SPACE}0 eggs", "50"),
+    # thoughts, options, boxes within a formula
+    (r"\boxed{5\ 6}", None),
+    ("\\boxed{5\n6}", None),
+    ("<think>#### 5</think> The answer is 6.", "6"),
+    ("<think>so #### 5, no", None),
+    ("A: 5\nB: 6\nThe right choice is 6", "6"),
+    (r"\boxed{5}\times 10^3", None),
+    (r"\frac{\boxed{5}}{6}", None),
+    (r"\boxed{5}x", None),
+    (r"\boxed{5}cm", "5"),
+    (r"**\boxed{18}** (eggs)", "18"),
     (r"\boxed{1{,}000}", "1000"),
     (r"The answer is $9{,}500.$", "9500"),
     ("#### 1 1/2", "1 1/2"),
@@ -627,6 +746,21 @@ def test_a_number_is_claimed_whole_or_not_at_all(text, answer):
         (r"\boxed{1} and \boxed{2", None),
         (r"$x = -\boxed{5}$", None),
         (r"\boxed{5}/2", None),
+        (r"\boxed{5}\times 10^3", None),
+        (r"\boxed{5}+\boxed{6}i", None),
+        (r"\sqrt{\boxed{5}}", None),
+        (r"$-$\boxed{5}", None),
+        (r"-\left(\boxed{5}\right)", None),
+        (r"2 \boxed{5}", None),
+        (r"\boxed{101}_2", None),
+        (r"\boxed{5} + C", None),
+        (r"\boxed{6} is wrong", None),
+        (r"\boxed{5}: that is it", "5"),
+        ("so\n- \\boxed{5}", "5"),
+        (r"so $2+3=\boxed{5}$ eggs", "5"),
+        (r"\boxed{5} million", None),
+        (r"<think>\boxed{4}</think> $\boxed{5}$", "5"),
+        (r"<think>\boxed{4} so", None),
         (r"$\boxed{60}^\circ$", "60"),
         (r"$x = \boxed{5}\text{ cm}$", "5"),
     ],
@@ -786,9 +920,9 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 14 rejected answers right; of the 7 chosen ones
-    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), 2 are right but close with a remark ("8
-    sheets (or 1/8 of ...)"), and 2 are right in pairs ("6 pairs of shoes")."""
+    """The authors sorted 787 pairs by their rule. Ours finds 14 rejected answers right; of the 9 chosen ones
+    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), 4 are right but close with a remark ("8
+    sheets (or 1/8 of ...)", "(1500 - 80)"), and 2 are right in pairs ("6 pairs of shoes")."""
     labels = {row["question"].strip(): gsm8k_label(row["answer"]) for row in rows("test.jsonl")}
     pairs = rows("pairs_test.jsonl")
     count = {
@@ -802,7 +936,7 @@ def test_the_authors_test_pairs():
     assert count == {
         ("chosen", "authors"): 787,
         ("rejected", "authors"): 0,
-        ("chosen", "ours"): 780,
+        ("chosen", "ours"): 778,
         ("rejected", "ours"): 14,
     }
 
