@@ -899,14 +899,15 @@ def model_rl(directory, path, dtypes, rounds, device):
         ways.append(TRL_LORA)
     rows = []
     for dtype in dtypes:
+        more = {}
+        if device.type == "cpu":  # before this process grows
+            words = ("--model", str(directory), "--dtypes", dtype)
+            more["peak_rss_mib"] = {way: peak_memory(way, path, *words) for way in ways}
         works = {way: rl_step(way, directory, path, dtype, device) for way in ways}
         size = f"{RL_PROMPTS} prompts x {RL_GROUP} answers x {RL_TOKENS} tokens"
         figure = f"real weights: RL step, LoRA {RL_RANK}, {size}, {dtype}"
         new = RL_PROMPTS * RL_GROUP * RL_TOKENS
-        rows.append(compare(figure, works, rounds, device, "new tokens/s", new))
-        if device.type == "cpu":
-            more = ("--model", str(directory), "--dtypes", dtype)
-            rows[-1]["peak_rss_mib"] = {way: peak_memory(way, path, *more) for way in ways}
+        rows.append(compare(figure, works, rounds, device, "new tokens/s", new, **more))
     return rows
 
 
