@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.rows import is_hh, load_rows  # noqa: F401  (the first stop of the data flow, imported from here)
+from support.rows import OF_ONE_ROW, TURN, is_hh, load_rows, same_label  # noqa: F401 (load_rows: the first stop)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
@@ -105,16 +105,25 @@ def sampled_ids(row, tokenizer, prompt_ids):
     return found
 
 
-def rows_by_prompt(rows, tokenizer, source):
-    """-> {prompt ids as a tuple: row}, to look up a prompt's label; BadInput if one prompt has two labels."""
+def rows_by_prompt(rows, tokenizer, source, whole=False):
+    """-> {prompt ids as a tuple: row}, to look up a prompt's label; BadInput if one prompt has two labels.
+
+    whole   the row is looked up for all that it says: BadInput also for another key that differs
+    """
     found = {}
     for row in rows:
         with at_line(source, row["line"]):
             first = found.setdefault(tuple(tokenizer.encode_prompt(row["prompt"])), row)
             require(
-                first.get("label") == row.get("label"),
+                same_label(first.get("label"), row.get("label")),
                 f"label {row.get('label')!r}, but the same prompt has {first.get('label')!r}"
                 f" on line {first['line']}",
+            )
+            ours, others = row.get("raw", {}), first.get("raw", {})
+            differing = [key for key in ours.keys() - OF_ONE_ROW if ours[key] != others.get(key)]
+            require(
+                not whole or not differing,
+                f"{differing} is not that of line {first['line']}, with the same prompt; expected one row",
             )
     return found
 
@@ -130,15 +139,29 @@ def encode_prompts(rows, tokenizer, source):
 
 
 def refuse_transcripts(rows, tokenizer, source):
-    """BadInput if every prompt is a whole dialogue as text, and a template would make one message of it."""
-    prompts = [row["prompt"] for row in rows]
-    transcripts = [prompt for prompt in prompts if isinstance(prompt, str) and is_hh(prompt)]
+    """BadInput if prompts are whole dialogues as text, of which a template would make one message each.
+
+    A single one, or a twentieth of them, may speak of dialogues. Without a template, transcripts that were
+    read as messages, HH-RLHF's, are refused: their headers would be lost.
+    """
     chat = tokenizer.chat.name
-    require(
-        chat == "none" or not prompts or len(transcripts) < len(prompts),
-        f"{source}: the prompts are transcripts (Human: ..., Assistant:), and --chat {chat} would make one"
-        " message of each; expected messages, or --chat none",
-    )
+    if chat == "none":
+        for row in rows:
+            texts = [text for text in row.get("raw", {}).values() if isinstance(text, str) and is_hh(text)]
+            require(
+                not texts or isinstance(row["prompt"], str),
+                f"{source}, line {row['line']}: a transcript (Human: ..., Assistant:), which --chat none"
+                " cannot write; expected a prompt beside the replies, or a template (--chat)",
+            )
+        return
+    texts = [row for row in rows if isinstance(row["prompt"], str)]
+    found = [(row["line"], turn[0]) for row in texts if (turn := TURN.search(row["prompt"]))]
+    if len(found) >= min(2, len(rows)) and 20 * len(found) > len(rows):
+        line, turn = found[0]
+        raise BadInput(
+            f"{source}, line {line}: {len(found)} of {len(rows)} prompts are transcripts (found {turn!r}),"
+            f" and --chat {chat} would make one message of each; expected messages, or --chat none"
+        )
 
 
 # exercise 3.1 (3 points): the shift and the mask
@@ -156,7 +179,7 @@ def collate(examples, device="cpu", pad_id=0):
     any id.
     T+1 is the length of the longest row.
     """
-    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in examples]
+    lengths = [sequence_length(e) for e in examples]
     ids = torch.full((len(examples), max(lengths)), pad_id, dtype=torch.int64)
     mask = torch.zeros(len(examples), max(lengths) - 1, dtype=torch.bool)
     for i, e in enumerate(examples):
@@ -232,11 +255,13 @@ class Arith:
 
     @functools.cached_property
     def words(self):
+        """[(verb, its sign)] of the verbs in use."""
         half = self.verbs // 2
         return [(verb, op) for op in "+-" for verb in VERBS[op][:half]]
 
     @functools.cached_property
     def misreads(self):
+        """The verbs that the author misreads."""
         rng = random.Random(self.author)
         half = self.verbs // 2
         adding = rng.sample(VERBS["+"][:half], self.misread // 2)

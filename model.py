@@ -177,7 +177,8 @@ def _require_supported(raw):
         not raw.get("quantization_config"), "the weights are quantised; expected bf16, fp16 or fp32 weights"
     )
     activation = raw.get("hidden_act", "silu")
-    require(activation == "silu", f"hidden_act {activation!r} is not supported; expected 'silu'")
+    same = ("silu", "swish")  # two names in transformers
+    require(activation in same, f"hidden_act {activation!r} is not supported; expected 'silu'")
     biased = raw.get("mlp_bias") or (model_type == "llama" and raw.get("attention_bias"))
     require(
         not biased and not raw.get("use_sliding_window"),
@@ -195,13 +196,16 @@ def _require_supported(raw):
 def _rope_fields(raw):
     """The object that describes RoPE, under its old or its new name; {} if there is none.
 
-    If both exist, the old one wins, as in transformers.
+    If both exist, the old one wins; a length before scaling outside of it wins over the one inside, and
+    without either it is max_position_embeddings: as in transformers.
     """
     fields = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     require(isinstance(fields, dict), f"rope_scaling is {str(fields)[:40]!r}; expected an object")
     part = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     require(part in (None, 1), f"partial_rotary_factor {part!r} is not supported; expected 1")
-    return fields
+    length = "original_max_position_embeddings"
+    outside = {length: raw[length]} if length in raw else {}
+    return {length: raw.get("max_position_embeddings"), **fields, **outside}
 
 
 def _rope_scaling(rope):
@@ -685,13 +689,18 @@ def token_logprobs(policy, ids, response_mask, temperature=1.0, rows=0):
     return scatter_to_mask(response_mask, logprobs), scatter_to_mask(response_mask, entropy)
 
 
+def log_softmax(policy, x, temperature):
+    """Residual stream (n, D) -> log pi(. | s_t), this rank's (n, V/tp), fp32 nats"""
+    return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
+
+
 def response_log_softmax(policy, ids, response_mask, temperature=1.0):
     """log pi(. | s_t) over the vocabulary at the response positions: token_logprobs is tested against it.
 
     ids (B, T+1), response_mask (B, T) -> (n, V/tp) fp32 nats; n = response_mask.sum(), rows in reading order
     """
     x = policy.model(ids[:, :-1])[response_mask]  # (n, D): position t has read s_t
-    return vocab_log_softmax(policy.logits(x).float() / temperature, policy.grid)
+    return log_softmax(policy, x, temperature)
 
 
 @torch.no_grad()
@@ -700,17 +709,13 @@ def exact_kl(policy, reference, ids, response_mask, temperature=1.0):
 
     ids (B, T+1), response_mask (B, T) -> (B, T) nats, 0 outside the mask
     """
-
-    def log_softmax(model, x):
-        return vocab_log_softmax(model.logits(x).float() / temperature, model.grid)  # (rows, V/tp)
-
     rows = rows_at_a_time(policy)
     states = at_states(policy, ids, response_mask).split(rows)
     ref_states = at_states(reference, ids, response_mask).split(rows)
     kl = []
     for x, ref_x in zip(states, ref_states):
-        log_pi = log_softmax(policy, x)
-        log_ref = log_softmax(reference, ref_x)
+        log_pi = log_softmax(policy, x, temperature)  # (rows, V/tp)
+        log_ref = log_softmax(reference, ref_x, temperature)
         kl.append(vocab_sum(log_pi.exp() * (log_pi - log_ref), policy.grid))  # (rows,)
     return scatter_to_mask(response_mask, torch.cat(kl))
 

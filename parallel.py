@@ -131,14 +131,10 @@ def all_reduce(x, group, op=dist.ReduceOp.SUM):
     return x
 
 
-def all_sum(sums, grid, group="dp"):
-    """{name: number} -> the same names with sums over the grid's "dp" or "tp" group.
-
-    In float64, so that token counts stay exact.
-    """
+def all_sum(sums, grid):
+    """{name: number} -> the same names with sums over dp, in float64, so that token counts stay exact."""
     x = torch.tensor(list(sums.values()), dtype=torch.float64, device=grid.device)
-    everywhere = all_reduce(x, grid.dp_group if group == "dp" else grid.tp_group)
-    return dict(zip(sums, everywhere.tolist()))
+    return dict(zip(sums, all_reduce(x, grid.dp_group).tolist()))
 
 
 # -------------------------------------------------------------------------------- f and g

@@ -15,7 +15,8 @@ from model import at_states, scatter_to_mask, token_logprobs
 from parallel import Update, all_reduce, all_sum
 from reinforce import (
     ROUNDING,
-    by_parts,
+    cut_rows,
+    join_rows,
     kl_loss,
     mean_stats,
     micro_batches,
@@ -105,21 +106,22 @@ def value_loss(values, returns, response_mask):
     return (values - returns.detach())[response_mask].square().mean(), {}
 
 
+def moments(x, grid):
+    """Mean and variance of x over all ranks. x (N,) float64; the variance is divided by the count"""
+    sums = all_sum({"n": x.numel(), "total": x.sum().item()}, grid)
+    mean = sums["total"] / sums["n"]
+    return mean, all_sum({"squares": (x - mean).square().sum().item()}, grid)["squares"] / sums["n"]
+
+
 def explained_variance(values, returns, response_mask, grid):
     """1 - Var(returns - V) / Var(returns) over all ranks; (B, T) each -> float
 
     1 is a perfect critic; 0 is no better than a constant, or the returns are constant themselves (standardize
     says when).
     """
-
-    def moments(x):
-        sums = all_sum({"n": x.numel(), "total": x.sum().item()}, grid)
-        mean = sums["total"] / sums["n"]
-        return mean, all_sum({"squares": (x - mean).square().sum().item()}, grid)["squares"] / sums["n"]
-
     values, returns = values[response_mask].double(), returns[response_mask].double()  # (N,), (N,)
-    mean, total = moments(returns)
-    _, unexplained = moments(returns - values)
+    mean, total = moments(returns, grid)
+    _, unexplained = moments(returns - values, grid)
     constant = total**0.5 <= max(1e-6, ROUNDING * abs(mean))
     return 0.0 if constant else 1.0 - unexplained / total
 
@@ -136,26 +138,27 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
     cuts = minibatches(rollout.lengths(), cfg)
     values = old_values(critic, rollout, cuts)  # (B, T)
     advantages, returns = ppo_advantages(rollout, values, cfg, grid)
-    steps, value_steps, ratio_max = [], [], 0.0
+    steps, value_steps = [], []
+    ratio_max = 0.0
 
     for _ in range(cfg.ppo_epochs):
         for minibatch in cuts:
             update = Update(optimizer, micro_batches(rollout, advantages, minibatch))
-            for chunk, chunk_advantages in update:
-                logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
+            for part, part_advantages in update:
+                logprobs, _ = token_logprobs(policy, part.ids, part.response_mask, cfg.temperature)
                 loss, stats = ppo_loss(
-                    logprobs, chunk.old_logprobs, chunk_advantages, chunk.response_mask, cfg.clip
+                    logprobs, part.old_logprobs, part_advantages, part.response_mask, cfg.clip
                 )
                 ratio_max = max(ratio_max, stats.pop("ratio_max"))  # a maximum, not a mean
                 if cfg.kl_loss_coef:
-                    loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, chunk)
+                    loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, part)
                 update.backward(loss, stats)
             steps.append(update.step(lr))
 
             update = Update(critic_optimizer, micro_batches(rollout, returns, minibatch))
-            for chunk, chunk_returns in update:
-                new_values = state_values(critic, chunk.ids, chunk.response_mask)
-                loss, stats = value_loss(new_values, chunk_returns, chunk.response_mask)
+            for part, part_returns in update:
+                new_values = state_values(critic, part.ids, part.response_mask)
+                loss, stats = value_loss(new_values, part_returns, part.response_mask)
                 update.backward(loss, stats)
             value_steps.append(update.step(critic_lr))
 
@@ -171,7 +174,6 @@ def ppo_step(policy, critic, optimizer, critic_optimizer, rollout, cfg, lr, crit
 def old_values(critic, rollout, cuts):
     """V(s_t) before the first update, computed in the micro-batches of the updates: (B, T)"""
 
-    def values(ids, response_mask):
-        return {"values": state_values(critic, ids, response_mask)}
-
-    return by_parts(values, rollout.ids, rollout.response_mask, cuts)["values"]
+    parts = cut_rows(rollout.ids, rollout.response_mask, cuts)
+    values = [state_values(critic, ids, response_mask) for ids, response_mask in parts]  # (b, t) each
+    return join_rows(values, rollout.response_mask.shape[1])

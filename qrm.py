@@ -13,7 +13,7 @@ D model width · n response tokens, in reading order
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -84,17 +84,9 @@ def qrm_loss(scores, response_mask, beta=0.2, margin=2.0):
 CHUNK = 4096  # rows of x converted to fp32 at a time: a whole fp32 copy takes twice the memory of a bf16 x
 
 
-class _Constants(NamedTuple):
-    n_pairs: int
-    beta: float
-    margin: float
-    eps: float  # of the RMSNorm
-
-
 class _FusedQRM(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, head_weight, shares, pairs, constants):
-        n_pairs, beta, margin, eps = constants
+    def forward(ctx, x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps):
         acc = torch.promote_types(x.dtype, torch.float32)  # accumulates in fp32; in fp64 when the test's x is
         u = norm_weight.to(acc) * head_weight.to(acc).flatten()  # (D,)
         mean_square = torch.linalg.vector_norm(x, dim=-1, dtype=acc).square() / x.shape[-1]  # (n,)
@@ -127,7 +119,7 @@ class _FusedQRM(torch.autograd.Function):
         s = sum(chunk.to(r.dtype).T @ part for chunk, part in chunks)  # (D,)
         d_norm = (s * w).to(norm_weight)
         d_head = (s * g).view_as(head_weight).to(head_weight)
-        return dx, d_norm, d_head, None, None, None
+        return dx, d_norm, d_head, None, None, None, None, None, None
 
 
 def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2, margin=2.0, eps=1e-5):
@@ -151,8 +143,7 @@ def fused_qrm_loss(x, norm_weight, head_weight, shares, pairs, n_pairs, beta=0.2
     shares, pairs             (n,) c_t (fp32), and the pair 0 .. n_pairs - 1 of each token: see token_shares
     -> loss (scalar, differentiable), gaps (P,) = sum_t c_t Z_t (not differentiable: for metrics)
     """
-    constants = _Constants(n_pairs, beta, margin, eps)
-    return _FusedQRM.apply(x, norm_weight, head_weight, shares, pairs, constants)
+    return _FusedQRM.apply(x, norm_weight, head_weight, shares, pairs, n_pairs, beta, margin, eps)
 
 
 def token_shares(response_mask):
@@ -256,7 +247,7 @@ def plackett_luce_loss(ranked):
 
 
 # Rewards: (model, ids (B, T+1), response_mask (B, T)) -> (B, T) aligned with targets, 0 outside the mask.
-# Q-RM's rewards are response_scores above, and those of "logit" are model.token_logits.
+# Q-RM's rewards are response_scores above.
 
 
 # exercise 4.10 (2 points): one reward for the whole answer
@@ -285,142 +276,27 @@ def dpo_rewards(policy, reference, ids, response_mask, beta=0.1):
     return beta * (logprobs - ref_logprobs)
 
 
+def logprob_rewards(policy, ids, response_mask):
+    """SimPO's token rewards: log pi(a_t | s_t), of which its loss takes the mean."""
+    return token_logprobs(policy, ids, response_mask)[0]
+
+
 # -------------------------------------------------------------------------------- what --reward chooses from
 
 
-def count_pairs(pairs):
-    """How many pairs there are."""
-    return len(pairs)
+def count_pairs(examples):
+    """How many pairs the answers make."""
+    return len(examples) // 2
 
 
-def count_response_tokens(pairs):
-    """How many response tokens the answers of the pairs have."""
-    return sum(len(example.response_ids) for pair in pairs for example in pair[:2])
+def count_response_tokens(examples):
+    """How many response tokens the answers have."""
+    return sum(len(example.response_ids) for example in examples)
 
 
-def count_steps(rows):
-    """How many labelled steps the answers have, one or two in a row."""
-    return sum(len(example.steps) for row in rows for example in row[:2])
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """A kind of reward model: everything that differs between Q-RM and the others.
-
-    loss(model, ids, response_mask, cfg, reference, step_labels)         see reward_model_loss
-    rewards(model, ids, response_mask, reference, step_ids) -> (B, T)    0 outside the mask
-    speaks(ids, response_mask, step_ids) -> (B, T) bool                  where the rewards are given
-    total(rewards (n,)) -> float                                         one number for an answer of n tokens
-    weigh(pairs) -> int                                                  numbers that the loss is a mean over
-    """
-
-    base: type  # LanguageModel, or ScalarModel: a decoder with a scalar head
-    loss: Callable
-    rewards: Callable
-    speaks: Callable
-    is_q: bool  # a token's reward is a Q(s_t, a_t) already: later rewards are not added to it
-    total: Callable
-    needs_reference: bool = False  # the frozen model that training started from
-    needs_steps: bool = False  # labels of steps
-    weigh: Callable = count_pairs
-
-
-def fused_loss_on_pairs(model, ids, response_mask, cfg, **_):
-    """qrm_loss(response_scores(...)) through fused_qrm_loss: the same numbers in less memory."""
-    norm = model.model.norm
-    x = at_actions(model, ids, response_mask)  # (n, D)
-    shares, pairs = token_shares(response_mask)  # (n,), (n,)
-    loss, gaps = fused_qrm_loss(
-        x, norm.weight, model.score.weight, shares, pairs, len(ids) // 2, cfg.beta, cfg.margin, norm.eps
-    )
-    return loss, {"pair_accuracy": (gaps > 0).float().mean().item(), "score_gap": gaps.mean().item()}
-
-
-def plain_loss_on_pairs(model, ids, response_mask, cfg, **_):
-    """qrm_loss by autograd."""
-    return qrm_loss(response_scores(model, ids, response_mask), response_mask, cfg.beta, cfg.margin)
-
-
-def logit_loss_on_pairs(model, ids, response_mask, cfg, **_):
-    """qrm_loss on a language model's own logits."""
-    return qrm_loss(token_logits(model, ids, response_mask), response_mask, cfg.beta, cfg.margin)
-
-
-def orm_loss_on_pairs(model, ids, response_mask, cfg, **_):
-    """orm_loss on the last token's score."""
-    return orm_loss(response_scores(model, ids, response_mask), response_mask)
-
-
-def prm_loss_on_answers(model, ids, response_mask, cfg, step_labels, **_):
-    """step_loss of single answers or of pairs, whose order does not matter."""
-    return step_loss(response_scores(model, ids, response_mask), ~step_labels.isnan(), step_labels)
-
-
-def verifier_loss_on_pairs(model, ids, response_mask, cfg, **_):
-    """The chosen answer is right, and the rejected one is wrong."""
-    correct = torch.arange(len(ids), device=ids.device) % 2 == 0
-    return verifier_loss(response_scores(model, ids, response_mask), response_mask, correct)
-
-
-def dpo_loss_on_pairs(model, ids, response_mask, cfg, reference, **_):
-    """dpo_loss against the frozen model that training started from."""
-    with torch.no_grad():
-        ref_logprobs, _ = token_logprobs(reference, ids, response_mask)
-    logprobs, _ = token_logprobs(model, ids, response_mask)
-    return dpo_loss(logprobs, ref_logprobs, response_mask, cfg.beta)
-
-
-def simpo_loss_on_pairs(model, ids, response_mask, cfg, **_):
-    """SimPO (Meng et al. 2024, Eq. 6): qrm_loss on log-probabilities, without a reference.
-
-    -log sigmoid(beta/N log pi(chosen) - beta/M log pi(rejected) - margin). The paper's beta is 2 to 2.5; the
-    defaults here are Q-RM's.
-    """
-    logprobs, _ = token_logprobs(model, ids, response_mask)
-    return qrm_loss(logprobs, response_mask, cfg.beta, cfg.margin)
-
-
-def qrm_rewards(model, ids, response_mask, **_):
-    """The raw Z of every response token."""
-    return response_scores(model, ids, response_mask)
-
-
-def logit_rewards(model, ids, response_mask, **_):
-    """Z as the logit that a language model gives a_t at s_t: Definition 3.1 with its own softmax as phi.
-
-    The paper reads a scalar head after a_t instead, so that scoring and generating share no output.
-    """
-    return token_logits(model, ids, response_mask)
-
-
-def logprob_rewards(model, ids, response_mask, **_):
-    """The log-probability of a_t at s_t: what SimPO takes the mean of."""
-    return token_logprobs(model, ids, response_mask)[0]
-
-
-def orm_rewards(model, ids, response_mask, **_):
-    """The score at the last token."""
-    return outcome_rewards(model, ids, response_mask)
-
-
-def prm_rewards(model, ids, response_mask, step_ids, **_):
-    """tanh(Z) at the end of each step."""
-    return step_rewards(model, ids, response_mask, step_ids)
-
-
-def dpo_model_rewards(model, ids, response_mask, reference, **_):
-    """beta times the log-ratio to the reference, at every token."""
-    return dpo_rewards(model, reference, ids, response_mask)
-
-
-def at_every_token(ids, response_mask, step_ids=()):
-    """Where Q-RM speaks: at every response token."""
-    return response_mask
-
-
-def at_last_token(ids, response_mask, step_ids=()):
-    """Where an outcome model speaks: at the last response token."""
-    return last_token_mask(response_mask)
+def count_steps(examples):
+    """How many labelled steps the answers have."""
+    return sum(len(example.steps) for example in examples)
 
 
 def sum_of_rewards(rewards):
@@ -461,47 +337,34 @@ def product_of_steps(rewards):
 STEP_TOTALS = {"mean": mean_of_steps, "min": least_of_steps, "product": product_of_steps}
 
 
-QRM = RewardModel(
-    base=ScalarModel,
-    loss=fused_loss_on_pairs,
-    rewards=qrm_rewards,
-    speaks=at_every_token,
-    is_q=True,
-    total=mean_of_rewards,
-)
-REWARD_MODELS = {  # what --stage rm trains; adding a reward model is adding one entry
-    "qrm": QRM,
-    "plain": replace(QRM, loss=plain_loss_on_pairs),  # without the fused head
-    "logit": replace(QRM, base=LanguageModel, loss=logit_loss_on_pairs, rewards=logit_rewards),
-    "orm": RewardModel(
-        base=ScalarModel,
-        loss=orm_loss_on_pairs,
-        rewards=orm_rewards,
-        speaks=at_last_token,
-        is_q=False,
-        total=sum_of_rewards,
-    ),
+@dataclass(frozen=True)
+class RewardModel:
+    """A kind of reward model; its loss is in reward_model_loss, and its rewards are in bind_reward.
+
+    total(rewards (n,)) -> float    one number for an answer of n tokens
+    weigh(examples) -> int          numbers that the loss is a mean over
+    """
+
+    base: type  # LanguageModel, or ScalarModel: a decoder with a scalar head
+    is_q: bool  # a token's reward is a Q(s_t, a_t) already: later rewards are not added to it
+    total: Callable
+    weigh: Callable = count_pairs
+    needs_reference: bool = False  # the frozen model that training started from
+    needs_steps: bool = False  # labels of steps
+    reads: tuple = ("beta", "margin")  # numbers of cfg that the loss has
+
+
+REWARD_MODELS = {  # what --stage rm trains
+    "qrm": RewardModel(ScalarModel, is_q=True, total=mean_of_rewards),
+    "plain": RewardModel(ScalarModel, is_q=True, total=mean_of_rewards),  # qrm without the fused head
+    "logit": RewardModel(LanguageModel, is_q=True, total=mean_of_rewards),
+    "orm": RewardModel(ScalarModel, is_q=False, total=sum_of_rewards, reads=()),
     "prm": RewardModel(
-        base=ScalarModel,
-        loss=prm_loss_on_answers,
-        rewards=prm_rewards,
-        speaks=step_end_mask,
-        is_q=False,
-        total=mean_of_steps,
-        needs_steps=True,
-        weigh=count_steps,
+        ScalarModel, is_q=False, total=mean_of_steps, weigh=count_steps, needs_steps=True, reads=()
     ),
-    "verifier": replace(QRM, loss=verifier_loss_on_pairs, total=last_reward, weigh=count_response_tokens),
-    "dpo": RewardModel(
-        base=LanguageModel,
-        loss=dpo_loss_on_pairs,
-        rewards=dpo_model_rewards,
-        speaks=at_every_token,
-        is_q=True,
-        total=sum_of_rewards,
-        needs_reference=True,
-    ),
-    "simpo": replace(QRM, base=LanguageModel, loss=simpo_loss_on_pairs, rewards=logprob_rewards),
+    "verifier": RewardModel(ScalarModel, is_q=True, total=last_reward, weigh=count_response_tokens, reads=()),
+    "dpo": RewardModel(LanguageModel, is_q=True, total=sum_of_rewards, needs_reference=True, reads=("beta",)),
+    "simpo": RewardModel(LanguageModel, is_q=True, total=mean_of_rewards),
 }
 
 
@@ -514,8 +377,53 @@ def reward_model_loss(model, ids, response_mask, cfg, reference=None, step_label
     step_labels  prm: (2P, T) float, the label of a step at its last token, NaN elsewhere; rows need no pairs
     -> loss (scalar), {name: float}
     """
-    kind = REWARD_MODELS[cfg.reward]
-    return kind.loss(model, ids, response_mask, cfg, reference=reference, step_labels=step_labels)
+    if cfg.reward == "qrm":
+        return fused_loss_on_pairs(model, ids, response_mask, cfg.beta, cfg.margin)
+    if cfg.reward == "logit":
+        return qrm_loss(token_logits(model, ids, response_mask), response_mask, cfg.beta, cfg.margin)
+    if cfg.reward == "simpo":  # Meng et al. 2024, Eq. 6; its beta is 2 to 2.5, and the defaults are Q-RM's
+        logprobs, _ = token_logprobs(model, ids, response_mask)  # (2P, T)
+        return qrm_loss(logprobs, response_mask, cfg.beta, cfg.margin)
+    if cfg.reward == "dpo":
+        logprobs, _ = token_logprobs(model, ids, response_mask)  # (2P, T)
+        with torch.no_grad():
+            ref_logprobs, _ = token_logprobs(reference, ids, response_mask)
+        return dpo_loss(logprobs, ref_logprobs, response_mask, cfg.beta)
+    scores = response_scores(model, ids, response_mask)  # (2P, T)
+    if cfg.reward == "orm":
+        return orm_loss(scores, response_mask)
+    if cfg.reward == "prm":
+        return step_loss(scores, ~step_labels.isnan(), step_labels)
+    if cfg.reward == "verifier":
+        correct = torch.arange(len(ids), device=ids.device) % 2 == 0  # (2P,): the chosen ones
+        return verifier_loss(scores, response_mask, correct)
+    if cfg.reward == "plain":
+        return qrm_loss(scores, response_mask, cfg.beta, cfg.margin)
+    raise KeyError(cfg.reward)
+
+
+def fused_loss_on_pairs(model, ids, response_mask, beta, margin):
+    """qrm_loss(response_scores(...)) through fused_qrm_loss: the same numbers in less memory."""
+    norm = model.model.norm
+    x = at_actions(model, ids, response_mask)  # (n, D)
+    shares, pairs = token_shares(response_mask)  # (n,), (n,)
+    loss, gaps = fused_qrm_loss(
+        x, norm.weight, model.score.weight, shares, pairs, len(ids) // 2, beta, margin, norm.eps
+    )
+    return loss, {"pair_accuracy": (gaps > 0).float().mean().item(), "score_gap": gaps.mean().item()}
+
+
+# -------------------------------------------------------------------------------- rewards for RL
+
+
+def at_every_token(ids, response_mask):
+    """Where Q-RM speaks: at every response token."""
+    return response_mask
+
+
+def at_last_token(ids, response_mask):
+    """Where an outcome model speaks: at the last response token."""
+    return last_token_mask(response_mask)
 
 
 @dataclass(frozen=True)
@@ -535,16 +443,20 @@ class Reward:
 
 
 def bind_reward(name, model, reference=None, step_ids=()):
-    """The Reward of a trained model; name is a key of REWARD_MODELS, the rest as in reward_model_loss."""
+    """The Reward of a trained model; name is a key of REWARD_MODELS, reference as in reward_model_loss."""
+    rewards_of = {
+        "orm": partial(outcome_rewards, model),
+        "prm": partial(step_rewards, model, step_ids=step_ids),
+        "dpo": partial(dpo_rewards, model, reference),
+        # Definition 3.1 with the language model's own softmax as phi. The paper reads a scalar head after a_t
+        # instead, so that scoring and generating share no output.
+        "logit": partial(token_logits, model),
+        "simpo": partial(logprob_rewards, model),
+    }
+    speaks_at = {"orm": at_last_token, "prm": partial(step_end_mask, step_ids=step_ids)}
+    rewards = rewards_of.get(name, partial(response_scores, model))  # the raw Z
     kind = REWARD_MODELS[name]
-
-    def rewards(ids, response_mask):
-        return kind.rewards(model, ids, response_mask, reference=reference, step_ids=step_ids)
-
-    def speaks(ids, response_mask):
-        return kind.speaks(ids, response_mask, step_ids)
-
-    return Reward(rewards, speaks, kind.is_q, kind.total)
+    return Reward(rewards, speaks_at.get(name, at_every_token), kind.is_q, kind.total)
 
 
 def with_outcome(reward, outcome):

@@ -48,20 +48,19 @@ class Rollout:
     def rows(self, start, stop):
         """Rows [start, stop) of every field, without the columns that only longer rows need."""
         T = used_columns(self.response_mask[start:stop])
-        part = {}
-        for name, x in vars(self).items():
-            if name == "truncated":
-                part[name] = x[start:stop]
-            elif name == "ids":
-                part[name] = x[start:stop, : T + 1]
-            else:
-                part[name] = x[start:stop, :T]
-        return Rollout(**part)
+        fields = {name: x[start:stop, :T] for name, x in vars(self).items() if name != "truncated"}
+        fields["ids"] = self.ids[start:stop, : T + 1]
+        return Rollout(truncated=self.truncated[start:stop], **fields)
 
 
 def used_columns(response_mask):
     """Columns up to the last response token of any row: (B, T) bool -> int"""
     return int(response_mask.any(0).nonzero().max()) + 1
+
+
+def count_minibatches(cfg):
+    """Updates of one pass over a rollout, equal on all processes."""
+    return -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
 
 
 def minibatches(lengths, cfg):
@@ -72,7 +71,7 @@ def minibatches(lengths, cfg):
     -> [[(start, stop) of each micro-batch] of each minibatch]; every process gets as many minibatches
     Old and new log-probabilities use the same cuts, so the first ratio is exactly 1.
     """
-    n = -(-cfg.batch_size // cfg.minibatch) if cfg.minibatch else 1
+    n = count_minibatches(cfg)
     cuts = []
     for i in range(n):
         start, stop = shard_range(len(lengths), i, n)
@@ -81,19 +80,19 @@ def minibatches(lengths, cfg):
     return cuts
 
 
-def by_parts(f, ids, response_mask, cuts):
-    """Runs f on one micro-batch at a time. -> {name: (B, T) fp32}, 0 in the columns that f did not see
+def cut_rows(ids, response_mask, cuts):
+    """Yields the micro-batches in order: ids (b, t+1), response_mask (b, t), less the columns of pads alone.
 
-    f      (ids (b, t+1), response_mask (b, t)) -> {name: (b, t)}; t drops columns that only other rows need
-    cuts   what minibatches returns: together they cover all rows, in order
+    ids (B, T+1), response_mask (B, T); cuts: what minibatches returns
     """
-    T, parts = response_mask.shape[1], {}
     for start, stop in (span for minibatch in cuts for span in minibatch):
         t = used_columns(response_mask[start:stop])
-        results = f(ids[start:stop, : t + 1], response_mask[start:stop, :t])
-        for name, x in results.items():
-            parts.setdefault(name, []).append(F.pad(x.float(), (0, T - t)))  # (b, t) -> (b, T)
-    return {name: torch.cat(rows) for name, rows in parts.items()}
+        yield ids[start:stop, : t + 1], response_mask[start:stop, :t]
+
+
+def join_rows(parts, T):
+    """The inverse of cut_rows, for results: [(b, t)] -> (B, T) fp32, 0 in the columns that were left out"""
+    return torch.cat([F.pad(part.float(), (0, T - part.shape[1])) for part in parts])
 
 
 # exercise 5.1 (2 points): KL from one sampled token
@@ -109,6 +108,24 @@ def kl_estimates(logprobs, ref_logprobs):
     k1 = logprobs - ref_logprobs
     log_ratio = (-k1).clamp(max=60.0)
     return k1, torch.expm1(log_ratio) - log_ratio
+
+
+def score_part(policy, reference, reward, ids, response_mask, cfg):
+    """The numbers of a Rollout for one micro-batch, by the forward that training will run: {name: (B, T)}"""
+    old_logprobs, entropy = token_logprobs(policy, ids, response_mask, cfg.temperature)
+    ref_logprobs, _ = token_logprobs(reference, ids, response_mask, cfg.temperature)
+    kl_k1, kl_k3 = kl_estimates(old_logprobs, ref_logprobs)
+    kl_exact = torch.zeros_like(kl_k1)
+    if cfg.kl == "exact":
+        kl_exact = exact_kl(policy, reference, ids, response_mask, cfg.temperature)
+    return {
+        "old_logprobs": old_logprobs,
+        "entropy": entropy,
+        "kl_k1": kl_k1,
+        "kl_k3": kl_k3,
+        "kl_exact": kl_exact,
+        "scores": reward.rewards(ids, response_mask).masked_fill(~response_mask, 0.0),
+    }
 
 
 @torch.no_grad()
@@ -132,31 +149,18 @@ def collect_rollout(policy, reference, reward, prompts, stop_ids, cfg, seed, pla
     )
     examples = [Example(prompt, response) for prompt, response in zip(prompts, responses)]
     ids, response_mask = collate(examples, device)  # (B, T+1), (B, T)
-
-    def score(ids, response_mask):  # by the forward that training will run, in the same micro-batches
-        old_logprobs, entropy = token_logprobs(policy, ids, response_mask, cfg.temperature)
-        ref_logprobs, _ = token_logprobs(reference, ids, response_mask, cfg.temperature)
-        kl_k1, kl_k3 = kl_estimates(old_logprobs, ref_logprobs)
-        kl_exact = torch.zeros_like(kl_k1)
-        if cfg.kl == "exact":
-            kl_exact = exact_kl(policy, reference, ids, response_mask, cfg.temperature)
-        return {
-            "old_logprobs": old_logprobs,
-            "entropy": entropy,
-            "kl_k1": kl_k1,
-            "kl_k3": kl_k3,
-            "kl_exact": kl_exact,
-            "scores": reward.rewards(ids, response_mask).masked_fill(~response_mask, 0.0),
-        }
-
-    lengths = [sequence_length(example) for example in examples]
-    scored = by_parts(score, ids, response_mask, minibatches(lengths, cfg))
+    cuts = minibatches([sequence_length(example) for example in examples], cfg)
+    parts = [
+        score_part(policy, reference, reward, part_ids, part_mask, cfg)
+        for part_ids, part_mask in cut_rows(ids, response_mask, cuts)
+    ]
+    T = response_mask.shape[1]
     return Rollout(
         ids=ids,
         response_mask=response_mask,
         truncated=torch.tensor(truncated, device=device),
         reward_mask=reward.speaks(ids, response_mask) & response_mask,
-        **scored,
+        **{name: join_rows([part[name] for part in parts], T) for name in parts[0]},
     )
 
 
@@ -186,7 +190,8 @@ def standardize(rewards, reward_mask, how, grid):
     sigma = (squares / sums["n"]) ** 0.5
     rounding = max(1e-6, ROUNDING * abs(mean))
     sigma = sigma if sigma > rounding else 1.0  # equal rewards: nothing to scale
-    return ((rewards - (mean if how == "mean_std" else 0.0)) / sigma).masked_fill(~reward_mask, 0.0)
+    centre = mean if how == "mean_std" else 0.0
+    return ((rewards - centre) / sigma).masked_fill(~reward_mask, 0.0)
 
 
 def eos_to_mean(rewards, response_mask):
@@ -236,7 +241,8 @@ def group_advantages(sequence_rewards, group_size, how, sizes=None):
     groups = sequence_rewards.double().view(-1, group_size)  # (prompts, group)
     centred = groups - groups.mean(1, keepdim=True)
     std = groups.std(1, keepdim=True)  # (prompts, 1)
-    largest = (sequence_rewards if sizes is None else sizes).double().abs().view(groups.shape).amax(1, True)
+    sizes = sequence_rewards if sizes is None else sizes
+    largest = sizes.double().abs().view(groups.shape).amax(1, keepdim=True)  # (prompts, 1)
     rounding = max(ROUNDING, torch.finfo(sequence_rewards.dtype).eps) * largest  # (prompts, 1)
     out = centred * group_size / (group_size - 1) if how == "rloo" else centred / std
     out = out.masked_fill(std <= rounding.clamp(min=1e-6), 0.0)
@@ -330,14 +336,14 @@ def reinforce_loss(logprobs, advantages, response_mask):
     return -(advantages.detach()[response_mask] * logprobs[response_mask]).mean(), {}
 
 
-def kl_loss(logprobs, chunk):
+def kl_loss(logprobs, part):
     """GRPO's penalty in the loss (Shao et al. 2024): mean of k3 = ref/pi - 1 - log(ref/pi).
 
-    logprobs (B, T) nats carry the gradient; chunk: rows of a Rollout -> scalar, the mean over response tokens
+    logprobs (B, T) nats carry the gradient; part: rows of a Rollout -> scalar, the mean over response tokens
     At the policy that sampled, the expected gradient is that of KL(ref || pi) at each state.
     """
-    ref_logprobs = chunk.old_logprobs - chunk.kl_k1
-    return kl_estimates(logprobs, ref_logprobs)[1][chunk.response_mask].mean()
+    ref_logprobs = part.old_logprobs - part.kl_k1
+    return kl_estimates(logprobs, ref_logprobs)[1][part.response_mask].mean()
 
 
 def reinforce_step(policy, optimizer, rollout, cfg, lr):
@@ -346,11 +352,11 @@ def reinforce_step(policy, optimizer, rollout, cfg, lr):
     steps = []
     for minibatch in minibatches(rollout.lengths(), cfg):
         update = Update(optimizer, micro_batches(rollout, advantages, minibatch))
-        for chunk, chunk_advantages in update:
-            logprobs, _ = token_logprobs(policy, chunk.ids, chunk.response_mask, cfg.temperature)
-            loss, stats = reinforce_loss(logprobs, chunk_advantages, chunk.response_mask)
+        for part, part_advantages in update:
+            logprobs, _ = token_logprobs(policy, part.ids, part.response_mask, cfg.temperature)
+            loss, stats = reinforce_loss(logprobs, part_advantages, part.response_mask)
             if cfg.kl_loss_coef:
-                loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, chunk)
+                loss = loss + cfg.kl_loss_coef * kl_loss(logprobs, part)
             update.backward(loss, stats)
         steps.append(update.step(lr))
     return mean_stats(steps)
@@ -361,14 +367,14 @@ def micro_batches(rollout, per_token, minibatch):
 
     per_token   (B, T): advantages, or the critic's targets
     minibatch   [(start, stop)] of its micro-batches
-    -> [(response tokens, (chunk of the rollout, chunk of per_token))]
+    -> [(response tokens, (part of the rollout, part of per_token))]
     """
     parts = []
     for start, stop in minibatch:
-        chunk = rollout.rows(start, stop)
-        T = chunk.response_mask.shape[1]
-        n_tokens = int(chunk.response_mask.sum())
-        parts.append((n_tokens, (chunk, per_token[start:stop, :T])))
+        part = rollout.rows(start, stop)
+        n_tokens = int(part.response_mask.sum())
+        T = part.response_mask.shape[1]
+        parts.append((n_tokens, (part, per_token[start:stop, :T])))
     return parts
 
 

@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,21 +35,12 @@ from data import (
     sequence_length,
     spans,
 )
-from model import (
-    LanguageModel,
-    ModelConfig,
-    ScalarModel,
-    add_lora,
-    build_model,
-    init_weights,
-    save_model,
-    token_logprobs,
-)
+from model import LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, token_logprobs
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
-from qrm import REWARD_MODELS, reward_model_loss
-from reinforce import collect_rollout, minibatches, reinforce_step, rollout_stats
-from support.checkpoints import Training, fingerprints, out_of_date, run_path, sources
+from qrm import REWARD_MODELS, count_response_tokens, logprob_rewards, reward_model_loss
+from reinforce import collect_rollout, count_minibatches, reinforce_step, rollout_stats
+from support.checkpoints import Training, fingerprints, in_words, out_of_date, run_path, sources, write_model
 from support.compare import eval_candidates, eval_judge
 from support.evaluate import (
     all_ranks,
@@ -59,37 +51,41 @@ from support.evaluate import (
     flat,
     greedy_pass,
     hash_seed,
-    is_reward_model,
-    judges,
-    load,
-    load_ranker,
-    load_reward,
-    load_tokenizer,
-    log_to,
     make_pairs,
-    read_rows,
-    reward_name,
-    reward_of_run,
     sample_graded,
     score_examples,
     show_tokens,
     write_rows,
 )
-from support.files import BadInput, at_line, read_jsonl, require, write_atomically
+from support.files import BadInput, at_line, require, write_atomically
 from support.graders import grade
+from support.loading import (
+    has_scalar_head,
+    holds_reward_model,
+    kind_of_eval,
+    load,
+    load_ranker,
+    load_reward,
+    load_tokenizer,
+    log_to,
+    read_rows,
+    reward_name,
+    reward_of_run,
+)
 from support.settings import (
     ARITH,
     FIELDS,
     POLICY_GRADIENT,
     STAGES_OF,
+    TRAINING,
     check_paths,
     heldout_path,
     out_path,
     parse,
     stage_config,
-    unread_flags,
 )
 from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
+from support.unread import unread_flags
 
 # -------------------------------------------------------------------------------- the stages
 
@@ -108,9 +104,9 @@ def stage_sft(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = [examples[i] for i in batch_indices(len(examples), cfg.batch_size, step, cfg.seed)]
             parts = cut_by_tokens(batch, cfg, grid)
-            update = Update(optimizer, [(response_tokens(part), part) for part in parts])
+            update = Update(optimizer, [(count_response_tokens(examples_of(part)), part) for part in parts])
             for part in update:
-                ids, mask = collate(flat(part), grid.device)  # (B, T+1), (B, T)
+                ids, mask = collate(examples_of(part), grid.device)  # (B, T+1), (B, T)
                 logprobs, entropy = token_logprobs(policy, ids, mask)  # (B, T)
                 stats = {"entropy": (entropy.sum() / mask.sum()).item()}
                 update.backward(-logprobs.sum() / mask.sum(), stats)
@@ -134,12 +130,12 @@ def stage_rm(cfg, grid):
             lr = lr_at(step, steps, cfg.lr, cfg)
             batch = pick_pairs(pairs, step, cfg)
             parts = cut_by_tokens(batch, cfg, grid)
-            update = Update(optimizer, [(kind.weigh(part), part) for part in parts])
+            update = Update(optimizer, [(kind.weigh(examples_of(part)), part) for part in parts])
             for part in update:
-                examples = flat(pair[:2] for pair in part)
+                examples = examples_of(part)
                 ids, mask = collate(examples, grid.device)  # (2P, T+1), (2P, T)
-                step_labels = collate_steps(examples, mask)  # (2P, T); None, unless for prm
-                loss_cfg = with_margins(cfg, part, grid)
+                step_labels = collate_steps(examples, mask)  # (2P, T) for --reward prm, else None
+                loss_cfg = with_margins(cfg, part, grid)  # the margin of a row wins over --margin
                 loss, stats = reward_model_loss(model, ids, mask, loss_cfg, reference, step_labels)
                 update.backward(loss, stats)
             training.log(update.step(lr) | {"lr": lr}, tokens=count_tokens(batch))
@@ -153,8 +149,9 @@ def stage_rl(cfg, grid):
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows, heldout = load_prompts(cfg, grid)
     prompts = short_prompts(rows, tokenizer, cfg, grid)
-    reference = load(LanguageModel, cfg.model, cfg, grid).requires_grad_(False)
-    start = reference if cfg.lora_rank else load(LanguageModel, cfg.model, cfg, grid)
+    check_rollout_size(cfg, grid)
+    start = load(LanguageModel, cfg.model, cfg, grid)
+    reference = frozen_start(start, cfg, grid)
     policy = with_adapters(start, cfg.lora_rank, cfg)
     reward = reward_of_run(cfg, tokenizer, rows, grid)
     cfg = with_advantage(cfg, reward)
@@ -219,7 +216,7 @@ def frozen_start(model, cfg, grid):
 def load_critic(cfg, grid):
     """PPO's critic: the reward model's decoder (else the policy's) with a new scalar head, zero at first."""
     start = cfg.model
-    if cfg.reward_model and is_reward_model(cfg.reward_model):
+    if cfg.reward_model and has_scalar_head(cfg.reward_model):
         start = cfg.reward_model
     critic = load(ScalarModel, start, cfg, grid)
     critic.score.weight.data.zero_()
@@ -227,27 +224,27 @@ def load_critic(cfg, grid):
 
 
 def cut_by_tokens(batch, cfg, grid):
-    """This rank's rows of a batch as micro-batches of at most cfg.micro_tokens tokens: a list of lists."""
+    """This rank's rows of a batch as micro-batches (parts) of at most cfg.micro_tokens tokens each."""
     mine = batch[grid.dp_rank :: grid.dp_size]
     lengths = [count_tokens([row]) for row in mine]
     return [mine[start:stop] for start, stop in spans(lengths, cfg.micro_tokens)]
 
 
+def examples_of(rows):
+    """The Examples of rows, each of which is an (Example,), or a Pair: two, and a margin."""
+    return [example for row in rows for example in row[:2]]
+
+
 def count_tokens(rows):
-    """Tokens of all prompts and responses. A row is an (Example,), or a Pair, which starts with two."""
-    return sum(sequence_length(example) for row in rows for example in row[:2])
-
-
-def response_tokens(rows):
-    """Response tokens of rows that are an (Example,) each."""
-    return sum(len(example.response_ids) for (example,) in rows)
+    """Tokens of all prompts and responses."""
+    return sum(map(sequence_length, examples_of(rows)))
 
 
 def say_accuracy(cfg, grid):
     """The new reward model's accuracy on the pairs of --heldout."""
     measured = dataclasses.replace(cfg, data=cfg.heldout, limit=0)
     if has_steps(cfg.heldout):
-        found = numbers_text(eval_steps(out_path(cfg), measured, grid))
+        found = in_words(eval_steps(out_path(cfg), measured, grid), digits=4)
         say(grid, f"rm: on the steps of {cfg.heldout}: {found}")
         return
     result = eval_reward_model(out_path(cfg), measured, grid)
@@ -285,6 +282,8 @@ def load_pairs(cfg, tokenizer, grid):
             with at_line(cfg.data, row["line"]):
                 pair = task_steps(tokenizer, row["prompt"], pair)
         pairs.append(Pair(*pair, row.get("margin")))
+    if "margin" not in REWARD_MODELS[cfg.reward].reads and any(pair.margin is not None for pair in pairs):
+        say(grid, f"note: {cfg.data}: rows have a margin, which --reward {cfg.reward} does not use")
     return by_prompt(pairs, cfg)
 
 
@@ -325,7 +324,11 @@ def load_prompts(cfg, grid):
         return rows, read_rows(cfg.heldout, ("prompt", "label"), cfg, grid)
     cut = max(len(rows) - cfg.limit, 0)
     require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
-    return rows[:cut], [row for row in rows[cut:] if "label" in row]
+    heldout = [row for row in rows[cut:] if "label" in row]
+    if len(heldout) < len(rows) - cut:
+        needs_labels = f"pass@1 needs labels, which {len(heldout)} of --limit {cfg.limit} rows have"
+        say(grid, f"note: {cfg.data}: {needs_labels}")
+    return rows[:cut], heldout
 
 
 def short_prompts(rows, tokenizer, cfg, grid):
@@ -340,14 +343,18 @@ def short_prompts(rows, tokenizer, cfg, grid):
     require(kept, f"{dropped}; none is left")
     if len(kept) < len(prompts):
         say(grid, f"{dropped}; {len(kept)} left")
-    cuts = len(minibatches([], cfg))
+    return kept
+
+
+def check_rollout_size(cfg, grid):
+    """BadInput unless every process samples at least one trajectory for each minibatch."""
+    cuts = count_minibatches(cfg)
     mine = cfg.batch_size // cfg.group_size // grid.dp_size * cfg.group_size
     require(
         mine >= cuts,
         f"--batch_size {cfg.batch_size}: too few trajectories for"
         f" {grid.dp_size} processes x {cuts} minibatches",
     )
-    return kept
 
 
 def with_advantage(cfg, reward):
@@ -402,7 +409,7 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
     correct = all_sum({"correct": correct}, grid)["correct"]
     found = all_ranks(found, grid)
     missing = "has a right answer" if cfg.best else "has both a right and a wrong answer"
-    missing = "has an answer that ends" if cfg.step_rollouts else missing
+    missing = "has an answer that ends" if cfg.step_rollouts or reward else missing
     require(found, f"{cfg.data}: no prompt {missing}; raise --k or --limit, or use another policy")
     if grid.is_main:
         write_rows(path, found, Grid())
@@ -423,22 +430,17 @@ def stage_eval(cfg, grid):
     if not cfg.model and not cfg.out:
         results = sorted(Path(cfg.run_dir).iterdir())
         directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
-    given = dataclasses.replace(cfg, data=cfg.heldout or cfg.data)  # answers that are not sampled first
+    on_heldout = dataclasses.replace(cfg, data=cfg.heldout or cfg.data)  # where given answers are read
     for directory in directories:
-        kind = kind_of_eval(directory, given)
-        read = dataclasses.replace(cfg if kind == "policy" else given, model=str(directory))
+        kind = kind_of_eval(directory, on_heldout)
+        read = dataclasses.replace(cfg if kind == "policy" else on_heldout, model=str(directory))
         if kind in ("reward model", "steps"):
             read = dataclasses.replace(read, reward_model="")  # none but the one in the directory
         result = EVALUATIONS[kind](directory, read, grid)
         path = Path(cfg.out or directory) / "eval.json"
         if grid.is_main:
             write_atomically(path, json.dumps(result | {"made_from": sources(read)}, indent=1))
-        say(grid, f"eval: {path}: {numbers_text(result)}")
-
-
-def numbers_text(result):
-    """The numbers of an eval.json in one line."""
-    return "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items())
+        say(grid, f"eval: {path}: {in_words(result, digits=4)}")
 
 
 EVALUATIONS = {
@@ -450,20 +452,6 @@ EVALUATIONS = {
 }
 
 
-def kind_of_eval(directory, cfg):
-    """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
-    _, row = next(read_jsonl(cfg.data), (0, {}))
-    if "responses" in row:
-        return "candidates"
-    if cfg.reward == "judge" and "chosen" in row:
-        return "judge"
-    if judges(directory) and "completions" in row:
-        return "steps"
-    if judges(directory) and (is_reward_model(directory) or "chosen" in row):
-        return "reward model"
-    return "policy"  # dpo's and logit's models are policies, too
-
-
 def stage_score(cfg, grid):
     """One number per response token: a reward model's Z, a judge's log-odds, or a policy's log-prob."""
     tokenizer = load_tokenizer(cfg.model, cfg)
@@ -471,16 +459,12 @@ def stage_score(cfg, grid):
     if cfg.reward == "judge":
         key = "scores"
         numbers_of = load_ranker(cfg.model, tokenizer, rows, cfg, grid).rewards
-    elif is_reward_model(cfg.model):
+    elif has_scalar_head(cfg.model):
         key = "scores"
         numbers_of = load_reward("qrm", cfg.model, tokenizer, cfg, grid).rewards
     else:
         key = "logprobs"
-        policy = load(LanguageModel, cfg.model, cfg, grid)
-
-        def numbers_of(ids, mask):
-            return token_logprobs(policy, ids, mask)[0]
-
+        numbers_of = partial(logprob_rewards, load(LanguageModel, cfg.model, cfg, grid))
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scored = score_examples(numbers_of, flat(examples), cfg, grid)
@@ -509,6 +493,8 @@ def stage_grade(cfg, grid):
         graded = {"answer": answer, "correct": correct}
         if str(row["raw"].get("label")) != row["label"]:
             graded["label"] = row["label"]  # it may come from `answer`, which is written over
+        if row["raw"].get("answer") == row["response"]:
+            graded["response"] = row["response"]
         written.append((row["line"], row["raw"] | graded))
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
@@ -560,7 +546,8 @@ def accuracy_table(cfg):
 def prepare(cfg, grid):
     """cfg with every missing path set to a file of the built-in task, which is made first if need be.
 
-    After this, a stage only reads and writes files.
+    A missing result is made by its own stage (result_of), whose inputs are prepared first, and so on down to
+    sft. After this, a stage only reads and writes files.
     """
     paths = {}
     if not cfg.model and cfg.stage in ("pairs", "rm", *POLICY_GRADIENT):
@@ -607,7 +594,7 @@ def judge_files(cfg, grid):
     if not chosen:
         result_of("rm", cfg, grid)
     alone = cfg.reward == "judge" and not cfg.reward_model  # it is the model to evaluate
-    if not chosen or judges(chosen) or alone:
+    if not chosen or holds_reward_model(chosen) or alone:
         result_of("pairs", cfg, grid)
         paths["heldout"] = str(heldout_path(stage_config(cfg, "pairs")))
     own = out_path(stage_config(cfg, "rm"))
@@ -663,9 +650,7 @@ def start_model(cfg, grid):
     if grid.is_main and not (path / "config.json").exists():
         tokenizer = arith_tokenizer()
         policy = init_weights(build_model(LanguageModel, arith_shape(tokenizer), Grid()), cfg.seed)
-        path.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
-        save_model(policy, path)
+        write_model(policy, tokenizer, path)
     barrier(grid)
     return str(path)
 
@@ -712,7 +697,7 @@ def main(argv=None):
         for name in unread_flags(argv):
             say(grid, f"note: --stage {cfg.stage} does not use --{name}")
         run_stage(cfg, grid)
-        sys.stdout.flush()
+        print(end="", flush=True)  # a full disk or a closed pipe shows here, not at exit
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         status = 141
@@ -724,7 +709,9 @@ def main(argv=None):
         print(one_line(e, cfg), file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
-        print("interrupted: --resume continues from the last checkpoint", file=sys.stderr)
+        goes_on = dict.fromkeys(TRAINING, "--resume continues from the last checkpoint")
+        goes_on["demo"] = "the same command keeps the stages that are finished"
+        print(f"interrupted: {goes_on.get(cfg and cfg.stage, 'no file is half-written')}", file=sys.stderr)
         status = 130
     except RuntimeError as e:
         if re.search("timed out|timeout", str(e), re.I):

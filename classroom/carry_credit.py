@@ -24,7 +24,7 @@ from data import Example
 from model import ScalarModel
 from parallel import Grid
 from qrm import response_scores
-from support import evaluate
+from support import evaluate, loading
 from support.settings import Config
 
 MEASURES = {
@@ -72,8 +72,8 @@ def measure(scored):
 def credit_of(run, name):
     """`measure` of the reward model in run/name, its head read at every token."""
     cfg = Config(stage="score", device="cpu")
-    tokenizer = evaluate.load_tokenizer(str(Path(run) / name), cfg)
-    model = evaluate.load(ScalarModel, str(Path(run) / name), cfg, Grid())
+    tokenizer = loading.load_tokenizer(str(Path(run) / name), cfg)
+    model = loading.load(ScalarModel, str(Path(run) / name), cfg, Grid())
     examples, kinds = [], []
     for line in (Path(run) / "data" / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
         prompt = json.loads(line)["prompt"]

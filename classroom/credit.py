@@ -37,7 +37,7 @@ from data import Example, arith_rows, arith_solve, collate, first_error
 from model import LanguageModel, ScalarModel, at_states, token_logprobs
 from parallel import Grid
 from qrm import REWARD_MODELS, credit_counts, response_scores
-from support import evaluate
+from support import evaluate, loading
 from support.graders import grade
 from support.sampling import generate
 from support.settings import ARITH, Config
@@ -110,11 +110,11 @@ def scorers(run, policy, tokenizer, cfg):
     for path in sorted(Path(run).glob("rm*")):
         if not (path / "run.json").exists():
             continue
-        name = evaluate.reward_name(path)
+        name = loading.reward_name(path)
         if REWARD_MODELS[name].base is ScalarModel:
-            found[name] = partial(response_scores, evaluate.load(ScalarModel, str(path), cfg, Grid()))
+            found[name] = partial(response_scores, loading.load(ScalarModel, str(path), cfg, Grid()))
         else:
-            found[name] = evaluate.load_reward(name, str(path), tokenizer, cfg, Grid()).rewards
+            found[name] = loading.load_reward(name, str(path), tokenizer, cfg, Grid()).rewards
     found["log pi of sft"] = lambda ids, mask: token_logprobs(policy, ids, mask)[0]
     return found
 
@@ -192,8 +192,8 @@ def monte_carlo(run, n_answers, k, seed=0):
     """-> {scorer: what `compare` says}, {what was sampled: number}"""
     cfg = Config(**ARITH["eval"], device="cpu")
     directory = str(Path(run) / "sft")
-    tokenizer = evaluate.load_tokenizer(directory, cfg)
-    policy = evaluate.load(LanguageModel, directory, cfg, Grid())
+    tokenizer = loading.load_tokenizer(directory, cfg)
+    policy = loading.load(LanguageModel, directory, cfg, Grid())
     rows, examples = sampled_answers(policy, tokenizer, n_answers, cfg, seed)
     prefixes = []
     for i, example in enumerate(examples):
@@ -277,8 +277,8 @@ def first_error_table(run, limit=0):
     choice, hit      eval.json's first_error_choice and first_error_hit
     """
     cfg = Config(**ARITH["eval"], device="cpu")
-    tokenizer = evaluate.load_tokenizer(str(Path(run) / "sft"), cfg)
-    policy = evaluate.load(LanguageModel, str(Path(run) / "sft"), cfg, Grid())
+    tokenizer = loading.load_tokenizer(str(Path(run) / "sft"), cfg)
+    policy = loading.load(LanguageModel, str(Path(run) / "sft"), cfg, Grid())
     pairs = held_out(run, tokenizer, limit)
     operators = {i for sign in "+-" for i in tokenizer.encode_response(sign)} - set(tokenizer.stop_ids)
 

@@ -29,7 +29,7 @@ from credit import is_right, scorers
 from data import Example, arith_rows, collate
 from model import LanguageModel, at_states
 from parallel import Grid
-from support import evaluate
+from support import evaluate, loading
 from support.sampling import generate
 from support.settings import ARITH, Config
 
@@ -80,8 +80,8 @@ def guided_table(run, coefs, limit, seed=0):
     """-> {scorer: {c: greedy pass@1}}; "sft" has the policy's own"""
     cfg = Config(**ARITH["eval"] | {"limit": limit}, device="cpu")
     directory = str(Path(run) / "sft")
-    tokenizer = evaluate.load_tokenizer(directory, cfg)
-    policy = evaluate.load(LanguageModel, directory, cfg, Grid())
+    tokenizer = loading.load_tokenizer(directory, cfg)
+    policy = loading.load(LanguageModel, directory, cfg, Grid())
     rows = arith_rows("test", limit, 60_000 + seed)
     rows = [row | {"prompt_ids": tokenizer.encode_prompt(row["prompt"])} for row in rows]
     prompts = [row["prompt_ids"] for row in rows]

@@ -30,7 +30,7 @@ from data import Example
 from model import LanguageModel, ScalarModel, token_logprobs
 from parallel import Grid
 from qrm import response_scores
-from support import evaluate
+from support import evaluate, loading
 from support.settings import ARITH, Config
 
 LIKELY = 0.01  # probability under sft from which an action counts as likely
@@ -120,9 +120,9 @@ def last_logprobs(policy, ids, mask):
 def model_table(run, n_pairs):
     """{"all actions", "likely actions": `compare` of a run's Q-RM on its held-out pairs}"""
     cfg = Config(**ARITH["eval"], device="cpu")
-    tokenizer = evaluate.load_tokenizer(str(Path(run) / "sft"), cfg)
-    policy = evaluate.load(LanguageModel, str(Path(run) / "sft"), cfg, Grid())
-    reward_model = evaluate.load(ScalarModel, str(Path(run) / "rm"), cfg, Grid())
+    tokenizer = loading.load_tokenizer(str(Path(run) / "sft"), cfg)
+    policy = loading.load(LanguageModel, str(Path(run) / "sft"), cfg, Grid())
+    reward_model = loading.load(ScalarModel, str(Path(run) / "rm"), cfg, Grid())
     scores_of = partial(response_scores, reward_model)
     pairs = []
     for row in tqdm(held_out(run, tokenizer, 0)[:n_pairs], "pairs"):

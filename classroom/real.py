@@ -978,13 +978,13 @@ def run_sample(args, n=30, k=8):
 
 # ------------------------------------------------------------------------------------- reinforcement learning
 
-RL_ROWS = {"sft": 192, "prompts": 192, "heldout": 48, "rl": 256, "test": 200}  # file: problems in it
+RL_ROWS = {"sft": 192, "prompts": 768, "heldout": 192, "rl": 256, "test": 200}  # file: problems in it
 CHAT = f'--chat chatml --system "{SYSTEM}" --dtype bfloat16'  # of every command
 ANSWERS = "--max_new_tokens 32"
 ADAPTERS = "--lora_rank 16"
 ROLLOUTS = (
-    f"--data rl.jsonl --heldout test.jsonl --model sft {ADAPTERS} --lr 3e-4 --kl_coef 0.05 {ANSWERS}"
-    " --batch_size 128 --group_size 16 --minibatch 32 --steps 8 --eval_every 8 --save_every 1"
+    f"--data rl.jsonl --heldout test.jsonl --model sft {ADAPTERS} --lr 5e-5 --kl_coef 0.05 {ANSWERS}"
+    " --batch_size 128 --group_size 16 --minibatch 32 --steps 16 --eval_every 4 --save_every 1"
 )
 CRITIC = "--critic_lora_rank 16 --critic_lr 5e-4"
 RL_STAGES = {  # result: flags of the command that makes it
@@ -994,8 +994,8 @@ RL_STAGES = {  # result: flags of the command that makes it
     "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8"
     " --save_every 9",
     "scores.jsonl": "--stage score --model qrm --data answers.jsonl",
-    "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
     "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
+    "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
     "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "ppo-outcome": f"--stage ppo --reward outcome {ROLLOUTS} {CRITIC}",
 }
@@ -1031,7 +1031,7 @@ def first_difference(right, wrong):
        score higher (1, .5 or 0), there and in the mean from there to the end}
     """
     place = [a == b for a, b in zip(right["ids"], wrong["ids"])].index(False)
-    differs = "equation" if place < right["tokens"].index("=") else "result"
+    differs = "result" if "=" in right["tokens"][:place] else "equation"
     above, below = np.array(right["scores"][place:]), np.array(wrong["scores"][place:])
     measures = {"at the token": wins(above[0], below[0]), "from there on": wins(above.mean(), below.mean())}
     return differs, measures

@@ -62,8 +62,15 @@ from model import LanguageModel, ScalarModel, load_model, token_logprobs
 from parallel import Grid, Optimizer
 from ppo import ppo_advantages, ppo_step, state_values
 from qrm import REWARD_MODELS
-from reinforce import Rollout, collect_rollout, minibatches, reinforce_advantages, reinforce_step, standardize
-from support import evaluate, files, graders, settings, tokenizers
+from reinforce import (
+    Rollout,
+    collect_rollout,
+    count_minibatches,
+    reinforce_advantages,
+    reinforce_step,
+    standardize,
+)
+from support import evaluate, files, graders, loading, settings, tokenizers
 
 EXAMPLES = 3  # prompts shown token by token
 PAIRS = 400  # held-out pairs in the averages
@@ -420,9 +427,9 @@ def add_scores(answers, examples, judges, tokenizer):
     failed = {}
     for name, stage in judges.items():
         try:
-            kind = evaluate.reward_name(stage.path)
+            kind = loading.reward_name(stage.path)
             cfg = settings.Config(chat=stage.config.get("chat", "none"), date=stage.config.get("date", ""))
-            reward = evaluate.load_reward(kind, stage.path, tokenizer, cfg, Grid())
+            reward = loading.load_reward(kind, stage.path, tokenizer, cfg, Grid())
             scores = torch.cat(
                 [reward.rewards(*part) for part in zip(ids.split(64), mask.split(64))]
             )  # (2P, T)
@@ -693,7 +700,7 @@ def config_of(run, stage):
 
 def one_rollout(cfg):
     """The Config of a rollout of at most SAMPLED trajectories, cut into as many minibatches as the run's."""
-    n_minibatches = len(minibatches([], cfg))
+    n_minibatches = count_minibatches(cfg)
     size = max(SAMPLED // cfg.group_size, 1) * cfg.group_size
     return dataclasses.replace(cfg, batch_size=size, minibatch=max(size // n_minibatches, 1))
 
@@ -701,12 +708,12 @@ def one_rollout(cfg):
 def reward_for(run, stage, cfg, tokenizer, rows):
     """The Reward that an RL stage was trained on -> Reward, its name"""
     if cfg.reward not in REWARD_MODELS:
-        return evaluate.reward_of_run(cfg, tokenizer, rows, Grid()), REWARDS.get(cfg.reward, cfg.reward)
+        return loading.reward_of_run(cfg, tokenizer, rows, Grid()), REWARDS.get(cfg.reward, cfg.reward)
     path = located(run.path, stage, "reward_model") or run.path / "rm"
     check_size(path, SMALL, "score samples")
     cfg = dataclasses.replace(cfg, reward_model=str(path))
-    name = evaluate.reward_name(path, cfg.reward)
-    return evaluate.reward_of_run(cfg, tokenizer, rows, Grid()), REWARDS[name]
+    name = loading.reward_name(path, cfg.reward)
+    return loading.reward_of_run(cfg, tokenizer, rows, Grid()), REWARDS[name]
 
 
 def sample(run):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from model import save_adapter, save_model
-from parallel import all_sum, barrier, say
+from parallel import all_reduce, barrier, say
 from support.files import BadInput, flush, read_json, require, write_atomically
 from support.settings import POLICY_GRADIENT, out_path
 
@@ -65,8 +66,8 @@ class Training:
         self.cfg, self.grid, self.steps = cfg, grid, steps
         self.made_from = sources(cfg)
         self.optimizers = [optimizer for _, optimizer in trained.values()]
-        made_from = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
-        self.work = Workdir(cfg, out_path(cfg), grid, trained, made_from | inputs)
+        digests = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
+        self.work = Workdir(cfg, out_path(cfg), grid, trained, digests | inputs)
 
     def __enter__(self):
         self.interrupts = contextlib.ExitStack()
@@ -141,14 +142,11 @@ class Training:
         """
         path = self.work.path
         for name, other in (extra or {}).items():
-            if self.grid.is_main:
-                tokenizer.save(path / name)
-            save_model(other, path / name)
-        save_model(model, path)
+            write_model(other, tokenizer, path / name)
+        write_model(model, tokenizer, path)
         if self.cfg.lora_rank:
             save_adapter(model, path / "adapter", self.cfg.model)
         if self.grid.is_main:
-            tokenizer.save(path)
             run["config"] = dataclasses.asdict(self.cfg)
             run["made_from"] = self.made_from
             run["tokenizer"] = tokenizer.fingerprint
@@ -157,9 +155,16 @@ class Training:
         self.work.publish()
 
 
-def in_words(row):
-    """A row of metrics as one line."""
-    return "  ".join(f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
+def write_model(model, tokenizer, path):
+    """A model directory with its tokenizer, as Hugging Face has it. All ranks call it; the main one writes."""
+    if model.grid.is_main:
+        tokenizer.save(path)
+    save_model(model, path)
+
+
+def in_words(row, digits=6):
+    """Metrics as one line of names and numbers."""
+    return "  ".join(f"{k} {v:.{digits}g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
 
 
 @contextlib.contextmanager
@@ -180,8 +185,8 @@ def deferred_interrupt(grid):
             signal.alarm(4)
 
     def agreed():
-        over_dp = all_sum({"pressed": pressed[0]}, grid)
-        stop = all_sum(over_dp, grid, "tp")["pressed"] > 0
+        over_dp = all_reduce(torch.tensor(pressed, device=grid.device), grid.dp_group)
+        stop = all_reduce(over_dp, grid.tp_group).item() > 0
         if stop:
             signal.alarm(0)  # all ranks live: saving may take its time
         return stop
@@ -279,14 +284,16 @@ class Workdir:
 
     def __init__(self, cfg, out, grid, trained, inputs=None):
         """inputs: {description: value}; a checkpoint must fit these, the flags and the models' sizes."""
-        self.cfg, self.out, self.grid, self.trained = cfg, Path(out), grid, trained
+        self.cfg, self.grid, self.trained = cfg, grid, trained
+        self.out = Path(out).resolve() if Path(out).is_symlink() else Path(out)  # a link stays a link
         self.path = self.out.with_name(self.out.name + ".partial")
-        self.old = self.out.with_name(self.out.name + ".old")
+        self.old = self.out.with_name(self.out.name + ".replaced")  # no name that a user gives a copy
         self.state = self.path / "state" / "state.json"
         self.first_step = 0
         self.saved_step = 0
         self.identity = self._identity(inputs or {})
-        if grid.is_main and self.old.exists() and not self.out.exists() and self.path.exists():
+        is_whole = (self.path / "run.json").exists()
+        if grid.is_main and self.old.exists() and not self.out.exists() and is_whole:
             self.path.rename(self.out)  # a kill between the two renames of publish(): the new result is whole
         barrier(self.grid)
         if cfg.resume and not self.state.exists():
@@ -321,11 +328,24 @@ class Workdir:
             self.state.unlink(missing_ok=True)  # first, so that a half-deleted checkpoint is none
             shutil.rmtree(self.path, ignore_errors=True)
         write_atomically(self.path / "metrics.jsonl", "".join(lines))
+        self.held = open(self.path / "metrics.jsonl", "rb")  # noqa: SIM115 (see check_mine)
+
+    def check_mine(self):
+        """BadInput once another run has begun in this directory: two would mix their metrics and weights.
+
+        A beginning run writes metrics.jsonl under another name and renames it, so the file that this one
+        holds open has no name any more.
+        """
+        require(
+            os.fstat(self.held.fileno()).st_nlink,
+            f"{self.path}: another run with --out {self.out} has begun there; this one ends",
+        )
 
     def log(self, row):
         """A row of metrics.jsonl; a number that is not finite is null there."""
         if not self.grid.is_main:
             return
+        self.check_mine()
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
@@ -384,6 +404,7 @@ class Workdir:
     def publish(self):
         """Puts the finished directory in the place of `<out>`; an older one is deleted only now."""
         if self.grid.is_main:
+            self.check_mine()
             for path in (*self.path.rglob("*"), self.path):
                 flush(path)
             shutil.rmtree(self.old, ignore_errors=True)  # left by a publish that was killed

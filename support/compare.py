@@ -6,22 +6,12 @@ import numpy as np
 import torch
 
 from data import Example, sequence_length
-from support.evaluate import (
-    all_ranks,
-    clustered_interval,
-    flat,
-    judges,
-    load_judge,
-    load_ranker,
-    load_tokenizer,
-    log_to,
-    means_of,
-    read_rows,
-    score_examples,
-)
+from support.answers import meaning
+from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
 from support.files import at_line, require
-from support.graders import MAX_CHARS, extract_answer, grade, meaning
+from support.graders import MAX_CHARS, extract_answer, grade
 from support.judge import compare, text_of
+from support.loading import holds_reward_model, load_judge, load_ranker, load_tokenizer, log_to, read_rows
 
 # -------------------------------------------------------------------------------- one of several
 
@@ -50,7 +40,7 @@ def eval_candidates(directory, cfg, grid):
     """
     ranker = cfg.reward_model or directory
     require(
-        cfg.reward == "judge" or judges(ranker),
+        cfg.reward == "judge" or holds_reward_model(ranker),
         f"{ranker}: is no reward model, and {cfg.data} has responses to be ranked;"
         " expected --reward_model, or --reward judge",
     )

@@ -1,13 +1,10 @@
-"""Behind the stages: loading models and rewards, sampling and grading, eval, and writing and showing rows."""
+"""Answers sampled, graded and measured: pairs, pass@k, the eval of policies and reward models; rows out."""
 
 import json
 import math
 import os
-import re
-import resource
 import sys
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -29,179 +26,17 @@ from data import (
     spans,
     stable_hash,
 )
-from model import LanguageModel, ScalarModel, load_model, read_config, stored_head
-from parallel import Grid, all_sum, say
-from qrm import (
-    REWARD_MODELS,
-    STEP_TOTALS,
-    bind_reward,
-    credit_counts,
-    response_scores,
-    with_outcome,
-)
+from model import LanguageModel, ScalarModel
+from parallel import Grid, all_sum
+from qrm import credit_counts, response_scores
 from reinforce import standardize
-from support.files import BadInput, at_line, read_json, require, write_atomically
-from support.graders import MAX_CHARS, can_match, extract_answer, grade, meaning
-from support.judge import judge_reward, make_judge
-from support.rewards import answer_text, graded_reward, user_reward
+from support.answers import meaning
+from support.files import at_line, write_atomically
+from support.graders import MAX_CHARS, extract_answer, grade
+from support.loading import load, load_ranker, load_reward, load_tokenizer, log_to, read_rows, reward_name
+from support.rewards import answer_text
 from support.sampling import generate
-from support.settings import GRADED_REWARDS, out_path
-from support.tokenizers import Tokenizer
-
-# -------------------------------------------------------------------------------- loading
-
-
-def load(model_class, directory, cfg, grid):
-    """A LanguageModel or ScalarModel from a directory, in the run's dtype."""
-    dtype = getattr(torch, cfg.dtype)
-    model = load_model(model_class, directory, grid, dtype, flex=cfg.flex, remat=cfg.remat)
-    positions = model.cfg.max_position_embeddings
-    if cfg.max_seq_len > positions:
-        longer = f"--max_seq_len {cfg.max_seq_len} allows longer rows"
-        say(grid, f"note: {directory} was trained for {positions} positions; {longer}")
-    size = sum(f.stat().st_size for f in Path(directory).glob("*.safetensors"))
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    say(grid, f"load: {directory}: {size / 1e9:.3g} GB, peak host memory of this process {peak / 1e9:.3g} GB")
-    return model
-
-
-def load_tokenizer(directory, cfg):
-    """The tokenizer of a model directory in the run's chat template.
-
-    BadInput if an id has no embedding row, or if the chat template differs from training; sft and rm may
-    change the template.
-    """
-    rows = read_config(directory)[0].vocab_size
-    system = {"": None, "none": ""}.get(cfg.system, cfg.system)  # None: the template's own; "": none
-    tokenizer = Tokenizer.load(directory, cfg.chat, cfg.date or None, system)
-    require(
-        tokenizer.vocab_size <= rows,
-        f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1},"
-        f" but config.json says vocab_size {rows}",
-    )
-    made = {} if cfg.stage in ("sft", "rm") else read_run(directory)
-    if made.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
-        chat = re.search(r"'chat': '(\w+)'", str(made.get("config")))
-        raise BadInput(
-            f"{directory}: was trained with another tokenizer or chat template"
-            f" (--chat {chat and chat[1]}); found --chat {tokenizer.chat.name}"
-        )
-    return tokenizer
-
-
-def read_rows(path, needs, cfg, grid, limit=0, optional=()):
-    """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal.
-
-    Labels that no answer can match, such as "Yes" for --task gsm8k, are counted in one line; BadInput if they
-    are needed and all labels are of that kind.
-    """
-    ignored = tuple(key.strip() for key in cfg.ignore_keys.split(","))
-    rows = load_rows(path, needs, limit, optional, ignored, log_to(grid))
-    labels = {row["label"] for row in rows if "label" in row}
-    hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
-    if hopeless:
-        which = [row for row in rows if row.get("label") in hopeless]
-        first = f"line {which[0]['line']} has {which[0]['label'][:60]!r}"
-        cannot = f"{path}: {len(which)} labels that no answer to --task {cfg.task} can match ({first})"
-        require(
-            "label" not in needs or hopeless < labels,
-            f"{cannot}, and no other label; --task math compares formulas and texts",
-        )
-        say(grid, f"{cannot}: whatever is answered there counts as wrong")
-    return rows
-
-
-def read_run(directory):
-    """run.json of a model directory; {} where there is none."""
-    path = Path(directory) / "run.json"
-    return read_json(path, path.read_bytes()) if path.exists() else {}
-
-
-def is_reward_model(directory):
-    """Whether config.json names a model with one scalar per token."""
-    return stored_head(directory) == "score"
-
-
-def reward_name(directory, otherwise="qrm"):
-    """The key of REWARD_MODELS that stage rm wrote to run.json; `otherwise` for a model made elsewhere."""
-    name = read_run(directory).get("reward", otherwise)
-    require(
-        isinstance(name, str) and name in REWARD_MODELS,
-        f"{directory}/run.json: reward is {name!r}, expected one of {', '.join(REWARD_MODELS)}",
-    )
-    return "qrm" if name == "plain" else name
-
-
-def judges(directory):
-    """Whether a directory holds a reward model; dpo's and logit's are known by run.json alone."""
-    return is_reward_model(directory) or REWARD_MODELS[reward_name(directory)].base is LanguageModel
-
-
-def load_reward(name, directory, tokenizer, cfg, grid):
-    """The reward model of a directory as a Reward; BadInput if it reads other ids than the policy writes."""
-    own = load_tokenizer(directory, cfg)
-    require(
-        own.fingerprint == tokenizer.fingerprint,
-        f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids",
-    )
-    kind = REWARD_MODELS[name]
-    reference = None
-    if kind.needs_reference:
-        start = read_run(directory).get("reference")
-        require(
-            isinstance(start, str),
-            f"{directory}/run.json: reference is {start!r},"
-            " expected the directory of the model that training started from",
-        )
-        reference = load(kind.base, start, cfg, grid).requires_grad_(False)
-    model = load(kind.base, directory, cfg, grid).requires_grad_(False)
-    reward = bind_reward(name, model, reference, tokenizer.ids_with("\n"))
-    return replace(reward, total=STEP_TOTALS[cfg.prm_aggregate]) if kind.needs_steps else reward
-
-
-def load_judge(directory, cfg, grid):
-    """The language model of a directory as a Judge that asks --judge_prompt."""
-    tokenizer = load_tokenizer(directory, cfg)
-    policy = load(LanguageModel, directory, cfg, grid).requires_grad_(False)
-    return make_judge(policy, tokenizer, cfg.judge_prompt, cfg.verdicts, cfg.micro_tokens)
-
-
-def load_ranker(directory, tokenizer, rows, cfg, grid):
-    """The Reward that ranks answers to the prompts of `rows`: a reward model's, or that of --reward judge."""
-    if cfg.reward == "judge":
-        return judge_reward(load_judge(directory, cfg, grid), tokenizer, rows, cfg.data)
-    return load_reward(reward_name(directory), directory, tokenizer, cfg, grid)
-
-
-def reward_of_run(cfg, tokenizer, rows, grid):
-    """The Reward that --reward and --reward_model name; rows: where prompts are looked up, with labels."""
-    if cfg.reward in GRADED_REWARDS:
-        return graded_reward(cfg.reward, tokenizer, rows, cfg)
-    if cfg.reward == "judge":
-        return load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)
-    if cfg.reward not in REWARD_MODELS:
-        return user_reward(cfg.reward, tokenizer, rows, grid)
-    name = reward_name(cfg.reward_model, cfg.reward)
-    require(
-        name != "prm" or cfg.advantage != "grpo",
-        "--advantage grpo compares one number per answer, and --reward prm gives one per step; expected"
-        " --advantage process (process supervision), or return",
-    )
-    require(
-        cfg.reward in ("qrm", "plain", name),
-        f"--reward {cfg.reward}: {cfg.reward_model} was trained as {name!r};"
-        " expected the reward that it was trained for, or none",
-    )
-    reward = load_reward(name, cfg.reward_model, tokenizer, cfg, grid)
-    if not cfg.outcome_model:
-        return reward
-    require(
-        reward_name(cfg.outcome_model) == "orm",
-        f"--outcome_model {cfg.outcome_model}: expected a model that was trained with --reward orm",
-    )
-    return with_outcome(reward, load_reward("orm", cfg.outcome_model, tokenizer, cfg, grid))
-
+from support.settings import out_path
 
 # -------------------------------------------------------------------------------- answers
 
@@ -254,8 +89,9 @@ def make_pairs(row, answers, most, tokenizer):
     """
     right, wrong = {}, {}
     for answer in answers:
+        side = right if answer.correct else wrong
         if not answer.truncated and answer.text.strip():
-            (right if answer.correct else wrong).setdefault(answer.text, answer)
+            side.setdefault(answer.text, answer)
     if not right or not wrong:
         return []
     right, wrong = list(right.values()), list(wrong.values())
@@ -496,11 +332,6 @@ def best_rows(rows, samples, reward, tokenizer, cfg, grid):
 def flat(lists):
     """The items of several lists as one list."""
     return [item for items in lists for item in items]
-
-
-def log_to(grid):
-    """A function that prints a line on the main rank."""
-    return lambda text: say(grid, text)
 
 
 # -------------------------------------------------------------------------------- rows out

@@ -156,7 +156,7 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
     or it returns another type or length, or a number that is not finite in fp32.
     """
     function = load_function(spec)
-    known = rows_by_prompt(rows, tokenizer, "--data")
+    known = rows_by_prompt(rows, tokenizer, "--data", whole=True)
     per_token = None  # whether FUNCTION returns lists: decided by the first answer
 
     def rewards(ids, response_mask):

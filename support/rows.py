@@ -5,6 +5,7 @@ known to carry nothing for training (HARMLESS), or the row is refused by name, u
 key.
 """
 
+import collections
 import itertools
 import json
 import math
@@ -12,39 +13,26 @@ import re
 from decimal import Decimal
 from typing import NamedTuple
 
+from support.answers import is_value
+from support.claims import NUMBER_WORD, after_hashes, last_boxes, without_thoughts
 from support.files import BadInput, at_line, read_jsonl, require
-from support.graders import (
-    MAX_CHARS,
-    NUMBER_WORD,
-    after_hashes,
-    gsm8k_label,
-    is_value,
-    last_boxes,
-    same_answer,
-    without_thoughts,
-)
-from support.tokenizers import CHATS, ROLES, is_conversation
+from support.graders import MAX_CHARS, gsm8k_label, same_answer
+from support.tokenizers import ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row
 
 
 PROMPT = ("prompt", "instruction", "question", "problem")
 CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
-NO_CONTEXT = ("<noinput>", "<no input>", "noinput", "no input")  # how Alpaca spells that there is none
+NO_CONTEXT = ("noinput", "no input", "none", "n/a", "nan", "null")  # Alpaca's spellings, but for <, > and .
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")
-SOLUTION = (
-    "solution",
-    "answer",
-)  # the response where none of RESPONSE is there (MATH, GSM8K), else the reference
+SOLUTION = ("solution", "answer")  # the response if there is no RESPONSE (MATH, GSM8K), else the reference
 PAIR = ("chosen", "rejected")
 CANDIDATES = ("responses", "labels")  # several answers to one prompt, and which of them are right
 REPLIES = ("response", *PAIR)
 LABEL = ("label", "answer", "solution")  # what follows "####" (GSM8K), what stands in the last \boxed (MATH)
-CONVERSATION = (
-    "messages",
-    "conversations",
-)  # a prompt and, if the last message is the assistant's, its response
+CONVERSATION = ("messages", "conversations")  # a prompt and, if the assistant has the last word, its response
 STEPS = ("completions", "labels")  # TRL's stepwise form: the steps of one answer, and a label for each
 SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", "margin", *CONVERSATION)
 
@@ -66,6 +54,9 @@ HARMLESS = set(
     )
 )
 
+# Keys in which rows of one prompt may differ: what describes a row, and sampled replies.
+OF_ONE_ROW = HARMLESS - {"meta", "metadata"} | {*RESPONSE, *PAIR, *CONVERSATION}
+
 # needs -> the keys that can supply it, for messages
 NAMES = {
     "prompt": PROMPT,
@@ -85,10 +76,10 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
     log               gets one line that counts the rows dropped because their label is empty
-    -> list of {"prompt": ..., "line": int, "raw": the row as read, "sampled": see data.sampled_ids}. A prompt
-       is a text or a list of {"role", "content"} that does not end with the assistant; a reply is a text or a
-       list of one assistant message; a label is a text; steps are a list of Step. Beside "responses" a row
-       may have "labels".
+    -> list of {"prompt": ..., "line": int, "raw": the row as read, "fields": raw without ignore_keys,
+       "sampled": see data.sampled_ids}. A prompt is a text or a list of {"role", "content"} that does not end
+       with the assistant; a reply is a text or a list of one assistant message; a label is a text; steps are
+       a list of Step. Beside "responses" a row may have "labels".
     Raises BadInput with the line number for a row that lacks something or says something that would be lost.
     """
     rows = []
@@ -101,15 +92,16 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
             unlabelled += 1
         else:
             sampled = {key: fields[key] for key in SAMPLED if key in fields}
-            rows.append({**row, "line": line, "raw": raw, "sampled": sampled})
+            rows.append({**row, "line": line, "raw": raw, "fields": fields, "sampled": sampled})
     require(rows or unlabelled, f"{path}: no rows; expected one JSON object a line")
     if unlabelled:
         log(f"{path}: dropped {unlabelled} rows with an empty label; {len(rows)} left")
     require(rows, f"{path}: no row is left: every label is empty")
+    refuse_replaced(path, rows, needs)
     with at_line(path, rows[0]["line"]):
-        refuse_rendered(rows)
+        refuse_repeated(rows)
         refuse_marked(rows)
-        refuse_verdicts(rows, needs, ignore_keys)
+        refuse_verdicts(rows)
         if "steps" in needs:
             refuse_one_sided(rows)
     for note in notes_on_ratings(rows, needs):
@@ -117,37 +109,41 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     return rows
 
 
-def refuse_rendered(rows):
-    """BadInput for a file whose texts hold more than their keys say: in one row it can be chance, in all it
-    is how the file was made."""
-    prompts = [row["prompt"] for row in rows if isinstance(row.get("prompt"), str)]
-    for opening in (CHATS["chatml"][0], CHATS["llama3"][1]):  # of every message
-        rendered = len(prompts) == len(rows) and all(opening in prompt for prompt in prompts)
-        require(
-            not rendered,
-            f"the prompt holds {opening}, as all prompts of the file do: a chat template was applied; "
-            "expected messages, or texts without it",
-        )
+def refuse_repeated(rows):
+    """BadInput for a file most of whose replies begin with their prompts; in one row it can be chance."""
     replies = [(row["prompt"], row[key]) for row in rows for key in REPLIES if key in row and "prompt" in row]
-    repeated = all(begins_with_prompt(prompt, reply) for prompt, reply in replies)
+    repeated = sum(begins_with_prompt(said(prompt), said(reply)) for prompt, reply in replies)
     require(
-        not (replies and repeated),
-        "every reply of the file begins with its prompt, which would be trained on; expected replies alone",
+        2 * repeated <= len(replies),
+        f"{repeated} of {len(replies)} replies begin with their prompt, which would be trained on; expected"
+        " replies alone",
     )
 
 
-# Spellings of special tokens that open or close a text for some model.
+# Spellings of special tokens that open or close a text for some model, or a message inside it.
 MARKER = (
-    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>"
-    r"|\[/?INST\]"
+    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
+    r"|\[(?:/?INST|BOS|EOS|PAD)\]"
 )
-OPENS = re.compile(rf"\A(?:{MARKER})")
-CLOSES = re.compile(rf"(?:{MARKER})\Z")
-SERIALISED = re.compile(r"""\A\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+HEADER = r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>"
+MARKED = re.compile(rf"\A(?:{MARKER})|(?:{MARKER})\Z|{HEADER}")
+# What opens a turn of the assistant inside a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates.
+TURN = re.compile(
+    r"\n(?:### ?)?Assistant:|\bASSISTANT:|### Response:|\[/INST\]|<(?:extra_id_\d+|start_of_turn|\|im_start\|"
+    r"|\|start_header_id\|)>(?:assistant|model)|<\|assistant\|>|<\uff5cassistant\uff5c>",
+    re.IGNORECASE,
+)
+# Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.
+MESSAGE = r"""\{\s*['"](?:role|content|from|value)['"]\s*:"""
+SERIALISED = re.compile(
+    rf"""\A\s*(?:(?:array\()?\[\s*{MESSAGE}|\{{\s*['"](?:messages|conversations)['"]\s*:\s*\["""
+    rf"""|(?=.*['"](?:role|from)['"]\s*:\s*['"](?:user|human|assistant|gpt|system)['"]){MESSAGE})""",
+    re.DOTALL,
+)
 
 
 def refuse_marked(rows):
-    """BadInput if most prompts begin, or most replies end, with the spelling of a special token.
+    """BadInput if most prompts, or replies, begin or end with the spelling of a special token.
 
     It would be read letter by letter, beside the token itself. A reply whose ids are known is not read as
     text.
@@ -156,10 +152,11 @@ def refuse_marked(rows):
     prompts = [said(row["prompt"]) for row in prompted]
     read = [row for row in prompted if not row["sampled"]]
     replies = [said(row[key]) for row in read for key in REPLIES if key in row]
-    token = "the spelling of a special token, which would be read as letters; expected texts without it"
-    refuse_most(prompts, OPENS, f"prompts begin with {token}")
-    refuse_most(replies, CLOSES, f"replies end with {token}")
+    token = "the spelling of a special token, which would be read as letters (a chat template was applied?)"
     for texts, name in ((prompts, "prompts"), (replies, "replies")):
+        refuse_most(
+            texts, MARKED, f"{name} begin or end with {token}; expected messages, or texts without it"
+        )
         refuse_most(texts, SERIALISED, f"{name} are messages written as text; expected a list of messages")
 
 
@@ -170,20 +167,66 @@ def refuse_most(texts, marker, says):
         raise BadInput(f"{len(found)} of {len(texts)} {says} (found {found[0]!r})")
 
 
-def refuse_verdicts(rows, needs, ignore_keys):
-    """BadInput for a file whose labels, 0 and 1, nothing asks for: they judge the responses.
+VERDICTS = ("correct", "score", "reward", "rating")  # keys that may hold one, beside label
+BAD = {"0", "-1", "false", "bad", "incorrect", "rejected", "undesirable"}
+GOOD = {"1", "true", "good", "correct", "chosen", "desirable"}
 
-    In one row such a label can be an answer.
+
+def as_word(value):
+    """A value in lower case; "0" for 0, 0.0 and "0"."""
+    return str(value).strip().lower().removesuffix(".0")
+
+
+def verdicts_among(values):
+    """The values as a set of words if all are verdicts, some of them bad; else an empty one."""
+    words = {as_word(value) for value in values if not is_empty(value)}
+    return words if words & BAD and words <= BAD | GOOD else set()
+
+
+def refuse_verdicts(rows):
+    """BadInput for a file whose labels, such as 0 and 1, are verdicts on the replies beside them.
+
+    They are answers if most replies begin or end with such a word.
     """
-    if "response" not in needs or "label" in needs or "label" in ignore_keys:
+    verdicts = verdicts_among(row["fields"].get("label") for row in rows)
+    if not verdicts:
         return
-    labels = [row["raw"].get("label") for row in rows]
-    binary = all(type(label) is int and label in (0, 1) for label in labels) and 0 in labels
+    replies = [["", *re.findall(r"-?\w+", text.lower())] for text in map(replied, rows) if text]
+    stated = sum(not verdicts.isdisjoint((*words[:2], words[-1])) for words in replies)
     require(
-        not binary,
-        "label is 0 or 1 in all rows: a verdict on the response? Keep the rows that are wanted, then"
-        " --ignore_keys label",
+        2 * stated > len(replies) or not replies,
+        f"label is {' or '.join(sorted(verdicts))} in all rows: a verdict on the response? Keep the rows that"
+        " are wanted, then --ignore_keys label; if it is the right answer, name it answer",
     )
+
+
+def replied(row):
+    """The text of a row's reply, whether or not it is wanted; "" if there is none."""
+    found = [row["fields"].get(name) for name in (*RESPONSE, "chosen", *CONVERSATION, *SOLUTION)]
+    value = next((value for value in found if not is_empty(value)), "")
+    if not is_conversation(value):
+        return str(value)
+    return value[-1]["content"] if value[-1]["role"] == "assistant" else ""
+
+
+def refuse_replaced(path, rows, needs):
+    """BadInput for a row whose reply is absent, if it would be replaced by a key that holds the reference
+    beside other rows' replies."""
+    references = {}  # (key, kind of text) -> the line of a row that has it beside its reply
+    replies = {}  # line -> the key and kind that its reply was read from
+    for row in rows if "response" in needs else ():
+        kinds = {key: (key, "####" in str(row["fields"].get(key))) for key in row["fields"]}
+        name = dict(reply_keys(row["fields"], needs))["response"]
+        replies[row["line"]] = kinds[name]
+        beside = [key for key in SOLUTION if key != name and not is_empty(row["fields"].get(key))]
+        references |= {kinds[key]: row["line"] for key in beside}
+    for line, (name, kind) in replies.items():
+        with at_line(path, line):
+            require(
+                (name, kind) not in references,
+                f"the reply is absent or null, and {name} is the reference beside that of line"
+                f" {references.get((name, kind))}; expected a reply in every row, or --ignore_keys {name}",
+            )
 
 
 RATINGS = (
@@ -194,42 +237,80 @@ RATINGS = (
 )
 
 
+DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
+
+
 def notes_on_ratings(rows, needs):
     """What the user should know of rows that are used against what they say: list of texts."""
     notes = []
     if "chosen" in needs:
         pairs = [(row["raw"].get(ours), row["raw"].get(other)) for row in rows for ours, other in RATINGS]
-        rated = [pair for pair in pairs if all(map(is_number, pair))]
+        rated = [[float(x) for x in pair] for pair in pairs if all(DECIMAL.fullmatch(str(x)) for x in pair)]
         lower = sum(chosen < rejected for chosen, rejected in rated)
         equal = sum(chosen == rejected for chosen, rejected in rated)
         if lower or equal:
             notes.append(
                 f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal"
             )
-    wrong = sum(row["raw"].get("correct") is False for row in rows)
-    if "response" in needs and "label" not in needs and wrong:
-        notes.append(f"{wrong} rows have correct false; they are used like the others")
+    if {"response", "label"} <= {*needs}:
+        same = [row for row in rows if reads_one_field(row["fields"], needs)]
+        if same:
+            where = f"line {same[0]['line']}"
+            notes.append(
+                f"{len(same)} rows have reply and label in one field ({where}): they grade themselves"
+            )
+    for key in VERDICTS if "response" in needs and "label" not in needs else ():
+        values = [row["raw"].get(key) for row in rows]
+        bad = [value for value in map(as_word, values) if value in BAD & verdicts_among(values)]
+        if bad:
+            notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
+    return notes + notes_on_prompts(rows)
+
+
+def reads_one_field(fields, needs):
+    """Whether the response of a row is the text that states its label."""
+    stating = next(name for name in LABEL if not is_empty(fields.get(name)))
+    return dict(reply_keys(fields, needs))["response"] == stating
+
+
+# Keys that describe a prompt, unless they are a part of it.
+OF_PROMPTS = ("source", "sources", "topic", "subject", "language", "lang", "category", "type", "tags")
+
+
+def notes_on_prompts(rows):
+    """Which of OF_PROMPTS differ in most rows from a row with the same prompt: list of texts."""
+    notes = []
+    for key in OF_PROMPTS:
+        found = [(str(row.get("prompt")), str(row["raw"][key])) for row in rows if key in row["raw"]]
+        kinds = collections.Counter(prompt for prompt, _ in set(found))
+        differ = sum(kinds[prompt] > 1 for prompt, _ in found)
+        if 2 * differ > len(rows):
+            says = f"{differ} rows have the prompt of another row, but not its {key}"
+            notes.append(f"{says}; if that is a part of the prompt, name it input")
     return notes
 
 
 def begins_with_prompt(prompt, reply):
     """Whether a text goes on from the text of its prompt."""
-    texts = isinstance(prompt, str) and isinstance(reply, str)
-    return texts and len(reply) > len(prompt) and reply.startswith(prompt)
+    return len(reply) > len(prompt) and reply.startswith(prompt)
 
 
 def read_row(fields, needs, optional=()):
-    """One row's canonical keys -> values; an empty label is None, an optional one is left out."""
-    wanted = [
-        *needs,
-        *(key for key in optional if any(not is_empty(fields.get(name)) for name in NAMES[key])),
-    ]
+    """One row's canonical keys -> values; an empty label is None, an optional one that cannot be read is left
+    out."""
+    wanted = [*needs, *(key for key in optional if states(fields, key))]
     row = {}
+    refuse_undoubled(fields)
     refuse_prm800k(fields)
     if {"prompt", "response", "chosen", "rejected"} & set(wanted):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
-        row["label"] = read_label(fields, response=dict(reply_keys(fields, wanted)).get("response"))
+        response = dict(reply_keys(fields, wanted)).get("response")
+        try:
+            row["label"] = read_label(fields, response)
+        except BadInput:
+            if "label" in needs:
+                raise
     if "responses" in wanted:
         row |= read_candidates(fields)
         fields = {key: value for key, value in fields.items() if key not in CANDIDATES}
@@ -242,6 +323,12 @@ def read_row(fields, needs, optional=()):
     if "chosen" in wanted and not is_empty(fields.get("margin")):
         row["margin"] = read_margin(fields["margin"])
     return row
+
+
+def states(fields, key):
+    """Whether a row says something of an optional key; a solution without \\boxed states no label."""
+    boxed_solution = key == "label" and "\\boxed" in str(fields.get("solution"))
+    return boxed_solution or any(not is_empty(fields.get(name)) for name in NAMES[key])
 
 
 def read_margin(value):
@@ -284,14 +371,17 @@ def refuse_verdict(fields):
 
 
 def is_empty(value):
-    """Whether a field says nothing."""
-    return value is None or value in ([], {}) or isinstance(value, str) and not value.strip()
+    """Whether a field says nothing: null, a blank text, or an object or a list of nulls."""
+    if isinstance(value, (list, dict)):
+        parts = value.values() if isinstance(value, dict) else value
+        return all(not isinstance(part, str) and is_empty(part) for part in parts)
+    return value is None or isinstance(value, str) and not value.strip()
 
 
 def refuse_unknown(fields):
     """BadInput for a field that says something and that nothing here reads."""
     for name, value in fields.items():
-        if name in SPEAKING or name in HARMLESS or is_empty(value):
+        if name in SPEAKING or is_empty(value) or name in HARMLESS and not is_prose(value):
             continue
         if name == "text" and is_rendering(value, fields):
             continue
@@ -299,6 +389,29 @@ def refuse_unknown(fields):
             f"{name} is {json.dumps(value)[:60]}, which nothing here reads; expected keys among "
             f"{', '.join(SPEAKING)}; if it may be left out: --ignore_keys {name}"
         )
+
+
+# LaTeX commands whose backslash JSON takes for an escape, so that \frac becomes a form feed and "rac".
+UNDOUBLED = re.compile(
+    r"(?<!\\)(?:\\\\)*\\(b(?:oxed|egin|eta|inom|ar)\b|f(?:rac(?=[{\d\\ ])|orall\b|box\b)"
+    r"|r(?:ight|angle)\b|t(?:ext(?={)|frac(?=[{\d])|imes\b|heta\b))"
+)
+
+
+def refuse_undoubled(fields):
+    """BadInput for texts in which a backslash of LaTeX was not doubled when they were written as JSON."""
+    found = UNDOUBLED.search(json.dumps(fields))
+    if found:
+        raise BadInput(
+            f"a text has \\{found[1]} with one backslash, which JSON reads as a control character and"
+            f" {found[1][1:]!r}; expected two, as json.dumps writes it"
+        )
+
+
+def is_prose(value):
+    """Whether a text, or one in a list, is longer than what names a source or a topic."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and len(text) > 200 and " " in text for text in texts)
 
 
 def is_rendering(text, fields):
@@ -368,6 +481,11 @@ def read_label(fields, response=None):
             f" (--ignore_keys {name}, if that is none)",
         )
     return label
+
+
+def same_label(one, other):
+    """Whether two labels, or the absence of any (None), are the same."""
+    return one == other or None not in (one, other) and same_answer(one, other, "math")
 
 
 ANSWER_IS = re.compile(r"(?i)\W*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?")
@@ -497,7 +615,10 @@ def reply_keys(fields, wanted):
     found = []
     if "response" in wanted:
         name, _ = pick(fields, RESPONSE)
-        others = (name, *CONVERSATION, *SOLUTION) if name or not has_empty_text(fields, RESPONSE) else ()
+        graded = "label" in wanted
+        others = (
+            (name, *CONVERSATION, *SOLUTION) if name or not has_empty_text(fields, RESPONSE, graded) else ()
+        )
         name = next((name for name in others if name and not is_empty(fields.get(name))), None)
         if name == "answer" and has_empty_text(fields, ("solution",)):
             name = None
@@ -512,9 +633,13 @@ def reply_keys(fields, wanted):
     return found
 
 
-def has_empty_text(fields, names):
-    """Whether one of the keys holds a text that says nothing: an empty reply, which no other key replaces."""
-    return any(isinstance(fields.get(name), str) and is_empty(fields[name]) for name in names)
+def has_empty_text(fields, names, or_null=False):
+    """Whether one of the keys holds a text that says nothing: an empty reply, which no other key replaces.
+
+    or_null   null is such a reply too: as it is where replies are graded
+    """
+    found = [fields[name] for name in names if name in fields and (or_null or fields[name] is not None)]
+    return any(not isinstance(value, list) and is_empty(value) for value in found)
 
 
 def check_same_reply(replies, wanted):
@@ -564,18 +689,18 @@ def is_dialogue(value):
 
 def is_hh(text):
     """Whether text is a transcript as in HH-RLHF."""
-    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+    return text.startswith(("\n\nHuman:", "\n\nSystem:")) and "\n\nAssistant:" in text
 
 
 def hh_messages(text):
     """Messages of an HH-RLHF transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    parts = re.split(r"\n\n(Human|Assistant):", text)[1:]
-    role = {"Human": "user", "Assistant": "assistant"}
+    parts = re.split(r"\n\n(Human|Assistant|System):", text)[1:]
+    role = {"Human": "user", "Assistant": "assistant", "System": "system"}
     return [{"role": role[name], "content": said.strip()} for name, said in zip(parts[0::2], parts[1::2])]
 
 
 def check_messages(value, name):
-    """value, if it is a list of {"role", "content"} messages that say nothing else."""
+    """The role and content of each message of a list, if they say nothing else."""
     if not is_conversation(value):
         raise BadInput(
             f"{name} is {json.dumps(value)[:60]}; expected a text that is not empty, or a list of "
@@ -590,7 +715,7 @@ def check_messages(value, name):
         require(role in ROLES, f"{name}: a message of role {role!r}; expected {', '.join(ROLES)}")
         said = message["content"].strip() or role == "system"
         require(said, f"{name}: the content of a message of the {role} is empty")
-    return value
+    return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
 def split_reply(value, name):
@@ -615,7 +740,7 @@ def read_prompt(fields):
     """The prompt that a row states: a text or messages, with what belongs to it; None if it states none."""
     name, prompt = pick(fields, PROMPT)
     context_name, context = pick(fields, CONTEXT)
-    if isinstance(context, str) and context.strip().lower() in NO_CONTEXT:
+    if str(context).strip(" \n<>.").lower() in NO_CONTEXT:  # also pandas' NaN
         context = None
     if prompt is None:
         beside = f"{context_name} is {json.dumps(context)[:60]}; expected {' or '.join(PROMPT)} beside it"

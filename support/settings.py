@@ -33,6 +33,7 @@ PRESET_NAMES = ("paper-rm", "paper-ppo", "paper-reinforce", "tiny")
 DEMO_READS = ("stage", "run_dir", "seed", "device", "tp", "timeout")  # the rest is the built-in task's
 COLDEST = 1e-3  # temperature of samples; below it, only 0
 GRADED_REWARDS = ("outcome", "oracle")  # they grade the answers and need no reward model
+WITH_A_MODEL = tuple(stage for stage in OTHERS if stage != "grade")
 JUDGING = ("reinforce", "ppo", "eval", "score")  # stages that can ask a judge
 
 # -------------------------------------------------------------------------------- the fields
@@ -67,7 +68,9 @@ class Run:
     out: str = flag(
         "", "result; default <run_dir>/<stage>; pairs: <run_dir>/pairs.jsonl; eval: the model's directory"
     )
-    model: str = flag("", "Hugging Face directory to start from; default: the built-in task's")
+    model: str = flag(
+        "", "Hugging Face directory to start from; default: the built-in task's", stages=WITH_A_MODEL
+    )
     data: str = flag("", "JSON lines file; default: the built-in task's")
     ignore_keys: str = flag("", "keys of --data's rows to ignore, comma-separated; an unknown key is refused")
     heldout: str = flag(
@@ -86,37 +89,54 @@ class Run:
         "directory of a --reward orm: its score is added at the last token (with --reward dpo: RTO)",
         stages=POLICY_GRADIENT,
     )
-    seed: int = flag(0, "of weights, data order and sampling", least=0)
+    seed: int = flag(0, "of weights, data order and sampling", least=0, stages=("demo", *WITH_A_MODEL))
     tp: int = flag(0, "processes that share one model; 0: all of them; the rest is data parallel", least=0)
     device: str = flag("auto", "auto | cpu | cuda", choices=("auto", "cpu", "cuda"))
     timeout: int = flag(1800, "seconds a rank waits for a peer before aborting", above=0)
-    dtype: str = flag("float32", "float32 | bfloat16 (with fp32 masters)", choices=("float32", "bfloat16"))
+    dtype: str = flag(
+        "float32",
+        "float32 | bfloat16 (with fp32 masters)",
+        choices=("float32", "bfloat16"),
+        stages=WITH_A_MODEL,
+    )
     graphs: bool = flag(
         False,
         "decode by replaying CUDA graphs; helps when launch overhead dominates a step (CUDA only)",
         stages=("pairs", "reinforce", "ppo", "eval"),
     )
-    flex: bool = flag(False, "attention over packed rows by torch's FlexAttention, compiled (CUDA only)")
+    flex: bool = flag(
+        False,
+        "attention over packed rows by torch's FlexAttention, compiled (CUDA only)",
+        stages=WITH_A_MODEL,
+    )
     chat: str = flag(
         "auto",
         f"auto (the model directory's own template) | {' | '.join(CHATS)}: how prompts are written",
         choices=("auto", *CHATS),
+        stages=WITH_A_MODEL,
     )
     system: str = flag(
-        "", "system message of prompts without one; default: the template's own; none: no system message"
+        "",
+        "system message of prompts without one; default: the template's own; none: no system message",
+        stages=WITH_A_MODEL,
     )
     date: str = flag(
-        "", 'with --chat llama3: the date in the system block of Llama 3.1 and 3.2, e.g. "26 Jul 2024"'
+        "",
+        'with --chat llama3: the date in the system block of Llama 3.1 and 3.2, e.g. "26 Jul 2024"',
+        stages=WITH_A_MODEL,
     )
     verbose: bool = flag(False, "print every step's metrics, which metrics.jsonl holds in any case")
     max_seq_len: int = flag(
-        1024, "tokens of prompt and response; longer rows are dropped and counted", above=0
+        1024,
+        "tokens of prompt and response; longer rows are dropped and counted",
+        above=0,
+        stages=WITH_A_MODEL,
     )
     micro_tokens: int = flag(
         8192,
         "tokens per forward; changes memory and speed, not results",
         above=0,
-        stages=(*TRAINING, "eval", "score"),
+        stages=(*TRAINING, "pairs", "eval", "score"),
     )
 
 
@@ -499,20 +519,6 @@ def help_text(stage, defaults):
     return "\n".join(lines)
 
 
-def unread_flags(argv):
-    """Names of given flags that the stage does not read: worth a note, not an error."""
-    given = given_flags(argv)
-    cfg = parse(argv)
-    if cfg.stage == "demo":
-        return [name for name in given if name not in DEMO_READS]
-    unread = {name for name in given if cfg.stage not in STAGES_OF[name]}
-    if cfg.stage == "pairs" and not cfg.best:
-        unread.add("reward_model")  # it has nothing to rank
-    if cfg.stage in ("eval", "score") and cfg.data and cfg.reward != "judge":
-        unread.add("reward")  # a reward model knows its own; else it names the one of the built-in run
-    return [name for name in given if name in unread]
-
-
 # -------------------------------------------------------------------------------- refusals
 
 
@@ -667,14 +673,25 @@ def check_paths(cfg):
 
 
 def check_replaced(cfg, out):
-    """--out replaces nothing that the command reads."""
-    written = [out, heldout_path(cfg)] if cfg.stage == "pairs" and cfg.heldout else [out]
-    read = ("data", "heldout", "judge_prompt")
-    read = read if cfg.stage == "eval" else ("model", "reward_model", "outcome_model", *read)
-    for name in read:
-        source = getattr(cfg, name)
-        over = source and any(path.exists() and path.samefile(source) for path in written)
+    """--out replaces nothing that the command reads, and no directory that holds such a thing."""
+    if cfg.stage == "demo":
+        return  # it writes in --run_dir
+    written = [out / "eval.json"] if cfg.stage == "eval" else [out]
+    if cfg.stage == "pairs" and cfg.heldout:
+        written.append(heldout_path(cfg))
+    if cfg.stage in TRAINING:
+        written.append(out.with_name(f"{out.name}.partial"))
+    names = ("run_dir", "model", "reward_model", "outcome_model", "data", "heldout", "judge_prompt")
+    read = {name: getattr(cfg, name) for name in names} | {"reward": cfg.reward.rpartition(":")[0]}
+    for name, source in read.items():
+        places = [Path(source), *Path(source).resolve().parents] if source else []
+        over = any(same_path(path, place) for path in written for place in places)
         require(not over, f"--out {out}: would replace --{name} {source}; expected another name")
+
+
+def same_path(a, b):
+    """Whether two paths are one, by any name, whether or not there is anything."""
+    return a.samefile(b) if a.exists() and b.exists() else a.resolve() == b.resolve()
 
 
 def out_path(cfg):

@@ -297,7 +297,7 @@ class Tokenizer:
         first = vocabulary.first
         if self.chat.name == "llama3":
             first = "<|begin_of_text|>"  # its template says so itself
-        elif first is None and (config.get("add_bos_token") or self.own and self.own.chat.bos):
+        elif first is None and self.own and self.own.chat.bos:
             first = bos
         stops = self.stops(eos)
         needed = [self.special(name) for name in CHATS[self.chat.name]]
@@ -382,12 +382,20 @@ class Tokenizer:
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise BadInput(f"{self.path / name}: not laid out as expected: {error!r}") from error
         if name == "tokenizer.json":
-            self.check_added_elsewhere()
+            self.check_other_files()
         return vocabulary
 
-    def check_added_elsewhere(self):
-        """BadInput for a token that another file adds to tokenizer.json's: transformers finds it in texts."""
-        by_id = self.read_settings("tokenizer_config.json").get("added_tokens_decoder") or {}
+    def check_other_files(self):
+        """BadInput for what changes ids in transformers and is said beside tokenizer.json, not in it: tokens
+        that are found in texts, the spaces that these take in, a space before every text."""
+        config = self.read_settings("tokenizer_config.json")
+        classes = ("GPT2", "Qwen2")  # those that follow the key
+        spaced = config.get("add_prefix_space") and str(config.get("tokenizer_class")).startswith(classes)
+        require(not spaced, f"{self.path}: add_prefix_space is true, which is not supported; expected false")
+        by_id = config.get("added_tokens_decoder") or {}
+        objects = [token for token in by_id.values() if isinstance(token, dict)]
+        found = [token for token in objects if token_name(token) in self.added]
+        added_tokens([{**token, "id": None, "special": False} for token in found], self.path)
         tokens = [*map(token_name, by_id.values()), *self.read_settings("added_tokens.json")]
         unknown = [token for token in tokens if token not in self.specials]
         require(

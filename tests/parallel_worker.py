@@ -63,7 +63,7 @@ from parallel import (
     vocab_sum,
 )
 from qrm import reward_model_loss
-from support import checkpoints, evaluate, sampling, settings, tokenizers
+from support import checkpoints, evaluate, sampling, settings, steps, tokenizers
 from support.sampling import generate
 from support.settings import Loss
 
@@ -73,29 +73,26 @@ SHAPES = {
     8: [(8, 1), (4, 2), (2, 4)],
 }  # processes: (tp, dp)
 ROUNDING = 1e-5  # fp32, other order of operations; relative to the largest entry
-CHECKS = {}  # name: (function of a grid, is about tp alone, is about dp)
+CHECKS = {}  # name: (function of a grid, is about tp alone, is about dp, most processes)
 
 
-def check(tp_alone, dp_alone=False):
-    """A check of tensor parallelism alone, of data parallelism alone, or of every grid."""
+def check(tp_alone, dp_alone=False, most=4):
+    """A check of tensor parallelism alone, of data parallelism alone, or of grids up to `most` processes."""
 
     def keep(function):
-        CHECKS[function.__name__.replace("_", " ")] = (function, tp_alone, dp_alone)
+        CHECKS[function.__name__.replace("_", " ")] = (function, tp_alone, dp_alone, most)
         return function
 
     return keep
 
 
 def names(world):
-    """{name of a check: (tp, dp, function)} of a start with `world` processes; 8 are for the whole stage
-    only."""
+    """{name of a check: (tp, dp, function)} of a start with `world` processes."""
     return {
         f"tp {tp} x dp {dp}: {name}": (tp, dp, function)
         for tp, dp in SHAPES[world]
-        for name, (function, tp_alone, dp_alone) in CHECKS.items()
-        if (not tp_alone or dp == 1)
-        and (not dp_alone or dp > 1 and tp == 1)
-        and (world < 8 or "twenty" in name)
+        for name, (function, tp_alone, dp_alone, most) in CHECKS.items()
+        if (not tp_alone or dp == 1) and (not dp_alone or dp > 1 and tp == 1) and world <= most
     }
 
 
@@ -258,8 +255,8 @@ def neighbouring_ranks_share_a_model(grid):
     return {
         "place": unequal((grid.tp_rank, grid.dp_rank), (rank % tp, rank // tp)),
         "tp group": unequal(
-            list(all_sum({"rank": rank}, grid, "tp").values()),
-            [float(sum(range(rank // tp * tp, rank // tp * tp + tp)))],
+            all_reduce(torch.tensor(rank), grid.tp_group).item(),
+            sum(range(rank // tp * tp, rank // tp * tp + tp)),
         ),
         "dp group": unequal(
             list(all_sum({"rank": rank, "big": 2**40}, grid).values()),
@@ -423,7 +420,7 @@ for label, cfg in MODELS.items():
     for model_class in (LanguageModel, ScalarModel):
         for make in (filled, with_adapters):
             same = functools.partial(same_as_one_process, model_class=model_class, cfg=cfg, make=make)
-            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (same, True, False)
+            CHECKS[f"{model_class.__name__}, {label}, {make.__name__}"] = (same, True, False, 4)
 
 
 @check(tp_alone=True)
@@ -692,27 +689,59 @@ def untimed_rows(path):
     return [{name: value for name, value in row.items() if name != "tokens_per_s"} for row in rows]
 
 
+def built_in_files():
+    """Directory, the same on all ranks: models, rows and pairs of the built-in task, made at the first call.
+
+    The answers of its policy `sft` end.
+    """
+    base = Path(sys.argv[1]) / "built-in"
+    if dist.get_rank() == 0 and not base.exists():
+        tokenizer = data.arith_tokenizer()
+        cfg = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 8, 4, 8)
+        for name, model_class in (("lm", LanguageModel), ("rm", ScalarModel)):
+            (base / name).mkdir(parents=True)
+            tokenizer.save(base / name)
+            save_model(filled(model_class, cfg, Grid()), base / name)
+        rows = data.arith_rows("train", 400, 0)
+        for name, keys in (("sft", ("prompt", "response")), ("prompts", ("prompt", "label"))):
+            kept = rows[:24] if name == "prompts" else rows
+            write_lines(base / f"{name}.jsonl", [{key: row[key] for key in keys} for row in kept])
+        write_lines(base / "pairs.jsonl", made_up_preferences(rows))
+        (base / "question.txt").write_text("{prompt}{a}\n{b}\nHow many? ")
+        (base / "about-one.txt").write_text("{prompt}{response}\nHow many? ")
+        sft = dict(data=str(base / "sft.jsonl"), steps=40, lr=1e-2, batch_size=16)
+        start = settings.Config(stage="sft", model=str(base / "lm"), out=str(base / "sft"), **sft)
+        train.run_stage(start, Grid())
+    dist.barrier()
+    return base
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def made_up_preferences(rows):
+    """19 pairs of 13 prompts in two subsets; every third has a margin of its own."""
+    wrong = [row for row in rows if row["solution"] != row["response"]][:13]
+    pairs = []
+    for i, row in enumerate([*wrong, *wrong[::2]][:19]):
+        rejected = row["response"] if i < 13 else row["response"][:-1] + "77"
+        pair = {
+            "prompt": row["prompt"],
+            "chosen": row["solution"],
+            "rejected": rejected,
+            "subset": "ab"[i % 2],
+        }
+        pairs.append(pair | ({"margin": 0.5 * i} if i % 3 == 0 else {}))
+    return pairs
+
+
 @check(tp_alone=False, dp_alone=True)
 def what_is_sampled_does_not_depend_on_the_grid(grid):
     """pairs, reinforce, ppo and eval: the same samples, the same files and metrics, as with one process."""
+    base = built_in_files()
     with tempfile.TemporaryDirectory() as directory:
-        base = shared_directory(directory)
-        if dist.get_rank() == 0:
-            tokenizer = data.arith_tokenizer()
-            cfg = ModelConfig(tokenizer.vocab_size, 32, 48, 2, 8, 4, 8)
-            for name, model_class in (("lm", LanguageModel), ("rm", ScalarModel)):
-                (base / name).mkdir()
-                tokenizer.save(base / name)
-                save_model(filled(model_class, cfg, Grid()), base / name)
-            rows = data.arith_rows("train", 400, 0)
-            for name, keys in (("sft", ("prompt", "response")), ("prompts", ("prompt", "label"))):
-                kept = rows[:24] if name == "prompts" else rows
-                lines = [json.dumps({key: row[key] for key in keys}) + "\n" for row in kept]
-                (base / f"{name}.jsonl").write_text("".join(lines))
-            sft = dict(data=str(base / "sft.jsonl"), steps=40, lr=1e-2, batch_size=16)  # so that answers end
-            start = settings.Config(stage="sft", model=str(base / "lm"), out=str(base / "sft"), **sft)
-            train.run_stage(start, Grid())
-        dist.barrier()
+        homes = shared_directory(directory)
         common = dict(
             model=str(base / "sft"),
             data=str(base / "prompts.jsonl"),
@@ -743,11 +772,11 @@ def what_is_sampled_does_not_depend_on_the_grid(grid):
 
         with mock.patch.object(evaluate, "grade", lambda text, *_: (None, len(text) % 2 == 0)):
             if dist.get_rank() == 0:
-                run(base / "one", Grid())
+                run(homes / "one", Grid())
             dist.barrier()
-            run(base / "all", grid)
+            run(homes / "all", grid)
         dist.barrier()
-        one, all_ranks = base / "one", base / "all"
+        one, all_ranks = homes / "one", homes / "all"
         found = {
             "pairs": unequal((one / "pairs.jsonl").read_text(), (all_ranks / "pairs.jsonl").read_text()),
         }
@@ -763,7 +792,102 @@ def what_is_sampled_does_not_depend_on_the_grid(grid):
     return found
 
 
-@check(tp_alone=False)
+# Commands whose results must not depend on the grid: {name of the result: flags that follow the common ones}.
+# {base}: built_in_files(); {one}: results of one process.
+COMMON = "--model {base}/sft --data {base}/prompts.jsonl --task arith --max_new_tokens 40"
+ON_PAIRS = "--data {base}/pairs.jsonl --steps 3 --lr 3e-3 --batch_size 5"
+IN_RL = (
+    "--steps 2 --lr 1e-3 --batch_size 8 --minibatch 4 --group_size 2 --kl_coef .1 --limit 3 --eval_every 2"
+)
+JUDGED = "--reward judge --verdicts 3,4 --judge_prompt {base}"
+EVERY_GRID = {
+    "steps.jsonl": "--stage pairs --step_rollouts 2 --k 2 --limit 5",
+    "best.jsonl": "--stage pairs --best --reward_model {base}/rm --k 4 --limit 9",
+    "prm": f"--stage rm --reward prm --balance_prompts {ON_PAIRS} --data {{one}}/steps.jsonl",
+    "simpo": f"--stage rm --reward simpo --balance_prompts {ON_PAIRS}",
+    "orm": f"--stage rm --reward orm {ON_PAIRS}",
+    "dpo": f"--stage rm --reward dpo {ON_PAIRS}",
+    "of steps": "--stage eval --model {one}/prm --data {one}/steps.jsonl --step_threshold .51",
+    "of pairs": "--stage eval --model {one}/prm --data {base}/pairs.jsonl --prm_aggregate min",
+    "of given answers": "--stage eval --model {base}/rm --data {base}/given.jsonl",
+    "of a judge": f"--stage eval --data {{base}}/pairs.jsonl {JUDGED}/question.txt",
+    "by a judge": f"--stage eval --k 4 --limit 9 --reward_model {{base}}/sft {JUDGED}/about-one.txt",
+    "score.jsonl": f"--stage score --data {{base}}/sft.jsonl --limit 9 {JUDGED}/about-one.txt",
+    "process": f"--stage reinforce --reward prm --reward_model {{one}}/prm --advantage process {IN_RL}",
+    "judge": f"--stage reinforce --reward_model {{base}}/sft {JUDGED}/about-one.txt {IN_RL}",
+    "rto": "--stage ppo --reward dpo --reward_model {one}/dpo --outcome_model {one}/orm --kl_loss_coef .3"
+    f" --critic_lr 1e-3 --ppo_epochs 2 {IN_RL}",
+}
+
+
+def run_commands(base, home, grid):
+    """EVERY_GRID's commands, with results in `home`."""
+    for name, flags in EVERY_GRID.items():
+        words = f"{COMMON} {flags}".format(base=base, one=base / "one").split()
+        train.run_stage(settings.parse([*words, "--out", str(home / name)]), grid)
+
+
+def numbers_in(path):
+    """{place: value} of every number and text in a result's rows, eval.json or metrics.jsonl, time apart."""
+    found = {}
+
+    def walk(value, place):
+        if isinstance(value, (dict, list)):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                if key not in ("tokens_per_s", "made_from"):
+                    walk(item, f"{place} {key}")
+        else:
+            found[place] = value
+
+    files = [path] if path.is_file() else [path / name for name in ("eval.json", "metrics.jsonl")]
+    text = next(file for file in files if file.exists()).read_text()
+    walk([json.loads(line) for line in text.splitlines()] if "\n}" not in text else json.loads(text), "")
+    return found
+
+
+def furthest_apart(a, b):
+    """Largest difference of floats in the same place, relative to 1 or more; inf if anything else differs."""
+    if a.keys() != b.keys():
+        return float("inf"), ROUNDING
+    sizes = []
+    for place, x in a.items():
+        if isinstance(x, float) and isinstance(b[place], float):
+            sizes.append(abs(x - b[place]) / max(1.0, abs(x)))
+        else:
+            sizes.append(0.0 if x == b[place] else float("inf"))
+    return max(sizes), ROUNDING
+
+
+def coin(text, *_):
+    """Right or wrong by the text alone, for a policy that is never right."""
+    return None, data.stable_hash(text) % 2 == 0
+
+
+@check(tp_alone=False, most=2)
+def no_result_depends_on_the_grid(grid):
+    """Labels by rollouts, other reward models, given answers, judges, RTO: as with one process."""
+    base = built_in_files()
+    one, everywhere = base / "one", base / f"tp{grid.tp_size}"
+    with mock.patch.object(evaluate, "grade", coin), mock.patch.object(steps, "grade", coin):
+        if dist.get_rank() == 0 and not one.exists():
+            pairs = [json.loads(line) for line in (base / "pairs.jsonl").read_text().splitlines()]
+            given = [
+                {"prompt": p["prompt"], "responses": [p["rejected"], p["chosen"]], "labels": [False, True]}
+                for p in pairs
+            ]
+            write_lines(base / "given.jsonl", given)
+            run_commands(base, one, Grid())
+        dist.barrier()
+        run_commands(base, everywhere, grid)
+    dist.barrier()
+    found = {}
+    for name in EVERY_GRID:
+        numbers = numbers_in(one / name)
+        found[name] = furthest_apart(numbers_in(everywhere / name), numbers)
+    return found
+
+
+@check(tp_alone=False, most=8)
 def twenty_steps_of_stage_rm(grid):
     """`--stage rm` from files: the validation loss is that of one process, even if one process makes the
     first 8 steps, is cut off, and all ranks go on. 15 pairs, 3 for validation: no number of ranks divides

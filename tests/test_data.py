@@ -6,6 +6,7 @@ import doctest
 import importlib
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -168,7 +169,10 @@ MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so 
         (ONE, {**ALPACA, "input": "", "text": "... Sort these.\n\n9, 4 ... 4, 9"}, ["Sort these.", "4, 9"]),
         (ONE, {**ALPACA, "text": ALPACA_TEXT}, ["Sort these.\n\n9, 4", "4, 9"]),
         (ONE, {**ALPACA, "input": None, "system": "s"}, [[system("s"), user("Sort these.")], "4, 9"]),
-        (ONE, {**ALPACA, "input": "<noinput>"}, ["Sort these.", "4, 9"]),
+        *(
+            (ONE, {**ALPACA, "input": input}, ["Sort these.", "4, 9"])
+            for input in ("<noinput>", "<No Input>", "No input.", "None", "nan", "N/A\n", math.nan)
+        ),
         (ONE, {**ALPACA, "input": "no input yet"}, ["Sort these.\n\nno input yet", "4, 9"]),
         (ONE, {"instruction": "q", "context": "c", "response": "r", "category": "open_qa"}, ["q\n\nc", "r"]),
         (ONE, {"messages": [*TURNS, assistant("a2")]}, [TURNS, [assistant("a2")]]),
@@ -203,7 +207,34 @@ MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so 
             {"chosen": HH + " a", "rejected": HH + " b"},
             [TURNS[1:], [assistant("a")], [assistant("b")]],
         ),
+        (
+            PAIRS,
+            {"chosen": "\n\nSystem: s" + HH + " a", "rejected": "\n\nSystem: s" + HH + " b"},
+            [TURNS, [assistant("a")], [assistant("b")]],
+        ),
+        (  # null keys, as in a column that other messages have
+            PAIRS,
+            {
+                "system": "s",
+                "chosen": [{**TURNS[0], "name": None}, *TURNS[1:], assistant("a")],
+                "rejected": [*TURNS, {**assistant("b"), "name": None}],
+            },
+            [TURNS, [assistant("a")], [assistant("b")]],
+        ),
         (PAIRS, {"prompt": HH, "chosen": "a", "rejected": "b"}, [HH, "a", "b"]),
+        (ONE, {"prompt": "q", "response": "r", "source": "Smith, A. (2020). A title."}, ["q", "r"]),
+        (  # absent objects, as Hugging Face's datasets writes them
+            ONE,
+            {
+                "messages": [
+                    user("q"),
+                    {**assistant("r"), "function_call": {"name": None, "arguments": None}},
+                ],
+                "extra": {"a": None, "b": [{"c": None}]},
+                "tools": [None],
+            },
+            [[user("q")], [assistant("r")]],
+        ),
         ((*ONE, "label"), MATH, ["q", MATH["solution"], r"\frac{1}{2}"]),
         ((*ONE, "label"), {**MATH, "answer": "0.5", "unique_id": "x"}, ["q", MATH["solution"], "0.5"]),
         (("prompt", "label"), {"prompt": "q", "response": "r", "label": "5", "solution": "z"}, ["q", "5"]),
@@ -213,7 +244,8 @@ MATH = {"problem": "q", "level": "Level 5", "type": "Algebra", "solution": r"so 
 )
 def test_shapes_of_public_data_sets(file, needs, row, expected):
     (found,) = load_rows(file(row), needs)
-    assert [found[key] for key in needs] == expected and found["raw"] == row
+    assert [found[key] for key in needs] == expected
+    assert found["raw"] == row or math.nan in row.values()
 
 
 @pytest.mark.parametrize(
@@ -240,6 +272,13 @@ def test_shapes_of_public_data_sets(file, needs, row, expected):
         ),
         (ONE, {"prompt": "q", "response": "r", "weight": 0.5}, "weight is 0.5"),
         (ONE, {"prompt": "q", "response": "r", "text": "other"}, "text is"),
+        # keys that carry nothing, as long as they are short
+        (
+            ONE,
+            {"prompt": "Summarise", "response": "r", "source": "a text " * 40},
+            "source is .*--ignore_keys",
+        ),
+        (ONE, {"prompt": "q", "response": "r", "sources": ["one", "a text " * 40]}, "sources is"),
         (ONE, {"prompt": [user("q")], "input": "i", "response": "r"}, "input is"),
         (ONE, {"prompt": [system("t"), user("q")], "system": "s", "response": "r"}, "system differs"),
         (ONE, {"prompt": [{**user("q"), "name": "Ann"}], "response": "r"}, "name"),
@@ -298,22 +337,26 @@ def test_files_whose_texts_hold_more_than_their_keys_say(file):
     fine = {"prompt": "What is 2+2?", "response": "4", "chosen": "4", "rejected": "5"}
     chatml = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
     llama3 = "<|start_header_id|>user<|end_header_id|>\n\n2+2?<|eot_id|>"
-    for prompt in (chatml, llama3):
+    for prompt in (chatml, llama3, "Be kind. " + chatml + "4"):
         rendered = fine | {"prompt": prompt}
         with pytest.raises(BadInput, match="line 1: .*a chat template was applied"):
             load_rows(file(rendered, rendered), ONE)
         assert len(load_rows(file(rendered, fine), ONE)) == 2
     repeated = {key: fine["prompt"] + " " + fine[key] for key in ("response", "chosen", "rejected")}
     for needs in (ONE, PAIRS):
-        with pytest.raises(BadInput, match="line 1: every reply .* begins with its prompt"):
-            load_rows(file(fine | repeated, fine | repeated), needs)
+        other = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
+        asked = {"prompt": [user(fine["prompt"] + "\n")]}
+        for rows in ([repeated] * 2, [repeated, repeated, other], [repeated | asked] * 2):
+            with pytest.raises(BadInput, match="line 1: . of . replies begin with their prompt"):
+                load_rows(file(*(fine | row for row in rows)), needs)
         assert len(load_rows(file(fine | repeated, fine), needs)) == 2
     one = fine | repeated | {"rejected": "5"}
     assert len(load_rows(file(one, one), PAIRS)) == 2
 
 
 @pytest.mark.parametrize(
-    "marker", ["<|endoftext|>", "</s>", "<|eot_id|>\n", "<\uff5cend\u2581of\uff5c>", "<eos>"]
+    "marker",
+    ["<|endoftext|>", "</s>", "<|eot_id|>\n", "<\uff5cend\u2581of\uff5c>", "<eos>", "<pad><pad>", "[EOS]"],
 )
 def test_texts_with_spelled_special_tokens(file, marker):
     """TL;DR's completions end with <|endoftext|>, which would be read as 13 letters before the real token."""
@@ -325,13 +368,19 @@ def test_texts_with_spelled_special_tokens(file, marker):
                 {key: answer(row[key]) if key != "prompt" else row[key] for key in row}
                 for row in (closed, fine)
             ]
-            with pytest.raises(BadInput, match="line 1: .* replies end with the spelling"):
+            with pytest.raises(BadInput, match="line 1: .* replies begin or end with the spelling"):
                 load_rows(file(rows[0], rows[1], rows[0]), needs)
             assert len(load_rows(file(*rows), needs)) == 2  # half of them: it can be what they are about
     opened = fine | {"prompt": marker.strip() + fine["prompt"]}
     for needs in (ONE, ("prompt",)):
-        with pytest.raises(BadInput, match="line 1: 2 of 3 prompts begin with"):
+        with pytest.raises(BadInput, match="line 1: 2 of 3 prompts begin or end with the spelling"):
             load_rows(file(opened, fine, opened), needs)
+        ended = fine | {"prompt": fine["prompt"] + marker}
+        with pytest.raises(BadInput, match="line 1: 2 of 3 prompts begin or end with the spelling"):
+            load_rows(file(ended, ended, fine), needs)
+    begun = fine | {"response": marker.strip() + "4"}
+    with pytest.raises(BadInput, match="line 1: 2 of 3 replies begin or end with the spelling"):
+        load_rows(file(begun, begun, fine), ONE)
     sampled = closed | {"tokenizer": "x", "ids": [1], "chosen_ids": [1], "rejected_ids": [1]}
     assert len(load_rows(file(sampled, sampled), ONE)) == 2  # trained on as ids
     graded = {"response": closed["response"], "label": "4"}
@@ -340,9 +389,19 @@ def test_texts_with_spelled_special_tokens(file, marker):
         assert len(load_rows(file(fine | {"response": text}), ONE)) == 1
 
 
-@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize(
+    "write",
+    [
+        json.dumps,
+        str,
+        lambda messages: json.dumps({"messages": messages}),
+        lambda messages: json.dumps(messages[-1]),
+        lambda messages: str(dict(reversed(messages[-1].items()))),
+        "array({}, dtype=object)".format,
+    ],
+)
 def test_messages_written_as_text(file, write):
-    """As pandas writes them to a CSV: JSON, or Python's own spelling."""
+    """As pandas writes them to a CSV: JSON, or Python's own spelling; one message, or an object of them."""
     fine = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
     for key, needs, says in (
         ("prompt", ONE, "prompts"),
@@ -357,20 +416,39 @@ def test_messages_written_as_text(file, write):
         ):
             load_rows(file(row, row), needs)
         assert len(load_rows(file(row, fine), needs)) == 2
-    for text in ("[{1: 2}]", '{"role": "x"}', '[{"name": "get", "value": 1}]'):
+    for text in ("[{1: 2}]", '{"role": "x"}', '[{"name": "get", "value": 1}]', '{"from": "EUR", "value": 2}'):
         assert len(load_rows(file(fine | {"response": text}), ONE)) == 1
 
 
-def test_labels_that_judge_the_response(file):
-    """KTO's rows with 0 and 1 for true and false. One row with label 0 can be an answer."""
-    bad, good = ({"prompt": "q", "completion": "r", "label": label} for label in (0, 1))
-    with pytest.raises(BadInput, match="line 1: label is 0 or 1 in all rows.*--ignore_keys label"):
-        load_rows(file(good, bad), ONE)
+@pytest.mark.parametrize(
+    "good, bad",
+    [(1, 0), (1.0, 0.0), ("1", "0"), (1, -1), ("True", "False"), ("chosen", "rejected"), (None, 0)],
+)
+def test_labels_that_judge_the_response(file, good, bad):
+    """KTO's rows, with other spellings of true and false. One row with label 0 can be an answer."""
+    good, bad = ({"prompt": "q", "completion": "so it is", "label": label} for label in (good, bad))
+    answers = good | {"label": 7}
+    turns = [user("1 + 1?"), assistant("2")]
+    for needs in (ONE, ("prompt",), ("prompt", "label"), ("response", "label")):
+        with pytest.raises(BadInput, match="line [12]: label is .* in all rows.*--ignore_keys label"):
+            load_rows(file(good, bad), needs, optional=() if "label" in needs else ("label",))
+        assert load_rows(file(answers, bad), needs)
+        named = [{**row, "label": None, "answer": row["label"]} for row in (answers, bad)]
+        assert load_rows(file(*named), needs)  # as the message says
     assert len(load_rows(file(good, bad), ONE, ignore_keys=("label",))) == 2
-    assert len(load_rows(file(good, bad, bad | {"label": 7}), ONE)) == 3
-    assert len(load_rows(file(good, bad | {"label": "0"}), ONE)) == 2  # what stage pairs --best writes
-    need = ("prompt", "label")
-    assert [row["label"] for row in load_rows(file(good, bad), need)] == ["1", "0"]
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    for row in (
+        {"messages": turns},
+        {"question": "q", "answer": "so it is"},
+        pair,
+    ):  # the second as in WikiQA
+        with pytest.raises(BadInput, match="line 1: label is "):
+            load_rows(file(row | {"label": good["label"]}, row | {"label": bad["label"]}), ("prompt",))
+    for row in ({"prompt": "q"}, {"messages": turns[:1]}):
+        assert load_rows(file(row | {"label": bad["label"]}), ("prompt", "label"))  # no reply to judge
+    stated = [{"prompt": "q", "response": f"so #### {label}", "label": label} for label in ("1", "0")]
+    for needs in (ONE, ("prompt", "label")):
+        assert len(load_rows(file(*stated), needs)) == 2  # what stage pairs --best writes
 
 
 @pytest.mark.parametrize(
@@ -394,10 +472,52 @@ def test_an_empty_reply_is_not_replaced_by_another_key(file, row, says):
     assert len(load_rows(file(absent), ONE)) == 1  # null: a column that other rows have
 
 
+REFERENCED = {"problem": "q", "solution": "long", "answer": "34"}
+
+
+@pytest.mark.parametrize(
+    "full, absent",
+    [
+        (REFERENCED, {"problem": "q", "solution": None, "answer": "35"}),
+        (REFERENCED, {"problem": "q", "answer": "35"}),
+        ({"prompt": "q", "response": "r", "answer": "34"}, {"prompt": "q", "response": None, "answer": "35"}),
+        (
+            {"prompt": "q", "messages": [user("q"), assistant("r")], "solution": "z"},
+            {"prompt": "q", "solution": "z"},
+        ),
+    ],
+)
+def test_an_absent_reply_is_not_replaced_by_a_reference(file, full, absent):
+    """What other rows have beside their replies is a reference."""
+    for rows, line in (((full, absent), 2), ((absent, full), 1)):
+        with pytest.raises(BadInput, match=f"line {line}: the reply is absent .* of line {3 - line};"):
+            load_rows(file(*rows), ONE)
+        assert len(load_rows(file(*rows), ("prompt",))) == 2
+    assert len(load_rows(file(absent), ONE)) == 1  # a file of such replies
+    solved = {"question": "q", "answer": "1 + 1 = 2\n#### 2"}
+    assert len(load_rows(file(full, solved), ONE)) == 2  # GSM8K among MATH
+    with pytest.raises(BadInput, match="line 2: the reply is absent .* of line 1"):
+        load_rows(file({**solved, "response": "r"}, {**solved, "response": None}), ONE)
+    joined = [{"prompt": "q", "output": x, "answer": y} for x, y in (("r", None), (None, "s"))]
+    assert [row["response"] for row in load_rows(file(*joined), ONE)] == ["r", "s"]
+
+
+@pytest.mark.parametrize("name", ["response", "completion", "output"])
+def test_a_null_reply_is_not_graded_by_its_reference(file, name):
+    """Where the model's output is null, GSM8K's own solution would be right."""
+    row = {"question": "q", "answer": "1 + 1 = 2\n#### 2", name: None}
+    for needs in (("response", "label"), (*ONE, "label")):
+        with pytest.raises(BadInput, match=f"line 1: {name} is null; expected a text"):
+            load_rows(file(row), needs)
+        lines = []
+        assert len(load_rows(file(row), needs, ignore_keys=(name,), log=lines.append)) == 1
+        assert len(lines) == 1 and "1 rows have reply and label in one field (line 1)" in lines[0]
+
+
 def test_notes_on_rows_that_are_used_against_what_they_say(file):
     row = {"prompt": "q", "response": "r", "chosen": "a", "rejected": "b"}
     for ours, other in (("score_chosen", "score_rejected"), ("chosen_rating", "rejected_rating")):
-        rated = [row | {ours: x, other: y} for x, y in ((1, 9), (2.5, 2.5), (9, 1), (3, None))]
+        rated = [row | {ours: x, other: y} for x, y in (("1", "9.0"), (2.5, 2.5), (9, 1), (3, None))]
         for needs, notes in (
             (PAIRS, ["1 rows rate the chosen reply below the rejected one, 1 rate"]),
             (ONE, []),
@@ -405,11 +525,56 @@ def test_notes_on_rows_that_are_used_against_what_they_say(file):
             lines = []
             assert len(load_rows(file(*rated), needs, log=lines.append)) == 4
             assert [note in line for note, line in zip(notes, lines, strict=True)] == [True] * len(notes)
-    graded = [row | {"correct": correct, "label": "5"} for correct in (True, False, False)]
-    for needs, n in ((ONE, 1), (("response", "label"), 0)):
+    for key, verdicts, bad in (
+        ("correct", (True, False, False), "false"),
+        ("correct", (1, 0, 0), "0"),
+        ("score", (1.0, 0.0, 0.0), "0"),
+        ("reward", ("1", "-1", "-1"), "-1"),
+        ("score", (4.5, 0, 0), None),
+    ):
+        graded = [row | {key: verdict, "label": "5"} for verdict in verdicts]
+        for needs, n in ((ONE, bad is not None), (("response", "label"), 0)):
+            lines = []
+            load_rows(file(*graded), needs, log=lines.append)
+            assert len(lines) == n and all(f"2 rows have {key} {bad}" in line for line in lines)
+
+
+def test_a_note_on_keys_that_may_belong_to_the_prompt(file):
+    """Translate to: French, and German; but not where a prompt has several samples."""
+    rows = [{"prompt": "Translate", "response": "r", "language": language} for language in ("de", "fr", "de")]
+    samples = [
+        {"prompt": f"{i % 2}", "response": f"{i}", "language": "de", "model": f"m{i}"} for i in range(4)
+    ]
+    for given, notes in (
+        (rows, ["3 rows have the prompt of another row, but not its language"]),
+        (samples, []),
+    ):
         lines = []
-        load_rows(file(*graded), needs, log=lines.append)
-        assert len(lines) == n and all("2 rows have correct false" in line for line in lines)
+        assert len(load_rows(file(*given), ONE, log=lines.append)) == len(given)
+        assert [note in line for note, line in zip(notes, lines, strict=True)] == [True] * len(notes)
+
+
+LATEX = (
+    r"\boxed{5} \beta \begin{pmatrix} \bar{x} \frac{1}{2} \frac12 \forall \fbox{5} \text{east} \times \theta"
+    r" \tfrac12 \right) \rangle"
+)
+
+
+@pytest.mark.parametrize("command", LATEX.split())
+def test_latex_whose_backslashes_were_not_doubled(file, command):
+    """JSON reads "\\frac" as a form feed and "rac"."""
+    line = '{"prompt": "q", "response": "so RESPONSE", "metadata": ["METADATA"]}'
+    for name in ("RESPONSE", "METADATA"):
+        with pytest.raises(BadInput, match=r"line 1: a text has \\\w+ with one backslash"):
+            load_rows(file(line.replace(name, command)), ONE)
+    (row,) = load_rows(file(line.replace("RESPONSE", "\\" + command)), ONE)
+    assert row["response"] == f"so {command}"
+    assert load_rows(file(line.replace("METADATA", command)), ONE, ignore_keys=("metadata",))
+
+
+@pytest.mark.parametrize("text", ["a\tfraction\r\night", "\x0craces", "\t text", "C:\\beta", "N\x08NA\x08A"])
+def test_control_characters_that_are_no_latex(file, text):
+    assert load_rows(file({"prompt": text, "response": text}), ONE)[0]["prompt"] == text
 
 
 def test_transcripts_as_prompts_need_messages_under_a_template(file, tmp_path):
@@ -425,8 +590,44 @@ def test_transcripts_as_prompts_need_messages_under_a_template(file, tmp_path):
         assert use("none")
         with pytest.raises(BadInput, match="transcripts .* --chat chatml would make one message of each"):
             use("chatml")
+    whole = file({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"})
+    headed = load_rows(whole, PAIRS)
+    assert len(encode(headed, Tokenizer(files, "x", "chatml"), 999, PAIRS[1:], whole)[0]) == 1
+    with pytest.raises(BadInput, match="line 1: a transcript .* which --chat none cannot write"):
+        encode(headed, Tokenizer(files, "x", "none"), 999, PAIRS[1:], whole)
     rows[0]["prompt"] = "q"
     assert len(encode_prompts(rows, Tokenizer(files, "x", "chatml"), source)) == 2
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "q1<extra_id_1>Assistant\na1<extra_id_1>User\nq2",  # HelpSteer2
+        "Be kind.\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2",
+        "A chat. USER: q1 ASSISTANT: a1</s>USER: q2 ASSISTANT:",  # Vicuna
+        "### Human: q1\n### Assistant:",
+        "Below.\n\n### Instruction:\nq1\n\n### Response:\n",  # Alpaca
+        "q1 [/INST] a1 </s><s>[INST] q2",
+        "q1<|im_end|>\n<|im_start|>assistant\na1",
+        "q1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\na1",
+        "q1<end_of_turn>\n<start_of_turn>model\n",
+        "q1<|assistant|>\na1",
+        "q1<\uff5cAssistant\uff5c>a1",
+    ],
+)
+def test_turns_inside_a_prompt(file, prompt):
+    """More than a twentieth of the prompts; where a template is applied; messages are taken as they are."""
+    files = {name: text.encode() for name, text in made_checkpoints.tokenizer_files().items()}
+    chatml = Tokenizer(files, "x", "chatml")
+    fine = [{"prompt": f"What does an assistant say of {i}?", "line": i} for i in range(3, 41)]
+    marked = [{"prompt": prompt, "line": 1}, {"prompt": prompt, "line": 2}]
+    for rows, line in (([*fine[:20], *marked], 1), (marked[1:], 2)):
+        with pytest.raises(BadInput, match=f"here, line {line}: {len(rows[20:]) or 1} of .* are transcripts"):
+            encode_prompts(rows, chatml, "here")
+        assert len(encode_prompts(rows, Tokenizer(files, "x", "none"), "here")) == len(rows)
+    asked = [{"prompt": [user(prompt)], "line": i} for i in (1, 2)]
+    for rows in ([*fine, *marked], [fine[0], marked[0]], asked):
+        assert len(encode_prompts(rows, chatml, "here")) == len(rows)
 
 
 def test_ignored_keys(file):
@@ -450,6 +651,7 @@ def test_one_prompt_has_one_label(tokenizer):
     rows = [row(1, "Tom", "3"), row(2, "Ann", "4"), row(5, "Tom", "3")]
     found = rows_by_prompt(rows, tokenizer, "here.jsonl")
     assert found == {tuple(tokenizer.encode_prompt(r["prompt"])): r for r in rows[:2]}
+    assert rows_by_prompt([*rows, row(7, "Tom", "3.0")], tokenizer, "here.jsonl") == found  # the same number
     with pytest.raises(
         BadInput, match="here.jsonl, line 6: label '4', but the same prompt has '3' on line 1"
     ):
@@ -573,6 +775,19 @@ def test_rows_without_a_label_are_dropped_and_counted(file):
     assert lines == [f"{path}: dropped 3 rows with an empty label; 2 left"]
     with pytest.raises(BadInput, match="every label is empty"):
         load_rows(file({"label": ""}), ("label",), log=lines.append)
+    prose = {"question": "q", "answer": "so it is " * 80}
+    for row in (
+        prose,
+        {"prompt": "q", "answer": ["a"]},
+        {"prompt": "q", "answer": "5", "solution": r"\boxed{6}"},
+    ):
+        assert "label" not in load_rows(file(row), ("prompt",), optional=("label",))[0]
+        with pytest.raises(BadInput):
+            load_rows(file(row), ("prompt", "label"))
+    (row,) = load_rows(file(MATH), ("prompt",), optional=("label",))
+    assert row["label"] == r"\frac{1}{2}"  # what RL with a reward model reports pass@1 by
+    unboxed = {"prompt": "q", "solution": "no box"}
+    assert "label" not in load_rows(file(unboxed), ("prompt",), optional=("label",))[0]
     rows = load_rows(file({"prompt": "q", "label": ""}), ("prompt",), optional=("label",), log=lines.append)
     assert "label" not in rows[0] and len(lines) == 2
 

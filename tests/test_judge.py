@@ -10,7 +10,7 @@ import train
 from data import Example, arith_tokenizer, collate
 from model import LanguageModel, save_model
 from parallel import Grid
-from support import compare, evaluate, settings
+from support import compare, loading, settings
 from support.files import BadInput
 from support.judge import fill, judge_reward, log_odds, make_judge, text_of
 from support.tokenizers import build_tokenizer
@@ -245,6 +245,6 @@ def test_flags_of_a_judge(words, says):
 
 def test_the_judge_is_a_language_model(home, policy, tokenizer):
     cfg = settings.Config(judge_prompt=str(home / "one.txt"), reward="judge", stage="eval")
-    judge = evaluate.load_judge(home / "lm", cfg, Grid())
+    judge = loading.load_judge(home / "lm", cfg, Grid())
     assert judge.tokenizer.fingerprint == tokenizer.fingerprint and not judge.is_pairwise
     assert not any(param.requires_grad for param in judge.policy.parameters())

@@ -934,6 +934,14 @@ def test_config_in_the_old_form_and_with_rope_parameters():
     assert ModelConfig.from_dict({**RAW, "rope_theta": 5e5, "rope_parameters": LLAMA3}) == expected
     both = {**RAW, "rope_theta": 5e5, "rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default"}}
     assert ModelConfig.from_dict(both) == expected  # transformers lets rope_scaling win
+    # so it does with a length outside of it, and takes the model's own if there is none
+    length = "original_max_position_embeddings"
+    without = {key: value for key, value in LLAMA3.items() if key != length}
+    raw = {**RAW, "rope_theta": 5e5, "hidden_act": "swish"}
+    for scaling in (LLAMA3 | {length: 16}, without):
+        assert ModelConfig.from_dict({**raw, "rope_scaling": scaling, length: 8192}) == expected
+    taken = ModelConfig.from_dict({**raw, "rope_scaling": without, "max_position_embeddings": 4096})
+    assert taken.rope_scaling.original_max_position_embeddings == 4096
     plain = ModelConfig(100, 64, 96, 3, 8, 2, 16, 1e-5, 5e5, None, True, 4096, "qwen2")
     shared = {
         **RAW,

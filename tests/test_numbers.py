@@ -25,7 +25,7 @@ from model import (
 )
 from parallel import Grid, Optimizer
 from qrm import Reward, at_last_token, mean_of_rewards, sum_of_rewards
-from support import checkpoints, evaluate, settings
+from support import checkpoints, evaluate, loading, settings
 from support.evaluate import Answer, hash_seed
 from support.tokenizers import Tokenizer
 
@@ -204,7 +204,7 @@ def test_a_rank_takes_every_other_row():
         found[rank] = train.cut_by_tokens(rows, cfg, grid)
     assert found[0] == [[rows[0], rows[2]], [rows[4], rows[6]]]
     assert found[1] == [[rows[1]], [rows[3]], [rows[5]]]
-    assert [train.response_tokens(part) for part in found[0]] == [1 + 3, 1 + 3]
+    assert [train.count_response_tokens(train.examples_of(part)) for part in found[0]] == [1 + 3, 1 + 3]
     assert train.count_tokens([(Example([1], [2, 3]), Example([1, 1], [2]), 99)]) == 6
 
 
@@ -345,7 +345,7 @@ def test_eval_of_a_policy_by_hand(run, start, tmp_path, monkeypatch):
     def length_score(mask):  # the total of an answer is 10 - its length
         return 10.0 - mask.sum(1, keepdim=True)
 
-    monkeypatch.setattr(evaluate, "load_reward", load_reward)
+    monkeypatch.setattr(loading, "load_reward", load_reward)
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
     words = ["--data", data, "--task", "arith", "--k", 4, "--temperature", 0.7, "--seed", 3]
     run("--stage", "eval", *words, "--reward_model", start)
@@ -458,7 +458,7 @@ PAIRS = [
 def test_eval_of_a_reward_model_by_hand(run, start, tmp_path, monkeypatch, total):
     tokenizer = Tokenizer.load(start)
     monkeypatch.setattr(evaluate, "load_reward", lambda *args: table_reward(total))
-    monkeypatch.setattr(train, "judges", lambda directory: True)
+    monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
     data = write_jsonl(tmp_path / "d.jsonl", PAIRS)
     run("--stage", "eval", "--data", data, "--task", "arith")
     found = json.loads((tmp_path / "out/eval.json").read_text())
@@ -501,7 +501,7 @@ def test_eval_of_a_reward_model_by_hand(run, start, tmp_path, monkeypatch, total
 
 def test_an_error_that_no_answer_has_is_not_measured(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_reward", lambda *args: table_reward(sum_of_rewards))
-    monkeypatch.setattr(train, "judges", lambda directory: True)
+    monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
     run("--stage", "eval", "--data", write_jsonl(tmp_path / "d.jsonl", PAIRS[-1:]), "--task", "arith")
     found = json.loads((tmp_path / "out/eval.json").read_text())
     assert found["n_pairs"] == 1
@@ -510,7 +510,7 @@ def test_an_error_that_no_answer_has_is_not_measured(run, tmp_path, monkeypatch)
 
 def test_equal_totals_are_not_in_the_right_order(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load_reward", lambda *args: Reward(lambda ids, mask: 0.0 * mask))
-    monkeypatch.setattr(train, "judges", lambda directory: True)
+    monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
     run("--stage", "eval", "--data", write_jsonl(tmp_path / "d.jsonl", PAIRS), "--task", "gsm8k")
     found = json.loads((tmp_path / "out/eval.json").read_text())
     assert found["pair_accuracy"] == 0 and found["n_pairs"] == 5 and "error_auc" not in found

@@ -23,7 +23,8 @@ import notes  # noqa: E402
 import real  # noqa: E402
 
 from support.graders import grade, gsm8k_label  # noqa: E402
-from support.settings import parse, unread_flags  # noqa: E402
+from support.settings import parse  # noqa: E402
+from support.unread import unread_flags  # noqa: E402
 
 
 def test_folds_go_by_question_whatever_its_spelling():

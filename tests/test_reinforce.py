@@ -16,10 +16,11 @@ from parallel import Grid, Optimizer
 from qrm import Reward, bind_reward, token_scores
 from reinforce import (
     Rollout,
-    by_parts,
     collect_rollout,
+    cut_rows,
     eos_to_mean,
     group_advantages,
+    join_rows,
     kl_estimates,
     kl_loss,
     kl_penalty,
@@ -354,26 +355,22 @@ def test_training_starts_from_the_very_bits_of_the_rollout(kl):
         assert logprobs.requires_grad and torch.equal(logprobs, chunk.old_logprobs)
 
 
-def test_by_parts_is_f_on_each_row_alone():
-    """f sees rows in order, without columns that only longer rows need; the results are (B, T), else 0."""
+def test_rows_are_cut_without_pads_and_joined_again():
+    """In order, without columns that only longer rows need; the results are (B, T) fp32, else 0."""
     examples = [Example([5, 6], [7] * n) for n in (3, 1, 4, 2, 6, 1)]
     ids, mask = collate(examples)
-    seen = []
-
-    def f(ids, mask):
-        seen.append((tuple(ids.shape), tuple(mask.shape)))
-        return {"targets": ids[:, 1:].double() + 1, "mask": mask}
-
-    found = by_parts(f, ids, mask, [[(0, 2), (2, 3)], [(3, 6)]])
+    parts = list(cut_rows(ids, mask, [[(0, 2), (2, 3)], [(3, 6)]]))
     longest = (3, 4, 6)  # answers of each part; prompts have 2 tokens
     rows = (2, 1, 3)
-    assert seen == [((b, 2 + n), (b, 1 + n)) for b, n in zip(rows, longest)]
-    for x in found.values():
+    assert [part_ids.shape for part_ids, _ in parts] == [(b, 2 + n) for b, n in zip(rows, longest)]
+    assert [part_mask.shape for _, part_mask in parts] == [(b, 1 + n) for b, n in zip(rows, longest)]
+    targets = join_rows([part_ids[:, 1:].double() + 1 for part_ids, _ in parts], 7)
+    masks = join_rows([part_mask for _, part_mask in parts], 7)
+    for x in (targets, masks):
         assert x.shape == mask.shape and x.dtype == torch.float32
-    assert list(found) == ["targets", "mask"]
-    assert torch.equal(found["mask"], mask.float())
+    assert torch.equal(masks, mask.float())
     widths = torch.tensor([4, 4, 5, 7, 7, 7])[:, None]
-    assert torch.equal(found["targets"], (ids[:, 1:] + 1.0) * (torch.arange(7) < widths))
+    assert torch.equal(targets, (ids[:, 1:] + 1.0) * (torch.arange(7) < widths))
 
 
 def test_rows_keep_their_content():

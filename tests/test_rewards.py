@@ -378,10 +378,10 @@ def test_an_update_does_not_depend_on_how_pairs_are_cut(kind):
     cfg, found = config(reward=kind), []
     for cuts in ((pairs,), (pairs[:1], pairs[1:]), (pairs[:1], pairs[1:2], pairs[2:])):
         model = random_model(REWARD_MODELS[kind].base, small_config(), 8)
-        parts = [(REWARD_MODELS[kind].weigh(part), part) for part in cuts]
+        parts = [[example for pair in part for example in pair] for part in cuts]
+        parts = [(REWARD_MODELS[kind].weigh(part), part) for part in parts]
         update = Update(Optimizer(model, Grid(), 1e-3, max_grad_norm=0), parts)
-        for part in update:
-            answers = [example for pair in part for example in pair]
+        for answers in update:
             ids, mask = collate(answers)
             labels = collate_steps(answers, mask)
             update.backward(*reward_model_loss(model, ids, mask, cfg, reference, labels))
@@ -573,6 +573,19 @@ def test_one_prompt_with_two_labels_is_refused():
     assert len(rows_by_prompt(rows[:2], Letters(), "x.jsonl")) == 1
     with pytest.raises(BadInput, match="x.jsonl, line 9: label '6', but the same prompt has '5' on line 2"):
         rows_by_prompt(rows, Letters(), "x.jsonl")
+
+
+@pytest.mark.parametrize("key", ["metadata", "tests", "solution"])
+def test_one_prompt_with_two_rows_for_a_users_function(tmp_path, key):
+    """The function is called with one of them; other samples, sources and scores make no difference."""
+    path = tmp_path / "mine.py"
+    path.write_text("def reward(prompt, response, ids, row, truncated):\n    return 0.0\n")
+    raws = [{key: "5"}, {key: "5", "response": "r", "score": 1, "chosen": "c"}, {key: "6"}]
+    rows = [{"prompt": "one", "line": line, "raw": raw} for line, raw in enumerate(raws, 2)]
+    user_reward(f"{path}:reward", Letters(), rows[:2])
+    with pytest.raises(BadInput, match=rf"--data, line 4: \['{key}'\] is not that of line 2"):
+        user_reward(f"{path}:reward", Letters(), rows)
+    assert len(rows_by_prompt(rows, Letters(), "x.jsonl")) == 1
 
 
 # -------------------------------------------------------------------------------- rewards that grade

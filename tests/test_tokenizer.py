@@ -789,19 +789,50 @@ def test_tokens_that_only_another_file_adds_are_refused(tmp_path, special):
 def test_special_tokens_map(tmp_path):
     """transformers goes by special_tokens_map.json, but not beside an added_tokens_decoder."""
     named = {"eos_token": {"content": "<|eot_id|>"}, "bos_token": "<|im_start|>"}
-    config = {"eos_token": "<|end_of_text|>", "bos_token": "<|begin_of_text|>", "add_bos_token": True}
-    found = load(tmp_path, FORMS["gpt2"], tokenizer_config=config, special_tokens_map=named)
-    assert (found.bos_id, found.stop_id, found.stop_ids) == (269, 268, (268,))
+    config = {
+        "eos_token": "<|end_of_text|>",
+        "bos_token": "<|begin_of_text|>",
+        "chat_template": "{{ bos_token }}" + PLAIN,
+    }
+    found = load(tmp_path, FORMS["gpt2"], "auto", tokenizer_config=config, special_tokens_map=named)
+    assert (found.bos_id, found.stop_ids) == (269, (268, 270))
     alone = load(tmp_path, FORMS["gpt2"], tokenizer_config={}, special_tokens_map=named)
     assert (alone.bos_id, alone.stop_id, alone.stop_ids) == (None, 268, (268,))
     decoder = {"265": {"content": "<|end_of_text|>"}}
     newer = load(
         tmp_path,
         FORMS["gpt2"],
+        "auto",
         tokenizer_config={**config, "added_tokens_decoder": decoder},
         special_tokens_map=named,
     )
-    assert (newer.bos_id, newer.stop_ids) == (264, (265,))
+    assert (newer.bos_id, newer.stop_ids) == (264, (265, 270))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_transformers_reads_beside_a_tokenizer_json(tmp_path, form):
+    """Tried with transformers 5.24: add_bos_token adds nothing; the other two change ids."""
+    plain = {"eos_token": "<|end_of_text|>", "bos_token": "<|begin_of_text|>", "add_prefix_space": False}
+    alone = load(tmp_path, FORMS[form], tokenizer_config=plain)
+    same = (
+        {"add_bos_token": True},
+        {"add_bos_token": False},
+        {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": True},
+    )
+    for more in same:
+        found = load(tmp_path, FORMS[form], tokenizer_config=plain | more)
+        assert (found.bos_id, found.fingerprint) == (alone.bos_id, alone.fingerprint)
+    for name in ("GPT2Tokenizer", "Qwen2TokenizerFast"):
+        with pytest.raises(BadInput, match="add_prefix_space is true, which is not supported"):
+            spaced = {"tokenizer_class": name, "add_prefix_space": True}
+            load(tmp_path, FORMS[form], tokenizer_config=plain | spaced)
+    spec, first = with_added("<think>", form=form)
+    token = spec["added_tokens"][-1]
+    load(tmp_path, spec, tokenizer_config=plain | {"added_tokens_decoder": {str(first): token}})
+    for flag in ("lstrip", "rstrip", "single_word"):
+        decoder = {str(first): {"content": "<think>", "special": True, flag: True}}
+        with pytest.raises(BadInput, match=f"added token '<think>' has .*{flag}"):
+            load(tmp_path, spec, tokenizer_config=plain | {"added_tokens_decoder": decoder})
 
 
 def test_odd_added_tokens_and_processors_are_refused(tmp_path):

@@ -27,8 +27,9 @@ import train
 from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
 from parallel import Grid, Optimizer
 from qrm import REWARD_MODELS
-from support import evaluate, graders, settings, tokenizers
+from support import evaluate, graders, loading, settings, tokenizers
 from support.checkpoints import Workdir
+from support.files import BadInput
 from support.sampling import generate
 
 REPOSITORY = Path(__file__).parents[1]
@@ -178,7 +179,7 @@ def test_demo_leaves_what_the_contract_lists(built):
             and config["run_dir"] == str(built)
             and {"lr", "beta", "clip", "seed"} <= config.keys()
         )
-    assert not [p for p in built.rglob("*") if p.name.endswith((".partial", ".old", ".new"))]
+    assert not [p for p in built.rglob("*") if p.name.endswith((".partial", ".replaced", ".new"))]
 
 
 def test_keys_of_metrics_and_evaluations(built):
@@ -950,6 +951,11 @@ def test_grade(command, tmp_path):
     assert found[0] == {**rows[0], "answer": "18", "correct": True} and found[4]["label"] == "72"
     again = ["--stage", "grade", "--data", tmp_path / "g.jsonl", "--out", tmp_path / "again.jsonl"]
     assert command(*again)[0] == 0 and rows_of(tmp_path / "again.jsonl") == found  # no label was replaced
+    # a reply that was under `answer`, which is written over, is kept for --stage sft
+    write_jsonl(tmp_path / "r.jsonl", [{"question": "q", "answer": rows[4]["answer"]}])
+    assert command(*words)[0] == 0
+    (row,) = rows_of(tmp_path / "g.jsonl")
+    assert (row["response"], row["answer"], row["label"]) == (rows[4]["answer"], "72", "72")
     # graded again: a GSM8K row's reference answer is not replaced by what was extracted
     wrong = {"response": "#### 71", "answer": "48+24=<<48+24=72>>72\n#### 72"}
     boxed = {"response": "#### 3", "solution": r"\boxed{4}", "label": ""}
@@ -1076,9 +1082,30 @@ def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
         assert status == 2 and says in err and not (tmp_path / "r").exists()
     (tmp_path / "rm/run.json").unlink()  # from elsewhere: what --reward says it is
     assert (
-        evaluate.reward_name(tmp_path / "rm", "orm") == "orm"
-        and evaluate.reward_name(tmp_path / "rm") == "qrm"
+        loading.reward_name(tmp_path / "rm", "orm") == "orm" and loading.reward_name(tmp_path / "rm") == "qrm"
     )
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [("reinforce", "--limit", 1, "--steps", 1), ("eval", "--limit", 1), ("pairs", "--best", "--limit", 1)],
+)
+def test_a_language_model_is_no_reward_model(built, command, tmp_path, stage):
+    """It would get a head of zeros, as at the start of --stage rm, and then reward nothing."""
+    name, *more = stage
+    rows = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "1"} for p in PROMPTS])
+    words = ["--stage", name, "--data", rows, "--out", tmp_path / "o", *more]
+    models = ["--model", built / "sft", "--reward_model", built / "sft"]
+    says = f"{built / 'sft'}: a language model, without a reward model's head"
+    assert_refused(command, tmp_path, [*words, *models], says)
+
+
+def test_prompts_held_out_without_a_label_are_said(tmp_path, capsys):
+    rows = [{"problem": "q", "solution": solution} for solution in (r"\boxed{1}", r"\boxed{2}", "no box")]
+    mine = write_jsonl(tmp_path / "p.jsonl", rows)
+    learned, heldout = train.load_prompts(settings.Config(data=str(mine), limit=2, task="math"), Grid())
+    assert len(learned) == 1 and [row["label"] for row in heldout] == ["2"]
+    assert "pass@1 needs labels, which 1 of --limit 2 rows have" in capsys.readouterr().out
 
 
 def test_eval_of_a_policy_on_a_file(built, command, tmp_path):
@@ -1476,6 +1503,10 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
     link.symlink_to(mine)
     before = mine.read_bytes()
     model = ["--model", built / "sft"]
+    inside = tmp_path / "inside"  # a result of train.py, with what its owner put into it
+    shutil.copytree(built / "sft", inside)
+    shutil.copytree(built / "sft", inside / "sft")
+    shutil.copy(pairs_file, inside / "mine.jsonl")
     for words, name in [
         (["--stage", "grade", "--data", mine, "--out", mine], "data"),
         (["--stage", "grade", "--data", mine, "--out", link], "data"),
@@ -1486,12 +1517,74 @@ def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_
         ),
         (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "sft"], "model"),
         (["--stage", "rm", *model, "--data", pairs_file, "--out", built / "rm" / ".." / "sft"], "model"),
+        (["--stage", "rm", *model, "--data", inside / "mine.jsonl", "--out", inside], "data"),
+        (["--stage", "rm", "--model", inside / "sft", "--data", pairs_file, "--out", inside], "model"),
+        (["--stage", "reinforce", "--reward", f"{inside}/own.py:f", "--out", inside], "reward"),
+        (["--stage", "rm", "--run_dir", tmp_path / "new", "--out", tmp_path / "new"], "run_dir"),
     ]:
         (tmp_path / "x").mkdir(exist_ok=True)
         assert_refused(command, tmp_path, words, "would replace", f"--{name} ")
     assert mine.read_bytes() == before
     words = ["--stage", "grade", "--data", mine, "--out", tmp_path / "out.jsonl"]
     assert command(*words)[0] == 0 and command(*words)[0] == 0  # its own result may be replaced
+
+
+@pytest.mark.parametrize(
+    "stage, says",
+    [("sft", "--resume continues"), ("pairs", "no file is half-written"), ("demo", "keeps the stages")],
+)
+def test_what_ctrl_c_says_is_true_of_the_stage(command, monkeypatch, stage, says):
+    """Only a training stage has a checkpoint to go on from."""
+    monkeypatch.setattr(train, "run_stage", interrupt)
+    status, _, err = command("--stage", stage)
+    assert status == 130 and says in err and err.count("\n") == 1
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_link_as_out_stays_a_link(tmp_path):
+    """Its target is replaced; renaming the link would end the second run with its result unpublished."""
+    link, there = tmp_path / "link", tmp_path / "disk" / "sft"
+    link.symlink_to(there)
+    for run in ("first", "second"):  # the target is missing at first
+        work = Workdir(settings.Config(stage="sft"), link, Grid(), {})
+        (work.path / "run.json").write_text(run)
+        work.publish()
+        assert link.is_symlink() and (there / "run.json").read_text() == run
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "disk",
+        "link",
+        "metrics.jsonl",
+        "run.json",
+        "sft",
+    ]
+
+
+def test_a_copy_of_an_older_result_stays(tmp_path):
+    """`mv rm rm.old` before a run: neither a result nor --resume takes that directory for its own."""
+    copy = tmp_path / "rm.old"
+    copy.mkdir(), (copy / "run.json").write_text("mine")
+    for resume in (False, True):
+        work = Workdir(settings.Config(stage="rm", resume=resume), tmp_path / "rm", Grid(), {})
+        assert not work.out.exists()  # what the first one began is no result yet
+    work.publish()
+    assert (copy / "run.json").read_text() == "mine" and (tmp_path / "rm").is_dir()
+
+
+def test_of_two_runs_with_one_out_the_later_goes_on(tmp_path):
+    """The earlier one ends at its next line or at its end, before it can mix its metrics with the other's."""
+    for resume in (False, True):
+        early, late = [
+            Workdir(settings.Config(stage="sft", resume=resume), tmp_path / "o", Grid(), {}) for _ in "ab"
+        ]
+        for step in (early.log, lambda row: early.publish()):
+            with pytest.raises(BadInput, match="another run with --out"):
+                step({"step": 0})
+        late.log({"step": 0, "loss": 1.0})
+        late.publish()
+        assert rows_of(tmp_path / "o" / "metrics.jsonl") == [{"step": 0, "loss": 1.0}]
 
 
 def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_path):
@@ -1504,6 +1597,29 @@ def test_rows_are_not_held_out_from_themselves(built, command, pairs_file, tmp_p
         assert_refused(command, tmp_path, [*rm, "--heldout", same], f"--heldout {same}", "same rows")
     words = ["--stage", "eval", "--model", built / "rm", "--out", tmp_path / "e"]
     assert command(*words, "--data", pairs_file, "--heldout", copy)[0] == 0
+
+
+def test_shared_prompts_are_said(tmp_path, capsys):
+    """In another order and form, among others."""
+    turns = [{"role": "user", "content": "b"}, {"role": "assistant", "content": "x"}]
+    pair = {"chosen": "x", "rejected": "y"}
+    learned = [
+        {"prompt": "a", **pair},
+        {"messages": turns},
+        {"instruction": "c", "input": "d", "output": "x"},
+    ]
+    heldout = [{"prompt": "c\n\nd"}, {"prompt": turns[:1]}, {"prompt": "c"}, {"prompt": "c\n\nd", **pair}]
+    paths = [str(write_jsonl(tmp_path / f"{i}.jsonl", rows)) for i, rows in enumerate((learned, heldout))]
+    says = f"note: 2 of the 3 prompts of {paths[1]} are in {paths[0]} too\n"
+    for stage, note in (("ppo", says), ("rm", says), ("eval", "")):  # eval learns from neither
+        cfg = settings.Config(stage=stage, data=paths[0], heldout=paths[1])
+        evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
+        evaluate.read_rows(cfg.heldout, ("prompt",), cfg, Grid())
+        assert capsys.readouterr().out == note
+    write_jsonl(Path(paths[1]), heldout[2:3])
+    cfg = settings.Config(stage="rm", data=paths[0], heldout=paths[1])
+    evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
+    assert capsys.readouterr().out == ""
 
 
 def test_labels_that_nothing_can_match_are_said(command, tmp_path):
@@ -1521,9 +1637,6 @@ def test_labels_that_nothing_can_match_are_said(command, tmp_path):
 def test_flags_that_would_be_ignored(built, command, pairs_file, tmp_path):
     assert_refused(command, tmp_path, ["--data", pairs_file], "demo", "--stage")
     assert_refused(command, tmp_path, ["--stage", "demo", "--model", built / "sft"], "demo", "--stage")
-    assert settings.unread_flags(["--lr", "1", "--seed", "1", "--run_dir", "x"]) == ["lr"]
-    pairs = ["--stage", "pairs", "--reward_model", "x"]
-    assert settings.unread_flags(pairs) == ["reward_model"] and not settings.unread_flags([*pairs, "--best"])
     rows = [{"prompt": "q", "response": "5", "label": "5", "a": 1, "b": 2}]
     mine, out = write_jsonl(tmp_path / "k.jsonl", rows), tmp_path / "o.jsonl"
     assert command("--stage", "grade", "--data", mine, "--out", out, "--ignore_keys", "a, b")[0] == 0
@@ -2127,3 +2240,11 @@ def test_a_closed_pipe_ends_quietly(tmp_path, words):
     found = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writing)
     assert (found.returncode, found.stderr) == (141, "")
+
+
+def test_a_run_without_an_output_is_a_run(monkeypatch, tmp_path):
+    """`train.py >&-`, as some daemons start it: Python has no sys.stdout then."""
+    rows = write_jsonl(tmp_path / "g.jsonl", [{"response": "#### 5", "label": "5"}])
+    monkeypatch.setattr(sys, "stdout", None)
+    assert train.main(["--stage", "grade", "--data", str(rows), "--out", str(tmp_path / "out.jsonl")]) == 0
+    assert rows_of(tmp_path / "out.jsonl")[0]["correct"]

@@ -238,7 +238,7 @@ def survives(point, home, stage, base, command, expected, older):
     assert (
         whole(out, older) or whole(out, expected)
         if out.exists()
-        else whole(home / "out.old", older) and whole(home / "out.partial", expected)
+        else whole(home / "out.replaced", older) and whole(home / "out.partial", expected)
     )
     step = json.loads(state.read_text())["step"] if state.exists() and out.exists() else 0
     status, printed, _ = command(*words(stage, base, out), "--resume")
