@@ -37,7 +37,8 @@ class KVCache:
         self.graphs, self.spare = graphs, spare
         layers, k_proj = policy.model.layers, policy.model.layers[0].self_attn.k_proj
         empty = k_proj.weight.new_zeros(slots, k_proj.heads, 0, k_proj.head_dim)
-        self.by_products = empty.device.type == "cpu" and empty.dtype == torch.bfloat16 in REORDERED
+        bf16_on_cpu = empty.device.type == "cpu" and empty.dtype == torch.bfloat16
+        self.by_products = bf16_on_cpu and torch.bfloat16 in REORDERED
         self.keys = [empty.clone() for _ in layers]
         self.values = [empty.clone() for _ in layers]
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=empty.device)
