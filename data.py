@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.rows import OF_ONE_ROW, TURN, is_hh, load_rows, same_label  # noqa: F401 (load_rows: the first stop)
+from support.row import is_hh, same_label
+from support.rows import OF_ONE_ROW, TURN, load_rows  # noqa: F401 (load_rows: the first stop)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors

@@ -35,21 +35,12 @@ from data import (
     sequence_length,
     spans,
 )
-from model import (
-    LanguageModel,
-    ModelConfig,
-    ScalarModel,
-    add_lora,
-    build_model,
-    init_weights,
-    save_model,
-    token_logprobs,
-)
+from model import LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, token_logprobs
 from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import REWARD_MODELS, count_response_tokens, logprob_rewards, reward_model_loss
 from reinforce import collect_rollout, count_minibatches, reinforce_step, rollout_stats
-from support.checkpoints import Training, fingerprints, in_words, out_of_date, run_path, sources
+from support.checkpoints import Training, fingerprints, in_words, out_of_date, run_path, sources, write_model
 from support.compare import eval_candidates, eval_judge
 from support.evaluate import (
     all_ranks,
@@ -659,9 +650,7 @@ def start_model(cfg, grid):
     if grid.is_main and not (path / "config.json").exists():
         tokenizer = arith_tokenizer()
         policy = init_weights(build_model(LanguageModel, arith_shape(tokenizer), Grid()), cfg.seed)
-        path.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
-        save_model(policy, path)
+        write_model(policy, tokenizer, path)
     barrier(grid)
     return str(path)
 
@@ -743,7 +732,7 @@ def config_text(cfg, grid):
     read = [name for name in FIELDS if cfg.stage in STAGES_OF[name] and name not in ("stage", "tp", "device")]
     cells = [f"{name} {getattr(cfg, name)}" for name in read if getattr(cfg, name) not in ("", False)]
     for start in range(0, len(cells), 3):
-        lines.append("  " + "".join(f"{cell:<34}" for cell in cells[start : start + 3]).rstrip())
+        lines.append("  " + "".join(f"{cell:<32}  " for cell in cells[start : start + 3]).rstrip())
     return "\n".join(lines)
 
 

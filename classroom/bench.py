@@ -2,7 +2,9 @@
 
     python classroom/bench.py [--data pairs.jsonl] [--only rm,decode,rl,logprobs,head,tp] [--rounds 5]
                               [--device cpu|cuda]
-    python classroom/bench.py --model DIR --data pairs.jsonl      real weights: decoding, a LoRA step
+    python classroom/bench.py --model DIR --data pairs.jsonl      real weights: a reward model's step with
+                              [--only rm,decode,rl]               LoRA, decoding, a step of RL with LoRA
+                              [--dtypes fp32,bf16]                (decode, rl)
 
 Prints a table, then one JSON object per figure. The alternatives run in turn, in alternating order, and are
 compared round by round: on a shared machine the ratio of two neighbouring runs is steadier than two absolute
@@ -540,7 +542,8 @@ def bench_rm_on(pairs, like, ways, path, rounds, device):
     unit = "real tokens/s"
     row = compare(figure, works, rounds, device, unit, tokens_of(used), processed_over_real=processed)
     if device.type == "cpu":
-        row["peak_rss_mib"] = {way: peak_memory(way, path, like) for way in ways}
+        math = ["--math"] if like.startswith("MATH") else []
+        row["peak_rss_mib"] = {way: peak_memory(way, path, *math) for way in ways}
     return row
 
 
@@ -565,22 +568,31 @@ def resident(what):
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 
 
-def peak_memory(way, path, like):
-    """Resident MiB that an RM step adds at its peak, in a process that has imported everything before."""
-    command = [sys.executable, __file__, "--device", "cpu", "--alone", way]
+def peak_memory(way, path, *more):
+    """Resident MiB that a step adds at its peak, in a process that has imported everything before.
+
+    more   further words of the command line: --math, or --model DIR --dtypes NAME for a step of RL
+    """
+    command = [sys.executable, __file__, "--device", "cpu", "--alone", way, *more]
     if path:
         command += ["--data", str(path)]
-    if like.startswith("MATH"):
-        command.append("--math")
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def print_peak_memory(way, path, math_lengths, device):
+def print_peak_memory(args, device):
     """Runs in the process that peak_memory starts."""
-    importlib.import_module({"transformers": "transformers", "TRL RewardTrainer": "trl"}.get(way, "torch"))
+    modules = {
+        "transformers": "transformers",
+        "TRL RewardTrainer": "trl",
+        TRL_LORA: "trl.trainer.grpo_trainer",
+    }
+    importlib.import_module(modules.get(args.alone, "torch"))
     before = resident("VmRSS")
-    pairs = made_pairs("MATH", 64) if math_lengths else load_pairs(path)[1]
-    rm_step(way, batches_of(pairs)[:1] * 2, device)()
+    if args.model:
+        rl_step(args.alone, args.model, args.data, args.dtypes[0], device)()
+    else:
+        pairs = made_pairs("MATH", 64) if args.math else load_pairs(args.data)[1]
+        rm_step(args.alone, batches_of(pairs)[:1] * 2, device)()
     print(resident("VmHWM") - before)
 
 
@@ -687,23 +699,29 @@ def bench_rl(path, rounds, device, prompts=4, group=4, new_tokens=64):
         kl_coef=0.04,
         max_new_tokens=new_tokens,
     )
-    optimizer = Optimizer(policy, Grid(device), LR)
-
-    def odd_ids(ids, mask):
-        return (ids[:, 1:] % 2).float()
-
-    def ours():
-        rollout = collect_rollout(policy, reference, Reward(odd_ids), starts, (), cfg, 0)
-        reinforce_step(policy, optimizer, rollout, cfg, LR)
-
-    works = {"ours": ours}
+    works = {"ours": our_rl_step(policy, reference, starts, cfg)}
     if TRL and device.type == "cpu":
         works["TRL GRPOTrainer"] = trl_grpo_trainer(reference, tokenizer, starts, group, new_tokens)
     figure = f"RL step, {prompts} prompts x {group} answers x {new_tokens} tokens"
     return compare(figure, works, rounds, device, "new tokens/s", prompts * group * new_tokens)
 
 
-def trl_grpo_trainer(policy, tokenizer, prompts, group, new_tokens):
+def our_rl_step(policy, reference, prompts, cfg):
+    """-> a function that samples, scores with a reward that costs nothing, and makes one update."""
+    optimizer = Optimizer(policy, policy.grid, LR)
+
+    def odd_ids(ids, mask):
+        return (ids[:, 1:] % 2).float()
+
+    def work():
+        rollout = collect_rollout(policy, reference, Reward(odd_ids), prompts, (), cfg, 0)
+        reinforce_step(policy, optimizer, rollout, cfg, LR)
+
+    return work
+
+
+def trl_grpo_trainer(policy, tokenizer, prompts, group, new_tokens, rank=0):
+    """The same step by TRL, with PEFT's adapters of that rank on all linear layers of the blocks."""
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaForCausalLM
     from trl import GRPOConfig, GRPOTrainer
@@ -722,14 +740,19 @@ def trl_grpo_trainer(policy, tokenizer, prompts, group, new_tokens):
             generation_kwargs={"min_new_tokens": new_tokens},
             **QUIET,
         )
-        words = AutoTokenizer.from_pretrained(directory, pad_token="<|end_of_text|>", padding_side="left")
+        stop = tokenizer.decode([tokenizer.stop_id])
+        words = AutoTokenizer.from_pretrained(directory, pad_token=stop, padding_side="left")
+        texts = [tokenizer.decode(prompt) for prompt in prompts]
+        assert words(texts)["input_ids"] == prompts
+        dtype = policy.head_weight.dtype
         return GRPOTrainer(
-            LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa"),
+            LlamaForCausalLM.from_pretrained(directory, attn_implementation="sdpa", dtype=dtype),
             lambda completions, **_: [len(c) % 2 for c in completions],
             args,
-            Dataset.from_list([{"prompt": tokenizer.decode(p)} for p in prompts]),
+            Dataset.from_list([{"prompt": text} for text in texts]),
             processing_class=words,
             callbacks=[watch],
+            peft_config=peft_config(rank, "CAUSAL_LM") if rank else None,
         )
 
     return trainer_seconds(make)
@@ -738,13 +761,62 @@ def trl_grpo_trainer(policy, tokenizer, prompts, group, new_tokens):
 # -------------------------------------------------------------------------------- real weights
 
 
-def model_decoding(directory, path, rounds, device, slots=16, new_tokens=48):
-    """Tokens per second at temperature 1, in fp32 and bf16, prompts read included; no answer ends early."""
+def llama_cpp_answers(path, prompts, new_tokens):
+    """llama.cpp on one thread, all prompts side by side, its other settings as they come.
+
+    path   of a GGUF file  -> a function that samples new_tokens per prompt and returns them
+    """
+    import llama_cpp as lib
+
+    settings = lib.llama_context_default_params()
+    settings.n_threads = settings.n_threads_batch = 1
+    settings.n_seq_max, tokens = len(prompts), sum(map(len, prompts))
+    settings.n_ctx = len(prompts) * (max(map(len, prompts)) + new_tokens)
+    settings.n_batch = tokens
+    weights = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+    if not weights:
+        raise SystemExit(f"{path}: llama.cpp cannot load it; expected a GGUF file")
+    context = lib.llama_init_from_model(weights, settings)
+    sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    lib.llama_sampler_chain_add(sampler, lib.llama_sampler_init_temp(1.0))
+    lib.llama_sampler_chain_add(sampler, lib.llama_sampler_init_dist(0))
+    batch = lib.llama_batch_init(tokens, 0, 1)
+
+    def read(rows, places):
+        """The ids rows[i] continue sequence i at places[i] -> where the logits of their last ids are."""
+        found, n = [], 0
+        for i, (row, place) in enumerate(zip(rows, places)):
+            for id in row:
+                batch.token[n], batch.pos[n], batch.logits[n] = id, place, False
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, i
+                place, n = place + 1, n + 1
+            batch.logits[n - 1] = True
+            found.append(n - 1)
+        batch.n_tokens = n
+        assert lib.llama_decode(context, batch) == 0
+        return found
+
+    def sample():
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        answers, places = [[] for _ in prompts], [0] * len(prompts)
+        new = prompts
+        for _ in range(new_tokens):
+            ends = read(new, places)
+            places = [place + len(row) for place, row in zip(places, new)]
+            new = [[lib.llama_sampler_sample(sampler, context, end)] for end in ends]
+            for answer, row in zip(answers, new):
+                answer += row
+        return answers
+
+    return sample
+
+
+def model_decoding(args, device, slots=16, new_tokens=48):
+    """Tokens per second at temperature 1, prompts read included; no answer ends early."""
+    directory, path, dtypes = args.model, args.data, args.dtypes
     _, pairs = load_pairs(path, directory=directory)
     prompts, lengths = [pair[0].prompt_ids for pair in pairs[:slots]], [new_tokens] * slots
-    policies = {
-        name: load_model(LanguageModel, directory, Grid(device), dtype) for name, dtype in DTYPES.items()
-    }
+    policies = {name: load_model(LanguageModel, directory, Grid(device), DTYPES[name]) for name in dtypes}
     ours = {
         name: functools.partial(our_answers, policy, prompts, lengths, False)
         for name, policy in policies.items()
@@ -752,12 +824,14 @@ def model_decoding(directory, path, rounds, device, slots=16, new_tokens=48):
     rows = []
     for name, policy in policies.items():
         works = {"ours": ours[name]}
-        if name == "bf16":
+        if name == "bf16" and "fp32" in ours:
             works["ours in fp32"] = ours["fp32"]
         if HF:
             works["transformers"] = transformers_generate(policy, prompts, lengths, False, device)
+        if args.gguf:
+            works["llama.cpp"] = llama_cpp_answers(Path(args.gguf, f"{name}.gguf"), prompts, new_tokens)
         figure = f"real weights: decoding, batch {slots}, {new_tokens} new tokens, {name}"
-        rows.append(compare(figure, works, rounds, device, "tokens/s", slots * new_tokens))
+        rows.append(compare(figure, works, args.rounds, device, "tokens/s", slots * new_tokens))
     return rows
 
 
@@ -778,16 +852,63 @@ def model_rm_step(directory, path, rounds, device, rank=16):
 
 def peft_model(directory, rank, device):
     """LlamaForTokenClassification with PEFT's adapters where ours are; the new head is trained as well."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import LlamaForTokenClassification
 
     model = LlamaForTokenClassification.from_pretrained(
         directory, num_labels=1, attn_implementation="sdpa", dtype=DTYPES["bf16"]
     )
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, target_modules="all-linear", modules_to_save=["score"], task_type="TOKEN_CLS"
+    return get_peft_model(model.to(device), peft_config(rank, "TOKEN_CLS", modules_to_save=["score"]))
+
+
+def peft_config(rank, task, **more):
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type=task, **more)
+
+
+TRL_LORA = "TRL GRPOTrainer, PEFT"
+RL_PROMPTS, RL_GROUP, RL_TOKENS, RL_RANK = 8, 4, 32, 16
+
+
+def rl_step(way, directory, path, dtype, device):
+    """-> a function that makes one GRPO step with adapters on all linear layers; no answer ends early.
+
+    Sample, score under policy and reference, one update on all answers at once, with k3 in the loss.
+    """
+    tokenizer, pairs = load_pairs(path, RL_PROMPTS, directory)
+    prompts = [pair[0].prompt_ids for pair in pairs]
+    reference = load_model(LanguageModel, directory, Grid(device), DTYPES[dtype])
+    if way == TRL_LORA:
+        return trl_grpo_trainer(reference, tokenizer, prompts, RL_GROUP, RL_TOKENS, RL_RANK)
+    cfg = dataclasses.replace(
+        Config(),
+        advantage="grpo",
+        group_size=RL_GROUP,
+        batch_size=RL_PROMPTS * RL_GROUP,
+        kl_loss_coef=0.04,
+        max_new_tokens=RL_TOKENS,
     )
-    return get_peft_model(model.to(device), config)
+    return our_rl_step(add_lora(reference, RL_RANK, seed=0), reference, prompts, cfg)
+
+
+def model_rl(directory, path, dtypes, rounds, device):
+    """A step of RL against TRL's, and the peak memory of both."""
+    ways = ["ours"]
+    if TRL and PEFT and device.type == "cpu":
+        ways.append(TRL_LORA)
+    rows = []
+    for dtype in dtypes:
+        more = {}
+        if device.type == "cpu":  # before this process grows
+            words = ("--model", str(directory), "--dtypes", dtype)
+            more["peak_rss_mib"] = {way: peak_memory(way, path, *words) for way in ways}
+        works = {way: rl_step(way, directory, path, dtype, device) for way in ways}
+        size = f"{RL_PROMPTS} prompts x {RL_GROUP} answers x {RL_TOKENS} tokens"
+        figure = f"real weights: RL step, LoRA {RL_RANK}, {size}, {dtype}"
+        new = RL_PROMPTS * RL_GROUP * RL_TOKENS
+        rows.append(compare(figure, works, rounds, device, "new tokens/s", new, **more))
+    return rows
 
 
 # -------------------------------------------------------------------------------- tensor parallelism
@@ -862,6 +983,13 @@ def parse_sizes(text):
     return [parse_size(part) for part in text.split(",")]
 
 
+def parse_dtypes(text):
+    names = text.split(",")
+    if set(names) - set(DTYPES):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected {' or '.join(DTYPES)}, or both with a comma")
+    return names
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -869,8 +997,14 @@ def parse(argv):
     parser.add_argument("--data", help="JSON lines with prompt, chosen and rejected")
     parser.add_argument("--model", help="a Hugging Face directory; needs --data")
     parser.add_argument("--only", default="head,logprobs,rm,decode,rl,tp", help="figures, with commas")
+    parser.add_argument(
+        "--gguf", help="with --model: a directory with fp32.gguf and bf16.gguf, for llama.cpp"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--dtypes", type=parse_dtypes, default="fp32,bf16", help="with --model: of the weights"
+    )
     parser.add_argument("--sizes", type=parse_sizes, default="16x512x1024", help="of the head: 2P x T x D")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     parser.add_argument("--math", action="store_true", help=argparse.SUPPRESS)
@@ -880,8 +1014,10 @@ def parse(argv):
         parser.error("--rounds: expected 1 or more")
     if unknown := set(args.only.split(",")) - {"head", "logprobs", "rm", "decode", "rl", "tp"}:
         parser.error(f"--only {','.join(unknown)}: expected head, logprobs, rm, decode, rl or tp")
-    if args.model and not {"rm", "decode"} & set(args.only.split(",")):
-        parser.error("--model: expected --only rm, decode, or both")
+    if args.model and not {"rm", "decode", "rl"} & set(args.only.split(",")):
+        parser.error("--model: expected --only rm, decode, rl, or several of them")
+    if args.gguf and not (args.model and importlib.util.find_spec("llama_cpp")):
+        parser.error("--gguf: expected --model with it, and the package llama-cpp-python")
     if args.model and not args.data:
         parser.error("--model: expected --data with it, pairs of which the prompts and answers are used")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -905,7 +1041,7 @@ def main(argv=None):
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     if args.alone:
-        return print_peak_memory(args.alone, args.data, args.math, device)
+        return print_peak_memory(args, device)
     others = [name for name, there in (("transformers", HF), ("trl", TRL), ("peft", PEFT)) if there]
     print(machine(device), *(f"{name} {importlib.metadata.version(name)}" for name in others), sep=", ")
     heads = list(itertools.product(args.sizes, DTYPES))
@@ -920,7 +1056,8 @@ def main(argv=None):
     if args.model:
         figures = {
             "rm": lambda: [model_rm_step(args.model, args.data, args.rounds, device)],
-            "decode": lambda: model_decoding(args.model, args.data, args.rounds, device),
+            "decode": lambda: model_decoding(args, device),
+            "rl": lambda: model_rl(args.model, args.data, args.dtypes, args.rounds, device),
         }
     rows = [row for name in args.only.split(",") if name in figures for row in figures[name]()]
     print(f"\nmedian (lowest-highest) of {args.rounds} interleaved rounds, how much faster ours is, memory\n")

@@ -142,20 +142,24 @@ class Training:
         """
         path = self.work.path
         for name, other in (extra or {}).items():
-            if self.grid.is_main:
-                tokenizer.save(path / name)
-            save_model(other, path / name)
-        save_model(model, path)
+            write_model(other, tokenizer, path / name)
+        write_model(model, tokenizer, path)
         if self.cfg.lora_rank:
             save_adapter(model, path / "adapter", self.cfg.model)
         if self.grid.is_main:
-            tokenizer.save(path)
             run["config"] = dataclasses.asdict(self.cfg)
             run["made_from"] = self.made_from
             run["tokenizer"] = tokenizer.fingerprint
             run["torch"] = torch.__version__
             write_atomically(path / "run.json", json.dumps(run, indent=1))
         self.work.publish()
+
+
+def write_model(model, tokenizer, path):
+    """A model directory with its tokenizer, as Hugging Face has it. All ranks call it; one writes."""
+    if model.grid.is_main:
+        tokenizer.save(path)
+    save_model(model, path)
 
 
 def in_words(row, digits=6):

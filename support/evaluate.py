@@ -30,8 +30,9 @@ from model import LanguageModel, ScalarModel
 from parallel import Grid, all_sum
 from qrm import credit_counts, response_scores
 from reinforce import standardize
+from support.answers import meaning
 from support.files import at_line, write_atomically
-from support.graders import MAX_CHARS, extract_answer, grade, meaning
+from support.graders import MAX_CHARS, extract_answer, grade
 from support.loading import load, load_ranker, load_reward, load_tokenizer, log_to, read_rows, reward_name
 from support.rewards import answer_text
 from support.sampling import generate

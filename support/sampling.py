@@ -27,6 +27,9 @@ class KVCache:
 
     graphs   on CUDA: record a step once for each number of slots and width, then replay it without Python
     spare    columns to grow by, a multiple of 8; recorded steps have widths that are multiples of it
+
+    In bf16 on the CPU (by_products), scores and weighted values are two batched products, over keys that lie
+    in memory as (B, K/tp, E, S): torch's kernel makes two small products for each slot and head.
     """
 
     def __init__(self, policy, slots, graphs=False, spare=64):
@@ -34,6 +37,8 @@ class KVCache:
         self.graphs, self.spare = graphs, spare
         layers, k_proj = policy.model.layers, policy.model.layers[0].self_attn.k_proj
         empty = k_proj.weight.new_zeros(slots, k_proj.heads, 0, k_proj.head_dim)
+        bf16_on_cpu = empty.device.type == "cpu" and empty.dtype == torch.bfloat16
+        self.by_products = bf16_on_cpu and torch.bfloat16 in REORDERED
         self.keys = [empty.clone() for _ in layers]
         self.values = [empty.clone() for _ in layers]
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=empty.device)
@@ -54,9 +59,10 @@ class KVCache:
     def replace_tensors(self, f):
         """Replaces each tensor x by f(x), one at a time, to bound peak memory."""
         self.recorded = {}  # recorded steps read the old tensors
-        for tensors in (self.keys, self.values):
-            for layer in range(len(tensors)):
-                tensors[layer] = f(tensors[layer])
+        for layer in range(len(self.keys)):
+            keys = f(self.keys[layer])
+            self.keys[layer] = keys.mT.contiguous().mT if self.by_products else keys
+            self.values[layer] = f(self.values[layer])
 
     def prefill(self, prompts, slots):
         """Reads prompts[i] into slots[i] -> (B', D), the residual stream at their last tokens.
@@ -99,9 +105,7 @@ class KVCache:
         return self.recorded[width](tokens)
 
     def _step(self, width, tokens):
-        _, heads, columns, _ = self.keys[0].shape
-        rows = torch.arange(len(tokens) * heads, device=tokens.device).view(-1, heads)  # (B, K/tp)
-        self.places = (rows * columns + self.lengths[:, None]).flatten()  # (B * K/tp,) of the new keys
+        self.slots = torch.arange(len(tokens), device=tokens.device)
         unseen = torch.arange(width, device=tokens.device) > self.lengths[:, None]  # (B, width)
         mask = torch.zeros(unseen.shape, device=tokens.device, dtype=self.keys[0].dtype)
         self.mask = mask.masked_fill_(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, width)
@@ -112,14 +116,16 @@ class KVCache:
 
         q (1, B, H/tp, E), k, v (1, B, K/tp, E) -> (1, B, H/tp, E)
         """
-        keys, values = self.keys[layer], self.values[layer]  # (B, K/tp, S, E)
-        keys.view(-1, keys.shape[-1])[self.places] = k[0].flatten(0, 1)
-        values.view(-1, values.shape[-1])[self.places] = v[0].flatten(0, 1)
+        self.keys[layer][self.slots, :, self.lengths] = k[0]
+        self.values[layer][self.slots, :, self.lengths] = v[0]
         width = self.mask.shape[-1]
+        keys, values = self.keys[layer][:, :, :width], self.values[layer][:, :, :width]  # (B, K/tp, width, E)
         grouped = q[0].unflatten(1, (k.shape[2], -1))  # (B, K/tp, H/K, E): queries of a kv head side by side
-        y = F.scaled_dot_product_attention(
-            grouped, keys[:, :, :width], values[:, :, :width], attn_mask=self.mask
-        )
+        if self.by_products:
+            scores = (grouped * q.shape[-1] ** -0.5) @ keys.mT + self.mask  # (B, K/tp, H/K, width)
+            y = scores.softmax(-1) @ values
+        else:
+            y = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=self.mask)
         return y.reshape(q.shape)
 
 

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -31,7 +33,7 @@ def test_bench_prints_the_machine_a_table_and_one_json_line_a_figure(capsys, mon
         "CONFIG": TINY,
         "HF": False,
         "TRL": False,
-        "peak_memory": lambda way, path, like: 7,
+        "peak_memory": lambda way, path, *more: 7,
     }.items():
         monkeypatch.setattr(bench, name, value)
     bench.main(["--rounds", "2", "--device", "cpu", "--sizes", "2x8x16", "--only", "head,rm,rl"])
@@ -113,6 +115,8 @@ def test_figures_of_a_model_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(bench, "HF", False)
     monkeypatch.setattr(bench, "PEFT", False)
+    monkeypatch.setattr(bench, "RL_TOKENS", 3)
+    monkeypatch.setattr(bench, "peak_memory", lambda way, path, *more: 7)
     tokenizer = bench.data.arith_tokenizer()
     tokenizer.save(tmp_path)
     cfg = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size)
@@ -125,11 +129,45 @@ def test_figures_of_a_model_directory(tmp_path, monkeypatch, capsys):
     bench.main(["--rounds", "1", "--device", "cpu", "--model", str(tmp_path), "--data", str(pairs)])
     lines = capsys.readouterr().out.split("\n")
     found = [json.loads(line) for line in lines if line.startswith("{")]
-    assert [list(row["rates"]) for row in found] == [["ours", bench.GEMM], ["ours"], ["ours", "ours in fp32"]]
+    assert [list(row["rates"]) for row in found] == [
+        ["ours", bench.GEMM],
+        ["ours"],
+        ["ours", "ours in fp32"],
+        ["ours"],
+        ["ours"],
+    ]
+    assert [row["figure"][-4:] for row in found[1:]] == ["fp32", "bf16", "fp32", "bf16"]
     assert all(rate["low"] > 0 for row in found for rate in row["rates"].values())
+    assert [row.get("peak_rss_mib") for row in found] == [None] * 3 + [{"ours": 7}] * 2
+    bench.main(["--device", "cpu", "--model", str(tmp_path), "--data", str(pairs), "--alone", "ours"])
+    assert 0 <= int(capsys.readouterr().out) < 2000
     with pytest.raises(SystemExit):
         bench.main(["--model", str(tmp_path)])
     assert "expected --data" in capsys.readouterr().err
+
+
+def test_llama_cpp_reads_each_token_once_in_its_place(monkeypatch):
+    """A stand-in for its library: the next id is the last one plus 1."""
+    read, lib = [], mock.MagicMock()
+    arrays = {name: [0] * 9 for name in ("token", "pos", "logits", "n_seq_id")}
+    batch = lib.llama_batch_init.return_value = types.SimpleNamespace(
+        **arrays, seq_id=[[0] for _ in range(9)]
+    )
+
+    def decode(context, batch):
+        for n in range(batch.n_tokens):
+            read.append((batch.seq_id[n][0], batch.pos[n], batch.token[n], batch.logits[n]))
+        return 0
+
+    lib.llama_decode = decode
+    lib.llama_sampler_sample = lambda sampler, context, place: batch.token[place] + 1
+    monkeypatch.setitem(sys.modules, "llama_cpp", lib)
+    assert bench.llama_cpp_answers("x.gguf", [[3, 4], [7]], 3)() == [[5, 6, 7], [8, 9, 10]]
+    assert sorted(read) == [
+        (0, 0, 3, False),
+        *((0, place, place + 3, True) for place in range(1, 4)),
+        *((1, place, place + 7, True) for place in range(3)),
+    ]
 
 
 def test_flops_of_a_step_with_adapters():
@@ -184,6 +222,8 @@ def test_extra_memory_is_counted():
         ["--device", "tpu"],
         ["--only", "speed"],
         ["--model", "x", "--only", "tp"],
+        ["--gguf", "x"],
+        ["--dtypes", "fp8"],
     ],
 )
 def test_wrong_words(words, capsys):

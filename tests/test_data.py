@@ -770,7 +770,7 @@ def test_an_answer_that_is_the_response_may_be_wrong(file):
 def test_rows_without_a_label_are_dropped_and_counted(file):
     """The Q-RM authors' MATH files have some."""
     lines = []
-    path = file({"label": "1"}, {"label": ""}, {"label": None}, {"label": " "}, {"label": "2"})
+    path = file({"label": "1"}, {"label": ""}, {"label": None}, {"label": "nan"}, {"label": "2"})
     assert [row["line"] for row in load_rows(path, ("label",), log=lines.append)] == [1, 5]
     assert lines == [f"{path}: dropped 3 rows with an empty label; 2 left"]
     with pytest.raises(BadInput, match="every label is empty"):

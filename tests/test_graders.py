@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from classroom.grader_counts import number_of, one_character_changes
+from support.answers import is_value
 from support.expressions import tokens_of, value_of
 from support.graders import (
     GRADERS,
@@ -19,7 +20,6 @@ from support.graders import (
     extract_answer,
     grade,
     gsm8k_label,
-    is_value,
     same_answer,
 )
 

@@ -448,6 +448,36 @@ def test_the_cache_grows_with_its_longest_answer(monkeypatch):
     assert max(keys for _, keys, _ in seen) <= max(map(len, responses)) + 6 + 8
 
 
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_a_step_attends_to_all_that_its_slot_has_read(dtype, error):
+    """Against softmax in fp64 over lists of keys and values, while the cache grows and loses a slot."""
+    if dtype == torch.bfloat16 and dtype not in REORDERED:
+        pytest.skip("oneDNN has no bf16 products here")
+    policy = random_model(LanguageModel, small_config(num_hidden_layers=1)).to(dtype)
+    cfg, generator = policy.cfg, torch.Generator().manual_seed(0)
+    H, K, E = cfg.num_attention_heads, cfg.num_key_value_heads, cfg.head_dim
+    cache = KVCache(policy, 3, spare=8)
+    assert cache.by_products == (dtype == torch.bfloat16) and H > K > 1
+    keys, values = [[] for _ in range(3)], [[] for _ in range(3)]  # of each slot
+    for step in range(20):
+        if step == 5:
+            cache.keep_slots(torch.tensor([0, 2]))
+            del keys[1], values[1]
+        q, k, v = (
+            2 * torch.randn(1, len(keys), heads, E, generator=generator).to(dtype) for heads in (H, K, K)
+        )
+        cache.model = lambda ids, positions, attend: attend(0, q, k, v)
+        found = cache.step(torch.zeros(len(keys), dtype=torch.int64)).double()  # (B, H, E)
+        cache.lengths.add_(1)
+        for slot in range(len(keys)):
+            keys[slot].append(k[0, slot].double().repeat_interleave(H // K, 0))  # (H, E)
+            values[slot].append(v[0, slot].double().repeat_interleave(H // K, 0))
+            scores = torch.einsum("he,the->ht", q[0, slot].double(), torch.stack(keys[slot])) / E**0.5
+            exact = torch.einsum("ht,the->he", scores.softmax(-1), torch.stack(values[slot]))
+            assert (found[slot] - exact).abs().max() < error * torch.stack(values[slot]).abs().max()
+    assert cache.keys[0].shape == cache.values[0].shape == (2, K, 24, E)
+
+
 @pytest.mark.skipif(not REORDERED, reason="oneDNN lays out no weights here")
 @pytest.mark.parametrize(
     "changes", [{}, {"model_type": "qwen2", "tie_word_embeddings": True}, {"lora": 2}, {"bf16": True}]
