@@ -33,6 +33,8 @@ results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/demo_table.py $(SEEDS:%=runs/carry%) --carry --write
 	$(VENV) classroom/carry_credit.py $(SEEDS:%=runs/carry%) > runs/carry_credit.txt
 	$(VENV) classroom/partition.py runs/seed0 --pairs 12 > runs/partition.txt
+	$(VENV) classroom/probes.py $(SEEDS:%=runs/seed%) --parts samples sizes > runs/probes.txt
+	$(VENV) classroom/probes.py runs/seed0 runs/seed1 runs/seed2 --parts shaping >> runs/probes.txt
 	$(VENV) classroom/theory.py > runs/theory.txt
 	$(VENV) classroom/study.py --curves runs/seed0 --out runs/curves
 	$(VENV) classroom/bench.py > runs/bench.jsonl
