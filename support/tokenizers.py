@@ -179,10 +179,10 @@ def added_tokens(tokens, path):
     """{text: id} of the added tokens that are not special: wherever a text spells one, it becomes this id."""
     found = {}
     for token in tokens:
-        if token.get("special", True):
-            continue
         odd = [key for key in ("single_word", "lstrip", "rstrip") if token.get(key)]
         require(not odd, f"{path}: added token {token['content']!r} has {odd}, which is not supported")
+        if token.get("special", True):
+            continue
         found[token["content"]] = token["id"]
     return found
 

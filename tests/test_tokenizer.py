@@ -839,6 +839,8 @@ def test_odd_added_tokens_and_processors_are_refused(tmp_path):
     for flag in ("lstrip", "rstrip", "single_word"):
         with pytest.raises(BadInput, match=f"tokenizer.json: added token '<think>' has .*{flag}"):
             load(tmp_path, with_added("<think>", **{flag: True})[0])
+        with pytest.raises(BadInput, match=f"tokenizer.json: added token '<end>' has .*{flag}"):
+            load(tmp_path, with_added("<end>", special=True, **{flag: True})[0])
     text, eos = (
         {"Sequence": {"id": "A", "type_id": 0}},
         {"SpecialToken": {"id": "<|end_of_text|>", "type_id": 0}},
