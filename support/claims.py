@@ -100,12 +100,8 @@ def claimed_number(text: str) -> str | None:
         rest = marked(text)
         if rest is not None:
             return claimed(rest)
-    return (whole_numbers(text) or [None])[-1]
-
-
-def whole_numbers(text):
-    """Every number in a text, as plain digits, or None in its place if it cannot be read whole."""
-    return [whole_number(match) for match in NUMBER.finditer(text)]
+    numbers = list(NUMBER.finditer(text))
+    return whole_number(numbers[-1]) if numbers else None
 
 
 def without_thoughts(text):
@@ -258,7 +254,8 @@ def boxes_of(text):
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
-        is_part = PART_BEFORE.search(BULLET.sub("", before)) or PART_AFTER.match(between)
+        near = BULLET.sub("", before[-60:])
+        is_part = PART_BEFORE.search(near) or PART_AFTER.match(between)
         found.append((None if is_part else content or None, between))
         before = between
     return found

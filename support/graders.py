@@ -4,12 +4,13 @@ import re
 
 from support.answers import same_meaning
 from support.claims import (
+    NUMBER,
     WORDS,
     after_hashes,
     boxed,
     claimed_number,
     last_boxes,
-    whole_numbers,
+    whole_number,
     without_thoughts,
 )
 from support.files import BadInput
@@ -45,7 +46,7 @@ def can_match(label: str, task: str, grader: str = "ours") -> bool:
         return answer is not None
     if answer is not None and same_answer(answer, label, task, grader):
         return True
-    claims = whole_numbers(label) if grader == "ours" else []
+    claims = [whole_number(match) for match in NUMBER.finditer(label)] if grader == "ours" else []
     return any(claim and same_answer(claim, label, task) for claim in claims)
 
 
