@@ -199,7 +199,7 @@ def piece_of(tokens):
     tokens = before[-1]
     sides, roughly = split(tokens, ("\\approx",))
     if roughly:  # x = 1/3 \approx 0.33 says 1/3
-        tokens = sides[1] if is_name(sides[0]) else sides[0]
+        tokens = sides[1] if is_name(sides[0]) or not sides[0] else sides[0]
     sides, relations = split(tokens, RELATIONS)
     if not all(sides):
         return Piece(text_of(tokens))
@@ -209,7 +209,11 @@ def piece_of(tokens):
     if set(relations) != {"="}:
         return relation_of(sides, relations)
     last, unit = without_unit(sides[-1])
-    equation = equation_of(sides) if len(sides) == 2 else ()
+    worked = [value_of(side) for side in (*sides[1:-1], last)]
+    if len(sides) > 2 and (None in worked or len({read[0] for read in worked}) > 1):
+        return Piece(text_of(tokens))  # x=5 x=2 is no chain
+    solved = is_name(sides[0]) and not any(token.kind == "letter" for token in last)
+    equation = equation_of(sides) if len(sides) == 2 and not solved else ()  # 3x = 9 is not x = 3
     if is_name(sides[0]):
         return Piece(value_of_part(last), "".join(token.text for token in sides[0]), unit, equation)
     named = any(token.kind in ("letter", "word", "command") for side in sides[:-1] for token in side)
@@ -222,7 +226,8 @@ def is_name(tokens):
     r"""Whether tokens name a value: x, x_1, f(2), (p,q), |AB|, V_1:V_2, \frac{NO}{BO}."""
     spelled = "".join(token.text for token in tokens)
     spelled = re.sub(r"_(\{[^{}]*\}|.)|(?<=[A-Za-z])\([^()]*\)", "", spelled)
-    spelled = re.sub(r"\\(angle|triangle|overline|frac|alpha|beta|theta|lambda)(?![a-z])", "", spelled)
+    spelled = re.sub(r"\\(angle|triangle|overline|frac)(?![a-z])", "", spelled)
+    spelled = re.sub(r"\\(alpha|beta|theta|lambda)(?![a-z])", "a", spelled)
     if re.fullmatch(r"[a-z]{2,}|\|[a-z]+\|", spelled):  # xy is a product, |x| = 5 says x = -5, too
         return False
     return re.fullmatch(r"[A-Za-z{}()|:,']*[A-Za-z][A-Za-z{}()|:,']*", spelled) is not None
@@ -230,6 +235,8 @@ def is_name(tokens):
 
 def difference(sides):
     """Left minus right at two points: two relations say the same if their quotient is the same."""
+    if any(token.text in ("\\pm", "\\mp") for side in sides for token in side):
+        return None
     at = []
     for salt in (0, 1):
         read = [value_of(side, salt=salt) for side in sides]
@@ -302,6 +309,8 @@ def value_of_part(tokens):
         return ("union", *sorted((value_of_part(part) for part in unions), key=repr))
     ratio, found = split(tokens, (":",))
     if found and all(ratio):
+        if any(re.match(r"0\d", token.text) for token in tokens):
+            return text_of(tokens)  # a time
         return ("ratio", *(value_of_part(part) for part in ratio))
     return bracketed_value(tokens) or matrix_value(tokens) or number_value(tokens)
 
@@ -366,7 +375,7 @@ def without_unit(tokens):
     if len(tokens) > 1 and tokens[-1].text in ("%", "\\%"):
         return tokens[:-1], ()  # same_units finds the sign
     end = len(tokens)
-    exponent = "".join(token.text for token in tokens[-4:]).replace("{", "").replace("}", "")
+    exponent = "".join(token.text for token in tokens[-5:]).replace("{", "").replace("}", "")
     if re.search(r"[a-z]\^[23]$", exponent):
         end -= 4 if tokens[-1].text == "}" else 2
     power = tokens[end:]

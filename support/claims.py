@@ -50,6 +50,7 @@ FOLLOWING = (
     r"\s*-?[\d.$({\\]",
     r"\s*[-+*×÷^]\s*[a-z]|[-+/^](?:\s|$)|\*\*\d",
     r"[)\]}]\s*[-+*×÷^=/]?\s*[\d(]|\s*[%@\\]\s*\d|\s(?:r|rem|e)\s?\d|(?:\s+[a-z]+){1,3}\s*[-+*×÷=<>]\s*\$?\d",
+    r"(?:\s+[a-z]+){0,3}\s+x\s+\\?\$?\d",
     # a LaTeX command that is no space, bracket, text or degree
     r"\s*\\(?![%$)\],;! \\]|n\b|(?:text\w*|mbox|mathrm|q?quad|right|degrees?|circ)(?![a-z]))",
     # a factor, an index, a factorial, a question
@@ -69,7 +70,7 @@ FOLLOWING = (
     r"|(?:(?:out|per\s?cent)\s+of|for\s+every|(?:more|less|fewer)\s+than|[a-z]+\s+(?:plus|minus))\s+\$?\d+"
     rf"|(?:{COMPOUND}),?\s+(?:and\s+)?{NUMBER_WORD})\b",
     # one word and another number, but "5 in 6 days" says 5
-    r"\s+(?!in\b)[^\W\d]+,?\s+\\?\$?\d",
+    r"\s+(?!(?:in|for|after|from)\b)[^\W\d]+,?\s+\\?\$?\d",
     # a correction on the same line
     CORRECTION,
 )
@@ -79,15 +80,15 @@ THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|<reasoning>|\[THINK\]|◁think▷|
 THOUGHTS_END = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>")
 # What before a number makes it another one, or one of several.
 NOT_THIS = re.compile(
-    r"[^\W\d_]$|[√≠≤≥±]\s*$"
+    r"[^\W\d_]\Z|[√≠≤≥±]\s*\Z"
     # digits before it: thousands or decimals in another spelling, a date, an operation, a pair
-    r"|\d(?:[.,:'’ ]|\s*(?:[-+*/×÷^x]|\*\*|\\times|\\cdot|\\div)\s*\\?\$?\(?)$"
-    r"|[)}][-+*/×÷^]$|[(\[][^()\[\]]*,\s*$"
-    r"|\\(?:sqrt|[dt]?frac)(?:\{[^{}]*\})?\{?$"
+    r"|\d(?:[.,:'’ ]| *(?:[-+*/×÷^x]|\*\*|\\times|\\cdot|\\div) *\\?\$?\(?)\Z"
+    r"|[)}][-+*/×÷^]\Z|[(\[][^()\[\]]*,\s*\Z|[\^_]\{?\Z"
+    r"|\\(?:sqrt|[dt]?frac)(?:\{[^{}]*\})?\{?\Z"
     # a minus before a bracket, or after "=" and "is"
-    r"|-\s*(?:[({]|\\[,({]|\\text\{)+\s*$|(?:=|\bis)\s*-\s+$"
+    r"|-\s*(?:[({]|\\[,({]|\\text\{)+\s*\Z|(?:=|\bis)\s*-\s+\Z"
     r"|(?:\b(?:not|isn't|negative|minus|half|twice|double|between\s.*and|(?:less|more|fewer|greater)\s+than)"
-    r"|(?<!,)\s(?:or|nor|vs|versus)|\d\s+to)\s+(?:of\s+)?\\?\$?$",
+    r"|(?<!,)\s(?:or|nor|vs|versus)|\d\s+to)\s+(?:of\s+)?\\?\$?\Z",
     re.IGNORECASE,
 )
 
@@ -114,7 +115,7 @@ def after_hashes(text):
     found = None
     end = len(text.rstrip())
     for match in re.finditer(r"####((?:(?!####)[^\n])*)", text):
-        heading = re.match(r"[\s*_]*(?:\d+[.)]\s+)?[A-Za-z]", match[1]) and match.end() < end
+        heading = re.match(r"[\s*_]*(?:\d+(?:[.)]|st|nd|rd|th)\s+)?[A-Za-z]", match[1]) and match.end() < end
         found = found if heading else match[1]
     return found
 
@@ -146,6 +147,8 @@ def claimed(rest):
 
     Of "5 + 5 = 10" it is the last one, and "x = 5" is 5.
     """
+    rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest)
+    rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", rest)
     rest = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", rest)
     rest = after_boxed(rest) if after_boxed(rest) is not None else rest
     rest = re.sub(r"""^(?:[\s:=*_$({`"']|\\[(\[!,])+""", "", rest).split("\n")[0]
@@ -231,13 +234,13 @@ def last_boxes(text: str) -> str | None:
 
 # What at a box makes its content a part of another value.
 PART_BEFORE = re.compile(
-    r"(?:[-+±−\d./^_]|(?<!\*)\*|\\(?:times|cdot|pi|pm|[dt]?frac|sqrt(?:\[[^]]*\])?)|\b(?:not|isn't))"
-    r"(?:\s|\$|\\,|\\left|[({]|\{[^{}]*\})*$|(?:^|[^\\A-Za-z])[A-Za-z]$"
+    r"(?:[-+±−]|\\(?:times|cdot|pi|pm|[dt]?frac|sqrt(?:\[[^]]*\])?)|\b(?:not|isn't))"
+    r"(?: |\$|\\,|\\left|[({]|\{[^{}]*\})*\Z|(?:[\d./^_]|(?<!\*)\*|(?:^|[^\\A-Za-z])[A-Za-z])\Z"
 )
 PART_AFTER = re.compile(
     r"[$ ]*(?:[-+*/]\s*(?:[\d$({\\]|[A-Za-z]\b)|\s?[!?_]|:\s?\d|\^(?!\{?\\circ)"
-    r"|\\(?:times|cdot|div|sqrt|[dt]?frac|pi|pm)(?![a-z]))"
-    rf"|[\d(]|[A-Za-z](?![A-Za-z])|\.\d|(?i:[$\s]*(?:\\text\w*\{{)?\s*{SCALES}\b|{CORRECTION})"
+    r"|\\(?:times|cdot|div|sqrt|[dt]?frac|pi|pm)(?![a-z]))|[\d(]|[A-Za-z](?![A-Za-z])|\.\d"
+    r"|(?i:[$\s]*(?:\\text\w*\{)?\s*(?:dozen|hundred|thousand|[a-z]*illion)s?\b|\s*is\s+(?:wrong|incorrect)\b)"
 )
 BULLET = re.compile(r"(?:^|\n)\s*(?:[-+*]|\d+[.)])\s+\$*$")
 

@@ -72,7 +72,7 @@ SPELLINGS = [
     ("\N{SQUARE ROOT}", r"\\sqrt "),
     ("\N{SUPERSCRIPT TWO}", "^2"),
     ("\N{SUPERSCRIPT THREE}", "^3"),
-    (r"\{,\}|(?<=\d)\\[!,](?=\d{3})|(?<=\d),\\!\s*(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
+    (r"\{,\}|(?<=\d)\\[!,](?=\d{3})|(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
     (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
     (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\N{EURO SIGN}|\N{POUND SIGN}", " "),
@@ -84,7 +84,8 @@ SPELLINGS = [
 TEXT = r"\\(?:text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|operatorname)\s*\{([^{}]*)\}"
 TOKEN = re.compile(
     r"\\begin\{\w+\*?\}(?:\{[clr|]*\})?|\\end\{\w+\*?\}|\\\\|\\[a-zA-Z]+|\\."
-    r"|(?P<thousands>\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)|(?P<number>\d+(?:\.\d+)?|\.\d+)"
+    r"|(?P<thousands>(?<!,)\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)"
+    r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\w.]))?)"
     r"|(?P<letters>[A-Za-z]+)|\S",
     re.DOTALL,
 )
@@ -143,7 +144,7 @@ def words_or_letters(run, in_text, before):
     """
     if "\\" + run in SPELLED_OUT:
         return [Token("command", "\\" + run)]
-    if run.isupper() and len(run) > 1 and not in_text:
+    if run.isupper() and len(run) > 1:
         return [Token("letter", run)]
     is_unit = bool(before) and (before[-1].kind == "number" or before[-1].text == "/")
     if len(run) > 2 or in_text and (len(run) > 1 or is_unit) or run.lower() in SHORT_WORDS:
@@ -419,8 +420,6 @@ class Reader:
     def atom(self):
         kind, text = self.next()
         if kind == "number":
-            if re.match(r"0\d", text):
-                raise NoValue("a time or a code, as in 7:05 and 007")
             return self.mixed(Fraction(text))
         if self.peek() == "(" and (text in APPLIED or self.is_applied(kind, text)):
             self.next()

@@ -50,6 +50,7 @@ HARMLESS = set(
         prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct shares """,
     )
 )
+DESCRIBING = ("meta", "metadata")  # of them, what describes the row at any length
 # needs -> the keys that can supply it, for messages
 NAMES = {
     "prompt": PROMPT,
@@ -146,8 +147,10 @@ def is_empty(value):
 
 def refuse_unknown(fields):
     """BadInput for a field that says something and that nothing here reads."""
+    read = [fields.get(name) for name in SPEAKING]
     for name, value in fields.items():
-        if name in SPEAKING or is_empty(value) or name in HARMLESS and not is_prose(value):
+        harmless = name in HARMLESS and (name in DESCRIBING or value in read or not is_prose(value))
+        if name in SPEAKING or is_empty(value) or harmless:
             continue
         if name == "text" and is_rendering(value, fields):
             continue
@@ -235,10 +238,14 @@ def read_label(fields, response=None):
             return None
         raise missing(fields, "label")
     label = label_in(fields, found[0])
+    if label is None:
+        return None
     for name in found[1:]:
         try:
             other = label if name == response else label_in(fields, name)
         except BadInput:  # a text that states no final answer
+            continue
+        if other is None:
             continue
         differ = is_final(label) and is_final(other) and not same_answer(label, other, "math")
         require(
@@ -265,7 +272,7 @@ def is_final(answer):
 
 
 def label_in(fields, name):
-    """What a field states as label; numbers in plain digits, so that 1e-05 is 0.00001."""
+    """What a field states as label, None if its box cannot be read whole; 1e-05 is 0.00001."""
     value = fields[name]
     if isinstance(value, str):
         value = without_thoughts(value)
@@ -273,6 +280,8 @@ def label_in(fields, name):
             value = gsm8k_label(value)
         elif name == "solution" or "\\boxed" in value:
             value = last_boxes(value)
+            if value is None and "\\boxed" in fields[name]:
+                return None  # as in \boxed{-15}x^3: the row is dropped and counted
             require(value, f"{name} is {fields[name][-60:]!r}; expected \\boxed{{...}} in it")
         elif said := ANSWER_IS.match(value):
             value = value[said.end() :].removesuffix(".")

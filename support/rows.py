@@ -32,7 +32,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
                       lists the spellings, and "steps", which `completions` and `labels` supply
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
-    log               gets one line that counts the rows dropped because their label is empty
+    log               gets one line that counts the rows dropped for want of a label that can be read
     -> list of {"prompt": ..., "line": int, "raw": the row as read, "fields": raw without ignore_keys,
        "sampled": see data.sampled_ids}. A prompt is a text or a list of {"role", "content"} that does not end
        with the assistant; a reply is a text or a list of one assistant message; a label is a text; steps are
@@ -52,7 +52,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
             rows.append({**row, "line": line, "raw": raw, "fields": fields, "sampled": sampled})
     require(rows or unlabelled, f"{path}: no rows; expected one JSON object a line")
     if unlabelled:
-        log(f"{path}: dropped {unlabelled} rows with an empty label; {len(rows)} left")
+        log(f"{path}: dropped {unlabelled} rows with an empty or unreadable label; {len(rows)} left")
     require(rows, f"{path}: no row is left: every label is empty")
     refuse_replaced(path, rows, needs)
     with at_line(path, rows[0]["line"]):
@@ -86,8 +86,8 @@ HEADER = r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>"
 MARKED = re.compile(rf"\A(?:{MARKER})|(?:{MARKER})\Z|{HEADER}")
 # What opens a turn of the assistant inside a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates.
 TURN = re.compile(
-    r"\n(?:### ?)?Assistant:|\bASSISTANT:|### Response:|\[/INST\]|<(?:extra_id_\d+|start_of_turn|\|im_start\|"
-    r"|\|start_header_id\|)>(?:assistant|model)|<\|assistant\|>|<\uff5cassistant\uff5c>",
+    r"\n(?:### ?)?Assistant:|(?-i:\bASSISTANT:)|### Response:|\[/INST\]"
+    r"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:assistant|model)|<\|assistant\|>|<\uff5cassistant\uff5c>",
     re.IGNORECASE,
 )
 # Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.

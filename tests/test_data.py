@@ -772,7 +772,10 @@ def test_rows_without_a_label_are_dropped_and_counted(file):
     lines = []
     path = file({"label": "1"}, {"label": ""}, {"label": None}, {"label": "nan"}, {"label": "2"})
     assert [row["line"] for row in load_rows(path, ("label",), log=lines.append)] == [1, 5]
-    assert lines == [f"{path}: dropped 3 rows with an empty label; 2 left"]
+    assert lines == [f"{path}: dropped 3 rows with an empty or unreadable label; 2 left"]
+    path = file({"solution": r"so \boxed{5}"}, {"solution": r"is \boxed{-15}x^3"})
+    assert [row["label"] for row in load_rows(path, ("label",), log=lines.append)] == ["5"]
+    assert lines[1:] == [f"{path}: dropped 1 rows with an empty or unreadable label; 1 left"]
     with pytest.raises(BadInput, match="every label is empty"):
         load_rows(file({"label": ""}), ("label",), log=lines.append)
     prose = {"question": "q", "answer": "so it is " * 80}
@@ -789,7 +792,7 @@ def test_rows_without_a_label_are_dropped_and_counted(file):
     unboxed = {"prompt": "q", "solution": "no box"}
     assert "label" not in load_rows(file(unboxed), ("prompt",), optional=("label",))[0]
     rows = load_rows(file({"prompt": "q", "label": ""}), ("prompt",), optional=("label",), log=lines.append)
-    assert "label" not in rows[0] and len(lines) == 2
+    assert "label" not in rows[0] and len(lines) == 3
 
 
 def test_limit_reads_no_further(file):

@@ -83,6 +83,17 @@ def test_the_boxed_answer(text, answer):
 
 
 SAME = [  # (label, answer): equal for "ours"
+    ("025", "25"),  # AIME
+    ("5.47e5", "547000"),
+    (r"x=\pm 8", "x=8, x=-8"),
+    (r"\approx 1.47", "1.47"),
+    ("27,63,99,135,171", "27, 63, 99, 135, 171"),
+    ("1, 2, 100", "1,2,100"),
+    (r"5\text{cm}^{2}", "5"),
+    (r"\text{ACF}", "ACF"),
+    ("60", r"\theta = 60^\circ"),
+    (r"111, \! 111, \! 111", "111111111"),
+    ("2x-y+1=0", "y=2x+1"),
     ("18", r"\(18\)"),
     ("18", "**18**"),
     ("18", '"18"'),
@@ -212,6 +223,12 @@ SAME = [  # (label, answer): equal for "ours"
     ("12345678901234567890", "12,345,678,901,234,567,890"),
 ]
 DIFFERENT = [
+    ("x=8", r"x=\pm 8"),
+    ("z=3+2i", r"z=3\pm 2i"),
+    (r"\approx 99", r"\approx 1.47"),
+    ("2", r"x=5 \quad x=2"),
+    ("3", r"a=5 \implies b=3"),
+    ("x=3", "3x-7=2"),
     # a function or mark that is not known is no factor
     (r"2\sqrt{3}", "sqrt(6)"),
     ("2sin(x)", "sin(2x)"),
@@ -576,6 +593,18 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     ("#### 5 oder 6", None),
     ("#### 5 apples, 6 pears", None),
     ("#### 5\N{ZERO WIDTH SPACE}0 eggs", "50"),
+    ("so it is 48 ft^2", None),
+    ("she had 3\n- 18 eggs", "18"),
+    ("I get 18 dollars every day.\n\n\\boxed{18}", "18"),
+    ("Final Answer: The final answer is $540$. I hope it is correct.", "540"),
+    ("### Answer\n540", "540"),
+    ("#### Final Answer: 18", "18"),
+    ("The answer is $64 for 16 glasses.", "64"),
+    (r"\boxed{9 \times 10 = 90}", "90"),
+    ("The answer is 9 eggs x $2/egg = $18", None),
+    (r"\boxed{18 \text{ dollars} \times 5 = 90}", None),
+    ("#### 2nd Week\nso \\boxed{18}", "18"),
+    (r"\boxed{5}, but not 6", "5"),
     # thoughts, options, boxes within a formula
     (r"\boxed{5\ 6}", None),
     ("\\boxed{5\n6}", None),
@@ -723,7 +752,7 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     (r"\boxed{5!}", None),
     (r"\boxed{5}!", None),
     ("#### 5 pairs", None),
-    (r"\boxed{5} pairs", None),
+    (r"\boxed{5} pairs", "5"),  # the box says where the value ends
     ("#### 5 couples of shoes", None),
     ("#### 5 feet 6 inches", None),
     ("#### 5 dollars, 6 cents", None),
@@ -751,7 +780,6 @@ def test_a_number_is_claimed_whole_or_not_at_all(text, answer):
         (r"\sqrt{\boxed{5}}", None),
         (r"$-$\boxed{5}", None),
         (r"-\left(\boxed{5}\right)", None),
-        (r"2 \boxed{5}", None),
         (r"\boxed{101}_2", None),
         (r"\boxed{5} + C", None),
         (r"\boxed{6} is wrong", None),
