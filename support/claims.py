@@ -5,8 +5,8 @@ import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
-from support.answers import UNITS
 from support.expressions import INVISIBLE
+from support.meanings import UNITS
 
 # A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
 # number, a power. A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No part can

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 
 from data import Example, sequence_length
-from support.answers import meaning
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
 from support.files import at_line, require
 from support.graders import MAX_CHARS, extract_answer, grade
 from support.judge import compare, text_of
 from support.loading import holds_reward_model, load_judge, load_ranker, load_tokenizer, log_to, read_rows
+from support.meanings import meaning
 
 # -------------------------------------------------------------------------------- one of several
 

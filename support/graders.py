@@ -2,7 +2,6 @@
 
 import re
 
-from support.answers import same_meaning
 from support.claims import (
     NUMBER,
     WORDS,
@@ -14,6 +13,7 @@ from support.claims import (
     without_thoughts,
 )
 from support.files import BadInput
+from support.meanings import same_meaning
 
 TASKS = ("gsm8k", "math", "arith")
 GRADERS = ("ours", "strict", "authors", "math_verify")
@@ -81,7 +81,7 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
 def same_answer(answer: str, label: str, task: str, grader: str = "ours") -> bool:
     """Is the extracted answer the label?
 
-    ours      equal values, see answers.same_meaning; one rule for all tasks
+    ours      equal values, see meanings.same_meaning; one rule for all tasks
     strict    equal strings, for math after Hendrycks's normalisation
     authors   equal strings; for math the answer is a SUBSTRING of the label, so that 2 is right for 12
     """

@@ -11,10 +11,10 @@ import re
 from decimal import Decimal
 from typing import NamedTuple
 
-from support.answers import is_value
 from support.claims import NUMBER_WORD, after_hashes, last_boxes, without_thoughts
 from support.files import BadInput, require
 from support.graders import MAX_CHARS, gsm8k_label, same_answer
+from support.meanings import is_value
 from support.tokenizers import ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from classroom.grader_counts import number_of, one_character_changes
-from support.answers import is_value
 from support.expressions import tokens_of, value_of
 from support.graders import (
     GRADERS,
@@ -22,6 +21,7 @@ from support.graders import (
     gsm8k_label,
     same_answer,
 )
+from support.meanings import is_value
 
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k"
 real = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")

@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 METHOD = ("data", "model", "parallel", "ppo", "qrm", "reinforce", "train")
 SUPPORT = (
-    "answers",
     "chats",
     "checkpoints",
     "claims",
@@ -19,6 +18,7 @@ SUPPORT = (
     "graders",
     "judge",
     "loading",
+    "meanings",
     "rewards",
     "row",
     "rows",
@@ -33,15 +33,15 @@ ARROWS = {  # a file -> what of ours it may import
     "support.chats": (),
     "support.tokenizers": ("support.chats", "support.files"),
     "support.expressions": ("support.files",),
-    "support.answers": ("support.expressions",),
-    "support.claims": ("support.answers", "support.expressions"),
-    "support.graders": ("support.answers", "support.claims", "support.files"),
+    "support.meanings": ("support.expressions",),
+    "support.claims": ("support.meanings", "support.expressions"),
+    "support.graders": ("support.meanings", "support.claims", "support.files"),
     "parallel": ("support.files",),
     "model": ("parallel", "support.files"),
     "support.row": (
         "support.files",
         "support.tokenizers",
-        "support.answers",
+        "support.meanings",
         "support.claims",
         "support.graders",
     ),
