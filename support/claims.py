@@ -133,13 +133,20 @@ def after_words(text):
     """What follows the last "answer is", else the last "A:" at the start of a line, if a number is there in
     digits or words; or None."""
     for words in (r"\banswer(?: is|:)", "^A:"):
-        found = re.findall(rf"(?im){words}([\s:=*_$({{\\\[]*[^\n]*)", text)
         if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
             return None
+        found = []
+        for match in re.finditer(rf"(?im){words}([\s:=*_$({{\\\[]*[^\n]*)", text):
+            opens = match[0][:7].lower().startswith(("answer:", "a:")) and text[match.end() :].strip()
+            if not opens or ALONE.fullmatch(match[1]):  # "Answer: 16 - 3 = 13 are left." opens a solution
+                found.append(match[1])
         found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{'|'.join(TWELVE)})\b", rest)]
         if found:
             return re.sub(r"(?i)^\W*(?:therefore|thus|then|simply|just|equal to)\b,?", "", found[-1])
     return None
+
+
+ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2}")
 
 
 def claimed(rest):
@@ -160,7 +167,8 @@ def claimed(rest):
 
 def whole_number(match):
     """A match of NUMBER as plain digits or a fraction; None if what follows makes it another number."""
-    rest = re.sub(r"^(?:\\?%|°)", "", match.string[match.end() :])
+    rest = re.sub(r"\s{3,}", shorter, match.string[match.end() : match.end() + 300])
+    rest = re.sub(r"^(?:\\?%|°)", "", rest)
     before = match.string[max(match.start() - 20, 0) : match.start()]
     if OTHER_NUMBER.match(rest) or NOT_THIS.search(before) or is_touched(before, rest):
         return None
@@ -184,6 +192,11 @@ def whole_number(match):
         else Fraction(digits) * Fraction(10) ** int(power)
     )
     return sign + plain(value)
+
+
+def shorter(run):
+    """A run of white space as two: the patterns above are slow on long ones."""
+    return "\n\n" if "\n" in run[0] else "  "
 
 
 def is_touched(before, rest):
@@ -258,7 +271,7 @@ def boxes_of(text):
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
         near = BULLET.sub("", before[-60:])
-        is_part = PART_BEFORE.search(near) or PART_AFTER.match(between)
+        is_part = PART_BEFORE.search(near) or PART_AFTER.match(between[:80])
         found.append((None if is_part else content or None, between))
         before = between
     return found

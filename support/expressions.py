@@ -46,6 +46,7 @@ APPLIED = ("f", "g", "h")  # f(x+1) is no product; a(x+1) is one
 TIMES = ("*", "\\cdot", "\\times")
 OVER = ("/", "\\div")
 SIGNS = ("+", "-", "\\pm", "\\mp")
+ARITHMETIC = ("\\frac", "\\sqrt", *TIMES, *OVER, *SIGNS)  # commands that name nothing
 
 
 INVISIBLE = "[\N{ZERO WIDTH SPACE}-\N{RIGHT-TO-LEFT MARK}\N{ZERO WIDTH NO-BREAK SPACE}]"
@@ -301,9 +302,8 @@ class Reader:
 
     def is_symbolic(self, start):
         """Whether a name was read since token `start`."""
-        known = ("\\frac", "\\sqrt", *TIMES, *OVER, *SIGNS)
         return any(
-            t.kind == "letter" or t.kind == "command" and t.text not in known
+            t.kind == "letter" or t.kind == "command" and t.text not in ARITHMETIC
             for t in self.tokens[start : self.i]
         )
 

@@ -5,7 +5,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from support.expressions import CLOSING, OPENING, TIMES, tokens_of, value_of
+from support.expressions import ARITHMETIC, CLOSING, OPENING, TIMES, tokens_of, value_of
 
 # Words that a number may be followed by without being another number. Plurals in s are added.
 UNITS = {
@@ -216,7 +216,11 @@ def piece_of(tokens):
     equation = equation_of(sides) if len(sides) == 2 and not solved else ()  # 3x = 9 is not x = 3
     if is_name(sides[0]):
         return Piece(value_of_part(last), "".join(token.text for token in sides[0]), unit, equation)
-    named = any(token.kind in ("letter", "word", "command") for side in sides[:-1] for token in side)
+    named = any(
+        token.kind in ("letter", "word") or token.kind == "command" and token.text not in ARITHMETIC
+        for side in sides[:-1]
+        for token in side
+    )
     if not named and not any(token.kind == "letter" for token in sides[-1]):
         return Piece(value_of_part(last), unit=unit)  # 5 + 5 = 10 says 10
     return Piece(equation or text_of(tokens), equation=equation)

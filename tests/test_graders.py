@@ -84,6 +84,9 @@ def test_the_boxed_answer(text, answer):
 
 SAME = [  # (label, answer): equal for "ours"
     ("025", "25"),  # AIME
+    (r"\frac{7}{4}", r"\frac{35}{20} = \frac{7}{4}"),
+    (r"\sqrt{85}", r"\sqrt{6^2+7^2} = \sqrt{85}"),
+    ("12", r"3 \cdot 4 = 12"),
     ("5.47e5", "547000"),
     (r"x=\pm 8", "x=8, x=-8"),
     (r"\approx 1.47", "1.47"),
@@ -593,6 +596,8 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     ("#### 5 oder 6", None),
     ("#### 5 apples, 6 pears", None),
     ("#### 5\N{ZERO WIDTH SPACE}0 eggs", "50"),
+    ("Answer: 16 - 3 = 13 eggs are left.\nShe sells 13 x 2 = 26 dollars.\nSo the total is $26.", "26"),
+    ("Answer: 18 dollars.\nNote: 3 a day", "18"),
     ("so it is 48 ft^2", None),
     ("she had 3\n- 18 eggs", "18"),
     ("I get 18 dollars every day.\n\n\\boxed{18}", "18"),
@@ -920,6 +925,7 @@ def test_a_long_run_of_anything_is_graded_quickly(unit):
         for grader in GRADERS[:3]:
             for text in (
                 unit * (200_000 // len(unit)),
+                r"\boxed{5}, so 5" + unit * (20_000 // len(unit)),
                 r"\boxed{10^10^10" + unit * (480 // len(unit)) + "}",
                 unit * (480 // len(unit)),
             ):
