@@ -9,8 +9,8 @@ from support.expressions import INVISIBLE
 from support.meanings import UNITS
 
 # A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
-# number, a power. A minus after a digit, a word or a bracket is a difference: "5-3" ends in 3. No part can
-# fail late, so a search is linear.
+# number, a power. A minus after a digit, a word or a bracket is no sign: "5-3" is a difference, and NOT_THIS
+# refuses its 3. No part can fail late, so a search is linear.
 SIGN = r"(?P<sign>(?:(?<![\w)\]}%.])-)?)(?:\\?[$€£](?P<minus>-?))?"
 DIGITS = r"\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![.\d])\.\d+"
 FRACTION = r"\\[dtc]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)"
@@ -41,8 +41,8 @@ NUMBER_WORD = rf"(?:{'|'.join(TWELVE)}|[a-z]+teen|(?:twen|thir|for|fif|six|seven
 COMPOUND = "|".join(sorted(UNITS.keys() - {"in", "ins"}))  # "5 in 6 days" says 5, "5 feet 6" does not
 TEXT_OPENS = r"\s*\\?(?:text\w*\{)?\s*"
 CORRECTION = (
-    r"[^\n]*\b(?:(?:wait|actually|sorry|correction|or\s+rather|but|i\s+meant?|hmm|oops|(?:scratch|make)\s+that"
-    r"|wrong|incorrect|is\s+not|isn't)\b|no\s*(?:[,.;:]|\$?\d))"
+    r"[^\n]*\b(?:(?:wait|actually|sorry|correction|or\s+rather|but|i\s+meant?|hmm|oops"
+    r"|(?:scratch|make)\s+that|wrong|incorrect|is\s+not|isn't)\b|no\s*(?:[,.;:]|\$?\d))"
 )
 FOLLOWING = (
     # an operator, relation or arrow with another operand
@@ -129,9 +129,16 @@ def after_boxed(text):
     return (boxes[-1][0] or "").replace("\n", " ")
 
 
+# A number and at most two words.
+ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2}")
+
+
 def after_words(text):
-    """What follows the last "answer is", else the last "A:" at the start of a line, if a number is there in
-    digits or words; or None."""
+    """What follows the last "answer is" or "answer:", else the last "A:" at the start of a line; or None.
+
+    A number must be there, in digits or words. An "Answer:" with more than a number behind it and lines below
+    opens a solution and marks nothing.
+    """
     for words in (r"\banswer(?: is|:)", "^A:"):
         if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
             return None
@@ -144,9 +151,6 @@ def after_words(text):
         if found:
             return re.sub(r"(?i)^\W*(?:therefore|thus|then|simply|just|equal to)\b,?", "", found[-1])
     return None
-
-
-ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2}")
 
 
 def claimed(rest):
@@ -253,7 +257,8 @@ PART_BEFORE = re.compile(
 PART_AFTER = re.compile(
     r"[$ ]*(?:[-+*/]\s*(?:[\d$({\\]|[A-Za-z]\b)|\s?[!?_]|:\s?\d|\^(?!\{?\\circ)"
     r"|\\(?:times|cdot|div|sqrt|[dt]?frac|pi|pm)(?![a-z]))|[\d(]|[A-Za-z](?![A-Za-z])|\.\d"
-    r"|(?i:[$\s]*(?:\\text\w*\{)?\s*(?:dozen|hundred|thousand|[a-z]*illion)s?\b|\s*is\s+(?:wrong|incorrect)\b)"
+    r"|(?i:[$\s]*(?:\\text\w*\{)?\s*(?:dozen|hundred|thousand|[a-z]*illion)s?\b"
+    r"|\s*is\s+(?:wrong|incorrect)\b)"
 )
 BULLET = re.compile(r"(?:^|\n)\s*(?:[-+*]|\d+[.)])\s+\$*$")
 

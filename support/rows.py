@@ -79,15 +79,16 @@ def refuse_repeated(rows):
 
 # Spellings of special tokens that open or close a text for some model, or a message inside it.
 MARKER = (
-    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>|<(?:bos|eos|pad|start_of_turn|end_of_turn)>"
-    r"|\[(?:/?INST|BOS|EOS|PAD)\]"
+    r"<\|[^\s|<>]{1,40}\|>|<\uff5c[^\s\uff5c<>]{1,40}\uff5c>|</?s>"
+    r"|<(?:bos|eos|pad|start_of_turn|end_of_turn)>|\[(?:/?INST|BOS|EOS|PAD)\]"
 )
 HEADER = r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>"
 MARKED = re.compile(rf"\A(?:{MARKER})|(?:{MARKER})\Z|{HEADER}")
 # What opens a turn of the assistant inside a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates.
 TURN = re.compile(
     r"\n(?:### ?)?Assistant:|(?-i:\bASSISTANT:)|### Response:|\[/INST\]"
-    r"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:assistant|model)|<\|assistant\|>|<\uff5cassistant\uff5c>",
+    r"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:assistant|model)"
+    r"|<\|assistant\|>|<\uff5cassistant\uff5c>",
     re.IGNORECASE,
 )
 # Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.
