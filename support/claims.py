@@ -232,8 +232,11 @@ def plain(value):
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} or \fbox{...}; after `\boxed 5`, all up to a $ or a new line."""
-    boxes = boxes_of(text)
+    r"""What stands in the last \boxed{...} or \fbox{...}; after `\boxed 5`, all up to a $ or a new line.
+
+    What stands around the box is not looked at, as in the published graders.
+    """
+    boxes = boxes_of(text, parts=True)
     return boxes[-1][0] if boxes else None
 
 
@@ -263,11 +266,11 @@ PART_AFTER = re.compile(
 BULLET = re.compile(r"(?:^|\n)\s*(?:[-+*]|\d+[.)])\s+\$*$")
 
 
-def boxes_of(text):
+def boxes_of(text, parts=False):
     r"""[(content or None, the text up to the next box)] of every \boxed and \fbox, braces balanced.
 
     None, too, where what touches the box makes it a part of another value: -\boxed{5}, \boxed{5}x,
-    \frac{\boxed{5}}{6}, \boxed{5} million.
+    \frac{\boxed{5}}{6}, \boxed{5} million. With `parts` such a content counts, too.
     """
     found = []
     before, *others = re.split(r"\\(?:boxed|fbox)(?![a-z])\s*", text)
@@ -276,7 +279,7 @@ def boxes_of(text):
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
         near = BULLET.sub("", before[-60:])
-        is_part = PART_BEFORE.search(near) or PART_AFTER.match(between[:80])
+        is_part = not parts and (PART_BEFORE.search(near) or PART_AFTER.match(between[:80]))
         found.append((None if is_part else content or None, between))
         before = between
     return found

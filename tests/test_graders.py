@@ -477,6 +477,12 @@ def test_the_two_published_rules_for_gsm8k(text, label, strict, authors):
     )
 
 
+def test_published_rules_look_at_no_more_than_the_box():
+    for grader in ("strict", "authors"):
+        assert extract_answer(r"-\boxed{5} million", "math", grader) == "5"
+    assert extract_answer(r"-\boxed{5} million", "math") is None
+
+
 def test_labels_and_errors():
     assert gsm8k_label("Half of 8.\n#### 1,450,000") == "1450000"
     assert gsm8k_label("#### 1. Cost: 3\nso\n#### 1 1/2") == "1 1/2"
