@@ -1,12 +1,11 @@
 """What a text claims: its final number, or what it boxes; whole, or not at all."""
 
 import re
-import unicodedata
 from decimal import Decimal
 from fractions import Fraction
 
 from support.expressions import INVISIBLE
-from support.meanings import UNITS
+from support.meanings import MAX_CHARS, UNITS, meaning
 
 # A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
 # number, a power. A minus after a digit, a word or a bracket is no sign: "5-3" is a difference, and NOT_THIS
@@ -28,69 +27,65 @@ DASHES = (
     "[\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{MINUS SIGN}\N{SMALL HYPHEN-MINUS}"
     "\N{FULLWIDTH HYPHEN-MINUS}]"
 )
-# What may not follow a number, or it is another one.
-SCALES = (
-    "(?:doz(?:en)?|gross|pairs?|couples?|(?:hundred|thousand|lakh|crore)s?|[a-z]*illion[a-z]*"
-    r"|millones|mil|mille|tausend|тыс\w*|млн|млрд|[百千万萬亿億])"
-)
-PARTS = (
-    "half|halves|thirds?|quarters?"
-    "|(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand|[a-z]*illion)ths"
-)
+# What stands around a number must be known to leave it as it is, or the number is not claimed.
+LATIN = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
+PICTURES = "✓✔✅\ufe0f\U0001f300-\U0001faff"
 NUMBER_WORD = rf"(?:{'|'.join(TWELVE)}|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
-COMPOUND = "|".join(sorted(UNITS.keys() - {"in", "ins"}))  # "5 in 6 days" says 5, "5 feet 6" does not
-TEXT_OPENS = r"\s*\\?(?:text\w*\{)?\s*"
-CORRECTION = (
+PARTS = "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand)ths"
+SCALES = (
+    "doz|dozens?|gross|pairs?|couples?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*"
+    "|mil|mille|millones|tausend|half|halves|thirds?|quarters?|squared|cubed|factorial|point|plus|minus"
+    "|bn|mn|tens|divided|multiplied|x?or|nor|vs|versus|negative|below|base|remainder|mod|modulo|[ap]\\.?m"
+)
+# Words among the next three that make a number another one, alone or before a hyphen.
+ANOTHER = re.compile(rf"(?:{SCALES}|{PARTS}|{NUMBER_WORD})(?:-|$)")
+CORRECTION = re.compile(
     r"[^\n]*\b(?:(?:wait|actually|sorry|correction|or\s+rather|but|i\s+meant?|hmm|oops"
-    r"|(?:scratch|make)\s+that|wrong|incorrect|is\s+not|isn't)\b|no\s*(?:[,.;:]|\$?\d))"
+    r"|(?:scratch|make)\s+that|wrong|incorrect|is\s+not|isn't)\b|no\s*(?:[,.;:]|\$?\d))",
+    re.IGNORECASE,
 )
-FOLLOWING = (
-    # an operator, relation or arrow with another operand
-    r"\s*(?:[-+*/×÷·^=<>~±≈≠≤≥→]|[!=<>]=|[-=]>|\\(?:times|cdot|div|le|ge|leq|geq|ne|neq|approx|to))"
-    r"\s*-?[\d.$({\\]",
-    r"\s*[-+*×÷^]\s*[a-z]|[-+/^](?:\s|$)|\*\*\d",
-    r"[)\]}]\s*[-+*×÷^=/]?\s*[\d(]|\s*[%@\\]\s*\d|\s(?:r|rem|e)\s?\d|(?:\s+[a-z]+){1,3}\s*[-+*×÷=<>]\s*\$?\d",
-    r"(?:\s+[a-z]+){0,3}\s+x\s+\\?\$?\d",
-    # a LaTeX command that is no space, bracket, text or degree
-    r"\s*\\(?![%$)\],;! \\]|n\b|(?:text\w*|mbox|mathrm|q?quad|right|degrees?|circ)(?![a-z]))",
-    # a factor, an index, a factorial, a question
-    r"\s*(?:[√π½⅓⅔¼¾]|\\(?:frac|sqrt|pi|pm)(?![a-z]))|[\^_(]\w|\s?[!?]",
-    # more digits, or another number of a list
-    r"""\.\d|['’"]\s*\d|(?:\s|\\[,;:! ]|\\q?quad)+\\?\$?\d|\s*(?:[:,;&|\[…]|\.\.+)\s*\$?\d""",
-    # letters of any script that are no ordinal and no unit; K, M and B
-    r"(?!(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)[^\W_]",
-    r"(?-i:\s?[KMB]\b)|\s(?:k|bn|mn|tens)\b",
-    # words that scale it, or offer an alternative, up to two words later
-    rf"{TEXT_OPENS}[(,]?\s*(?:[a-z]+\s+){{0,2}}(?:{SCALES}|squared|cubed|x?or|nor|vs|versus"
-    r"|and\s+\$?\d+|and\s+(?:a|one)[\s-](?:half|third|quarter|fourth|fifth))\b",
-    # words that go on with the number
-    rf"{TEXT_OPENS}(?:score|factorial|{PARTS}|point|plus|minus|divided|multiplied|negative|below|and\s+a"
-    rf"|(?:{COMPOUND})\s+below|remainder|mod|modulo|choose|\(?(?:in\s+)?base"
-    r"|[ap]\.?\s?m|x\s\d+|to\s+the\s+(?:power|\w+(?:th|rd|nd))"
-    r"|(?:(?:out|per\s?cent)\s+of|for\s+every|(?:more|less|fewer)\s+than|[a-z]+\s+(?:plus|minus))\s+\$?\d+"
-    rf"|(?:{COMPOUND}),?\s+(?:and\s+)?{NUMBER_WORD})\b",
-    # one word and another number, but "5 in 6 days" says 5
-    r"\s+(?!(?:in|for|after|from)\b)[^\W\d]+,?\s+\\?\$?\d",
-    # a correction on the same line
-    CORRECTION,
+# What may touch a number: percent, degrees, an ordinal's ending, a unit; no other letter, no operator.
+TOUCHES = re.compile(
+    r"(?:\s?\\?%|\s?°[CF]?|\^\{?\\circ\}?|(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)?"
+    rf"(?:\s\({NUMBER_WORD}\))?(?![^\W_]|\s?[!?]|[-+^]|\*\*\d|/(?![a-z]))"
 )
-OTHER_NUMBER = re.compile("|".join(FOLLOWING), re.IGNORECASE)
+FOLLOWS = re.compile(
+    # the sentence ends, or a clause begins that does not change the value
+    r"(?P<end>\n|<[|/]|(?<!\s)[.!?](?=[\s*_$)\\\"'”’]*(?:\s|$))"
+    r"|\b(?:in|for|after|from|because|since|where|when|which|not)\b(?!\s+(?:every|base)\b)"
+    rf"|\b(?:to|by)\s+(?!{NUMBER_WORD}\b)[a-z])"
+    rf"|(?P<word>[ap]\.m\b|[{LATIN}]+(?:['’-][{LATIN}]+)*)"
+    rf"|(?P<mark>[{PICTURES}]"
+    r"|[\s,;:.()\[\]{}*_$€£\"'`“”‘’…—&~]|/(?=[a-z])|(?<=[a-z])\^\{?[23]\}?"
+    r"|\\(?:[%$()\[\],;:! \\]|n\b|q?quad\b))"
+    r"|(?P<other>.)"
+)
+# What may stand between a number and what is before it.
+LEADS_TO = "approx|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow"
+OPENING = re.compile(
+    rf"(?:[{PICTURES}]|[\s*_$€£(\[{{\"'`“‘&~]|\\[$(\[,;:! ]|\\(?:q?quad|left|displaystyle)\b)*\Z"
+)
+PRECEDES = re.compile(
+    rf"(?:[=≈≡→⇒∴]|[-=>]>|\.\.+|…|[{LATIN})]:|\\(?:{LEADS_TO})"
+    rf"|(?:[{LATIN}][%°)”’\"',;.!?*_$]*|\d[\d,]*[%°)”’\"'$]*[,;.]|^\$*[,;.]*|\\\\)(?P<spaced>))\Z"
+)
+ITEM = re.compile(r"(?:^|\n)[ >]*(?:[-+*•]|#+|\d+[.)])\Z")  # "- 18", "3. 18"
+# What before a number makes it another one: words, a single letter, a command of LaTeX ...
+NOT_THIS = re.compile(
+    r"(?:\b(?:not|isn't|negative|minus|plus|times|over|half|twice|double)"
+    r"|\b(?:less|more|fewer|greater)\s+than|\b(?:divided|multiplied)\s+by|(?<!['’])\b[^\W\d_a])(?:\s+of)?\Z"
+    rf"|\\(?!{LEADS_TO})[A-Za-z]+\Z",
+    re.IGNORECASE,
+)
+# ... or one of several: an alternative, the end of a range, the last of a pair.
+ONE_OF = re.compile(
+    r"(?:(?<!,)\s(?:or|nor|vs|versus)|between\s.*and|\d\s+(?:to|a)|[(\[][^()\[\]]*,)\Z", re.IGNORECASE
+)
+
+
 # As DeepSeek-R1 and Qwen3, Magistral, Kimi, and Sky-T1 spell it.
 THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|<reasoning>|\[THINK\]|◁think▷|<\|begin_of_thought\|>")
 THOUGHTS_END = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>")
-# What before a number makes it another one, or one of several.
-NOT_THIS = re.compile(
-    r"[^\W\d_]\Z|[√≠≤≥±]\s*\Z"
-    # digits before it: thousands or decimals in another spelling, a date, an operation, a pair
-    r"|\d(?:[.,:'’ ]| *(?:[-+*/×÷^x]|\*\*|\\times|\\cdot|\\div) *\\?\$?\(?)\Z"
-    r"|[)}][-+*/×÷^]\Z|[(\[][^()\[\]]*,\s*\Z|[\^_]\{?\Z"
-    r"|\\(?:sqrt|[dt]?frac)(?:\{[^{}]*\})?\{?\Z"
-    # a minus before a bracket, or after "=" and "is"
-    r"|-\s*(?:[({]|\\[,({]|\\text\{)+\s*\Z|(?:=|\bis)\s*-\s+\Z"
-    r"|(?:\b(?:not|isn't|negative|minus|half|twice|double|between\s.*and|(?:less|more|fewer|greater)\s+than)"
-    r"|(?<!,)\s(?:or|nor|vs|versus)|\d\s+to)\s+(?:of\s+)?\\?\$?\Z",
-    re.IGNORECASE,
-)
 
 
 def claimed_number(text: str) -> str | None:
@@ -110,25 +105,26 @@ def without_thoughts(text):
     return THOUGHTS_BEGIN.split(THOUGHTS_END.split(text)[-1])[0]
 
 
+# "Step 1", "1. Cost: 3", "2nd week", "(1) Eggs", "2 adults:"
+HEADING = re.compile(r"[\s*_]*(?:\(?\d+(?:[.):]|st|nd|rd|th)\s+)?[^\W\d_]|.*:[\s*_]*\Z")
+
+
 def after_hashes(text):
-    """What follows the last "####" that is no heading (words, or "1. Words", with lines below); or None."""
+    """What follows the last "####" that is no heading (with lines below); or None."""
     found = None
     end = len(text.rstrip())
     for match in re.finditer(r"####((?:(?!####)[^\n])*)", text):
-        heading = re.match(r"[\s*_]*(?:\d+(?:[.)]|st|nd|rd|th)\s+)?[A-Za-z]", match[1]) and match.end() < end
+        heading = match.end() < end and HEADING.match(match[1])
         found = found if heading else match[1]
     return found
 
 
 def after_boxed(text):
-    """What stands in the last box, or None; an empty one, or one that is cut off or of millions, says
-    nothing."""
-    boxes = boxes_of(text)
-    if not boxes:
-        return None
-    return (boxes[-1][0] or "").replace("\n", " ")
+    """What stands in the last box, or None; "" if that is empty, cut off or a part of a formula."""
+    return (last_boxes(text) or "").replace("\n", " ") if boxes_of(text) else None
 
 
+FILLERS = "therefore|thus|then|simply|just|equal to|exactly|only|about|approximately|a total of|US(?=\\$)"
 # A number and at most two words.
 ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2}")
 
@@ -149,7 +145,7 @@ def after_words(text):
                 found.append(match[1])
         found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{'|'.join(TWELVE)})\b", rest)]
         if found:
-            return re.sub(r"(?i)^\W*(?:therefore|thus|then|simply|just|equal to)\b,?", "", found[-1])
+            return re.sub(rf"(?i)^\W*(?:{FILLERS})\b,?", "", found[-1])
     return None
 
 
@@ -170,11 +166,10 @@ def claimed(rest):
 
 
 def whole_number(match):
-    """A match of NUMBER as plain digits or a fraction; None if what follows makes it another number."""
+    """A match of NUMBER as plain digits or a fraction; None if what is around it may make it another one."""
+    before = match.string[max(match.start() - 40, 0) : match.start()]
     rest = re.sub(r"\s{3,}", shorter, match.string[match.end() : match.end() + 300])
-    rest = re.sub(r"^(?:\\?%|°)", "", rest)
-    before = match.string[max(match.start() - 20, 0) : match.start()]
-    if OTHER_NUMBER.match(rest) or NOT_THIS.search(before) or is_touched(before, rest):
+    if not is_preceded_well(before) or not is_followed_well(rest):
         return None
     if match["digits"] and re.match(r"\d{4,},", match["digits"]) or match["sign"] and match["minus"]:
         return None
@@ -198,28 +193,52 @@ def whole_number(match):
     return sign + plain(value)
 
 
+def is_preceded_well(before, alone=True):
+    """Whether what is before a number leaves it as it is: a line's start, "=", ":", or a word and a space.
+
+    If it must stand `alone`, no alternative may be before it.
+    """
+    before = without_text(before)
+    opening = OPENING.search(before)
+    rest = before[: opening.start()]
+    if not rest or "\n" in opening[0] or opening[0][:1].isspace() and ITEM.search(rest):
+        return True
+    found = PRECEDES.search(rest)
+    if not found or NOT_THIS.search(rest) or alone and ONE_OF.search(rest):
+        return False
+    return found["spaced"] is None or opening[0] != ""
+
+
+def is_followed_well(rest):
+    """Whether what follows a number leaves it as it is: words for what is counted, up to a clause's end."""
+    rest = without_text(rest)
+    touches = TOUCHES.match(rest)
+    if not touches or CORRECTION.match(rest):
+        return False
+    words = []
+    for token in FOLLOWS.finditer(rest, touches.end()):
+        if token["end"]:
+            return True
+        if token["other"]:
+            return False
+        if token["word"]:
+            word = token["word"]
+            words.append(word)
+            if len(word) == 1 and word not in ("a", "L", *UNITS) and (word.islower() or len(words) == 1):
+                return False  # 5 x, 5 less than x, 5 M
+            if len(words) <= 3 and ANOTHER.match(word.lower()):
+                return False
+    return True
+
+
+def without_text(latex):
+    r"""Words in \text{...} as plain words."""
+    return re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)(?:\}|$)", r" \1 ", latex)
+
+
 def shorter(run):
     """A run of white space as two: the patterns above are slow on long ones."""
     return "\n\n" if "\n" in run[0] else "  "
-
-
-def is_touched(before, rest):
-    """Whether a sign that is not ASCII makes the number between two texts another one: √, ⅝, ‰, ⇒.
-
-    Letters, quotes and currency do not, nor does a dash or picture unless another number follows it.
-    """
-    rest = rest.lstrip(" ")
-    place, after = before[-1:], rest[:1]
-    if place > "\x7f":
-        kind = unicodedata.category(place)
-        if kind in ("Sm", "Sk", "Pd") or kind[0] in "NM" or kind == "Po" and before[-2:-1].isdigit():
-            return True
-    if after <= "\x7f":
-        return False
-    kind = unicodedata.category(after)
-    if kind in ("So", "Pd") or after in "。、…，；：！":
-        return re.match(r".\s*\d", rest) is not None
-    return kind in ("Sm", "Sk", "Po") or kind[0] in "NM"
 
 
 def plain(value):
@@ -240,36 +259,41 @@ def boxed(text: str) -> str | None:
     return boxes[-1][0] if boxes else None
 
 
+# Between the boxes of one list; "," and ";", "and" and "or" are its separators.
+LISTED = re.compile(r"(?P<sign>[,;]?)(?P<word>(?:and|\(?or)?)(?:[A-Za-z](?:_\{?\d\}?)?=)?")
+
+
 def last_boxes(text: str) -> str | None:
-    r"""The last \boxed, and those before it that it is listed with: "\boxed{1} and \boxed{2}" says 1, 2."""
+    r"""The last \boxed, and those before it that it is listed with: "\boxed{1} and \boxed{2}" says 1, 2.
+
+    "\boxed{1/2} or \boxed{0.5}" says the second of them, since both are the same.
+    """
     *others, last = boxes_of(text) or [(None, "")]
-    found = last[0]
+    found = [last[0]]
     for content, between in reversed(others):
-        between = re.sub(r"\\text\s*\{([^{}]*)\}|\\q?quad|\\[()\[\]]|[\s$]", r"\1", between).replace(" ", "")
-        if not content or not found or between not in (",", "and", ",and"):
+        between = re.sub(r"\\text\s*\{([^{}]*)\}|\\q?quad|\\[()\[\]]|[\s$*]", r"\1", between[:80])
+        listed = LISTED.fullmatch(between.replace(" ", ""))
+        if not content or not found[0] or not listed or not listed["sign"] + listed["word"]:
             break
-        found = f"{content}, {found}"
-    return found
+        if "or" not in listed["word"] or meaning(content[:MAX_CHARS]) != meaning(found[0][:MAX_CHARS]):
+            found.insert(0, content)
+    return ", ".join(found) if found[0] else None
 
 
-# What at a box makes its content a part of another value.
-PART_BEFORE = re.compile(
-    r"(?:[-+±−]|\\(?:times|cdot|pi|pm|[dt]?frac|sqrt(?:\[[^]]*\])?)|\b(?:not|isn't))"
-    r"(?: |\$|\\,|\\left|[({]|\{[^{}]*\})*\Z|(?:[\d./^_]|(?<!\*)\*|(?:^|[^\\A-Za-z])[A-Za-z])\Z"
+# What may follow a box; what is counted is outside its value, so "\\boxed{5} pairs" says 5.
+BOX_FOLLOWS = re.compile(
+    r"(?![!?])(?:\^\{?\\circ\}?|\\?%|°|[$\s)\]}*_\"'”’`|~]|\\(?:[)\],;:! \\%]|q?quad\b|right))*"
+    rf"(?:$|[{PICTURES}]|[,;.:…<](?!\d)|[=≈(&!?]|\\(?:text|mbox|mathrm|\(|\[|end\b|approx\b|equiv\b|p?mod(?![a-z]))|(?:\n|[-–—]\s)"
+    r"|(?!(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*"
+    rf"|is\s+(?:wrong|incorrect|not\s+(?:right|correct|the\s+(?:right|correct|answer)))|(?:to|or)\s+\$?\d)\b)(?:[{LATIN}]{{2,}}|[{LATIN}][’'&][{LATIN}]|a(?=\s)))",
+    re.IGNORECASE,
 )
-PART_AFTER = re.compile(
-    r"[$ ]*(?:[-+*/]\s*(?:[\d$({\\]|[A-Za-z]\b)|\s?[!?_]|:\s?\d|\^(?!\{?\\circ)"
-    r"|\\(?:times|cdot|div|sqrt|[dt]?frac|pi|pm)(?![a-z]))|[\d(]|[A-Za-z](?![A-Za-z])|\.\d"
-    r"|(?i:[$\s]*(?:\\text\w*\{)?\s*(?:dozen|hundred|thousand|[a-z]*illion)s?\b"
-    r"|\s*is\s+(?:wrong|incorrect)\b)"
-)
-BULLET = re.compile(r"(?:^|\n)\s*(?:[-+*]|\d+[.)])\s+\$*$")
 
 
 def boxes_of(text, parts=False):
     r"""[(content or None, the text up to the next box)] of every \boxed and \fbox, braces balanced.
 
-    None, too, where what touches the box makes it a part of another value: -\boxed{5}, \boxed{5}x,
+    None, too, where what is around the box makes it a part of another value: -\boxed{5}, \boxed{5}x,
     \frac{\boxed{5}}{6}, \boxed{5} million. With `parts` such a content counts, too.
     """
     found = []
@@ -278,8 +302,9 @@ def boxes_of(text, parts=False):
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
-        near = BULLET.sub("", before[-60:])
-        is_part = not parts and (PART_BEFORE.search(near) or PART_AFTER.match(between[:80]))
+        is_part = not parts and not (
+            is_preceded_well(before[-60:], False) and BOX_FOLLOWS.match(between[:80])
+        )
         found.append((None if is_part else content or None, between))
         before = between
     return found

@@ -8,10 +8,10 @@ import torch
 from data import Example, sequence_length
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
 from support.files import at_line, require
-from support.graders import MAX_CHARS, extract_answer, grade
+from support.graders import extract_answer, grade
 from support.judge import compare, text_of
 from support.loading import holds_reward_model, load_judge, load_ranker, load_tokenizer, log_to, read_rows
-from support.meanings import meaning
+from support.meanings import MAX_CHARS, meaning
 
 # -------------------------------------------------------------------------------- one of several
 

@@ -31,9 +31,9 @@ from parallel import Grid, all_sum
 from qrm import credit_counts, response_scores
 from reinforce import standardize
 from support.files import at_line, write_atomically
-from support.graders import MAX_CHARS, extract_answer, grade
+from support.graders import extract_answer, grade
 from support.loading import load, load_ranker, load_reward, load_tokenizer, log_to, read_rows, reward_name
-from support.meanings import meaning
+from support.meanings import MAX_CHARS, meaning
 from support.rewards import answer_text
 from support.sampling import generate
 from support.settings import out_path

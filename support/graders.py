@@ -13,12 +13,10 @@ from support.claims import (
     without_thoughts,
 )
 from support.files import BadInput
-from support.meanings import same_meaning
+from support.meanings import MAX_CHARS, same_meaning
 
 TASKS = ("gsm8k", "math", "arith")
 GRADERS = ("ours", "strict", "authors", "math_verify")
-# No answer is longer; bounds every integer and every pattern that is not linear, whatever a model writes.
-MAX_CHARS = 500
 
 
 def gsm8k_label(answer: str) -> str:
@@ -58,10 +56,11 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
                    number. A number is claimed whole or not at all (claims.py), and a marker without one
                    claims nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
-    What a reasoning model thinks (claims.THOUGHTS_BEGIN) is not read. Known misses: without a marker, a
-    closing remark with another number ("... in 2 days"); number words; "2 million"; "5 pairs", which may mean
-    10; "The answer is 5!", which may be a factorial. Known hits that a reader might dispute: a correction on
-    a later line is not read; "5 twins" claims 5, and "3 in 4" claims 3.
+    What a reasoning model thinks (claims.THOUGHTS_BEGIN) is not read. What stands around a number must be
+    known to leave it as it is: words of Latin letters, marks, units. Known misses: without a marker, a
+    closing remark with another number ("... in 2 days"); number words; "2 million", "3 dozen", and "5 pairs",
+    which may mean 10; "5 (3 + 2)"; "5!", which may be a factorial; other scripts. Known hits that a reader
+    might dispute: a correction on a later line is not read; "5 twins" claims 5, and "3 in 4" claims 3.
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from support.expressions import ARITHMETIC, CLOSING, OPENING, TIMES, tokens_of, value_of
 
+# No answer is longer; bounds every integer and every pattern that is not linear, whatever a model writes.
+MAX_CHARS = 500
 # Words that a number may be followed by without being another number. Plurals in s are added.
 UNITS = {
     word: names.split()[0]

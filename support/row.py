@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from support.claims import NUMBER_WORD, after_hashes, last_boxes, without_thoughts
 from support.files import BadInput, require
-from support.graders import MAX_CHARS, gsm8k_label, same_answer
-from support.meanings import is_value
+from support.graders import gsm8k_label, same_answer
+from support.meanings import MAX_CHARS, is_value
 from support.tokenizers import ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row

@@ -31,7 +31,7 @@ real = pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
     "text, answer",
     [
         ("2 + 7 = 9 ; 9 - 4 = 5 ; #### 5", "5"),
-        ("#### 4\nwait\n#### 5 and then 6", "5"),
+        ("#### 4\nwait\n#### 5\nand then 6", "5"),
         ("####-5", "-5"),
         ("#### $1,234.50.", "1234.50"),
         ("#### Step 1: add\n2 + 3 = 5", "5"),  # a markdown heading is no claim
@@ -66,7 +66,7 @@ def test_the_claimed_number(text, answer):
     "text, answer",
     [
         (r"so $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
-        (r"\boxed{1} or \boxed{2}", "2"),
+        (r"\boxed{1} so \boxed{2}", "2"),
         (r"\fbox{ 3 }", "3"),
         (r"$\boxed 5$ apples", "5"),
         (r"\boxed{\{1,2\}}", r"\{1,2\}"),
@@ -764,11 +764,49 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     (r"\boxed{5}!", None),
     ("#### 5 pairs", None),
     (r"\boxed{5} pairs", "5"),  # the box says where the value ends
+    (r"\boxed{2} or \boxed{3}", None),
+    (r"$x=\boxed{2}$ and $y=\boxed{3}$", None),
     ("#### 5 couples of shoes", None),
     ("#### 5 feet 6 inches", None),
     ("#### 5 dollars, 6 cents", None),
     ("#### 5 in 6 days", "5"),
+    # only what is known to leave a number as it is may stand around it
+    ("#### 5 and then 6", None),
+    ("#### 18, maybe 20", None),
+    ("#### 18 +/- 2", None),
+    ("#### 18 with a remainder of 2", None),
+    ("#### 18 per person, so 36", None),
+    ("#### 18 because 9 + 9 = 18", "18"),
+    ("#### 5 less than x", None),
+    ("#### 5 A.M.", None),
+    ("#### 5 \N{CYRILLIC SMALL LETTER TE}\N{CYRILLIC SMALL LETTER YERU}\N{CYRILLIC SMALL LETTER ES}", None),
+    ("so the answers are 3 times 5", None),
+    ("so it is x 5", None),
+    ("Box B costs $2 more than Box A.", "2"),
+    ("She got 762 M&M's.", None),
+    ("so 762 gold M&M's", "762"),
+    ("= $<<2*3=6>>6", "6"),
+    ("it was -10 \N{DEGREE SIGN}F.", "-10"),
+    ("#### 5</s>", "5"),
+    ("The answer is about 48.", "48"),
+    ("The answer is a total of 18 eggs.", "18"),
+    # headings with lines below
+    ("#### 1: Eggs\nso\nThe answer is 18.", "18"),
+    ("#### 2 adults:\n2*9\n\\boxed{18}", "18"),
+    ("#### (1) Eggs\nso\n\\boxed{18}", "18"),
+    ("#### 18 eggs\nThat is all.", "18"),
 ]
+
+
+def test_no_character_between_two_numbers_makes_one_of_them_the_answer():
+    characters = [
+        chr(code) for code in [*range(0x20, 0x3100), *range(0xFE00, 0x10000), *range(0x1F300, 0x1FB00)]
+    ]
+    relations = set("=→⇒∴≈≡…")
+    for text in ("#### 5{}6", "#### 5 {} 6", "so 5{}6", "so 5 {} 6"):
+        claims = {between: extract_answer(text.format(between), "gsm8k") for between in characters}
+        found = {between for between, claim in claims.items() if claim in ("5", "6")}
+        assert found == (relations if text.startswith("so") else {"="})  # "5=6" is a chain
 
 
 @pytest.mark.parametrize("text, answer", CLAIMS)
@@ -782,7 +820,25 @@ def test_a_number_is_claimed_whole_or_not_at_all(text, answer):
         (r"$\boxed{1}$, $\boxed{2}$ and $\boxed{3}$.", "1, 2, 3"),
         (r"\boxed{(2,2)} \quad \text{and} \quad \boxed{(6,2)}", "(2,2), (6,2)"),
         (r"\boxed{1}. Wait: \boxed{2}", "2"),
-        (r"\boxed{1} or \boxed{2}", "2"),
+        (r"\boxed{1} or \boxed{2}", "1, 2"),
+        (r"Either $x = \boxed{1}$ or $x = \boxed{2}$", "1, 2"),
+        (r"\boxed{1}; \boxed{2}", "1, 2"),
+        (r"$\boxed{\frac{1}{2}}$, or $\boxed{0.5}$.", "0.5"),
+        (r"\boxed{1} and \boxed{1}", "1, 1"),
+        (r"\boxed{5} or 6", None),
+        (r"\boxed{5} to 6", None),
+        (r"\boxed{5}\cup [6,7]", None),
+        (r"2(\boxed{5})", None),
+        (r"it is not $\boxed{5}$", None),
+        (r"f(\boxed{5})", None),
+        (r"$\boxed{\frac{80}{3}}a^4b^2$", None),
+        (r"$x \ge \boxed{4}$", "4"),
+        (r"$\equiv \boxed{4} \pmod7$", "4"),
+        (r"\boxed{18} &= x", "18"),
+        (r"there are $\boxed{18}$ quarters in the pile", "18"),
+        (r"(1, 2), $\boxed{6}$ of the first 100", "6"),
+        (r"the point $\boxed{(9,11)}$ is not on the line", "(9,11)"),
+        ("$\\boxed{5}$** \N{WHITE HEAVY CHECK MARK}", "5"),
         (r"\boxed{1} and \boxed{2", None),
         (r"$x = -\boxed{5}$", None),
         (r"\boxed{5}/2", None),
@@ -960,9 +1016,10 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 14 rejected answers right; of the 9 chosen ones
-    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), 4 are right but close with a remark ("8
-    sheets (or 1/8 of ...)", "(1500 - 80)"), and 2 are right in pairs ("6 pairs of shoes")."""
+    """The authors sorted 787 pairs by their rule. Ours finds 13 rejected answers right; of the 16 chosen ones
+    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), 9 have their last number in a closing remark
+    or formula ("8 sheets (or 1/8 of ...)", "(1500 - 80)", "on Day X - 10"), and 4 are counted in pairs or
+    dozens."""
     labels = {row["question"].strip(): gsm8k_label(row["answer"]) for row in rows("test.jsonl")}
     pairs = rows("pairs_test.jsonl")
     count = {
@@ -976,8 +1033,8 @@ def test_the_authors_test_pairs():
     assert count == {
         ("chosen", "authors"): 787,
         ("rejected", "authors"): 0,
-        ("chosen", "ours"): 778,
-        ("rejected", "ours"): 14,
+        ("chosen", "ours"): 771,
+        ("rejected", "ours"): 13,
     }
 
 
