@@ -43,9 +43,9 @@ results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/pictures.py
 	$(VENV) classroom/study.py --minutes 240 --out runs/study
 
-ORM = --reward orm --lam 1
-GRADED = --reward outcome --lam 1
-GRPO = --reward outcome --advantage grpo --group_size 8
+ORM = --reward orm --lam 1 --kl_coef 0.2
+GRADED = --reward outcome --lam 1 --kl_coef 0.2
+GRPO = --reward outcome --advantage grpo --group_size 8 --kl_coef 0.2
 
 # The demo of one seed, and its baselines: PPO on an outcome reward model of the same pairs, and on grades.
 runs/seed%/done: R = runs/seed$*

@@ -54,6 +54,7 @@ REWARDS = {
 }
 ALGORITHMS = {"ppo": "PPO", "reinforce": "REINFORCE"}
 GRADED = ("oracle", "outcome")  # need no reward model
+KL_COEF = 0.2  # of every arm
 VALIDATION = 1000  # seed of the held-out prompts that select learning rates; the curves use those of seed 0
 
 # "long" has more verbs to unlearn, more of them per problem, and longer answers: the outcome says less about
@@ -141,7 +142,8 @@ def call(stage, **flags):
     """
     argv = ["--stage", stage]
     log = io.StringIO()
-    for name, value in {**settings.ARITH.get(stage, {}), "device": "cpu", **flags}.items():
+    usual = settings.ARITH.get(stage, {}) | ({"kl_coef": KL_COEF} if stage in ALGORITHMS else {})
+    for name, value in {**usual, "device": "cpu", **flags}.items():
         argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         status = train.main(argv)
@@ -551,7 +553,7 @@ def rl_table(study, title, base, parts):
     text = (
         f"Greedy pass@1 on {study.plan.flags['ppo']['limit']} held-out prompts. "
         f"{tuning(study.plan.rl_lrs['ppo'], 'final pass@1 on other held-out prompts')} Not tuned: KL k1 with "
-        f"coefficient {settings.ARITH['ppo']['kl_coef']} (where rewards are summed over time, as for outcome "
+        f"coefficient {KL_COEF} (where rewards are summed over time, as for outcome "
         f"and steps, so is the KL), epochs, clip, minibatch; gamma 1 and lambda {settings.Config().lam} for "
         "PPO on outcome and steps (token rewards have neither). The critic starts from the reward model, or "
         "from the policy where there is none of its kind. Final KL is that of the last rollout, before its "
@@ -618,7 +620,7 @@ def disputed_table(study, curves, arms):
                 add(algorithm, label, curves[label], spread(change) if change else "")
     text = (
         "Each row changes the named setting of part 2 (mean and std, baseline weight 1, stop token as it "
-        f"is, KL k1 at {settings.ARITH['ppo']['kl_coef']}) and keeps its learning rate, tuned for the "
+        f"is, KL k1 at {KL_COEF}) and keeps its learning rate, tuned for the "
         "unchanged row only. Change: final pass@1 against the unchanged row, seed by seed. The rows with "
         "one epoch lie between PPO and REINFORCE. 'Sequence mean on every token' is GRPO with the same "
         "model: the answer's mean score, compared within 8 answers to a prompt, 32 prompts per rollout. Z "
