@@ -752,7 +752,8 @@ def draw_curves(out, run, **flags):
         directory = Path(out) / name.replace(" ", "-")
         if not directory.exists():
             with mock.patch.object(qrm, "response_scores", scores):
-                call("ppo", run=run, out=directory, **flags, **changed)
+                usual = {"kl_coef": settings.ARITH["ppo"]["kl_coef"]}
+                call("ppo", run=run, out=directory, **usual | flags | changed)
         for axis, key in zip(axes.flat, METRICS):
             rows = [row for row in read_lines(directory / "metrics.jsonl") if key in row]
             axis.plot([row["trajectories"] for row in rows], [row[key] for row in rows], label=name, **style)

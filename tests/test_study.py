@@ -74,10 +74,10 @@ def test_curves_are_runs_with_the_mistake_in_them(tmp_path):
     }
     rows = {name: row for name, (row, _) in found.items()}
     assert {name: (row["lr"], config["kl_coef"]) for name, (row, config) in found.items()} == {
-        "healthy": (1e-4, 0.2),
-        "learning-rate-x-10": (1e-3, 0.2),
+        "healthy": (1e-4, 0.5),
+        "learning-rate-x-10": (1e-3, 0.5),
         "no-KL-penalty": (1e-4, 0.0),
-        "rewards-one-token-late": (1e-4, 0.2),
+        "rewards-one-token-late": (1e-4, 0.5),
     }
     assert (
         rows["healthy"]["reward"]
