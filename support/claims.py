@@ -78,7 +78,7 @@ def after_words(text):
     A number must be there, in digits or words. An "Answer:" with more than a number behind it and lines below
     opens a solution and marks nothing.
     """
-    for words in (r"\banswer(?: is|:)", "^A:"):
+    for words in (r"(?<!wrong )\banswer(?: is|:)", "^A:"):
         if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
             return None
         found = []
@@ -98,11 +98,12 @@ def claimed(rest):
     Of "5 + 5 = 10" it is the last one, and "x = 5" is 5.
     """
     rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest)
-    rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", rest)
+    rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", re.sub(r"\\(?:left|right)(?![a-z])", "", rest))
     rest = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", rest)
     rest = after_boxed(rest) if after_boxed(rest) is not None else rest
     rest = re.sub(r"""^(?:[\s:=*_$({`"']|\\[(\[!,])+""", "", rest).split("\n")[0]
-    while chain := re.match(r"(?:[A-Za-z]\s*|[^=A-Za-z!<>~≈≠≤≥]*)=\s*(?=[^\s=])", rest):
+    rest = re.sub(r"^-\s+(?=[\d.$])", "-", rest)
+    while chain := re.match(r"(?:[A-Za-z]\s*|(?:[^=A-Za-z!<>~≈≠≤≥\\]|\\[dt]?frac)*)=\s*(?=[^\s=])", rest):
         rest = rest[chain.end() :]
     number = NUMBER.match(re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ ")))
     return whole_number(number) if number else None

@@ -15,66 +15,20 @@ ILLION = "[a-z]*illion[a-z]*"
 NUMBER_WORD = (
     rf"(?:{NUMBERS.replace(' ', '|')}|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|{ILLION})"
 )
-PART = "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand)ths"
+PART = "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand)ths?"
 # Words that make the number before them another one.
-SCALES = [
-    "doz",
-    "dozen",
-    "dozens",
-    "gross",
-    "pair",
-    "pairs",
-    "couple",
-    "couples",
-    "tens",
-    "hundred",
-    "hundreds",
-    "thousand",
-    "thousands",
-    "lakh",
-    "lakhs",
-    "crore",
-    "crores",
-    "mil",
-    "mille",
-    "millones",
-    "tausend",
-    "bn",
-    "mn",
-    "half",
-    "halves",
-    "third",
-    "thirds",
-    "quarter",
-    "quarters",
-    "squared",
-    "cubed",
-    "factorial",
-    "point",
-    "plus",
-    "minus",
-    "divided",
-    "multiplied",
-    "or",
-    "xor",
-    "nor",
-    "vs",
-    "versus",
-    "negative",
-    "below",
-    "base",
-    "remainder",
-    "mod",
-    "modulo",
-    "am",
-    "pm",
-    "a.m",
-    "p.m",
-]
-ANOTHER = re.compile(rf"(?:{'|'.join(map(re.escape, SCALES))}|{PART}|{NUMBER_WORD})(?:-|$)")
+SCALES = (
+    "doz dozen dozens gross score pair pairs couple couples tens hundred hundreds thousand thousands lakh"
+    " lakhs crore crores mil mille millones tausend kilo bn mn half halves third thirds quarter"
+    " quarters squared cubed doubled tripled halved twice thrice raised reduced increased decreased factorial"
+    " point plus minus divided multiplied or xor nor vs versus negative below under base binary octal"
+    " hexadecimal remainder mod modulo am pm million millions billion billions power zero"
+).replace(" ", "|")
+ANOTHER = re.compile(rf"(?:{SCALES}|{PART}|[ap]\.m|{NUMBER_WORD})(?:-|$)")
 CORRECTION = re.compile(
-    r"[^\n]*\b(?:(?:wait|actually|sorry|correction|or\s+rather|but|i\s+meant?|hmm|oops"
-    r"|(?:scratch|make)\s+that|wrong|incorrect|is\s+not|isn't)\b|no\s*(?:[,.;:]|\$?\d))",
+    r"[^\n]*\b(?:(?:wait|actually|sorry|correction|or\s+rather|but|i\s+meant?|hmm|oops|false|mistake|cannot"
+    r"|(?:scratch|make)\s+that|wrong|incorrect|(?:is|does|was)(?:\s+not|n['’]t)"
+    r"|not\s+(?:the\s+)?(?:answer|right|correct))\b|no\s*(?:[,.;:]|\$?\d))",
     re.IGNORECASE,
 )
 # What may touch a number: percent, degrees, an ordinal's ending, a unit; no other letter, no operator.
@@ -86,8 +40,8 @@ TOUCHES = re.compile(
 # What follows a number, piece by piece, up to the end of the sentence, or a clause that leaves it as it is.
 FOLLOWS = re.compile(
     r"(?P<end>\n|<[|/]|(?<!\s)[.!?](?=[\s*_$)\\\"'”’]*(?:\s|$))"
-    r"|\b(?:in|for|after|from|because|since|where|when|which|not)\b(?!\s+(?:every|base)\b)"
-    rf"|\b(?:to|by)\s+(?!{NUMBER_WORD}\b)[a-z])"
+    rf"|\b(?:in|for|after|from|because|since|not|(?:when|where|to|by)(?=\s+(?!the\b|{NUMBER_WORD}\b)[a-z]))\b"
+    rf"(?!\s+(?:every|{SCALES})\b))"
     rf"|(?P<word>[ap]\.m\b|[{LATIN}]+(?:['’-][{LATIN}]+)*)"
     rf"|(?P<mark>[{PICTURES}]"
     r"|[\s,;:.()\[\]{}*_$€£\"'`“”‘’…—&~]|/(?=[a-z])|(?<=[a-z])\^\{?[23]\}?"
@@ -100,32 +54,41 @@ OPENING = re.compile(
 )
 LEADS_TO = r"\\(?:approx|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow)"
 PRECEDES = re.compile(
-    rf"(?:[=≈≡→⇒∴]|[-=>]>|\.\.+|…|[{LATIN})]:|{LEADS_TO}"
+    rf"(?:(?<![<>/])(?<![A-Za-z\s]!)(?<!\\not)=|[≈≡→⇒∴]|[-=>]>|\.\.+|…|[{LATIN})][*_$]*:|<\w+>|\\end\{{\w+\*?\}}|{LEADS_TO}"
     rf"|(?P<spaced>[{LATIN}][%°)”’\"',;.!?*_$]*|\d[\d,]*[%°)”’\"'$]*[,;.]|^\$*[,;.]*|\\\\))\Z"
 )
-ITEM = re.compile(r"(?:^|\n)[ >]*(?:[-+*•]|#+|\d+[.)])\Z")  # "- 18", "3. 18"
+ITEM = re.compile(r"(?:^|\n)[ >]*(?:[-+*•>]|#+|\d+[.)])\Z")  # "- 18", "3. 18"
 # What before a number makes it another one: words, a single letter, a command of LaTeX ...
 NOT_THIS = re.compile(
-    r"(?:\b(?:not|isn't|negative|minus|plus|times|over|half|twice|double)"
-    r"|\b(?:less|more|fewer|greater)\s+than|\b(?:divided|multiplied)\s+by|(?<!['’])\b[^\W\d_a])(?:\s+of)?\Z"
-    rf"|(?!{LEADS_TO})\\[A-Za-z]+\Z",
+    r"(?:\b(?:not|never|neither|no\s+longer|cannot\s+be|but|except|\w+n['’]t|\w+n['’]t\s+(?:be|equal)|negative|minus"
+    r"|plus|times|over|half|twice|thrice|double|triple|than|(?:different|subtracted|taken)\s+from|(?:added|raised)\s+to|choose|log"
+    r"|(?:divided|multiplied)\s+by)|(?<!['’])\b[^\W\d_a])\Z"
+    rf"|(?!{LEADS_TO})\\[A-Za-z]+\Z|[(\[][^()\[\]A-Za-z]*,\Z",  # a pair
     re.IGNORECASE,
 )
-# ... or one of several: an alternative, the end of a range, the last of a pair.
-ONE_OF = re.compile(
-    r"(?:(?<!,)\s(?:or|nor|vs|versus)|between\s.*and|\d\s+(?:to|a)|[(\[][^()\[\]]*,)\Z", re.IGNORECASE
+# ... or part of another one, or one of several: a share, a power, an alternative, the end of a range.
+NOT_ALONE = re.compile(
+    rf"(?:[\d%]|\b(?:half|halves|thirds?|quarters?|{PART}?|root|square|cube|power|factorial|sum|product|quotient))"
+    r"\s+of\Z"
+    rf"|(?:\b{NUMBER_WORD}|hundred|thousand)(?:\s+(?:to|a|and))?\Z|\d\s+(?:to|a|and)\Z"
+    r"|(?<!,\s)\b(?:or|nor|vs|versus)\Z|between\s.*and\Z|\d\s?[a-z]+(?:,?\s+and)?\Z",
+    re.IGNORECASE,
 )
 # What follows a box: marks; then words, a relation, or a sentence's end. What is counted is outside the box's
 # value: "\boxed{5} pairs" says 5.
-BOX_MARKS = r"(?:\^\{?\\circ\}?|\\?%|°|[$\s)\]}*_\"'”’`|~]|\\(?:[)\],;:! \\%]|q?quad\b|right))*"
+BOX_MARKS = (
+    r"(?:\^\{?\\circ\}?|\\?%|°|[$€\s)\]}*_\"'”’`|~]"
+    r"|\\(?:[)\],;:! \\%]|(?:q?quad|right|checkmark|blacksquare|square)(?![a-z])))*"
+)
 NO_WORD = (
-    rf"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|{ILLION}|(?:to|or)\s+\$?\d"
-    r"|is\s+(?:wrong|incorrect|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
+    rf"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|{ILLION}|squared|cubed|plus|minus|(?:to|or)\s+\$?\d|sqrt|pi"
+    r"|(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
 )
 BOX_FOLLOWS = re.compile(
-    rf"(?![!?(]){BOX_MARKS}(?:$|\n|[{PICTURES}]|[,;.:…<](?!\d)|[=≈&!?]|(?<=[\s$])\(|[-–—]\s"
+    rf"(?![!?(]){BOX_MARKS}(?:$|\n|[{PICTURES}。]|[,;.:…<](?!\s?\d)|[=≈&!?]|(?<=[\s$])\(|[-–—]\s"
     rf"|\\(?:\(|\[|end\b|approx\b|equiv\b|p?mod(?![a-z])|(?:text\w*|mbox|mathrm)\s*\{{(?!\s*{NO_WORD}))"
-    rf"|(?!{NO_WORD})(?:[{LATIN}]{{2,}}|[{LATIN}][’'&][{LATIN}]|a(?=\s)))",
+    rf"|(?!{NO_WORD})(?:(?<=[\s$*\"'])[{LATIN}]{{2,}}|[{LATIN}][’'&][{LATIN}]|a(?=\s)"
+    rf"|(?:{TOUCHING.replace(' ', '|')}|mod)(?![a-z])))",
     re.IGNORECASE,
 )
 
@@ -151,7 +114,7 @@ def is_preceded_well(before, alone=True):
     if not rest or "\n" in opening or opening[:1].isspace() and ITEM.search(rest):
         return True
     found = PRECEDES.search(rest)
-    if not found or NOT_THIS.search(rest) or alone and ONE_OF.search(rest):
+    if not found or NOT_THIS.search(rest) or alone and NOT_ALONE.search(rest):
         return False
     return found["spaced"] is None or opening != ""
 
@@ -173,7 +136,7 @@ def is_followed_well(after):
             words += 1
             if len(word) == 1 and word not in ("a", "L", *UNITS) and (word.islower() or words == 1):
                 return False  # 5 x, 5 less than x, 5 M
-            if words <= 3 and ANOTHER.match(word.lower()):
+            if words <= 4 and ANOTHER.match(word.lower()):
                 return False
     return True
 
