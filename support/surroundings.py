@@ -80,8 +80,8 @@ ITEM = re.compile(r"(?:^|\n)[ >]*(?:[-+*•>]|#+|\d+[.)])\Z")  # "- 18", "3. 18"
 # What before a number makes it another one ...
 NOT_THIS = re.compile(
     rf"""(?: \b(?: not | never | neither | no\s+longer | cannot\s+be | but | except | negative | minus | plus
-               | \w+n['’]t(?:\s+(?:be|equal))? | times | over | half | twice | thrice | double | triple | choose
-               | log | than | (?:different|subtracted|taken)\s+from | (?:added|raised)\s+to
+               | \w+n['’]t(?:\s+(?:be|equal))? | times | over | half | twice | thrice | double | triple
+               | choose | log | than | (?:different|subtracted|taken)\s+from | (?:added|raised)\s+to
                | (?:divided|multiplied)\s+by
              )
            | (?<!['’])\b[^\W\d_a]         # x 5
