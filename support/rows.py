@@ -246,7 +246,8 @@ def notes_on_ratings(rows, needs):
             )
     for key in VERDICTS if "response" in needs and "label" not in needs else ():
         values = [row["raw"].get(key) for row in rows]
-        bad = [value for value in map(as_word, values) if value in BAD & verdicts_among(values)]
+        bad_words = BAD & verdicts_among(values)
+        bad = [word for word in map(as_word, values) if word in bad_words]
         if bad:
             notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
     return notes + notes_on_prompts(rows)
