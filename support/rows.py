@@ -87,11 +87,12 @@ def refuse_repeated(rows):
     )
 
 
-HEADER_END = re.compile(r"[:\uff1a>\]][\s*]{0,3}\Z")
+# What may stand before a prompt in a rendered dialogue: "Human:", "[INST]", "<|user|>", a line "## Question".
+HEADER_END = re.compile(r"[:\uff1a>\]][\s*]{0,3}\Z|(?:\A|\n)#[^\n]*\n\s*\Z")
 
 
 def repeats(prompt, reply):
-    """Whether a text begins with its prompt, or has it after a header such as "Human:"."""
+    """Whether a text begins with its prompt, or has it after a header."""
     place = reply.find(prompt)
     headed = place > 0 and HEADER_END.search(reply[:place]) is not None
     return reply != prompt and (place == 0 or headed)

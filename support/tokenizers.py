@@ -409,7 +409,9 @@ class Tokenizer:
         # A pad_token or the like that no file adds is only missed where a text spells it; a word is common.
         named = [token_name(token) for key, token in config.items() if key.endswith("_token")]
         words = self.token_bytes.values()
-        tokens += [name for name in named if isinstance(name, str) and name.encode() in words]
+        tokens += [
+            name for name in named if isinstance(name, str) and name.encode("utf-8", "replace") in words
+        ]
         unknown = [token for token in tokens if not isinstance(token, str) or token not in self.specials]
         require(
             not unknown,

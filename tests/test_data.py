@@ -394,6 +394,8 @@ DIALOGUES = [
     "Q: PROMPT\nA: REPLY",
     "A talk.\n\n**Question:** PROMPT\n\n**Answer:** REPLY",
     "\u95ee\uff1aPROMPT\n\u7b54\uff1aREPLY",
+    "## Question\nPROMPT\n\n## Answer\nREPLY",
+    "GPT4 Correct User: PROMPT<|end_of_turn|>GPT4 Correct Assistant: REPLY",
     "PROMPT REPLY",
     "REPLY</s>",
     "REPLY<|im_end|>",
