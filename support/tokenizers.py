@@ -204,7 +204,7 @@ def first_special(spec, path):
         written = [step["special_tokens"][first]["ids"] for step in steps if "special_tokens" in step][0]
         own = [token["id"] for token in spec["added_tokens"] if token["content"] == first]
         require(
-            written == own,
+            written == own or not own,  # a token that is not there is refused where it is needed
             f"{path}: post_processor writes {first} as {written}, but it is {own}; expected one id",
         )
     return first
