@@ -97,7 +97,7 @@ def claimed(rest):
 
     Of "5 + 5 = 10" it is the last one, and "x = 5" is 5.
     """
-    rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest)
+    rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest[:2000])
     rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", re.sub(r"\\(?:left|right)(?![a-z])", "", rest))
     rest = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", rest)
     rest = after_boxed(rest) if after_boxed(rest) is not None else rest
@@ -114,13 +114,13 @@ def whole_number(match):
     start, end = match.span()
     if not is_whole(match.string[max(start - 40, 0) : start], match.string[end : end + 300]):
         return None
-    if match["digits"] and re.match(r"\d{4,},", match["digits"]) or match["sign"] and match["minus"]:
+    if match["digits"] and re.match(r"\d{4,},|0\d*,", match["digits"]) or match["sign"] and match["minus"]:
         return None
     sign = "-" if match["sign"] or match["minus"] else ""
     fraction = match["frac"] or (match["mixed"] or "").strip()
     power = match["exp"] or match["ten"] or match["power"]
-    if power and (fraction or match["over"]):
-        return None
+    if power and (fraction or match["over"] or len(match["digits"]) * max(abs(int(power)), 1) > 4000):
+        return None  # also where Python would refuse to print the value
     if fraction:
         braced = re.fullmatch(r"\\[dtc]?frac\s?(?:\{(\d+)\}|(\d))\s?(?:\{(\d+)\}|(\d))", fraction)
         top, bottom = [part for part in braced.groups() if part] if braced else fraction.split("/")
@@ -161,7 +161,7 @@ def last_boxes(text: str) -> str | None:
 
     "\boxed{1/2} or \boxed{0.5}" says the second of them, since both are the same.
     """
-    *others, last = boxes_of(text) or [(None, "")]
+    *others, last = boxes_of(text)[-20:] or [(None, "")]
     found = [last[0]]
     for content, between in reversed(others):
         between = re.sub(r"\\text\s*\{([^{}]*)\}|\\q?quad|\\[()\[\]]|[\s$*]", r"\1", between[:80])

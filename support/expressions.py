@@ -3,7 +3,7 @@ r"""The value of one LaTeX expression, exactly, at one point: equal values, equa
 
 A variable, and everything else without a value of its own (pi, sin(x), f(2)), is replaced by a large integer,
 a hash of its name. Expressions that are equal as polynomials have equal values there; any others differ, but
-for a chance of about 1e-18. Numbers are Fractions; an irrational root is a Decimal of 400 digits. Words, and
+for a chance of about 1e-18. Numbers are Fractions; an irrational root is a Decimal of 300 digits. Words, and
 commands that are not listed here, may do anything to what follows them: such a text is no expression.
 
     expression   [+-] term  (+|- term)*
@@ -18,10 +18,10 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import NamedTuple
 
-DIGITS = 400  # of an irrational number
-SAME_DIGITS = 360  # of these count in a comparison
-LARGEST = 300  # digits before the point, so that the rest of a sum is not lost beside it
-MAX_BITS = 20_000  # of a numerator or denominator
+DIGITS = 300  # of an irrational number
+SAME_DIGITS = 270  # of these count in a comparison
+LARGEST = 230  # digits before the point, so that the rest of a sum is not lost beside it
+MAX_BITS = 14_000  # of a numerator or denominator; Python prints no number of more than 4,300 digits
 MAX_POWER = 1_000
 SHORT_WORDS = ("cm", "mm", "km", "dm", "kg", "mg", "ft", "in", "yd", "mi", "lb", "oz", "hr", "ml", "or", "no")
 FUNCTIONS = (
@@ -87,7 +87,7 @@ SPELLINGS = [
 TEXT = r"\\(?:text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|operatorname)\s*\{([^{}]*)\}"
 TOKEN = re.compile(
     r"\\begin\{\w+\*?\}(?:\{[clr|]*\})?|\\end\{\w+\*?\}|\\\\|\\[a-zA-Z]+|\\."
-    r"|(?P<thousands>(?<!,)\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)"
+    r"|(?P<thousands>(?<!,)(?!0)\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?)"
     r"|(?P<number>(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?![\w.]))?)"
     r"|(?P<letters>[A-Za-z]+)|\S",
     re.DOTALL,
@@ -176,7 +176,7 @@ def as_decimal(value):
 
 def snapped(value):
     """A Decimal that is a short fraction as that fraction: the root of 4 is 2."""
-    if isinstance(value, Fraction):
+    if isinstance(value, Fraction) or abs(value.adjusted()) > LARGEST:
         return value
     near = Fraction(value).limit_denominator(10**6)
     close = near and abs(as_decimal(near) - value) <= abs(value).scaleb(-SAME_DIGITS)
@@ -229,7 +229,7 @@ def power(base, exponent):
         n = int(exponent)
         if abs(n) <= MAX_POWER:
             size = (
-                1
+                4 * abs(base.adjusted())
                 if isinstance(base, Decimal)
                 else max(base.numerator.bit_length(), base.denominator.bit_length())
             )
@@ -238,6 +238,8 @@ def power(base, exponent):
             return base**n
     if base <= 0:
         raise NoValue("power of a number that is not positive")
+    if exponent == Fraction(1, 2):
+        return snapped(as_decimal(base).sqrt())
     logarithm = as_decimal(base).ln() * as_decimal(exponent)
     if abs(logarithm) > MAX_POWER:
         return hashed("power", canonical(base), canonical(exponent))

@@ -89,7 +89,8 @@ def same_meaning(answer: str, label: str) -> bool:
     of one letter outside \text (5 m for 5), names in other capitals (BA for AB, NO for No), rounding, decimal
     commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion of units, \sqrt{4x} for
     2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2) for "x>1 and x<2".
-    Known hits: "x=1 and y=2" is "x=1 or y=2"; 0x is 0 and 1x is x.
+    Known hits: "x=1 and y=2" is "x=1 or y=2"; 0x is 0 and 1x is x; small letters are factors (iv is vi);
+    2 = 7 says 7.
     """
     ours, theirs = pieces_of(answer), pieces_of(label)
     if len(ours) == len(theirs):
@@ -97,7 +98,7 @@ def same_meaning(answer: str, label: str) -> bool:
             return True
         named, other = [piece.name for piece in ours], [piece.name for piece in theirs]
         if all(named) and all(other):
-            return same_named(ours, theirs)
+            return same_named(ours, theirs) and same_units(answer, ours, label, theirs)
         if in_order(named) and not any(other) or in_order(other) and not any(named):
             return [piece.value for piece in ours] == [piece.value for piece in theirs]
     if not same_units(answer, ours, label, theirs):
@@ -165,6 +166,8 @@ def pieces_of(answer: str) -> list:
         tokens.pop()  # a full stop; 0.3... goes on
     if tokens and tokens[0].text == "{" and tokens[-1].text == "}" and closes(tokens):
         tokens = tokens[1:-1]  # braces that only group
+    if any(token.text in ("\\ldots", "\\dots", "\\cdots") for token in tokens):
+        return [Piece(text_of(tokens))]  # a sequence, whose order counts
     parts, found = split(tokens, (",", ";", "and", "or"))
     if not all(parts) or "and" in found and "or" in found:
         return [Piece(text_of(tokens))]
@@ -376,8 +379,9 @@ def number_value(tokens):
         return text_of(tokens)
     if signs:
         two = [value_of(tokens, sign) for sign in (1, -1)]
-        if None not in two and two[0][1] != "numbers":
-            return ("pm", *(("number", *value) for value in two))
+        if None in two or two[0][1] == "numbers":
+            return text_of(tokens)
+        return ("pm", *(("number", *value) for value in two))
     read = value_of(tokens)
     if read is None or read[1] == "numbers":  # 10-15 is a range, 2*3 a size: not the same as 20-25, 3*2
         return text_of(tokens)

@@ -109,7 +109,7 @@ NOT_ALONE = re.compile(
 # What follows a box: marks; then words, a relation, or a sentence's end. What is counted is outside the box's
 # value: "\boxed{5} pairs" says 5.
 NO_COUNT = (
-    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|sqrt|pi"
+    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi|cannot|to\s+the\s"
     rf"|(?:to|or|and|through)\b\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
     r"|(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
 )

@@ -405,6 +405,11 @@ DIFFERENT = [
     (r"(5\text{ cm}, 6\text{ m})", r"(5\text{ m}, 6\text{ cm})"),
     (r"\pm 5\text{ cm}", r"5\text{ m},-5\text{ m}"),
     ('5"', "5 ft"),
+    (r"x=5\text{ cm}", r"x=5\text{ m}"),
+    # a decimal comma, a sequence, a root that has no value for one of the two signs
+    ("0,125", "125"),
+    (r"1,2,\ldots,10", r"10,2,\ldots,1"),
+    (r"\sqrt{\pm 4}", "2"),
     # and is not or
     ("x<1 and x>2", "x<1 or x>2"),
     (r"x<1 \text{ and } x>2", r"x<1 \text{ or } x>2"),
@@ -857,6 +862,8 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     ("half the 10", None),
     ("so **18** eggs", "18"),
     ("a total ($18)", "18"),
+    ("#### 0,500", None),
+    ("#### 99999^999", None),
     # headings with lines below
     ("#### 1: Eggs\nso\nThe answer is 18.", "18"),
     ("#### 2 adults:\n2*9\n\\boxed{18}", "18"),
@@ -1029,6 +1036,33 @@ PARTS = [
     "\N{ARABIC-INDIC DIGIT FIVE}",
     "\0",
 ]
+
+
+HEAVY = (
+    r"\frac{x^{300}+1}{2}",
+    r"\sin(x^{250})",
+    r"x^{300}, y^{300}",
+    r"((10^{300}\sqrt2)^{1000})^3",
+    r"(10^{300}\sqrt2)^{1000}+x",
+    r"((\sqrt2)^{1000})^{1000}",
+    r"x=\sqrt2y," * 45,
+    r"\sqrt2," * 70,
+    "9" * 480 + "^999",
+)
+
+
+def test_no_answer_is_too_heavy():
+    start = time.perf_counter()
+    for answer in HEAVY:
+        for task in TASKS:
+            grade(rf"\boxed{{{answer}}}", answer, task)
+            grade(f"#### {answer}", answer, task)
+        assert same_answer(answer, answer, "math")
+        same_answer(answer, answer + " ", "math")
+    grade(("\\boxed{" + r"\sqrt{2}+" * 50 + "1} or ") * 400, "1", "math")
+    grade("#### " + "5=" * 100_000, "5", "gsm8k")
+    grade("#### " + "5" * 5_000 + "^2", "5", "gsm8k")
+    assert time.perf_counter() - start < 20
 
 
 def test_noise_neither_raises_nor_hangs():
