@@ -5,11 +5,12 @@ from decimal import Decimal
 from fractions import Fraction
 
 from support.expressions import INVISIBLE
-from support.meanings import MAX_CHARS, UNITS, meaning
+from support.meanings import MAX_CHARS, meaning
+from support.surroundings import NUMBER_WORD, is_box_whole, is_whole
 
 # A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
-# number, a power. A minus after a digit, a word or a bracket is no sign: "5-3" is a difference, and NOT_THIS
-# refuses its 3. No part can fail late, so a search is linear.
+# number, a power. A minus after a digit, a word or a bracket is no sign: "5-3" is a difference, whose 3
+# is not whole. No part can fail late, so a search is linear.
 SIGN = r"(?P<sign>(?:(?<![\w)\]}%.])-)?)(?:\\?[$€£](?P<minus>-?))?"
 DIGITS = r"\d+(?:,\d{3}(?!\d))*(?:\.\d+)?|(?<![.\d])\.\d+"
 FRACTION = r"\\[dtc]?frac\s?(?:\{\d+\}|\d)\s?(?:\{\d+\}|\d)"
@@ -21,68 +22,10 @@ NUMBER = re.compile(
     rf"{SIGN}(?:{MIXED}|(?P<frac>{FRACTION})|(?P<digits>{DIGITS})(?P<over>/\d+)?)"
     rf"(?:{SCIENTIFIC}|{TIMES_TEN_TO}|{TO_THE_POWER})?"
 )
-TWELVE = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
-WORDS = {word: str(number) for number, word in enumerate(TWELVE, 1)}
 DASHES = (
     "[\N{HYPHEN}\N{NON-BREAKING HYPHEN}\N{FIGURE DASH}\N{EN DASH}\N{MINUS SIGN}\N{SMALL HYPHEN-MINUS}"
     "\N{FULLWIDTH HYPHEN-MINUS}]"
 )
-# What stands around a number must be known to leave it as it is, or the number is not claimed.
-LATIN = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"
-PICTURES = "✓✔✅\ufe0f\U0001f300-\U0001faff"
-NUMBER_WORD = rf"(?:{'|'.join(TWELVE)}|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)"
-PARTS = "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand)ths"
-SCALES = (
-    "doz|dozens?|gross|pairs?|couples?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*"
-    "|mil|mille|millones|tausend|half|halves|thirds?|quarters?|squared|cubed|factorial|point|plus|minus"
-    "|bn|mn|tens|divided|multiplied|x?or|nor|vs|versus|negative|below|base|remainder|mod|modulo|[ap]\\.?m"
-)
-# Words among the next three that make a number another one, alone or before a hyphen.
-ANOTHER = re.compile(rf"(?:{SCALES}|{PARTS}|{NUMBER_WORD})(?:-|$)")
-CORRECTION = re.compile(
-    r"[^\n]*\b(?:(?:wait|actually|sorry|correction|or\s+rather|but|i\s+meant?|hmm|oops"
-    r"|(?:scratch|make)\s+that|wrong|incorrect|is\s+not|isn't)\b|no\s*(?:[,.;:]|\$?\d))",
-    re.IGNORECASE,
-)
-# What may touch a number: percent, degrees, an ordinal's ending, a unit; no other letter, no operator.
-TOUCHES = re.compile(
-    r"(?:\s?\\?%|\s?°[CF]?|\^\{?\\circ\}?|(?:st|nd|rd|th|cm|mm|km|m|kg|mg|g|ft|in|mph|lbs?|oz|ml|L|hrs?|mins?)\b)?"
-    rf"(?:\s\({NUMBER_WORD}\))?(?![^\W_]|\s?[!?]|[-+^]|\*\*\d|/(?![a-z]))"
-)
-FOLLOWS = re.compile(
-    # the sentence ends, or a clause begins that does not change the value
-    r"(?P<end>\n|<[|/]|(?<!\s)[.!?](?=[\s*_$)\\\"'”’]*(?:\s|$))"
-    r"|\b(?:in|for|after|from|because|since|where|when|which|not)\b(?!\s+(?:every|base)\b)"
-    rf"|\b(?:to|by)\s+(?!{NUMBER_WORD}\b)[a-z])"
-    rf"|(?P<word>[ap]\.m\b|[{LATIN}]+(?:['’-][{LATIN}]+)*)"
-    rf"|(?P<mark>[{PICTURES}]"
-    r"|[\s,;:.()\[\]{}*_$€£\"'`“”‘’…—&~]|/(?=[a-z])|(?<=[a-z])\^\{?[23]\}?"
-    r"|\\(?:[%$()\[\],;:! \\]|n\b|q?quad\b))"
-    r"|(?P<other>.)"
-)
-# What may stand between a number and what is before it.
-LEADS_TO = "approx|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow"
-OPENING = re.compile(
-    rf"(?:[{PICTURES}]|[\s*_$€£(\[{{\"'`“‘&~]|\\[$(\[,;:! ]|\\(?:q?quad|left|displaystyle)\b)*\Z"
-)
-PRECEDES = re.compile(
-    rf"(?:[=≈≡→⇒∴]|[-=>]>|\.\.+|…|[{LATIN})]:|\\(?:{LEADS_TO})"
-    rf"|(?:[{LATIN}][%°)”’\"',;.!?*_$]*|\d[\d,]*[%°)”’\"'$]*[,;.]|^\$*[,;.]*|\\\\)(?P<spaced>))\Z"
-)
-ITEM = re.compile(r"(?:^|\n)[ >]*(?:[-+*•]|#+|\d+[.)])\Z")  # "- 18", "3. 18"
-# What before a number makes it another one: words, a single letter, a command of LaTeX ...
-NOT_THIS = re.compile(
-    r"(?:\b(?:not|isn't|negative|minus|plus|times|over|half|twice|double)"
-    r"|\b(?:less|more|fewer|greater)\s+than|\b(?:divided|multiplied)\s+by|(?<!['’])\b[^\W\d_a])(?:\s+of)?\Z"
-    rf"|\\(?!{LEADS_TO})[A-Za-z]+\Z",
-    re.IGNORECASE,
-)
-# ... or one of several: an alternative, the end of a range, the last of a pair.
-ONE_OF = re.compile(
-    r"(?:(?<!,)\s(?:or|nor|vs|versus)|between\s.*and|\d\s+(?:to|a)|[(\[][^()\[\]]*,)\Z", re.IGNORECASE
-)
-
-
 # As DeepSeek-R1 and Qwen3, Magistral, Kimi, and Sky-T1 spell it.
 THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|<reasoning>|\[THINK\]|◁think▷|<\|begin_of_thought\|>")
 THOUGHTS_END = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>")
@@ -135,7 +78,7 @@ def after_words(text):
     A number must be there, in digits or words. An "Answer:" with more than a number behind it and lines below
     opens a solution and marks nothing.
     """
-    for words in (r"\banswer(?: is|:)", "^A:"):
+    for words in (r"(?<!wrong )\banswer(?: is|:)", "^A:"):
         if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
             return None
         found = []
@@ -143,7 +86,7 @@ def after_words(text):
             opens = match[0][:7].lower().startswith(("answer:", "a:")) and text[match.end() :].strip()
             if not opens or ALONE.fullmatch(match[1]):  # "Answer: 16 - 3 = 13 are left." opens a solution
                 found.append(match[1])
-        found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{'|'.join(TWELVE)})\b", rest)]
+        found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b", rest[:300])]
         if found:
             return re.sub(rf"(?i)^\W*(?:{FILLERS})\b,?", "", found[-1])
     return None
@@ -155,11 +98,12 @@ def claimed(rest):
     Of "5 + 5 = 10" it is the last one, and "x = 5" is 5.
     """
     rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest)
-    rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", rest)
+    rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", re.sub(r"\\(?:left|right)(?![a-z])", "", rest))
     rest = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r" \1", rest)
     rest = after_boxed(rest) if after_boxed(rest) is not None else rest
     rest = re.sub(r"""^(?:[\s:=*_$({`"']|\\[(\[!,])+""", "", rest).split("\n")[0]
-    while chain := re.match(r"(?:[A-Za-z]\s*|[^=A-Za-z!<>~≈≠≤≥]*)=\s*(?=[^\s=])", rest):
+    rest = re.sub(r"^-\s+(?=[\d.$])", "-", rest)
+    while chain := re.match(r"(?:[A-Za-z]\s*|(?:[^=A-Za-z!<>~≈≠≤≥\\]|\\[dt]?frac)*)=\s*(?=[^\s=])", rest):
         rest = rest[chain.end() :]
     number = NUMBER.match(re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ ")))
     return whole_number(number) if number else None
@@ -167,9 +111,8 @@ def claimed(rest):
 
 def whole_number(match):
     """A match of NUMBER as plain digits or a fraction; None if what is around it may make it another one."""
-    before = match.string[max(match.start() - 40, 0) : match.start()]
-    rest = re.sub(r"\s{3,}", shorter, match.string[match.end() : match.end() + 300])
-    if not is_preceded_well(before) or not is_followed_well(rest):
+    start, end = match.span()
+    if not is_whole(match.string[max(start - 40, 0) : start], match.string[end : end + 300]):
         return None
     if match["digits"] and re.match(r"\d{4,},", match["digits"]) or match["sign"] and match["minus"]:
         return None
@@ -191,54 +134,6 @@ def whole_number(match):
         else Fraction(digits) * Fraction(10) ** int(power)
     )
     return sign + plain(value)
-
-
-def is_preceded_well(before, alone=True):
-    """Whether what is before a number leaves it as it is: a line's start, "=", ":", or a word and a space.
-
-    If it must stand `alone`, no alternative may be before it.
-    """
-    before = without_text(before)
-    opening = OPENING.search(before)
-    rest = before[: opening.start()]
-    if not rest or "\n" in opening[0] or opening[0][:1].isspace() and ITEM.search(rest):
-        return True
-    found = PRECEDES.search(rest)
-    if not found or NOT_THIS.search(rest) or alone and ONE_OF.search(rest):
-        return False
-    return found["spaced"] is None or opening[0] != ""
-
-
-def is_followed_well(rest):
-    """Whether what follows a number leaves it as it is: words for what is counted, up to a clause's end."""
-    rest = without_text(rest)
-    touches = TOUCHES.match(rest)
-    if not touches or CORRECTION.match(rest):
-        return False
-    words = []
-    for token in FOLLOWS.finditer(rest, touches.end()):
-        if token["end"]:
-            return True
-        if token["other"]:
-            return False
-        if token["word"]:
-            word = token["word"]
-            words.append(word)
-            if len(word) == 1 and word not in ("a", "L", *UNITS) and (word.islower() or len(words) == 1):
-                return False  # 5 x, 5 less than x, 5 M
-            if len(words) <= 3 and ANOTHER.match(word.lower()):
-                return False
-    return True
-
-
-def without_text(latex):
-    r"""Words in \text{...} as plain words."""
-    return re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)(?:\}|$)", r" \1 ", latex)
-
-
-def shorter(run):
-    """A run of white space as two: the patterns above are slow on long ones."""
-    return "\n\n" if "\n" in run[0] else "  "
 
 
 def plain(value):
@@ -280,16 +175,6 @@ def last_boxes(text: str) -> str | None:
     return ", ".join(found) if found[0] else None
 
 
-# What may follow a box; what is counted is outside its value, so "\\boxed{5} pairs" says 5.
-BOX_FOLLOWS = re.compile(
-    r"(?![!?])(?:\^\{?\\circ\}?|\\?%|°|[$\s)\]}*_\"'”’`|~]|\\(?:[)\],;:! \\%]|q?quad\b|right))*"
-    rf"(?:$|[{PICTURES}]|[,;.:…<](?!\d)|[=≈(&!?]|\\(?:text|mbox|mathrm|\(|\[|end\b|approx\b|equiv\b|p?mod(?![a-z]))|(?:\n|[-–—]\s)"
-    r"|(?!(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*"
-    rf"|is\s+(?:wrong|incorrect|not\s+(?:right|correct|the\s+(?:right|correct|answer)))|(?:to|or)\s+\$?\d)\b)(?:[{LATIN}]{{2,}}|[{LATIN}][’'&][{LATIN}]|a(?=\s)))",
-    re.IGNORECASE,
-)
-
-
 def boxes_of(text, parts=False):
     r"""[(content or None, the text up to the next box)] of every \boxed and \fbox, braces balanced.
 
@@ -302,9 +187,7 @@ def boxes_of(text, parts=False):
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
-        is_part = not parts and not (
-            is_preceded_well(before[-60:], False) and BOX_FOLLOWS.match(between[:80])
-        )
+        is_part = not parts and not is_box_whole(before, between)
         found.append((None if is_part else content or None, between))
         before = between
     return found

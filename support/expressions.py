@@ -3,7 +3,7 @@ r"""The value of one LaTeX expression, exactly, at one point: equal values, equa
 
 A variable, and everything else without a value of its own (pi, sin(x), f(2)), is replaced by a large integer,
 a hash of its name. Expressions that are equal as polynomials have equal values there; any others differ, but
-for a chance of about 1e-18. Numbers are Fractions; an irrational root is a Decimal of 60 digits. Words, and
+for a chance of about 1e-18. Numbers are Fractions; an irrational root is a Decimal of 400 digits. Words, and
 commands that are not listed here, may do anything to what follows them: such a text is no expression.
 
     expression   [+-] term  (+|- term)*
@@ -18,8 +18,9 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from typing import NamedTuple
 
-DIGITS = 60  # of an irrational number
-SAME_DIGITS = 40  # of these count in a comparison
+DIGITS = 400  # of an irrational number
+SAME_DIGITS = 360  # of these count in a comparison
+LARGEST = 300  # digits before the point, so that the rest of a sum is not lost beside it
 MAX_BITS = 20_000  # of a numerator or denominator
 MAX_POWER = 1_000
 SHORT_WORDS = ("cm", "mm", "km", "dm", "kg", "mg", "ft", "in", "yd", "mi", "lb", "oz", "hr", "ml", "or", "no")
@@ -70,10 +71,11 @@ SPELLINGS = [
     ("\N{MULTIPLICATION SIGN}", r"\\times "),
     ("\N{MIDDLE DOT}", r"\\cdot "),
     ("\N{GREEK SMALL LETTER PI}", r"\\pi "),
+    (r"\N{SQUARE ROOT}\s*(\d+)", r"\\sqrt{\1}"),
     ("\N{SQUARE ROOT}", r"\\sqrt "),
     ("\N{SUPERSCRIPT TWO}", "^2"),
     ("\N{SUPERSCRIPT THREE}", "^3"),
-    (r"\{,\}|(?<=\d)\\[!,](?=\d{3})|(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
+    (r"(?<=\d)(?:\{,\}|\\[!,]|,\s*\\!\s*)(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
     (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
     (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\N{EURO SIGN}|\N{POUND SIGN}", " "),
@@ -186,6 +188,8 @@ def canonical(value):
     value = snapped(value)
     if isinstance(value, Fraction):
         return value
+    if value.adjusted() > LARGEST:
+        raise NoValue("too large")
     with localcontext() as context:
         context.prec = SAME_DIGITS
         return +value
@@ -300,10 +304,10 @@ class Reader:
             return hashed("sum", abs(canonical(total))) * (1 if total > 0 else -1)
         return total
 
-    def is_symbolic(self, start):
+    def is_symbolic(self, start, but=()):
         """Whether a name was read since token `start`."""
         return any(
-            t.kind == "letter" or t.kind == "command" and t.text not in ARITHMETIC
+            t.kind == "letter" or t.kind == "command" and t.text not in (*ARITHMETIC, *but)
             for t in self.tokens[start : self.i]
         )
 
@@ -365,12 +369,14 @@ class Reader:
         start = self.tokens[place] if place < len(self.tokens) else Token("", "")
         value = self.atom()
         if self.peek() == "_":  # a number in another base, or another variable
-            value = hashed("index", str(start.text), self.index(), self.salt * (start.kind == "letter"))
+            named = tuple(token.text for token in self.tokens[place : self.i])
+            value = hashed("index", named, self.index(), self.salt * self.is_symbolic(place))
         if self.peek() == "^":
+            if start.text in APPLIED:
+                raise NoValue("f^{-1}(x), f^2(x)")
             self.next()
-            whole = start.kind == "number" and start.text != "10"
-            self.left = self.left or "power" * whole
             value = self.raised(value, self.group(), place)
+            self.left = self.left or "power" * (start.text != "10" and self.is_plain(snapped(value), place))
         if self.peek() == "!":
             self.next()
             self.left = self.left or "power"
@@ -381,7 +387,7 @@ class Reader:
         """base ** exponent, read since token `start`; a root of variables is opaque: that of x^2 is |x|."""
         exponent = canonical(exponent)
         is_root = isinstance(exponent, Decimal) or exponent.denominator > 1
-        if is_root and any(token.kind == "letter" for token in self.tokens[start : self.i]):
+        if is_root and self.is_symbolic(start, but=("\\pi",)):
             return hashed("root", canonical(base), exponent)
         return power(base, exponent)
 
@@ -475,6 +481,8 @@ class Reader:
         if self.peek() == "^":
             self.next()
             exponent = self.group()
+            if exponent < 0:
+                raise NoValue("the inverse of a function, or its reciprocal")
         in_brackets = self.peek() in ("(", "{")
         value = self.atom() if in_brackets else self.factor()
         if in_brackets and self.peek() in ("^", "_", "!"):

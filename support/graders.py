@@ -4,7 +4,6 @@ import re
 
 from support.claims import (
     NUMBER,
-    WORDS,
     after_hashes,
     boxed,
     claimed_number,
@@ -14,6 +13,7 @@ from support.claims import (
 )
 from support.files import BadInput
 from support.meanings import MAX_CHARS, same_meaning
+from support.surroundings import NUMBERS
 
 TASKS = ("gsm8k", "math", "arith")
 GRADERS = ("ours", "strict", "authors", "math_verify")
@@ -122,8 +122,10 @@ def authors_number(text: str) -> str | None:
     number wins.
     """
 
+    words = {word: str(number) for number, word in enumerate(NUMBERS.split(), 1)}
+
     def numbers(s):
-        s = re.sub(rf"\b({'|'.join(WORDS)})\b", lambda word: WORDS[word[0].lower()], s, flags=re.IGNORECASE)
+        s = re.sub(rf"\b({'|'.join(words)})\b", lambda word: words[word[0].lower()], s, flags=re.IGNORECASE)
         return [re.sub(r",|\.0+$", "", "".join(parts)) for parts in re.findall(r"(-?\d+)(,?\d+)?(\.\d+)?", s)]
 
     for line in reversed(text.strip().split("\n")):

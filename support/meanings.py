@@ -100,8 +100,8 @@ def same_meaning(answer: str, label: str) -> bool:
             return same_named(ours, theirs)
         if in_order(named) and not any(other) or in_order(other) and not any(named):
             return [piece.value for piece in ours] == [piece.value for piece in theirs]
-        if not same_units(answer, ours, label, theirs):
-            return False
+    if not same_units(answer, ours, label, theirs):
+        return False
     return joined([piece.value for piece in ours]) == joined([piece.value for piece in theirs])
 
 
@@ -111,6 +111,7 @@ SYMBOLS = {
     r"\\circ|\\degree|°": "degree",
     "€": "euro",
     "£": "sterling",
+    r'^[^"]*\d"$': "inch",
 }
 
 
@@ -123,6 +124,8 @@ def same_units(answer, ours, label, theirs):
             units[:] = symbols[:1] * len(units)
     if not any(named[0]) or not any(named[1]):
         return True
+    if len(ours) != len(theirs):  # 5 cm, -5 cm and \pm 5 m
+        return set(named[0]) == set(named[1])
     said = [
         collections.Counter((piece.value, unit) for piece, unit in zip(pieces, units))
         for pieces, units in zip((ours, theirs), named)
@@ -253,7 +256,7 @@ def difference(sides):
         if not known or not any(token.kind == "letter" for side in sides for token in side):
             return None
         at.append(left - right)
-    return at
+    return at if at[0] != at[1] else None
 
 
 def equation_of(sides):
@@ -327,7 +330,7 @@ def bracketed_value(tokens):
     if opening not in OPENING or closing not in CLOSING or not closes(tokens):
         return None
     parts, commas = split(tokens[1:-1], (",", ";"))
-    values = [value_of_part(without_unit(part)[0]) for part in parts]
+    values = [value_with_unit(part) for part in parts]
     if opening == "\\{":
         return joined(values) if commas else ("set", *values)  # {5} is not 5
     if opening == "{" or not commas and (opening, closing) == ("(", ")"):
@@ -335,6 +338,13 @@ def bracketed_value(tokens):
     if not commas and values[0][0] == "matrix":
         return values[0]
     return (opening, *values, closing)
+
+
+def value_with_unit(tokens):
+    """The value of one part within brackets, and its unit, if it has one."""
+    tokens, unit = without_unit(tokens)
+    value = value_of_part(tokens)
+    return ("of unit", value, unit) if unit else value
 
 
 def closes(tokens):
@@ -361,7 +371,10 @@ def matrix_value(tokens):
 
 def number_value(tokens):
     r"""The value of an expression, the two of one with \pm, or text."""
-    if any(token.text in ("\\pm", "\\mp") for token in tokens):
+    signs = [token.text for token in tokens if token.text in ("\\pm", "\\mp")]
+    if signs.count("\\pm") > 1:  # of two or of four values
+        return text_of(tokens)
+    if signs:
         two = [value_of(tokens, sign) for sign in (1, -1)]
         if None not in two and two[0][1] != "numbers":
             return ("pm", *(("number", *value) for value in two))

@@ -11,10 +11,11 @@ import re
 from decimal import Decimal
 from typing import NamedTuple
 
-from support.claims import NUMBER_WORD, after_hashes, last_boxes, without_thoughts
+from support.claims import after_hashes, last_boxes, without_thoughts
 from support.files import BadInput, require
 from support.graders import gsm8k_label, same_answer
 from support.meanings import MAX_CHARS, is_value
+from support.surroundings import NUMBER_WORD
 from support.tokenizers import ROLES, is_conversation
 
 # -------------------------------------------------------------------------------- the keys of a row

@@ -224,6 +224,11 @@ SAME = [  # (label, answer): equal for "ours"
     (r"\frac{1}{2}\%", "1/2"),
     (r"(5\%, 6\%)", "(5,6)"),
     ("12345678901234567890", "12,345,678,901,234,567,890"),
+    ("(101)_2", r"\left(101\right)_2"),
+    ("\N{SQUARE ROOT}16", "4"),
+    (r"\frac{\sqrt{2}}{12}a^3", r"\frac{a^3}{6\sqrt{2}}"),
+    (r"\sqrt{4\pi}", r"2\sqrt{\pi}"),
+    ('5"', "5"),
 ]
 DIFFERENT = [
     ("x=8", r"x=\pm 8"),
@@ -382,6 +387,24 @@ DIFFERENT = [
     (r"\sqrt{x^2y}", r"x\sqrt{y}"),
     (r"\sqrt{a^2b^2}", "ab"),
     (r"\sqrt{(x-1)^2}", "x-1"),
+    (r"\sqrt{\alpha^2}", r"\alpha"),
+    (r"\sqrt{\cos^2(2)}", r"\cos(2)"),
+    (r"\tan^{-1}(2)", r"\frac{1}{\tan 2}"),
+    ("f^{-1}(2)", "2/f"),
+    # an index belongs to all that is before it, and {,} to three digits
+    ("(1011)_2", "(1111)_2"),
+    (r"\frac{1}{2}_3", r"\frac{1}{5}_3"),
+    ("1{,}5", "15"),
+    # what two points cannot tell apart, and what is lost beside a large number
+    ("f(2)=3f(1)", "f(2)=5f(1)"),
+    (r"x^4+\sqrt{2}x+1", r"x^4+\sqrt{2}x+2"),
+    (r"\sqrt{2}+\frac{1}{x^3}", r"\sqrt{2}"),
+    (r"\pm\sqrt{2}\pm\sqrt{3}", r"\sqrt2+\sqrt3, -\sqrt2-\sqrt3"),
+    # units within brackets, and of lists of other lengths
+    (r"(5\text{ cm})", r"(5\text{ m})"),
+    (r"(5\text{ cm}, 6\text{ m})", r"(5\text{ m}, 6\text{ cm})"),
+    (r"\pm 5\text{ cm}", r"5\text{ m},-5\text{ m}"),
+    ('5"', "5 ft"),
     # and is not or
     ("x<1 and x>2", "x<1 or x>2"),
     (r"x<1 \text{ and } x>2", r"x<1 \text{ or } x>2"),
@@ -397,6 +420,8 @@ DIFFERENT = [
 ]
 MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     ("1024", "2^{10}"),
+    ("1024", "(2)^{10}"),
+    ("1024", r"\sqrt{2}^{20}"),
     ("2x+2", "2(x+1)"),
     (r"50\%", "0.5"),
     ("10", "9+1"),  # not worked out
@@ -790,6 +815,34 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     ("#### 5</s>", "5"),
     ("The answer is about 48.", "48"),
     ("The answer is a total of 18 eggs.", "18"),
+    ("#### 2 to the tenth power", None),
+    ("#### 5 doubled", None),
+    ("#### 5 less than a dozen", None),
+    ("#### 5 percent of a thousand", None),
+    ("#### 5 in thousands", None),
+    ("#### 101 in binary", None),
+    ("#### 1 fifth", None),
+    ("#### 5 hours and a half", None),
+    ("#### 5 isn\N{RIGHT SINGLE QUOTATION MARK}t right", None),
+    ("#### 5 to 16", None),
+    ("So she pays 10% of 30.", None),
+    ("that is two thirds of 30", None),
+    ("the square root of 16", None),
+    ("the sum of 3 and 5", None),
+    ("It takes 2 hours and 30 minutes.", None),
+    ("6 (or 5)", None),
+    ("two hundred and 5", None),
+    ("it cannot be 5", None),
+    ("x != 5", None),
+    (r"x \not=5", None),
+    ("it is 5!=120", "120"),
+    ("A wrong answer is 12. We get 18", "18"),
+    ("at a cost of $30", "30"),
+    ("**Final Answer**: $18$", "18"),
+    ("<think>so</think> <answer> 18 </answer>", "18"),
+    (r"\boxed{\frac{36}{2} = 18}", "18"),
+    (r"\boxed{\left(18\right)}", "18"),
+    (r"\boxed{- 18}", "-18"),
     # headings with lines below
     ("#### 1: Eggs\nso\nThe answer is 18.", "18"),
     ("#### 2 adults:\n2*9\n\\boxed{18}", "18"),
@@ -827,10 +880,24 @@ def test_a_number_is_claimed_whole_or_not_at_all(text, answer):
         (r"\boxed{1} and \boxed{1}", "1, 1"),
         (r"\boxed{5} or 6", None),
         (r"\boxed{5} to 6", None),
+        (r"\boxed{5}\text{ million}", None),
+        (r"$\boxed{5}(6)$", None),
+        (r"$\boxed{108}\ \text{m}$", "108"),
+        (r"$\boxed{7}$ (eggs)", "7"),
         (r"\boxed{5}\cup [6,7]", None),
         (r"2(\boxed{5})", None),
         (r"it is not $\boxed{5}$", None),
         (r"f(\boxed{5})", None),
+        (r"(6, \boxed{5})", None),
+        (r"(\boxed{5}, 6)", None),
+        (r"\boxed{5} : 6", None),
+        (r"\boxed{5}xy", None),
+        (r"\boxed{5} sqrt(2)", None),
+        (r"x != \boxed{5}", None),
+        (r"**Answer**: \boxed{5}", "5"),
+        (r"\boxed{5} \checkmark", "5"),
+        (r"\end{align*} \boxed{5}", "5"),
+        (r"a quotient of $\boxed{5}$", "5"),
         (r"$\boxed{\frac{80}{3}}a^4b^2$", None),
         (r"$x \ge \boxed{4}$", "4"),
         (r"$\equiv \boxed{4} \pmod7$", "4"),
@@ -1016,10 +1083,10 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 13 rejected answers right; of the 16 chosen ones
-    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1), 9 have their last number in a closing remark
-    or formula ("8 sheets (or 1/8 of ...)", "(1500 - 80)", "on Day X - 10"), and 4 are counted in pairs or
-    dozens."""
+    """The authors sorted 787 pairs by their rule. Ours finds 12 rejected answers right; of the 22 chosen ones
+    that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1); the others end with a remark, a formula or a
+    number word ("8 sheets (or 1/8 of ...)", "(1500 - 80)", "Ellen pays $11 for one"), or are counted in
+    pairs or dozens."""
     labels = {row["question"].strip(): gsm8k_label(row["answer"]) for row in rows("test.jsonl")}
     pairs = rows("pairs_test.jsonl")
     count = {
@@ -1033,8 +1100,8 @@ def test_the_authors_test_pairs():
     assert count == {
         ("chosen", "authors"): 787,
         ("rejected", "authors"): 0,
-        ("chosen", "ours"): 771,
-        ("rejected", "ours"): 13,
+        ("chosen", "ours"): 765,
+        ("rejected", "ours"): 12,
     }
 
 

@@ -1,0 +1,183 @@
+"""What may stand around a number, or around a box, if it is to be the whole value that a text claims.
+
+A list of everything that makes 5 another number (5 dozen, 5 + 1, 5 or 6, 2 - 5) would never end. So this is
+the other list: of what is known to leave it as it is. With anything else around it, nothing is claimed. Only
+words are let through unknown, since they say what is counted; those that change a number are listed.
+"""
+
+import re
+
+from support.meanings import UNITS
+
+
+def one_of(words):
+    """A pattern for any of some words."""
+    return f"(?:{'|'.join(words.split())})"
+
+
+LETTER = "A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u024f"  # Latin; not the signs of times and of division
+PICTURE = "✓✔✅\ufe0f\U0001f300-\U0001faff"
+NUMBERS = "one two three four five six seven eight nine ten eleven twelve"
+NUMBER_WORD = (
+    rf"(?:{one_of(NUMBERS)}|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|[a-z]*illion[a-z]*)"
+)
+PART = "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand)ths?"
+SCALE = one_of(
+    "doz dozen dozens gross score pair pairs couple couples tens hundred hundreds thousand thousands lakh"
+    " lakhs crore crores mil mille millones tausend kilo bn mn half halves third thirds quarter quarters"
+    " squared cubed doubled tripled halved twice thrice raised reduced increased decreased factorial point"
+    " plus minus divided multiplied or xor nor vs versus negative below under base binary octal hexadecimal"
+    " remainder mod modulo power zero am pm"
+)
+# Words that make the number before them another one, alone or before a hyphen.
+ANOTHER = re.compile(rf"(?:{SCALE}|{PART}|{NUMBER_WORD}|[ap]\.m)(?:-|$)")
+CORRECTION = re.compile(
+    r"""[^\n]*\b(?:
+        (?: wait | actually | sorry | correction | or\s+rather | but | i\s+meant? | hmm | oops
+          | (?:scratch|make)\s+that | wrong | incorrect | false | mistake | cannot
+          | (?:is|does|was)(?:\s+not|n['’]t) | not\s+(?:the\s+)?(?:answer|right|correct)
+        )\b
+      | no\s*(?:[,.;:]|\$?\d)
+    )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# What may touch a number: percent, degrees, an ordinal's ending, a unit, its word; no letter, no operator.
+ENDING = one_of("st nd rd th cm mm km m kg mg g ft in mph lb lbs oz ml L hr hrs min mins")
+TOUCHES = re.compile(
+    rf"""(?: \s?\\?% | \s?°[CF]? | \^\{{?\\circ\}}? | {ENDING}\b )?
+         (?: \s\({NUMBER_WORD}\) )?
+         (?! [^\W_] | \s?[!?] | [-+^] | \*\*\d | /(?![a-z]) )""",
+    re.VERBOSE,
+)
+# What follows a number, piece by piece, up to the end of the sentence, or a clause that leaves it as it is.
+FOLLOWS = re.compile(
+    rf"""(?P<end> \n | <[|/] | (?<!\s)[.!?](?=[\s*_$)\\"'”’]*(?:\s|$))
+          | \b(?: in | for | after | from | because | since | not
+                | (?:when|where|to|by)(?=\s+(?!the\b|{NUMBER_WORD}\b)[a-z])
+              )\b(?!\s+(?:every|{SCALE}|[a-z]*illions?)\b)
+         )
+       | (?P<word> [ap]\.m\b | [{LETTER}]+(?:['’-][{LETTER}]+)* )
+       | (?P<mark> [\s,;:.()\[\]{{}}*_$€£"'`“”‘’…—&~{PICTURE}] | /(?=[a-z]) | (?<=[a-z])\^\{{?[23]\}}?
+          | \\(?:[%$()\[\],;:!\ \\] | n\b | q?quad\b)
+         )
+       | (?P<other> . )""",
+    re.VERBOSE,
+)
+# What may be between a number and what is before it: blanks, brackets, currency, marks for bold.
+OPENING = re.compile(
+    rf"""(?: [\s*_$€£(\[{{"'`“‘&~{PICTURE}] | \\[$(\[,;:!\ ] | \\(?:q?quad|left|displaystyle)\b )*\Z""",
+    re.VERBOSE,
+)
+LEADS_TO = r"\\(?:approx|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow)"
+PRECEDES = re.compile(
+    rf"""(?: (?<![<>/])(?<![A-Za-z\s]!)(?<!\\not)= | [≈≡→⇒∴…] | [-=>]> | \.\.+ | {LEADS_TO}
+           | [{LETTER})][*_$]*: | <\w+> | \\end\{{\w+\*?\}}
+           | (?P<spaced> [{LETTER}][%°)”’"',;.!?*_$]* | \d[\d,]*[%°)”’"'$]*[,;.] | ^\$*[,;.]* | \\\\ )
+         )\Z""",
+    re.VERBOSE,
+)
+ITEM = re.compile(r"(?:^|\n)[ >]*(?:[-+*•>]|#+|\d+[.)])\Z")  # "- 18", "3. 18"
+# What before a number makes it another one ...
+NOT_THIS = re.compile(
+    rf"""(?: \b(?: not | never | neither | no\s+longer | cannot\s+be | but | except | negative | minus | plus
+               | \w+n['’]t(?:\s+(?:be|equal))? | times | over | half | twice | thrice | double | triple
+               | choose | log | than | (?:different|subtracted|taken)\s+from | (?:added|raised)\s+to
+               | (?:divided|multiplied)\s+by
+             )
+           | (?<!['’])\b[^\W\d_a]         # x 5
+           | (?!{LEADS_TO})\\[A-Za-z]+    # \sqrt 5
+           | [(\[][^()\[\]A-Za-z]*,       # (4, 5
+         )\Z""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# ... or part of another one, or one of several: a share, a power, a sum, an alternative, the end of a range.
+NOT_ALONE = re.compile(
+    rf"""(?: (?: [\d%] | \b(?: half | halves | thirds? | quarters? | {PART} | root | square | cube | power
+                            | factorial | sum | product | quotient )
+             )\s+of
+           | (?:\b{NUMBER_WORD}|hundred|thousand)(?:\s+(?:to|a|and))? | \d\s+(?:to|a|and) | between\s.*and
+           | (?<!,\s)\b(?:or|nor|vs|versus)
+           | \d\s?[a-z]+(?:,?\s+and)?     # 2 hours 5, 2 hours and 5
+         )\Z""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# What follows a box: marks; then words, a relation, or a sentence's end. What is counted is outside the box's
+# value: "\boxed{5} pairs" says 5.
+NO_COUNT = (
+    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|(?:to|or)\s+\$?\d"
+    r"|sqrt|pi|(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
+)
+BOX_FOLLOWS = re.compile(
+    rf"""(?![!?(])
+         (?: \^\{{?\\circ\}}? | \\?% | [°$€\s)\]}}*_"'”’`|~]
+           | \\(?:[)\],;:!\ \\%] | (?:q?quad|right|checkmark|blacksquare|square)(?![a-z]))
+         )*
+         (?: $ | \n | [{PICTURE}。] | [,;.:…<](?!\s?\d) | [=≈&!?] | (?<=[\s$])\( | [-–—]\s
+           | \\(?: \( | \[ | (?:end|approx|equiv|p?mod)(?![a-z])
+                | (?:text\w*|mbox|mathrm)\s*\{{(?!\s*{NO_COUNT})
+              )
+           | (?!{NO_COUNT})
+             (?: (?<=[\s$*"'])[{LETTER}]{{2,}} | [{LETTER}][’'&][{LETTER}] | a(?=\s)
+               | (?:{ENDING}|mod)(?![a-z])
+             )
+         )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def is_whole(before: str, after: str) -> bool:
+    """Whether a number between two texts is a value of its own."""
+    return is_preceded_well(before[-40:]) and is_followed_well(after[:300])
+
+
+def is_box_whole(before: str, after: str) -> bool:
+    r"""Whether a \boxed{...} between two texts is one; it may be one of several."""
+    return is_preceded_well(before[-60:], alone=False) and BOX_FOLLOWS.match(after[:80]) is not None
+
+
+def is_preceded_well(before, alone=True):
+    """Whether a line's start, "=", ":", or a word and a space are before a number, so that it is whole.
+
+    If it must stand `alone`, no alternative may be before it.
+    """
+    before = without_text(before)
+    opening = OPENING.search(before)[0]
+    rest = before[: len(before) - len(opening)]
+    if not rest or "\n" in opening or opening[:1].isspace() and ITEM.search(rest):
+        return True
+    found = PRECEDES.search(rest)
+    if not found or NOT_THIS.search(rest) or alone and NOT_ALONE.search(rest):
+        return False
+    return found["spaced"] is None or opening != ""
+
+
+def is_followed_well(after):
+    """Whether words for what is counted follow a number, up to the end of a clause, so that it is whole."""
+    after = re.sub(r"\s{3,}", shorter, without_text(after))
+    touches = TOUCHES.match(after)
+    if not touches or CORRECTION.match(after):
+        return False
+    words = 0
+    for token in FOLLOWS.finditer(after, touches.end()):
+        if token["end"]:
+            return True
+        if token["other"]:
+            return False
+        word = token["word"]
+        if word:
+            words += 1
+            if len(word) == 1 and word not in ("a", "L", *UNITS) and (word.islower() or words == 1):
+                return False  # 5 x, 5 less than x, 5 M
+            if words <= 4 and ANOTHER.match(word.lower()):
+                return False
+    return True
+
+
+def without_text(latex):
+    r"""Words in \text{...} as plain words."""
+    return re.sub(r"\\(?:text\w*|mbox|mathrm|mathbf)\s*\{([^{}]*)(?:\}|$)", r" \1 ", latex)
+
+
+def shorter(run):
+    """A run of white space as two: the patterns above are slow on long ones."""
+    return "\n\n" if "\n" in run[0] else "  "
