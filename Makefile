@@ -62,7 +62,7 @@ runs/seed%/done: | .venv/ready
 # The same for the carry task (classroom/carry.md).
 runs/carry%/done: R = runs/carry$*
 runs/carry%/done: RUN = $(VENV) train.py --preset tiny --seed $* --run_dir runs/carry$*
-runs/carry%/done: PAIRS = --model $R/sft --data $R/pairs.jsonl --heldout $R/pairs-heldout.jsonl
+runs/carry%/done: PAIRS = --model $R/sft --data $R/pairs.jsonl --heldout $R/pairs-heldout.jsonl --steps 150
 runs/carry%/done: PROMPTS = --model $R/sft --data $R/data/prompts.jsonl --heldout $R/data/heldout.jsonl
 runs/carry%/done: | .venv/ready
 	$(VENV) classroom/carry.py $R/data --seed $*

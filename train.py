@@ -52,6 +52,7 @@ from support.evaluate import (
     greedy_pass,
     hash_seed,
     make_pairs,
+    refuse_overwritten,
     sample_graded,
     score_examples,
     show_tokens,
@@ -467,6 +468,7 @@ def stage_score(cfg, grid):
     else:
         key = "logprobs"
         numbers_of = partial(logprob_rewards, load(LanguageModel, cfg.model, cfg, grid))
+    refuse_overwritten(cfg.data, rows, ("prompt_ids", "ids", "tokenizer", "tokens", key))
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scored = score_examples(numbers_of, flat(examples), cfg, grid)
@@ -488,7 +490,9 @@ def stage_score(cfg, grid):
 def stage_grade(cfg, grid):
     """The rows with `answer` (what the response claims, or null), `correct`, and the label."""
     written = []
-    for row in read_rows(cfg.data, ("response", "label"), cfg, grid, cfg.limit):
+    rows = read_rows(cfg.data, ("response", "label"), cfg, grid, cfg.limit)
+    refuse_overwritten(cfg.data, rows, ("correct",))
+    for row in rows:
         text = row["response"]
         text = text if isinstance(text, str) else text[-1]["content"]  # the reply in a list of messages
         answer, correct = grade(text, row["label"], cfg.task, cfg.grader)

@@ -118,20 +118,18 @@ def whole_number(match):
         return None
     sign = "-" if match["sign"] or match["minus"] else ""
     fraction = match["frac"] or (match["mixed"] or "").strip()
+    power = match["exp"] or match["ten"] or match["power"]
+    if power and (fraction or match["over"]):
+        return None
     if fraction:
         braced = re.fullmatch(r"\\[dtc]?frac\s?(?:\{(\d+)\}|(\d))\s?(?:\{(\d+)\}|(\d))", fraction)
         top, bottom = [part for part in braced.groups() if part] if braced else fraction.split("/")
         return f"{sign}{match['whole'] + ' ' if match['whole'] else ''}{top}/{bottom}"
     digits = match["digits"].replace(",", "") + (match["over"] or "")
-    power = match["exp"] or match["ten"]
-    if match["power"] is None and power is None:
+    if not power:
         return sign + digits
-    if match["over"]:
-        return None
     value = (
-        Fraction(digits) ** int(match["power"])
-        if match["power"]
-        else Fraction(digits) * Fraction(10) ** int(power)
+        Fraction(digits) ** int(power) if match["power"] else Fraction(digits) * Fraction(10) ** int(power)
     )
     return sign + plain(value)
 

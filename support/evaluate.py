@@ -30,11 +30,12 @@ from model import LanguageModel, ScalarModel
 from parallel import Grid, all_sum
 from qrm import credit_counts, response_scores
 from reinforce import standardize
-from support.files import at_line, write_atomically
+from support.files import at_line, require, write_atomically
 from support.graders import extract_answer, grade
 from support.loading import load, load_ranker, load_reward, load_tokenizer, log_to, read_rows, reward_name
 from support.meanings import MAX_CHARS, meaning
 from support.rewards import answer_text
+from support.row import is_empty
 from support.sampling import generate
 from support.settings import out_path
 
@@ -344,6 +345,26 @@ def all_ranks(rows, grid):
     parts = [None] * grid.dp_size
     dist.all_gather_object(parts, rows, group=grid.dp_group)
     return sorted(flat(parts), key=lambda row: row[0])
+
+
+def refuse_overwritten(source, rows, names):
+    """BadInput for a field of the user's under one of `names`, which a stage writes over.
+
+    It is not the user's beside a tokenizer's fingerprint, or beside a label and what a response claimed: this
+    project wrote the row.
+    """
+    for row in rows:
+        fields = row["fields"]
+        graded = names == ("correct",) and "answer" in fields and not is_empty(fields.get("label"))
+        if graded or len(str(fields.get("tokenizer"))) == 64:
+            continue
+        for name in names:
+            with at_line(source, row["line"]):
+                require(
+                    is_empty(fields.get(name)),
+                    f"{name} is {json.dumps(fields.get(name))[:60]}, which the output would have no more;"
+                    f" rename it, or --ignore_keys {name}",
+                )
 
 
 def write_rows(path, rows, grid):

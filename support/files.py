@@ -93,14 +93,15 @@ def flush(path):
 def write_atomically(path, content):
     """Writes a file under a temporary name, flushes it to disk and renames it: a file that exists is whole.
 
-    content   text, or {name: tensor} for a safetensors file
+    content   text, or {name: tensor} for a safetensors file; half an emoji, which is no UTF-8, is written as
+              JSON's escape of it
     Raises OSError, and leaves the previous file in place, when the disk is full or cannot be written to.
     """
     temporary = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, str):
-            temporary.write_text(content, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8", errors="backslashreplace")
         else:
             save_file(content, temporary, metadata={"format": "pt"})
         flush(temporary)

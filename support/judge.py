@@ -54,9 +54,9 @@ def make_judge(policy, tokenizer, path, verdicts, micro_tokens):
 
 
 def read_template(path):
-    """The text of a --judge_prompt file, without the newline that ends the file."""
+    """The text of a --judge_prompt file, from any editor, without the newline that ends the file."""
     try:
-        template = Path(path).read_bytes().decode("utf-8").removesuffix("\n")
+        template = Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError:
         require(False, f"--judge_prompt {path}: not UTF-8; expected a text")
     places = set(PLACES.findall(template))

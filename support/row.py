@@ -36,22 +36,38 @@ STEPS = ("completions", "labels")  # TRL's stepwise form: the steps of one answe
 SPEAKING = (*PROMPT, *CONTEXT, *SYSTEM, *RESPONSE, *SOLUTION, *PAIR, "label", "margin", *CONVERSATION)
 # The ids that a policy sampled, and the fingerprint of its tokenizer.
 SAMPLED = ("tokenizer", "prompt_ids", "ids", "chosen_ids", "rejected_ids")
-# Where a row comes from, how it was rated, and what this project's own stages add to their output.
-HARMLESS = set(
-    re.findall(
-        r"\w+",
-        """
-        id idx index ids uid uuid qid hash line unique_id prompt_id row_id example_id sample_id question_id
-        message_id conversation_id session_id category categories subject level type difficulty domain topic
-        task subset split dataset source sources data_source language lang license url model models model_name
-        generator annotator chosen_model rejected_model chosen_source rejected_source score scores
-        score_chosen score_rejected chosen_score rejected_score rating ratings chosen_rating rejected_rating
-        chosen_avg_rating rejected_avg_rating reward rewards helpfulness correctness coherence complexity
-        verbosity turn turns num_turns timestamp created_at date tags metadata meta original_instruction
-        prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct shares """,
-    )
+
+
+def names_in(text):
+    """The words of a text as a set."""
+    return set(text.split())
+
+
+# Keys that carry nothing for training: what a prompt is about, unless that is a part of the prompt ...
+OF_PROMPTS = names_in(
+    """
+    category categories subject level type difficulty domain topic task tags language lang source sources
+    data_source original_instruction
+    """
 )
-DESCRIBING = ("meta", "metadata")  # of them, what describes the row at any length
+# ... names of rows and where they come from ...
+OF_ROWS = names_in(
+    """
+    id idx index ids uid uuid qid hash line unique_id prompt_id row_id example_id sample_id question_id
+    message_id conversation_id session_id subset split dataset license url turn turns num_turns timestamp
+    created_at date metadata meta
+    """
+)
+# ... who replied, how that was rated, and what this project's own stages add to their output.
+OF_REPLIES = names_in(
+    """
+    model models model_name generator annotator chosen_model rejected_model chosen_source rejected_source
+    score scores score_chosen score_rejected chosen_score rejected_score rating ratings chosen_rating
+    rejected_rating chosen_avg_rating rejected_avg_rating reward rewards helpfulness correctness coherence
+    complexity verbosity prompt_ids chosen_ids rejected_ids tokenizer tokens logprobs correct shares
+    """
+)
+HARMLESS = OF_PROMPTS | OF_ROWS | OF_REPLIES
 # needs -> the keys that can supply it, for messages
 NAMES = {
     "prompt": PROMPT,
@@ -148,10 +164,10 @@ def is_empty(value):
 
 def refuse_unknown(fields):
     """BadInput for a field that says something and that nothing here reads."""
-    read = [fields.get(name) for name in SPEAKING]
+    read = "\n".join(texts_in([fields.get(name) for name in SPEAKING]))
     for name, value in fields.items():
-        harmless = name in HARMLESS and (name in DESCRIBING or value in read or not is_prose(value))
-        if name in SPEAKING or is_empty(value) or harmless:
+        own = [text for text in texts_in(value) if is_prose(text) and text.strip() not in read]
+        if name in SPEAKING or is_empty(value) or name in HARMLESS and not own:
             continue
         if name == "text" and is_rendering(value, fields):
             continue
@@ -161,27 +177,47 @@ def refuse_unknown(fields):
         )
 
 
-# LaTeX commands whose backslash JSON takes for an escape, so that \frac becomes a form feed and "rac".
+# LaTeX commands whose backslash JSON takes for an escape, so that \frac becomes a form feed and "rac". Some
+# can be words after a tab or at the start of a line: they count within $...$ only, where theirs is the one
+# tab or line break; and "e" and "u", of \ne and \nu, only after a space.
 UNDOUBLED = re.compile(
-    r"(?<!\\)(?:\\\\)*\\(b(?:oxed|egin|eta|inom|ar)\b|f(?:rac(?=[{\d\\ ])|orall\b|box\b)"
-    r"|r(?:ight|angle)\b|t(?:ext(?={)|frac(?=[{\d])|imes\b|heta\b))"
+    r"(\x08(?:oxed|egin|eta|inom|ar|mod|ullet|ot|ecause|ackslash|race|ig[lrg]?|old(?:math|symbol))(?![a-zA-Z])"
+    r"|(?<!\w)\x08[fm](?![a-zA-Z])"
+    r"|\f(?:rac(?=[{\d\\ ])|(?:orall|box|lat|rown)(?![a-zA-Z]))"
+    r"|\r(?:ight|angle|ho|floor|ceil|brace|vert|m)(?![a-zA-Z])"
+    r"|\t(?:(?:ext[a-z]*|ag)(?={)|frac(?=[{\d])|(?:imes|heta|riangle|ilde|anh|herefore|binom)(?![a-zA-Z])))"
+    r"|\$[^$\n\t]*(\t(?:an|au|o|op))(?![a-zA-Z])[^$\n\t]*\$"
+    r"|\$[^$\n]*(\n(?:eq|abla|otin)|(?<= )\n[eu])(?![a-zA-Z])[^$\n]*\$"
 )
 
 
 def refuse_undoubled(fields):
     """BadInput for texts in which a backslash of LaTeX was not doubled when they were written as JSON."""
-    found = UNDOUBLED.search(json.dumps(fields))
-    if found:
+    for found in filter(None, map(UNDOUBLED.search, texts_in(fields))):
+        command = json.dumps(found[found.lastindex])[1:-1]
         raise BadInput(
-            f"a text has \\{found[1]} with one backslash, which JSON reads as a control character and"
-            f" {found[1][1:]!r}; expected two, as json.dumps writes it"
+            f"a text has {command} with one backslash, which JSON reads as a control character and"
+            f" {command[2:]!r}; expected two, as json.dumps writes it"
         )
 
 
-def is_prose(value):
-    """Whether a text, or one in a list, is longer than what names a source or a topic."""
-    texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and len(text) > 200 and " " in text for text in texts)
+def texts_in(value):
+    """All texts of a JSON value, at any depth, and the keys of its objects."""
+    found, left = [], [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            found.append(part)
+        elif isinstance(part, dict):
+            left += [*part, *part.values()]
+        elif isinstance(part, list):
+            left += part
+    return found
+
+
+def is_prose(text):
+    """Whether a text, in any script, is longer than what names a source or a topic; no URL or hash is."""
+    return len(text.encode("utf-8", "replace")) > 200 and not (text.isascii() and len(text.split()) < 2)
 
 
 def is_rendering(text, fields):

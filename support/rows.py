@@ -9,6 +9,8 @@ from support.row import (
     CONVERSATION,
     HARMLESS,
     LABEL,
+    OF_PROMPTS,
+    OF_ROWS,
     PAIR,
     REPLIES,
     RESPONSE,
@@ -66,15 +68,34 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     return rows
 
 
+def replies_of(row):
+    """The texts of all replies of a row; its steps are one."""
+    replies = [row[key] for key in REPLIES if key in row] + row.get("responses", [])
+    if "steps" in row:
+        replies.append("".join(step.text for step in row["steps"]))
+    return [said(reply) for reply in replies]
+
+
 def refuse_repeated(rows):
-    """BadInput for a file most of whose replies begin with their prompts; in one row it can be chance."""
-    replies = [(row["prompt"], row[key]) for row in rows for key in REPLIES if key in row and "prompt" in row]
-    repeated = sum(begins_with_prompt(said(prompt), said(reply)) for prompt, reply in replies)
+    """BadInput for a file most of whose replies have their prompts in them; in one row it can be chance."""
+    replies = [(said(row["prompt"]), reply) for row in rows if "prompt" in row for reply in replies_of(row)]
+    repeated = sum(repeats(prompt, reply) for prompt, reply in replies)
     require(
         2 * repeated <= len(replies),
-        f"{repeated} of {len(replies)} replies begin with their prompt, which would be trained on; expected"
-        " replies alone",
+        f"{repeated} of {len(replies)} replies begin with their prompt, or have it after a header, which"
+        " would be trained on; expected replies alone",
     )
+
+
+# What may stand before a prompt in a rendered dialogue: "Human:", "[INST]", "<|user|>", a line "## Question".
+HEADER_END = re.compile(r"[:\uff1a>\]][\s*]{0,3}\Z|(?:\A|\n)#[^\n]*\n\s*\Z")
+
+
+def repeats(prompt, reply):
+    """Whether a text begins with its prompt, or has it after a header."""
+    place = reply.find(prompt)
+    headed = place > 0 and HEADER_END.search(reply[:place]) is not None
+    return reply != prompt and (place == 0 or headed)
 
 
 # Spellings of special tokens that open or close a text for some model, or a message inside it.
@@ -84,13 +105,20 @@ MARKER = (
 )
 HEADER = r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>"
 MARKED = re.compile(rf"\A(?:{MARKER})|(?:{MARKER})\Z|{HEADER}")
-# What opens a turn of the assistant inside a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates.
-TURN = re.compile(
-    r"\n(?:### ?)?Assistant:|(?-i:\bASSISTANT:)|### Response:|\[/INST\]"
-    r"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:assistant|model)"
-    r"|<\|assistant\|>|<\uff5cassistant\uff5c>",
-    re.IGNORECASE,
-)
+
+
+def turns_of(roles, more):
+    """A pattern for what opens a turn in a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates."""
+    return re.compile(
+        rf"(?:\A|[\n\r])(?:### ?)?(?:{roles}):|(?-i:\b(?:{roles.upper()}):)|{more}"
+        rf"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:{roles})"
+        rf"|<\|(?:{roles})\|>|<\uff5c(?:{roles})\uff5c>",
+        re.IGNORECASE,
+    )
+
+
+TURN = turns_of("assistant", r"### Response:|\[/INST\]|<start_of_turn>model")
+ASKING = turns_of("human|user", r"### Instruction:|\[INST\]")
 # Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.
 MESSAGE = r"""\{\s*['"](?:role|content|from|value)['"]\s*:"""
 SERIALISED = re.compile(
@@ -109,13 +137,15 @@ def refuse_marked(rows):
     prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
     prompts = [said(row["prompt"]) for row in prompted]
     read = [row for row in prompted if not row["sampled"]]
-    replies = [said(row[key]) for row in read for key in REPLIES if key in row]
+    replies = [reply for row in read for reply in replies_of(row)]
     token = "the spelling of a special token, which would be read as letters (a chat template was applied?)"
     for texts, name in ((prompts, "prompts"), (replies, "replies")):
         refuse_most(
             texts, MARKED, f"{name} begin or end with {token}; expected messages, or texts without it"
         )
         refuse_most(texts, SERIALISED, f"{name} are messages written as text; expected a list of messages")
+    for turn in (TURN, ASKING):
+        refuse_most(replies, turn, "replies have turns of a dialogue in them; expected replies alone")
 
 
 def refuse_most(texts, marker, says):
@@ -217,7 +247,8 @@ def notes_on_ratings(rows, needs):
             )
     for key in VERDICTS if "response" in needs and "label" not in needs else ():
         values = [row["raw"].get(key) for row in rows]
-        bad = [value for value in map(as_word, values) if value in BAD & verdicts_among(values)]
+        bad_words = BAD & verdicts_among(values)
+        bad = [word for word in map(as_word, values) if word in bad_words]
         if bad:
             notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
     return notes + notes_on_prompts(rows)
@@ -229,26 +260,22 @@ def reads_one_field(fields, needs):
     return dict(reply_keys(fields, needs))["response"] == stating
 
 
-# Keys that describe a prompt, unless they are a part of it.
-OF_PROMPTS = ("source", "sources", "topic", "subject", "language", "lang", "category", "type", "tags")
-
-
 def notes_on_prompts(rows):
-    """Which of OF_PROMPTS differ in most rows from a row with the same prompt: list of texts."""
+    """Which of OF_PROMPTS differ in most rows from a row with the same prompt: list of texts
+
+    If most rows have one prompt, OF_ROWS count as well: what it asks about must be somewhere.
+    """
+    prompts = collections.Counter(str(row["prompt"]) for row in rows if "prompt" in row)
+    alike = 2 * max(prompts.values(), default=0) > len(rows)
     notes = []
-    for key in OF_PROMPTS:
-        found = [(str(row.get("prompt")), str(row["raw"][key])) for row in rows if key in row["raw"]]
+    for key in sorted(OF_PROMPTS | OF_ROWS if alike else OF_PROMPTS) if prompts else ():
+        found = [(str(row["prompt"]), str(row["raw"][key])) for row in rows if key in row["raw"]]
         kinds = collections.Counter(prompt for prompt, _ in set(found))
         differ = sum(kinds[prompt] > 1 for prompt, _ in found)
         if 2 * differ > len(rows):
             says = f"{differ} rows have the prompt of another row, but not its {key}"
             notes.append(f"{says}; if that is a part of the prompt, name it input")
     return notes
-
-
-def begins_with_prompt(prompt, reply):
-    """Whether a text goes on from the text of its prompt."""
-    return len(reply) > len(prompt) and reply.startswith(prompt)
 
 
 def refuse_one_sided(rows):

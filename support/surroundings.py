@@ -35,7 +35,7 @@ CORRECTION = re.compile(
     r"""[^\n]*\b(?:
         (?: wait | actually | sorry | correction | or\s+rather | but | i\s+meant? | hmm | oops
           | (?:scratch|make)\s+that | wrong | incorrect | false | mistake | cannot
-          | (?:is|does|was)(?:\s+not|n['’]t) | not\s+(?:the\s+)?(?:answer|right|correct)
+          | (?:is|does|was)\s+not | \w+n['’]t | not\s+(?:the\s+)?(?:answer|right|correct)
         )\b
       | no\s*(?:[,.;:]|\$?\d)
     )""",
@@ -65,7 +65,9 @@ FOLLOWS = re.compile(
 )
 # What may be between a number and what is before it: blanks, brackets, currency, marks for bold.
 OPENING = re.compile(
-    rf"""(?: [\s*_$€£(\[{{"'`“‘&~{PICTURE}] | \\[$(\[,;:!\ ] | \\(?:q?quad|left|displaystyle)\b )*\Z""",
+    rf"""(?: [\s$€£"'`“‘&~{PICTURE}] | (?<![A-Za-z])[(\[{{] | (?<![\w)])(?:\*+|_+)(?![\s*]) | \\[$(\[,;:!\ ]
+           | \\(?:q?quad|left|displaystyle)\b
+         )*\Z""",
     re.VERBOSE,
 )
 LEADS_TO = r"\\(?:approx|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow)"
@@ -83,7 +85,7 @@ NOT_THIS = re.compile(
                | \w+n['’]t(?:\s+(?:be|equal))? | times | over | half | twice | thrice | double | triple
                | choose | log | than | (?:different|subtracted|taken)\s+from | (?:added|raised)\s+to
                | (?:divided|multiplied)\s+by
-             )
+             )(?:\s+(?:the|just|even|exactly|about))?
            | (?<!['’])\b[^\W\d_a]         # x 5
            | (?!{LEADS_TO})\\[A-Za-z]+    # \sqrt 5
            | [(\[][^()\[\]A-Za-z]*,       # (4, 5
@@ -92,29 +94,34 @@ NOT_THIS = re.compile(
 )
 # ... or part of another one, or one of several: a share, a power, a sum, an alternative, the end of a range.
 NOT_ALONE = re.compile(
-    rf"""(?: (?: [\d%] | \b(?: half | halves | thirds? | quarters? | {PART} | root | square | cube | power
-                            | factorial | sum | product | quotient )
+    rf"""(?: (?: [\d%] | \b(?: percent | half | halves | thirds? | quarters? | {PART} | root | square | cube
+                            | power | factorial | log | sum | product | quotient | opposite | negative
+                            | reciprocal | value )
              )\s+of
            | (?:\b{NUMBER_WORD}|hundred|thousand)(?:\s+(?:to|a|and))? | \d\s+(?:to|a|and) | between\s.*and
            | (?<!,\s)\b(?:or|nor|vs|versus)
            | \d\s?[a-z]+(?:,?\s+and)?     # 2 hours 5, 2 hours and 5
+           | (?: \b[a-z]\^\d+ | \b\d+[a-z] | -[a-z] | \| | [a-z]/\d+ | \d/[a-z] )\s*=    # 2x = 5
+           | \broot
          )\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
 # What follows a box: marks; then words, a relation, or a sentence's end. What is counted is outside the box's
 # value: "\boxed{5} pairs" says 5.
 NO_COUNT = (
-    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|(?:to|or)\s+\$?\d"
-    r"|sqrt|pi|(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
+    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|sqrt|pi"
+    rf"|(?:to|or|and|through)\b\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
+    r"|(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
 )
 BOX_FOLLOWS = re.compile(
     rf"""(?![!?(])
          (?: \^\{{?\\circ\}}? | \\?% | [°$€\s)\]}}*_"'”’`|~]
            | \\(?:[)\],;:!\ \\%] | (?:q?quad|right|checkmark|blacksquare|square)(?![a-z]))
          )*
-         (?: $ | \n | [{PICTURE}。] | [,;.:…<](?!\s?\d) | [=≈&!?] | (?<=[\s$])\( | [-–—]\s
+         (?: $ | \n | [{PICTURE}。] | [,;.:…<](?!\s?\d) | [=≈!?] | (?<=[\s$])\(
+           | &(?!\s*(?:[-+*/^]|\\times)) | [-–—]\s(?![\d$\\({{])
            | \\(?: \( | \[ | (?:end|approx|equiv|p?mod)(?![a-z])
-                | (?:text\w*|mbox|mathrm)\s*\{{(?!\s*{NO_COUNT})
+                | (?:text\w*|mbox|mathrm)\s*\{{(?!\s*{NO_COUNT})[\s~]*(?:[{LETTER}]{{2}}|{ENDING}\b)
               )
            | (?!{NO_COUNT})
              (?: (?<=[\s$*"'])[{LETTER}]{{2,}} | [{LETTER}][’'&][{LETTER}] | a(?=\s)

@@ -199,7 +199,15 @@ def first_special(spec, path):
         usual,
         f"{path}: post_processor is not supported: tokens {names}; expected one before the text, at most",
     )
-    return names[0][0] if names else None
+    first = names[0][0] if names else None
+    if first is not None:
+        written = [step["special_tokens"][first]["ids"] for step in steps if "special_tokens" in step][0]
+        own = [token["id"] for token in spec["added_tokens"] if token["content"] == first]
+        require(
+            written == own or not own,  # a token that is not there is refused where it is needed
+            f"{path}: post_processor writes {first} as {written}, but it is {own}; expected one id",
+        )
+    return first
 
 
 def read_tokenizer_model(path, raw):
@@ -288,9 +296,7 @@ class Tokenizer:
         )
         self.files, self.path = files, Path(path)
         vocabulary = self.read_vocabulary()
-        config = self.read_settings("tokenizer_config.json")
-        if "added_tokens_decoder" not in config:  # as in transformers: otherwise it is the newer file
-            config |= self.read_settings("special_tokens_map.json")
+        config = self.token_settings()
         bos, eos = token_name(config.get("bos_token")), token_name(config.get("eos_token"))
         self.strict = chat == "auto"
         self.chat, self.own = self.choose_chat(chat, date, system, self.own_template(bos, eos))
@@ -388,7 +394,7 @@ class Tokenizer:
     def check_other_files(self):
         """BadInput for what changes ids in transformers and is said beside tokenizer.json, not in it: tokens
         that are found in texts, the spaces that these take in, a space before every text."""
-        config = self.read_settings("tokenizer_config.json")
+        config = self.token_settings()
         classes = ("GPT2", "Qwen2")  # those that follow the key
         spaced = config.get("add_prefix_space") and str(config.get("tokenizer_class")).startswith(classes)
         require(not spaced, f"{self.path}: add_prefix_space is true, which is not supported; expected false")
@@ -397,13 +403,29 @@ class Tokenizer:
         found = [token for token in objects if token_name(token) in self.added]
         added_tokens([{**token, "id": None, "special": False} for token in found], self.path)
         tokens = [*map(token_name, by_id.values()), *self.read_settings("added_tokens.json")]
-        unknown = [token for token in tokens if token not in self.specials]
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            more = config.get(key) or []
+            tokens += map(token_name, more.values() if isinstance(more, dict) else listed(more))
+        # A pad_token or the like that no file adds is only missed where a text spells it; a word is common.
+        named = [token_name(token) for key, token in config.items() if key.endswith("_token")]
+        words = self.token_bytes.values()
+        tokens += [
+            name for name in named if isinstance(name, str) and name.encode("utf-8", "replace") in words
+        ]
+        unknown = [token for token in tokens if not isinstance(token, str) or token not in self.specials]
         require(
             not unknown,
-            f"{self.path}: added_tokens_decoder or added_tokens.json adds {str(unknown[:3])[:60]}, which"
-            " tokenizer.json lacks; write all files again:"
+            f"{self.path}: another file adds {str(unknown[:3])[:60]}, which tokenizer.json lacks or has as an"
+            " ordinary word; write all files again:"
             " AutoTokenizer.from_pretrained(...).save_pretrained(...)",
         )
+
+    def token_settings(self):
+        """tokenizer_config.json, and where transformers reads it, special_tokens_map.json over it."""
+        config = self.read_settings("tokenizer_config.json")
+        if "added_tokens_decoder" in config:  # as in transformers: it is then the newer file
+            return config
+        return config | self.read_settings("special_tokens_map.json")
 
     def read_settings(self, name):
         """The JSON object in one of the directory's files; {} if the file is not there."""

@@ -332,6 +332,34 @@ def test_what_would_be_lost_is_refused(file, needs, row, says):
     assert "\n" not in str(error.value)
 
 
+ZH = "\u8fd9\u7bc7\u6587\u7ae0\u8bf4\u4e86\u4ec0\u4e48" * 40  # without a space
+LONG = "The fox went to the park and met a dog. " * 10
+
+
+@pytest.mark.parametrize("text", [LONG, LONG.replace(" ", "\n"), ZH, ZH[:100], "\u0434\u0430 " * 99])
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda text: text,
+        lambda text: {"passage": text},
+        lambda text: [{"title": "t", "text": text}],
+        lambda text: {"a": [{"b": ["c", {"d": text}]}]},
+        lambda text: {text: 1},
+    ],
+)
+def test_long_texts_below_harmless_keys(file, text, hold):
+    """At any depth and in any script; not if the row says the same where it is read; a URL is none."""
+    row = {"prompt": "Who is it about?", "response": "the fox"}
+    for key in ("source", "metadata", "tags", "original_instruction"):
+        holding = row | {key: hold(text)}
+        with pytest.raises(BadInput, match=f"line 1: {key} is .*--ignore_keys {key}"):
+            load_rows(file(holding), ONE)
+        assert load_rows(file(holding), ONE, ignore_keys=(key,))
+        assert load_rows(file(holding | {"input": f"Read this. {text}"}), ONE)
+        for harmless in ("https://example.org/" + "a-long-path/" * 30, "0f" * 300, LONG[:190], ZH[:60]):
+            assert load_rows(file(row | {key: hold(harmless)}), ONE)
+
+
 def test_files_whose_texts_hold_more_than_their_keys_say(file):
     """All prompts rendered by a chat template, or all replies with the prompt before them; one row may."""
     fine = {"prompt": "What is 2+2?", "response": "4", "chosen": "4", "rejected": "5"}
@@ -352,6 +380,47 @@ def test_files_whose_texts_hold_more_than_their_keys_say(file):
         assert len(load_rows(file(fine | repeated, fine), needs)) == 2
     one = fine | repeated | {"rejected": "5"}
     assert len(load_rows(file(one, one), PAIRS)) == 2
+
+
+DIALOGUES = [
+    "USER: PROMPT ASSISTANT: REPLY",
+    "### Instruction:\nPROMPT\n\n### Response:\nREPLY",
+    "Human: PROMPT\n\nAssistant: REPLY",  # HH-RLHF's, stripped
+    "\r\n\r\nHuman: PROMPT\r\n\r\nAssistant: REPLY",
+    "Assistant: REPLY",
+    "REPLY\n\nHuman: and then?",
+    "[INST] PROMPT [/INST] REPLY",
+    "<|user|>\nPROMPT\n<|assistant|>\nREPLY",
+    "Q: PROMPT\nA: REPLY",
+    "A talk.\n\n**Question:** PROMPT\n\n**Answer:** REPLY",
+    "\u95ee\uff1aPROMPT\n\u7b54\uff1aREPLY",
+    "## Question\nPROMPT\n\n## Answer\nREPLY",
+    "GPT4 Correct User: PROMPT<|end_of_turn|>GPT4 Correct Assistant: REPLY",
+    "PROMPT REPLY",
+    "REPLY</s>",
+    "REPLY<|im_end|>",
+]
+
+
+@pytest.mark.parametrize("dialogue", DIALOGUES)
+def test_dialogues_in_replies_of_every_kind(file, dialogue):
+    """They would be trained on, or ranked, as answers. In half of the replies they can be chance."""
+    prompt = "What is 0+2?"
+
+    def rows_with(said):
+        text, other = [said.replace("PROMPT", prompt).replace("REPLY", reply) for reply in "23"]
+        return {
+            ONE: {"prompt": prompt, "response": text},
+            PAIRS: {"prompt": prompt, "chosen": text, "rejected": other},
+            ("prompt", "responses"): {"prompt": prompt, "responses": [text, other], "labels": [1, 0]},
+            ("prompt", "steps"): {"prompt": prompt, "completions": [text], "labels": [True]},
+        }
+
+    fine = rows_with("It is REPLY.\nThe user asked: what is it? See: REPLY > 1")
+    for needs, row in rows_with(dialogue).items():
+        with pytest.raises(BadInput, match="line 1: . of . replies (have turns|begin)"):
+            load_rows(file(row, row, fine[needs]), needs)
+        assert len(load_rows(file(row, fine[needs]), needs)) == 2
 
 
 @pytest.mark.parametrize(
@@ -539,15 +608,29 @@ def test_notes_on_rows_that_are_used_against_what_they_say(file):
             assert len(lines) == n and all(f"2 rows have {key} {bad}" in line for line in lines)
 
 
+def tasks_of(key, one=False):
+    """Rows whose prompt, of two or of one, says nothing without another key."""
+    prompts = ["Add", "Add", "Sum up", "Sum up"]
+    return [{"prompt": prompts[i * (not one)], key: f"{i}+4", "response": f"{i + 4}"} for i in range(4)]
+
+
 def test_a_note_on_keys_that_may_belong_to_the_prompt(file):
     """Translate to: French, and German; but not where a prompt has several samples."""
     rows = [{"prompt": "Translate", "response": "r", "language": language} for language in ("de", "fr", "de")]
     samples = [
-        {"prompt": f"{i % 2}", "response": f"{i}", "language": "de", "model": f"m{i}"} for i in range(4)
+        {"prompt": f"{i % 2}", "response": f"{i}", "language": "de", "model": f"m{i}", "id": f"{i}"}
+        for i in range(4)
     ]
     for given, notes in (
         (rows, ["3 rows have the prompt of another row, but not its language"]),
         (samples, []),
+        ([row | {"prompt": "Go on", "score": i} for i, row in enumerate(samples)], ["not its id;"]),
+        (tasks_of("task"), ["4 rows have the prompt of another row, but not its task"]),
+        (tasks_of("difficulty"), ["but not its difficulty"]),
+        (tasks_of("original_instruction"), ["but not its original_instruction"]),
+        (tasks_of("index", one=True), ["but not its index"]),
+        (tasks_of("date", one=True), ["but not its date"]),
+        (tasks_of("dataset", one=True), ["but not its dataset"]),
     ):
         lines = []
         assert len(load_rows(file(*given), ONE, log=lines.append)) == len(given)
@@ -556,7 +639,8 @@ def test_a_note_on_keys_that_may_belong_to_the_prompt(file):
 
 LATEX = (
     r"\boxed{5} \beta \begin{pmatrix} \bar{x} \frac{1}{2} \frac12 \forall \fbox{5} \text{east} \times \theta"
-    r" \tfrac12 \right) \rangle"
+    r" \tfrac12 \right) \rangle \bmod \bullet \bigl( \bf{x} \flat \beta_1 \theta2 \triangle \textbf{a}"
+    r" \rho_0 \rfloor \rm{d}"
 )
 
 
@@ -572,7 +656,39 @@ def test_latex_whose_backslashes_were_not_doubled(file, command):
     assert load_rows(file(line.replace("METADATA", command)), ONE, ignore_keys=("metadata",))
 
 
-@pytest.mark.parametrize("text", ["a\tfraction\r\night", "\x0craces", "\t text", "C:\\beta", "N\x08NA\x08A"])
+BETWEEN_DOLLARS = (
+    r"\nabla f|x\neq3|x \neq y|\tan^2 x|\tau|x\to0|A \to B|\top|2x\notin{A}|x \ne 3|speed \nu "
+    r"|7 \bmod 3|{\bf x}|\rm d"
+)
+
+
+@pytest.mark.parametrize("math", BETWEEN_DOLLARS.split("|"))
+def test_latex_between_dollars_whose_backslashes_were_not_doubled(file, math):
+    line = '{"problem": "Let $y$ be $MATH$\\nand so on", "answer": "1"}'
+    with pytest.raises(BadInput, match=r"line 1: a text has \\\w+ with one backslash"):
+        load_rows(file(line.replace("MATH", math)), ONE)
+    (row,) = load_rows(file(line.replace("MATH", math.replace("\\", "\\\\"))), ONE)
+    assert row["prompt"] == f"Let $y$ be ${math}$\nand so on"
+
+
+NO_LATEX = [
+    "a\tfraction\r\night",
+    "\x0craces",
+    "\t text",
+    "C:\\beta",
+    "N\x08NA\x08A",
+    "i\x08if\x08f _\x08m x",
+    "costs $5\tan apple\t$6",
+    "We pay $5 each\ne $6",
+    "$$\nu = 3\n$$",
+    "where $v$ and\nu and\neq 3 are $w$",
+    "x = symbols('x')\neq = Eq(x, 2)",
+    "\tan item\n\top\n\tau\n\to\nabla\n",
+    "\r\nho\r\nm\r\n",
+]
+
+
+@pytest.mark.parametrize("text", NO_LATEX)
 def test_control_characters_that_are_no_latex(file, text):
     assert load_rows(file({"prompt": text, "response": text}), ONE)[0]["prompt"] == text
 

@@ -843,6 +843,20 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     (r"\boxed{\frac{36}{2} = 18}", "18"),
     (r"\boxed{\left(18\right)}", "18"),
     (r"\boxed{- 18}", "-18"),
+    # a fraction's power, operators without blanks, functions, equations that are not solved
+    (r"#### \frac{1}{2}^2", None),
+    (r"#### \frac{1}{2} \times 10^3", None),
+    ("#### 1 1/2e3", None),
+    ("so eggs*50", None),
+    ("It is days * 24.", None),
+    ("so it is sqrt(16)", None),
+    ("item_5", None),
+    ("so 2x = 5", None),
+    ("so x^2 = 5", None),
+    ("not even 5", None),
+    ("half the 10", None),
+    ("so **18** eggs", "18"),
+    ("a total ($18)", "18"),
     # headings with lines below
     ("#### 1: Eggs\nso\nThe answer is 18.", "18"),
     ("#### 2 adults:\n2*9\n\\boxed{18}", "18"),
@@ -893,6 +907,12 @@ def test_a_number_is_claimed_whole_or_not_at_all(text, answer):
         (r"\boxed{5} : 6", None),
         (r"\boxed{5}xy", None),
         (r"\boxed{5} sqrt(2)", None),
+        (r"\boxed{5}\text{k}", None),
+        (r"\boxed{5}\text{ or }6", None),
+        (r"\boxed{5} or six", None),
+        (r"\boxed{5} - 6", None),
+        (r"\boxed{5}&+2", None),
+        (r"$\boxed{8\pi}\text{~inches}$", r"8\pi"),
         (r"x != \boxed{5}", None),
         (r"**Answer**: \boxed{5}", "5"),
         (r"\boxed{5} \checkmark", "5"),
@@ -1083,7 +1103,7 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 12 rejected answers right; of the 22 chosen ones
+    """The authors sorted 787 pairs by their rule. Ours finds 12 rejected answers right; of the 24 chosen ones
     that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1); the others end with a remark, a formula or a
     number word ("8 sheets (or 1/8 of ...)", "(1500 - 80)", "Ellen pays $11 for one"), or are counted in
     pairs or dozens."""
@@ -1100,7 +1120,7 @@ def test_the_authors_test_pairs():
     assert count == {
         ("chosen", "authors"): 787,
         ("rejected", "authors"): 0,
-        ("chosen", "ours"): 765,
+        ("chosen", "ours"): 763,
         ("rejected", "ours"): 12,
     }
 

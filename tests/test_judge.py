@@ -132,6 +132,14 @@ def test_the_reward_is_at_the_last_token(policy, tokenizer, tmp_path):
         judge_reward(pairwise, tokenizer, ROWS, "data")
 
 
+def test_a_question_from_another_editor_is_the_same(policy, tokenizer, tmp_path):
+    """Notepad begins a file with a mark and ends lines with two characters."""
+    path = tmp_path / "question.txt"
+    for text in (POINTWISE, "\ufeff" + POINTWISE, POINTWISE.replace("\n", "\r\n")):
+        path.write_bytes(text.encode())
+        assert make_judge(policy, tokenizer, path, "", 1000).template == POINTWISE.removesuffix("\n")
+
+
 @pytest.mark.parametrize(
     "template, verdicts, says",
     [

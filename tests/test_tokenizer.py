@@ -786,6 +786,51 @@ def test_tokens_that_only_another_file_adds_are_refused(tmp_path, special):
         load(directory, spec, **more)
 
 
+def test_special_tokens_that_only_another_file_names(tmp_path):
+    """transformers 5.24 cuts them out of texts: a word of the vocabulary, or one that no file adds."""
+    plain = {"eos_token": "<|end_of_text|>"}
+    known = {"added_tokens_decoder": {"266": {"content": "<|end_of_text|>", "special": True}}}
+    refused = [
+        {"additional_special_tokens": ["<|end_of_text|>", "low"]},
+        {"extra_special_tokens": {"image": "low"}},
+        {"extra_special_tokens": ["<x>"]},
+        {"additional_special_tokens": [{"content": "<x>"}]},
+        {"additional_special_tokens": 5},
+        {"unk_token": "low"},
+        {"pad_token": {"content": "low"}},
+    ]
+    for i, more in enumerate(refused):
+        for j, settings in enumerate(
+            (
+                {"tokenizer_config": plain | more},
+                {"tokenizer_config": plain | known | more},
+                {"special_tokens_map": more},
+            )
+        ):
+            with pytest.raises(
+                BadInput, match="another file adds .*(low|<x>|5).*, which tokenizer.json lacks or"
+            ):
+                load(tmp_path / f"{i}{j}", FORMS["llama3"], **settings)
+        older = {"tokenizer_config": plain | known, "special_tokens_map": more}  # not read beside a decoder
+        load(tmp_path / f"{i}", FORMS["llama3"], **older)
+    fine = {"unk_token": None, "pad_token": "<pad>", "add_bos_token": True, "extra_special_tokens": {}}
+    more = {"additional_special_tokens": ["<|end_of_text|>", {"content": "<|begin_of_text|>"}]}
+    load(tmp_path / "fine", FORMS["llama3"], tokenizer_config=plain | fine | more)
+
+
+def test_a_first_token_with_other_ids_is_refused(tmp_path):
+    """tokenizers writes the ids that the post_processor gives, whatever the token's own id is."""
+    spec = FORMS["llama3"]
+    (name,) = spec["post_processor"]["special_tokens"]
+    (own,) = spec["post_processor"]["special_tokens"][name]["ids"]
+    assert load(tmp_path, spec).bos_id == own
+    for ids in ([5], [own, own], []):
+        changed = {"post_processor__special_tokens": {name: {"id": name, "ids": ids, "tokens": [name]}}}
+        spec = tokenizer_json(split(LLAMA3), bos=True, words=["owl"], model__ignore_merges=True, **changed)
+        with pytest.raises(BadInput, match="post_processor writes .*begin_of_text.* as .*, but it is"):
+            load(tmp_path, spec)
+
+
 def test_special_tokens_map(tmp_path):
     """transformers goes by special_tokens_map.json, but not beside an added_tokens_decoder."""
     named = {"eos_token": {"content": "<|eot_id|>"}, "bos_token": "<|im_start|>"}

@@ -31,6 +31,7 @@ from parallel import Grid, Optimizer
 from qrm import REWARD_MODELS
 from support import checkpoints, evaluate, graders, loading, settings, tokenizers, unread
 from support.checkpoints import Workdir
+from support.evaluate import refuse_overwritten
 from support.files import BadInput
 from support.sampling import generate
 
@@ -970,6 +971,35 @@ def test_grade(command, tmp_path):
     rows = [{"response": r"\boxed{\frac12}", "label": "0.5"}]
     write_jsonl(tmp_path / "r.jsonl", rows)
     assert command(*words, "--task", "math")[0] == 0 and rows_of(tmp_path / "g.jsonl")[0]["correct"]
+
+
+def test_grade_takes_any_text_and_no_verdict_of_the_users(command, tmp_path):
+    """Half an emoji, which is no UTF-8, comes out as it went in."""
+    rows = [{"output": "#### 5 \ud83d", "label": "5", "id": "\ud83d"}, {"output": "\u00e9", "label": "5"}]
+    data = tmp_path / "r.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--stage", "grade", "--data", data, "--out", tmp_path / "g.jsonl"]
+    assert command(*words)[0] == 0
+    assert [
+        {key: row[key] for key in given} for row, given in zip(rows_of(tmp_path / "g.jsonl"), rows)
+    ] == rows
+    assert not list(tmp_path.glob("*.partial"))
+    for verdict in (False, "yes", 0):
+        write_jsonl(data, [{"output": "5", "label": "5", "correct": verdict}])
+        status, _, error = command(*words)
+        assert status == 2 and "line 1: correct is" in error and "--ignore_keys correct" in error
+        assert command(*words, "--ignore_keys", "correct")[0] == 0
+
+
+def test_score_writes_over_nothing_of_the_users():
+    names = ("prompt_ids", "ids", "tokenizer", "tokens", "scores")
+    for name, value in (("ids", "abc-1"), ("scores", [1, 2]), ("tokens", 12), ("tokenizer", "llama")):
+        fields = {"prompt": "q", name: value}
+        with pytest.raises(BadInput, match=f"here, line 7: {name} is .*--ignore_keys {name}"):
+            refuse_overwritten("here", [{"fields": fields, "line": 7}], names)
+        ours = fields | {"tokenizer": "0f" * 32}  # a row that was scored, or sampled, before
+        refuse_overwritten("here", [{"fields": ours, "line": 7}], names)
+    refuse_overwritten("here", [{"fields": {"prompt": "q", "ids": None, "logprobs": [1]}, "line": 7}], names)
 
 
 def test_pass_at_k_is_the_mean_over_all_subsets():
