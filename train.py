@@ -75,6 +75,7 @@ from support.loading import (
 )
 from support.settings import (
     ARITH,
+    BESIDE,
     FIELDS,
     POLICY_GRADIENT,
     STAGES_OF,
@@ -86,7 +87,7 @@ from support.settings import (
     stage_config,
 )
 from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
-from support.unread import unread_flags
+from support.unread import check_kept, flag_notes
 
 # -------------------------------------------------------------------------------- the stages
 
@@ -430,7 +431,8 @@ def stage_eval(cfg, grid):
     directories = [Path(cfg.model or cfg.out)]
     if not cfg.model and not cfg.out:
         results = sorted(Path(cfg.run_dir).iterdir())
-        directories = [path for path in results if (path / "config.json").exists() and not path.suffix]
+        directories = [path for path in results if (path / "config.json").exists()]
+        directories = [path for path in directories if path.suffix not in BESIDE]
     on_heldout = dataclasses.replace(cfg, data=cfg.heldout or cfg.data)  # where given answers are read
     for directory in directories:
         kind = kind_of_eval(directory, on_heldout)
@@ -619,7 +621,10 @@ def result_of(stage, cfg, grid):
     elif grid.is_main and not path.exists() and cfg.stage != "demo":
         say(grid, f"{cfg.stage} needs {path}: running --stage {stage} first")
     if grid.is_main and (changed or not path.exists()):
+        check_paths(earlier)
         run_stage(earlier, Grid(grid.device))
+    elif grid.is_main:
+        check_kept(path, earlier, cfg, log_to(grid))
     barrier(grid)
     return str(path)
 
@@ -698,8 +703,8 @@ def main(argv=None):
         for name in ("flex", "graphs"):
             on_cuda = grid.device.type == "cuda" or not getattr(cfg, name)
             require(on_cuda, f"--{name}: works on CUDA only; expected --device cuda")
-        for name in unread_flags(argv):
-            say(grid, f"note: --stage {cfg.stage} does not use --{name}")
+        for note in flag_notes(argv):
+            say(grid, f"note: {note}")
         run_stage(cfg, grid)
         print(end="", flush=True)  # a full disk or a closed pipe shows here, not at exit
     except BrokenPipeError:

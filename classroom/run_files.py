@@ -97,7 +97,7 @@ def read_run(run_dir):
     files.require(path.is_dir(), f"{path}: no such directory; expected the --run_dir of train.py")
     stages = {name: read_stage(path / name) for name in KINDS}
     for other in sorted(path.iterdir()):
-        if other.is_dir() and not other.suffix and other.name not in KINDS:
+        if other.is_dir() and other.suffix not in settings.BESIDE and other.name not in KINDS:
             stage = read_stage(other)
             trained = stage.kind and (stage.run or stage.rows or stage.eval)
             stages |= {other.name: stage} if trained else {}

@@ -213,8 +213,8 @@ def make_reward_model(home, seed, flags, reward, lr):
     eval_flags = {**flags["eval"], "limit": 0}
     for part in ("validation", "test"):
         pairs = home / f"pairs-{part}.jsonl"
-        call("eval", run=home, model=directory, data=pairs, out=directory / part, **eval_flags)
-    return {part: read_json(directory / part / "eval.json") for part in ("validation", "test")}
+        call("eval", run=home, model=directory, data=pairs, out=f"{directory}-{part}", **eval_flags)
+    return {part: read_json(Path(f"{directory}-{part}", "eval.json")) for part in ("validation", "test")}
 
 
 def make_rl(home, seed, flags, algorithm, reward, lr, rm_lr, options):

@@ -38,6 +38,8 @@ NOT_IDENTITY = {
     "verbose",
 }
 
+INPUTS = ("model", "data", "reward_model", "outcome_model", "judge_prompt")  # paths, see sources()
+
 # -------------------------------------------------------------------------------- the steps
 
 
@@ -67,6 +69,8 @@ class Training:
         self.made_from = sources(cfg)
         self.optimizers = [optimizer for _, optimizer in trained.values()]
         digests = {f"{name} of sha256": source["sha256"] for name, source in self.made_from.items()}
+        if cfg.heldout:
+            digests["heldout of sha256"] = digest(cfg.heldout)
         self.work = Workdir(cfg, out_path(cfg), grid, trained, digests | inputs)
 
     def __enter__(self):
@@ -229,10 +233,7 @@ def fingerprints(tokenizer, path):
 
 def sources(cfg):
     """{field: {"path", "sha256"}} of the files and model directories that a result is made from."""
-    paths = {
-        name: getattr(cfg, name)
-        for name in ("model", "data", "reward_model", "outcome_model", "judge_prompt")
-    }
+    paths = {name: getattr(cfg, name) for name in INPUTS}
     own_reward = cfg.reward.rpartition(":")[0]  # FILE.py:FUNCTION
     if cfg.stage in POLICY_GRADIENT and Path(own_reward).is_file():
         paths["reward"] = own_reward

@@ -12,6 +12,7 @@ from data import load_rows
 from model import LanguageModel, load_model, read_config, stored_head
 from parallel import say
 from qrm import REWARD_MODELS, STEP_TOTALS, bind_reward, with_outcome
+from support.checkpoints import out_of_date
 from support.files import BadInput, read_json, read_jsonl, require
 from support.graders import can_match
 from support.judge import judge_reward, make_judge
@@ -41,7 +42,7 @@ def load_tokenizer(directory, cfg):
     """The tokenizer of a model directory in the run's chat template.
 
     BadInput if an id has no embedding row, or if the chat template differs from training; sft and rm may
-    change the template.
+    change it by an explicit --chat.
     """
     rows = read_config(directory)[0].vocab_size
     system = {"": None, "none": ""}.get(cfg.system, cfg.system)  # None: the template's own; "": none
@@ -51,12 +52,14 @@ def load_tokenizer(directory, cfg):
         f"{directory}: the tokenizer's ids go up to {tokenizer.vocab_size - 1},"
         f" but config.json says vocab_size {rows}",
     )
-    made = {} if cfg.stage in ("sft", "rm") else read_run(directory)
+    may_change = cfg.stage in ("sft", "rm") and cfg.chat != "auto"
+    made = {} if may_change else read_run(directory)
     if made.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         chat = re.search(r"'chat': '(\w+)'", str(made.get("config")))
         raise BadInput(
             f"{directory}: was trained with another tokenizer or chat template"
-            f" (--chat {chat and chat[1]}); found --chat {tokenizer.chat.name}"
+            f" (--chat {chat and chat[1]}); found --chat {tokenizer.chat.name};"
+            " expected the --chat, --system and --date of its training"
         )
     return tokenizer
 
@@ -101,13 +104,17 @@ def say_shared_prompts(cfg, grid):
     """One line for the prompts of --heldout that --data has too: what is measured there was learned from."""
     prompts = []
     for path in (cfg.data, cfg.heldout):
-        needs = ("prompt", "steps") if "completions" in next(read_jsonl(path))[1] else ("prompt",)
-        rows = load_rows(path, needs, ignore_keys=ignored_keys(cfg), log=len)
-        prompts.append({str(row["prompt"]) for row in rows})
+        prompts.append({str(row["prompt"]) for row in prompt_rows(path, cfg)})
     learned, heldout = prompts
     shared = len(learned & heldout)
     if shared:
         say(grid, f"note: {shared} of the {len(heldout)} prompts of {cfg.heldout} are in {cfg.data} too")
+
+
+def prompt_rows(path, cfg):
+    """The rows of a file, read for their prompts alone and in silence."""
+    needs = ("prompt", "steps") if "completions" in next(read_jsonl(path), (0, {}))[1] else ("prompt",)
+    return load_rows(path, needs, ignore_keys=ignored_keys(cfg), log=len)
 
 
 def read_run(directory):
@@ -167,16 +174,26 @@ def load_reward(name, directory, tokenizer, cfg, grid):
     )
     reference = None
     if kind.needs_reference:
-        start = read_run(directory).get("reference")
-        require(
-            isinstance(start, str),
-            f"{directory}/run.json: reference is {start!r},"
-            " expected the directory of the model that training started from",
-        )
-        reference = load(kind.base, start, cfg, grid).requires_grad_(False)
+        reference = load(kind.base, reference_of(directory), cfg, grid).requires_grad_(False)
     model = load(kind.base, directory, cfg, grid).requires_grad_(False)
     reward = bind_reward(name, model, reference, tokenizer.ids_with("\n"))
     return replace(reward, total=STEP_TOTALS[cfg.prm_aggregate]) if kind.needs_steps else reward
+
+
+def reference_of(directory):
+    """The directory of the model that a reward model's training started from; BadInput if it has changed."""
+    start = read_run(directory).get("reference")
+    require(
+        isinstance(start, str),
+        f"{directory}/run.json: reference is {start!r},"
+        " expected the directory of the model that training started from",
+    )
+    require(
+        start not in out_of_date(directory),
+        f"{directory}: compares with {start}, which has changed since it was trained from there;"
+        " expected that model again, or a new --stage rm",
+    )
+    return start
 
 
 def load_judge(directory, cfg, grid):
@@ -193,6 +210,16 @@ def load_ranker(directory, tokenizer, rows, cfg, grid):
     return load_reward(reward_name(directory), directory, tokenizer, cfg, grid)
 
 
+def refuse_other_kind(cfg):
+    """BadInput for a --reward that is not what --reward_model was trained as."""
+    name = reward_name(cfg.reward_model, cfg.reward)
+    require(
+        name == ("qrm" if cfg.reward == "plain" else cfg.reward),
+        f"--reward {cfg.reward}: {cfg.reward_model} was trained as {name!r};"
+        " expected the reward that it was trained for, or none",
+    )
+
+
 def reward_of_run(cfg, tokenizer, rows, grid):
     """The Reward that --reward and --reward_model name; rows: where prompts are looked up, with labels."""
     if cfg.reward in GRADED_REWARDS:
@@ -201,16 +228,13 @@ def reward_of_run(cfg, tokenizer, rows, grid):
         return load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)
     if cfg.reward not in REWARD_MODELS:
         return user_reward(cfg.reward, tokenizer, rows, grid)
+    if cfg.reward != "qrm":  # the default, if it was not given
+        refuse_other_kind(cfg)
     name = reward_name(cfg.reward_model, cfg.reward)
     require(
         name != "prm" or cfg.advantage != "grpo",
         "--advantage grpo compares one number per answer, and --reward prm gives one per step; expected"
         " --advantage process (process supervision), or return",
-    )
-    require(
-        cfg.reward in ("qrm", "plain", name),
-        f"--reward {cfg.reward}: {cfg.reward_model} was trained as {name!r};"
-        " expected the reward that it was trained for, or none",
     )
     reward = load_reward(name, cfg.reward_model, tokenizer, cfg, grid)
     if not cfg.outcome_model:

@@ -78,7 +78,7 @@ def load_function(spec):
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadInput(describe_error(path, error)) from error
     function = getattr(module, name, None)
     require(callable(function), f"--reward {spec}: {path} has no function {name}")
@@ -118,7 +118,7 @@ def call_function(function, spec, tokenizer, row, response_ids):
     truncated = response_ids[-1] not in tokenizer.stop_ids
     try:
         value = function(row["prompt"], text, list(response_ids), dict(row.get("raw", row)), truncated)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         path = spec.rpartition(":")[0]
         raise BadInput(f"{describe_error(path, error)} (data line {row['line']})") from error
     return check_value(value, len(response_ids), f"--reward {spec}, data line {row['line']}")

@@ -6,6 +6,7 @@ A field declares its default, its help text and the values it takes; its datacla
 import dataclasses
 import difflib
 import filecmp
+import fnmatch
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from qrm import REWARD_MODELS, STEP_TOTALS
 from support.files import BadInput, read_jsonl, require
 from support.graders import GRADERS, TASKS
-from support.tokenizers import CHATS
+from support.tokenizers import CHATS, FILES
 
 STAGES = {
     "demo": "the whole path on the built-in task, and report.html",
@@ -130,7 +131,7 @@ class Run:
         1024,
         "tokens of prompt and response; longer rows are dropped and counted",
         above=0,
-        stages=WITH_A_MODEL,
+        stages=(*TRAINING, "eval", "score"),
     )
     micro_tokens: int = flag(
         8192,
@@ -416,23 +417,26 @@ def defaults_of(given):
 
 
 def given_flags(argv):
-    """argv -> {name: text} of the flags it sets, "" for a switch; BadInput for anything that is no flag."""
-    given = {}
+    """argv -> {name: text} of the flags it sets, "" for a switch; the last of a flag that is given twice."""
+    return dict(flag_words(argv))
+
+
+def flag_words(argv):
+    """Yields (name, text) of each flag in argv; BadInput for anything that is no flag."""
     words = iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         name = "run_dir" if name == "run" else name  # --run is short for it
         if word in ("-h", "--help"):
-            given["help"] = ""
+            yield "help", ""
         elif not word.startswith("--") or name not in FIELDS:
             raise BadInput(unknown_flag(word, name))
         elif FIELDS[name].type is bool or equals:
-            given[name] = value
+            yield name, value
         else:
-            given[name] = next(words, None)
-            missing = given[name] is None or given[name].startswith("--")
-            require(not missing, f"--{name}: expected {expected(name)} after it")
-    return given
+            value = next(words, "--")
+            require(not value.startswith("--"), f"--{name}: expected {expected(name)} after it")
+            yield name, value
 
 
 def unknown_flag(word, name):
@@ -657,6 +661,10 @@ def check_paths(cfg):
         f"--out {out}: is there and not a result of train.py (no run.json in it); it would be replaced",
     )
     require(
+        cfg.stage not in TRAINING or out.suffix not in BESIDE,
+        f"--out {out}: a run writes its own files under such a name; expected one without {out.suffix}",
+    )
+    require(
         cfg.stage != "eval" or not out.is_file(),
         f"--out {out}: is a file; expected a directory, for eval.json",
     )
@@ -665,6 +673,7 @@ def check_paths(cfg):
         f"--out {out}: is a directory or a device; expected the name of a JSON lines file",
     )
     check_replaced(cfg, out)
+    check_deleted(cfg, out.resolve() if out.is_symlink() else out)  # a link stays, its target does not
     above = next(path for path in out.absolute().parents if path.exists())
     require(
         above.is_dir() and os.access(above, os.W_OK),
@@ -689,6 +698,44 @@ def check_replaced(cfg, out):
         require(not over, f"--out {out}: would replace --{name} {source}; expected another name")
 
 
+BESIDE = (".partial", ".replaced")  # <out>.partial becomes <out>, and an older <out> first <out>.replaced
+MODEL_FILES = (*FILES, "model*.safetensors", "model.safetensors.index.json", "eval.json")
+WRITTEN = {  # folder of a result -> the files that train.py writes there
+    ".": (*MODEL_FILES, "run.json", "metrics.jsonl", "skipped.*.json", ".DS_Store"),
+    "critic": MODEL_FILES,
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+    "state": ("state.json", "*.safetensors"),
+}
+
+
+def check_deleted(cfg, out):
+    """BadInput for a file that train.py did not write, and that would be gone after the run.
+
+    A training run deletes the older <out> and what a killed one left beside it; pairs has two results.
+    """
+    gone = []  # (path, whether train.py wrote it)
+    for home in (out, *(out.with_name(out.name + suffix) for suffix in BESIDE)):
+        if cfg.stage in TRAINING and home.exists():
+            found = sorted(home.rglob("*")) if home.is_dir() else [home]
+            gone += [(path, is_written(path.relative_to(home))) for path in found]
+    second = heldout_path(cfg)
+    if cfg.stage == "pairs" and cfg.heldout and second.exists():
+        gone.append((second, second.with_name(f"{second.name}.run.json").exists()))
+    for path, ours in gone:
+        require(
+            ours,
+            f"--out {out}: {path} is there and not a result of train.py; it would be replaced, too:"
+            " expected another --out, or that path elsewhere",
+        )
+
+
+def is_written(path):
+    """Whether train.py writes such a file, or folder, in a result; path is relative to it."""
+    name = path.name.removesuffix(".partial")  # the end of a file that was being written
+    patterns = WRITTEN.get(str(path.parent), ())
+    return str(path) in WRITTEN.keys() - {"."} or any(fnmatch.fnmatch(name, one) for one in patterns)
+
+
 def same_path(a, b):
     """Whether two paths are one, by any name, whether or not there is anything."""
     return a.samefile(b) if a.exists() and b.exists() else a.resolve() == b.resolve()
@@ -708,7 +755,7 @@ def out_path(cfg):
 def heldout_path(cfg):
     """Where --stage pairs writes the pairs of --heldout, which no reward model is trained on."""
     out = out_path(cfg)
-    return out.with_name(f"{out.stem}-heldout.jsonl")
+    return out.with_name(f"{out.name.removesuffix('.jsonl')}-heldout.jsonl")
 
 
 def stage_config(cfg, stage):

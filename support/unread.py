@@ -1,11 +1,23 @@
 """Flags without effect: nothing that a user writes is ignored in silence."""
 
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from qrm import REWARD_MODELS
-from support.loading import kind_of_eval, reward_name
-from support.settings import DEMO_READS, POLICY_GRADIENT, STAGES_OF, given_flags, parse
+from support.checkpoints import INPUTS, NOT_IDENTITY, run_path
+from support.files import BadInput, read_json, read_jsonl, require
+from support.loading import ignored_keys, kind_of_eval, prompt_rows, refuse_other_kind, reward_name
+from support.settings import (
+    DEMO_READS,
+    GRADED_REWARDS,
+    POLICY_GRADIENT,
+    STAGES_OF,
+    TRAINING,
+    flag_words,
+    given_flags,
+    parse,
+)
 from support.steps import has_steps
 
 ADVANTAGE_READS = {  # of the flags that only some values of --advantage read
@@ -16,14 +28,27 @@ ADVANTAGE_READS = {  # of the flags that only some values of --advantage read
     "grpo": set(),
     "process": set(),
 }
-SAMPLED = {"k", "temperature", "max_new_tokens", "seed"}
+SAMPLED = {"k", "temperature", "max_new_tokens", "seed", "graphs"}
 EVAL_READS = {  # of the flags that only some kinds of --stage eval read; see train.EVALUATIONS
     "policy": {*SAMPLED, "task", "grader", "reward_model", "prm_aggregate"},
-    "candidates": {"heldout", "task", "grader", "reward_model", "prm_aggregate"},
+    "candidates": {"heldout", "max_seq_len", "task", "grader", "reward_model", "prm_aggregate"},
     "judge": {"heldout", "reward_model"},
-    "steps": {"heldout", "step_threshold"},
-    "reward model": {"heldout", "task", "prm_aggregate"},
+    "steps": {"heldout", "max_seq_len", "step_threshold"},
+    "reward model": {"heldout", "max_seq_len", "task", "prm_aggregate"},
 }
+
+
+def flag_notes(argv):
+    """A text for each flag, or part of one, without effect; BadInput for a --reward that is overruled."""
+    cfg = parse(argv)
+    names = [name for name, _ in flag_words(argv)]
+    learned = cfg.stage in POLICY_GRADIENT and cfg.reward_model and cfg.reward in REWARD_MODELS
+    if learned and "reward" in names:
+        refuse_other_kind(cfg)
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    notes = [f"--{name} is given {names.count(name)} times; the last one counts" for name in twice]
+    notes += [f"--stage {cfg.stage} does not use --{name}" for name in unread_flags(argv)]
+    return notes + [f"no row has the key {key!r}, which --ignore_keys lists" for key in absent_keys(cfg)]
 
 
 def unread_flags(argv):
@@ -32,7 +57,7 @@ def unread_flags(argv):
     cfg = parse(argv)
     if cfg.stage == "demo":
         return [name for name in given if name not in DEMO_READS]
-    idle = idle_flags(cfg)
+    idle = idle_flags(cfg) | idle_by_rows(cfg, given)
     return [name for name in given if cfg.stage not in STAGES_OF[name] or name in idle]
 
 
@@ -41,6 +66,8 @@ def idle_flags(cfg):
     idle = set()
     if cfg.reward != "judge":
         idle.add("verdicts")
+    if not (cfg.data or cfg.heldout):
+        idle.add("ignore_keys")  # of the built-in task's rows, none
     if not (cfg.lora_rank or cfg.stage == "ppo" and cfg.critic_lora_rank):
         idle.add("lora_alpha")
     if cfg.stage in ("eval", "score") and cfg.data and cfg.reward != "judge":
@@ -88,6 +115,8 @@ def idle_in_rl(cfg):
         idle.add("kl")
     if cfg.heldout:
         idle.add("limit")  # it would hold out rows of --data
+    elif cfg.data and not cfg.limit:  # nothing is held out for pass@1
+        idle |= {"eval_every"} if cfg.reward in GRADED_REWARDS else {"eval_every", "task", "grader"}
     return idle
 
 
@@ -116,3 +145,73 @@ def idle_in_eval(cfg):
 def unread_aggregate(directory):
     """Only answers that a prm scores are compared by an aggregate of their steps."""
     return set() if reward_name(directory) == "prm" else {"prm_aggregate"}
+
+
+# -------------------------------------------------------------------------------- rows
+
+
+def absent_keys(cfg):
+    """Those of --ignore_keys that are in no row of the files."""
+    found = set()
+    with suppress(BadInput):  # of a file that cannot be read, the stage says so
+        for path in filter(None, (cfg.data, cfg.heldout) if cfg.ignore_keys else ()):
+            found.update(*(row for _, row in read_jsonl(path)))
+        return [key for key in ignored_keys(cfg) if key and found and key not in found]
+    return []
+
+
+def idle_by_rows(cfg, given):
+    """Flags that speak for rows which do not speak for themselves, where all of them do."""
+    idle = set()
+    with suppress(BadInput):
+        if "system" in given and cfg.data:
+            paths = filter(None, (cfg.data, cfg.heldout))
+            prompts = [row["prompt"] for path in paths for row in prompt_rows(path, cfg)]
+            own = [isinstance(prompt, list) and prompt[0]["role"] == "system" for prompt in prompts]
+            idle |= {"system"} if all(own) else set()
+        if "margin" in given and cfg.data:
+            margins = [row["fields"].get("margin") for row in prompt_rows(cfg.data, cfg)]
+            idle |= set() if None in margins else {"margin"}
+    return idle
+
+
+# -------------------------------------------------------------------------------- results that are kept
+
+OF_ONE_RUN = {"seed", "preset", "reward", *INPUTS}  # results in one run directory do not mix these
+
+
+def check_kept(result, needed, cfg, log):
+    """Logs how a kept result was made that `needed` would make otherwise; BadInput if a run mixes the two.
+
+    result   its path in the run directory; needed   its Config (settings.stage_config); cfg   of this run
+    """
+    other = made_otherwise(result, needed)
+    if not other:
+        return
+    found = f"{result} was made with {' '.join(f'--{name} {value}' for name, value in other.items())}"
+    mixes = cfg.stage == "demo" or cfg.stage in (*TRAINING, "pairs") and not cfg.out
+    require(
+        not mixes or OF_ONE_RUN.isdisjoint(other),
+        f"{found}, and this run is not; expected another --run_dir, or the same flags",
+    )
+    log(f"note: {found}")
+
+
+def made_otherwise(result, needed):
+    """{flag: value} of how a result in a run directory was made, where `needed` would make it otherwise.
+
+    The Config names no path; a path counts that leads out of the run directory: it is no file of the
+    built-in task.
+    """
+    path = run_path(result)
+    run = read_json(path, path.read_bytes()) if path.exists() else {}
+    then, now = run.get("config", {}), asdict(needed)
+    found = {}
+    for name in then.keys() & now.keys() - {*NOT_IDENTITY, "run_dir"}:
+        is_setting = now[name] != "" or name == "preset"
+        if is_setting and needed.stage in STAGES_OF[name] and then[name] != now[name]:
+            found[name] = then[name]
+    for name, source in run.get("made_from", {}).items():
+        if not Path(source["path"]).resolve().is_relative_to(Path(then["run_dir"]).resolve()):
+            found[name] = source["path"]
+    return dict(sorted(found.items()))

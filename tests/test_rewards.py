@@ -514,6 +514,8 @@ def test_a_number_for_each_answer(monkeypatch, tmp_path, value, found):
         ("return float('nan')", r"data line 3: found nan; expected finite numbers$"),
         ("return [0, 0, -float('inf')]", r"data line 3: found \[0, 0, -inf\]; expected finite numbers$"),
         ("return 1e39", r"data line 3: found 1e\+39; expected finite numbers$"),  # infinite in fp32
+        ("raise SystemExit", r"mine\.py, line 2: SystemExit: .*\(data line 3\)$"),  # a status of 0
+        ("return exit(0)", r"mine\.py, line 2: SystemExit: 0 \(data line 3\)$"),
         ("return 10 ** 400", r"data line 3: found 1000.*; expected finite numbers$"),
         ("return 1j", r"data line 3: found 1j; expected a number"),
         (
@@ -535,6 +537,7 @@ def test_a_users_mistake_is_one_line(monkeypatch, tmp_path, body, message):
         ("x = 1", r"mine\.py has no function reward$"),
         ("reward = 1", r"mine\.py has no function reward$"),
         ("def reward(:", r"mine\.py, line 1: SyntaxError: "),
+        ("import sys\n\nsys.exit(0)", r"mine\.py, line 3: SystemExit: 0$"),
         ("\nimport absent_module", r"mine\.py, line 2: ModuleNotFoundError: .*absent_module"),
         (
             "def reward(prompt, response): return 1",

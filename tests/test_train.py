@@ -5,6 +5,7 @@ Commands run in this process, on a built-in run made once with tiny sizes; only 
 Ctrl-C) is started.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -24,10 +25,11 @@ from safetensors.torch import load_file
 
 import data
 import train
+from classroom import run_files
 from model import LanguageModel, ScalarModel, build_model, init_weights, load_model, save_model
 from parallel import Grid, Optimizer
 from qrm import REWARD_MODELS
-from support import evaluate, graders, loading, settings, tokenizers
+from support import checkpoints, evaluate, graders, loading, settings, tokenizers, unread
 from support.checkpoints import Workdir
 from support.evaluate import refuse_overwritten
 from support.files import BadInput
@@ -1116,6 +1118,38 @@ def test_reward_and_reward_model_may_not_disagree(built, command, tmp_path):
     )
 
 
+def test_a_reward_model_is_compared_with_the_model_it_came_from(built, command, tmp_path, pairs_file):
+    """log pi - log pi_ref says nothing if another model now lies in the reference's directory."""
+    start, rm = tmp_path / "sft", tmp_path / "rm"
+    shutil.copytree(built / "sft", start)
+    words = ["--stage", "rm", "--reward", "dpo", "--model", start, "--data", pairs_file, "--steps", 1]
+    assert command(*words, "--out", rm)[0] == 0
+    measure = ["--stage", "eval", "--model", rm, "--data", pairs_file, "--out", tmp_path / "e"]
+    assert command(*measure)[0] == 0
+    before = (start / "model.safetensors").read_bytes()
+    shutil.copy(built / "reinforce/model.safetensors", start)
+    rl = ["--stage", "ppo", "--model", built / "sft", "--reward_model", rm, "--data", pairs_file]
+    for given in (measure, [*rl, "--out", tmp_path / "o"]):
+        assert_refused(command, tmp_path, given, str(rm), f"{start}, which has changed", "--stage rm")
+    (start / "model.safetensors").write_bytes(before)
+    pairs_file.write_text(pairs_file.read_text() + json.dumps(PAIRS[0]) + "\n")  # no matter
+    assert command(*measure)[0] == 0
+
+
+def test_all_results_of_a_run_are_evaluated(built, command, tmp_path, monkeypatch):
+    """A dot in a name is part of it; .partial and .replaced are no results."""
+    for name in ("ppo-v1.5", "rm-0.002", "sft.partial", "sft.replaced"):
+        shutil.copytree(built / "sft", tmp_path / name)
+    seen = []
+    record = lambda directory, cfg, grid: seen.append(directory.name) or {}
+    monkeypatch.setitem(train.EVALUATIONS, "policy", record)
+    rows = write_jsonl(tmp_path / "p.jsonl", [{"prompt": p, "label": "1"} for p in PROMPTS])
+    assert command("--stage", "eval", "--run", tmp_path, "--data", rows)[0] == 0
+    assert seen == ["ppo-v1.5", "rm-0.002"]
+    assert {"ppo-v1.5", "rm-0.002"} <= run_files.read_run(tmp_path).stages.keys()
+    assert "sft.replaced" not in run_files.read_run(tmp_path).stages
+
+
 @pytest.mark.parametrize(
     "stage",
     [("reinforce", "--limit", 1, "--steps", 1), ("eval", "--limit", 1), ("pairs", "--best", "--limit", 1)],
@@ -1525,6 +1559,96 @@ def test_paths_that_cannot_be_used(built, command, pairs_file, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "foreign",
+    ["out/rm/run.json", "out/notes.txt", "out/critic/run.json", "out/adapter/eval.json", "out/state/my.txt"]
+    + ["out.partial/notes.txt", "out.replaced/notes.txt", "out.partial"],
+)
+def test_a_result_replaces_nothing_that_train_wrote_not(built, command, pairs_file, tmp_path, foreign):
+    """An older result goes with all that is in it, and so does what lies under the names beside it."""
+    words = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--steps", 1]
+    words += ["--out", tmp_path / "out"]
+    path = tmp_path / foreign
+    if foreign.startswith("out/"):
+        shutil.copytree(built / "ppo", tmp_path / "out")
+        assert (tmp_path / "out/critic/config.json").exists() and command(*words)[0] == 0  # ours: may go
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("mine")
+    status, _, err = command(*words)
+    assert status == 2 and err.count("\n") == 1 and str(Path(*path.parts[: len(tmp_path.parts) + 2])) in err
+    assert path.read_text() == "mine"
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "out")
+    assert command(*words[:-1], link)[0] == 2 and path.read_text() == "mine"
+
+
+def test_names_of_a_runs_own_files_are_taken(built, command, pairs_file, tmp_path):
+    """A result called rm.partial would be deleted by a run with --out rm, a second file of pairs by pairs."""
+    rm = ["--stage", "rm", "--model", built / "sft", "--data", pairs_file, "--out"]
+    for name in ("rm.partial", "rm.replaced"):
+        assert_refused(command, tmp_path, [*rm, tmp_path / name], f"--out {tmp_path / name}")
+    rows = [{"prompt": p, "label": "1"} for p in PROMPTS]
+    given = [write_jsonl(tmp_path / f"{name}.jsonl", rows[i:]) for i, name in enumerate(("data", "test"))]
+    mine = write_jsonl(tmp_path / "p.1-heldout.jsonl", rows)
+    words = ["--stage", "pairs", "--model", built / "sft", "--data", given[0], "--heldout", given[1]]
+    assert_refused(command, tmp_path, [*words, "--out", tmp_path / "p.1"], mine)
+    assert mine.exists()
+
+
+def test_an_out_of_date_result_goes_only_with_what_train_wrote(built, command, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(built, run)
+    for path in (run / "rm/run.json", run / "pairs.jsonl.run.json"):  # as if they had been made here
+        path.write_text(path.read_text().replace(str(built), str(run)))
+    (run / "rm/notes.txt").write_text("mine")
+    with open(run / "pairs.jsonl", "a") as file:
+        file.write((run / "pairs.jsonl").read_text().split("\n")[0] + "\n")
+    words = ["--stage", "reinforce", "--run", run, "--out", tmp_path / "o"]
+    assert_refused(command, tmp_path, words, str(run / "rm/notes.txt"))
+    assert (run / "rm/notes.txt").read_text() == "mine"
+
+
+def test_a_run_directory_holds_one_seed(built, command, tmp_path):
+    """Its results are kept, so they would pass for those of another seed, of other rows, of another kind."""
+    before = (built / "ppo/run.json").read_bytes()
+    for words in ([], ["--stage", "pairs"], ["--stage", "rm"], ["--stage", "ppo"]):
+        given = [*words, "--run", built, "--seed", 5]
+        assert_refused(command, tmp_path, given, f"{built / 'sft'} was made with --seed 0", "--run_dir")
+    assert (built / "ppo/run.json").read_bytes() == before
+    for words in (["rm", "--steps", 1], ["score", "--limit", 1]):  # elsewhere, or what is only sampled
+        status, out, _ = command("--stage", *words, "--run", built, "--seed", 5, "--out", tmp_path / words[0])
+        assert status == 0 and "note: " in out and "was made with --seed 0" in out
+    status, out, _ = command("--stage", "rm", "--run", built, "--steps", 1, "--out", tmp_path / "same")
+    assert status == 0 and "was made with" not in out
+
+
+@pytest.mark.parametrize(
+    "changes, says, refused",
+    [
+        ({"preset": "tiny"}, "--preset tiny", True),
+        ({"reward": "orm"}, "--reward orm", True),
+        ({"steps": 1, "balance_prompts": True}, "--balance_prompts True --steps 1", False),
+        ({"k": 99, "timeout": 7, "device": "cuda", "advantage": "gae"}, "", False),  # no part of the result
+        ({"data": "mine.jsonl"}, "--data", True),
+    ],
+)
+def test_how_a_kept_result_was_made_is_said(built, command, tmp_path, changes, says, refused):
+    run = tmp_path / "run"
+    shutil.copytree(built / "rm", run / "rm")
+    made = json.loads((run / "rm/run.json").read_text())
+    made["config"] |= changes | {"run_dir": str(run)}
+    source = write_jsonl(tmp_path / changes["data"], PAIRS) if "data" in changes else run / "rm/config.json"
+    made["made_from"] = {"data": {"path": str(source), "sha256": checkpoints.digest(source)}}
+    (run / "rm/run.json").write_text(json.dumps(made))
+    logged, cfg = [], settings.Config(stage="ppo", run_dir=str(run), **settings.ARITH["ppo"])
+    check = lambda cfg: unread.check_kept(run / "rm", settings.stage_config(cfg, "rm"), cfg, logged.append)
+    if refused:
+        with pytest.raises(BadInput, match=f"{run / 'rm'} was made with {says}.* expected another --run_dir"):
+            check(cfg)
+    check(dataclasses.replace(cfg, out="elsewhere"))
+    assert len(logged) == bool(says) and all(says in line for line in logged)
+
+
 def test_a_result_replaces_nothing_that_the_command_reads(built, command, pairs_file, tmp_path):
     """By any name; the model would be gone with the last checkpoint that needs it."""
     mine = write_jsonl(tmp_path / "g.jsonl", [{"prompt": "q", "response": "5", "label": "5"}])
@@ -1837,9 +1961,23 @@ def test_a_model_is_used_in_the_template_that_it_was_trained_in(chatty, command,
             1,
             "--out",
             tmp_path / "again",
+            "--chat",
+            "none",
         )[0]
         == 0
     )
+    for stage, rows in (("rm", "pairs.jsonl"), ("sft", "rows.jsonl")):  # another template only by --chat
+        words = [
+            "--stage",
+            stage,
+            "--model",
+            chatty / "sft",
+            "--data",
+            chatty / rows,
+            "--out",
+            tmp_path / "o",
+        ]
+        assert_refused(command, tmp_path, words, "--chat chatml", "--chat none")
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_dropped_and_counted(built, command, tmp_path):

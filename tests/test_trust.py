@@ -463,6 +463,23 @@ def test_resume_refuses_other_data_tokenizer_and_base_model(base, command, tmp_p
     assert {p: p.read_bytes() for p in (tmp_path / "out.partial").rglob("*") if p.is_file()} == before
 
 
+def test_resume_refuses_other_held_out_rows(base, command, tmp_path, monkeypatch):
+    """One metrics.jsonl would hold pass@1 on two files."""
+    rows = (base / "rows.jsonl").read_text().splitlines(keepends=True)
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text("".join(rows[:4]))
+    given, log = words("reinforce", base, tmp_path / "out", "--heldout", heldout), Workdir.log
+    stop = lambda self, row: (log(self, row), row["step"] == 3 and signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Workdir, "log", stop)
+    assert command(*given)[0] == 130
+    monkeypatch.undo()
+    heldout.write_text("".join(rows[:3]))
+    status, _, err = command(*given, "--resume")
+    assert status == 2 and err.count("\n") == 1 and "heldout of sha256" in err
+    heldout.write_text("".join(rows[:4]))
+    assert command(*given, "--resume")[0] == 0
+
+
 def test_a_model_saved_over_a_sharded_one_is_the_one_that_loads(tmp_path):
     cfg = ModelConfig(29, 16, 24, 1, 4, 2, 4)
     for seed, most in ((0, 2000), (1, 10**9), (2, 3000)):

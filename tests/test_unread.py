@@ -9,6 +9,7 @@ from conftest import random_model, small_config
 from data import Example, collate
 from qrm import REWARD_MODELS, reward_model_loss
 from support import settings, unread
+from support.files import BadInput
 
 
 @pytest.fixture
@@ -32,6 +33,13 @@ def files(tmp_path, monkeypatch):
         if name != "sft":
             (tmp_path / name / "run.json").write_text(json.dumps({"reward": name}))
     (tmp_path / "question").write_text("{prompt}{response}")
+    told = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    pair = {"chosen": "a", "rejected": "b"}
+    for name, rows in {
+        "told": [{"prompt": told, **pair, "margin": 1.0}, {"prompt": told, **pair, "margin": 0}],
+        "mixed": [{"prompt": told, **pair, "margin": 1.0}, {"prompt": told[1:], **pair}],
+    }.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("reward", REWARD_MODELS)
@@ -57,6 +65,8 @@ MEASURE = "--stage eval --k 2 --temperature .5 --max_new_tokens 9 --seed 1 --ste
 SAMPLED = "k temperature max_new_tokens seed"
 STEPS = "--prm_aggregate min --step_threshold .4"
 JUDGE = "--reward judge --judge_prompt question"
+PASSES = "--eval_every 1 --task math --grader ours --model sft --data prompts.jsonl"
+TELLS = "--stage rm --model sft --system x --margin 1"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +112,58 @@ JUDGE = "--reward judge --judge_prompt question"
         (f"{MEASURE} sft --data pairs.jsonl {JUDGE} --task arith", f"{SAMPLED} step_threshold task"),
         (f"{MEASURE} sft", ""),  # of the built-in task: each directory has its own rows
         ("--stage score --data pairs.jsonl --seed 1 --task arith --reward qrm", "seed task reward"),
+        ("--stage sft --ignore_keys a", "ignore_keys"),  # the built-in task's rows
+        ("--stage pairs --max_seq_len 9", "max_seq_len"),
+        ("--stage eval --max_seq_len 9 --model sft --data prompts.jsonl", "max_seq_len"),
+        (f"--stage eval --max_seq_len 9 --model sft --data pairs.jsonl {JUDGE}", "max_seq_len"),
+        ("--stage eval --max_seq_len 9 --model qrm --data pairs.jsonl", ""),
+        ("--stage eval --max_seq_len 9 --model prm --data steps.jsonl", ""),
+        ("--stage eval --max_seq_len 9 --model qrm --data given.jsonl", ""),
+        (f"--stage ppo --reward_model qrm {PASSES}", "eval_every task grader"),
+        (f"--stage reinforce --reward outcome {PASSES}", "eval_every"),
+        (f"--stage reinforce --reward outcome {PASSES} --limit 1", ""),
+        (f"--stage ppo --reward_model qrm {PASSES} --heldout given.jsonl", ""),
+        ("--stage ppo --reward_model qrm --eval_every 1 --task arith", ""),  # has rows for pass@1
+        (f"{TELLS} --data told.jsonl", "system margin"),
+        (f"{TELLS} --data mixed.jsonl", ""),
+        (f"{TELLS} --data told.jsonl --heldout mixed.jsonl", "margin"),  # no margin is read on held-out pairs
+        (f"{TELLS} --data told.jsonl --ignore_keys margin", "system"),
+        (f"{TELLS} --data question", ""),  # the stage says that these are no rows
     ],
 )
 def test_flags_without_effect(files, words, expected):
     assert set(unread.unread_flags(words.split())) == set(expected.split())
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--data pairs.jsonl --data=steps.jsonl", ["--data is given 2 times; the last one counts"]),
+        ("--run x --run_dir y", ["--run_dir is given 2 times; the last one counts"]),
+        (
+            "--data pairs.jsonl --ignore_keys lable,chosen,",
+            ["no row has the key 'lable', which --ignore_keys"],
+        ),
+        ("--data pairs.jsonl --ignore_keys", ["no row has the key 'prompt chosen', which --ignore_keys"]),
+        ("--data pairs.jsonl --heldout steps.jsonl --ignore_keys labels", []),
+        ("--data question --ignore_keys labels", []),
+    ],
+)
+def test_what_is_lost_of_a_flag(files, words, expected):
+    words = words.split()
+    given = [*words, "prompt chosen"] if words[-1] == "--ignore_keys" else words
+    found = unread.flag_notes(["--stage", "rm", "--model", "sft", *given])
+    assert len(found) == len(expected) and all(map(str.startswith, found, expected))
+
+
+@pytest.mark.parametrize("reward", ["qrm", "plain", "orm", "prm", ""])
+@pytest.mark.parametrize("model", ["qrm", "orm"])
+def test_reward_is_what_the_reward_model_is(files, reward, model):
+    """An explicit --reward, the default one among them, is not overruled by the directory."""
+    words = f"--stage ppo --model sft --data prompts.jsonl --reward_model {model}".split()
+    words += ["--reward", reward] if reward else []
+    if reward in ("", model) or (reward, model) == ("plain", "qrm"):
+        assert "--stage ppo does not use --reward" not in unread.flag_notes(words)
+    else:
+        with pytest.raises(BadInput, match=f"--reward {reward}: {model} was trained as '{model}'"):
+            unread.flag_notes(words)
