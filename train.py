@@ -151,6 +151,7 @@ def stage_rl(cfg, grid):
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows, heldout = load_prompts(cfg, grid)
     prompts = short_prompts(rows, tokenizer, cfg, grid)
+    encode_prompts(heldout, tokenizer, cfg.heldout or cfg.data)  # a prompt that cannot be read is found now
     check_rollout_size(cfg, grid)
     start = load(LanguageModel, cfg.model, cfg, grid)
     reference = frozen_start(start, cfg, grid)
@@ -330,6 +331,10 @@ def load_prompts(cfg, grid):
     if len(heldout) < len(rows) - cut:
         needs_labels = f"pass@1 needs labels, which {len(heldout)} of --limit {cfg.limit} rows have"
         say(grid, f"note: {cfg.data}: {needs_labels}")
+    learned = {str(row["prompt"]) for row in rows[:cut]}
+    shared = sum(str(row["prompt"]) in learned for row in heldout)
+    if shared:
+        say(grid, f"note: {cfg.data}: {shared} of the last --limit {cfg.limit} rows repeat earlier prompts")
     return rows[:cut], heldout
 
 
@@ -462,9 +467,10 @@ def stage_score(cfg, grid):
     if cfg.reward == "judge":
         key = "scores"
         numbers_of = load_ranker(cfg.model, tokenizer, rows, cfg, grid).rewards
-    elif has_scalar_head(cfg.model):
+    elif holds_reward_model(cfg.model):
         key = "scores"
-        numbers_of = load_reward("qrm", cfg.model, tokenizer, cfg, grid).rewards
+        name = "qrm" if has_scalar_head(cfg.model) else reward_name(cfg.model)  # dpo: against its reference
+        numbers_of = load_reward(name, cfg.model, tokenizer, cfg, grid).rewards
     else:
         key = "logprobs"
         numbers_of = partial(logprob_rewards, load(LanguageModel, cfg.model, cfg, grid))

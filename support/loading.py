@@ -168,6 +168,15 @@ def load_reward(name, directory, tokenizer, cfg, grid):
         f"{directory}: its tokenizer or chat template is not that of the policy; expected the same token ids",
     )
     kind = REWARD_MODELS[name]
+    if Path(directory).name == "critic" and read_run(Path(directory).resolve().parent):
+        say(
+            grid, f"note: {directory} is PPO's critic: V of the state after each token, and no Q of the token"
+        )
+    read, written = (read_config(path)[0].vocab_size for path in (directory, cfg.model or directory))
+    if read < written:
+        say(
+            grid, f"note: {directory} has {read} embeddings, {cfg.model} {written}; no id above can be scored"
+        )
     require(
         kind.base is LanguageModel or has_scalar_head(directory),
         f"{directory}: a language model, without a reward model's head; expected what --stage rm writes",

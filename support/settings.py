@@ -416,6 +416,9 @@ def defaults_of(given):
 # -------------------------------------------------------------------------------- the command line
 
 
+PATHS = ("data", "heldout", "model", "reward_model", "outcome_model", "judge_prompt", "out", "run_dir")
+
+
 def given_flags(argv):
     """argv -> {name: text} of the flags it sets, "" for a switch; the last of a flag that is given twice."""
     return dict(flag_words(argv))
@@ -431,11 +434,12 @@ def flag_words(argv):
             yield "help", ""
         elif not word.startswith("--") or name not in FIELDS:
             raise BadInput(unknown_flag(word, name))
-        elif FIELDS[name].type is bool or equals:
+        elif FIELDS[name].type is bool:
             yield name, value
         else:
-            value = next(words, "--")
-            require(not value.startswith("--"), f"--{name}: expected {expected(name)} after it")
+            value = value if equals else next(words, "--")
+            require(equals or not value.startswith("--"), f"--{name}: expected {expected(name)} after it")
+            require(value or name not in PATHS, f"--{name}: expected a path, found none (an unset variable?)")
             yield name, value
 
 

@@ -417,7 +417,8 @@ def test_the_critic_is_evaluated_as_a_reward_model(built, command, tmp_path):
     """On its own directory: V where a_t has been read, averaged over the answer."""
     pairs = write_jsonl(tmp_path / "p.jsonl", PAIRS)
     words = ["--stage", "eval", "--model", built / "ppo/critic", "--data", pairs, "--out", tmp_path / "e"]
-    assert command(*words)[0] == 0
+    status, out, _ = command(*words)
+    assert status == 0 and "is PPO's critic" in out
     critic, tokenizer = (
         load_model(ScalarModel, built / "ppo/critic", Grid()),
         tokenizers.Tokenizer.load(built / "ppo"),
@@ -1162,6 +1163,32 @@ def test_a_language_model_is_no_reward_model(built, command, tmp_path, stage):
     models = ["--model", built / "sft", "--reward_model", built / "sft"]
     says = f"{built / 'sft'}: a language model, without a reward model's head"
     assert_refused(command, tmp_path, [*words, *models], says)
+
+
+def test_score_of_a_dpo_model_is_its_reward(built, command, tmp_path, pairs_file):
+    """log pi - log pi_ref of every token: after no update that is 0, and not log pi."""
+    words = ["--stage", "rm", "--reward", "dpo", "--model", built / "sft", "--data", pairs_file]
+    assert command(*words, "--steps", 1, "--lr", 1e-30, "--out", tmp_path / "dpo")[0] == 0
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": PROMPTS[0], "response": "7"}])
+    words = ["--stage", "score", "--model", tmp_path / "dpo", "--data", rows, "--out", tmp_path / "s.jsonl"]
+    assert command(*words)[0] == 0
+    (row,) = rows_of(tmp_path / "s.jsonl")
+    assert "logprobs" not in row and row["scores"] == pytest.approx([0.0] * len(row["ids"]), abs=1e-5)
+
+
+def test_an_unset_variable_is_no_path(built, command, tmp_path, pairs_file):
+    words = ["--stage", "rm", "--model", built / "sft", "--out", tmp_path / "o"]
+    for given in (["--data", ""], ["--data="], ["--data", pairs_file, "--heldout", ""]):
+        assert_refused(command, tmp_path, [*words, *given], given[-2 if given[-1] == "" else -1][:6], "unset")
+
+
+def test_prompts_that_are_learned_from_are_no_held_out_ones(tmp_path, capsys):
+    rows = [{"prompt": p, "label": "1"} for p in (PROMPTS[0], PROMPTS[1], PROMPTS[0])]
+    mine = write_jsonl(tmp_path / "p.jsonl", rows)
+    train.load_prompts(settings.Config(data=str(mine), limit=1), Grid())
+    assert "1 of the last --limit 1 rows repeat earlier prompts" in capsys.readouterr().out
+    train.load_prompts(settings.Config(data=str(mine), limit=2), Grid())
+    assert "1 of the last --limit 2 rows repeat earlier prompts" in capsys.readouterr().out
 
 
 def test_prompts_held_out_without_a_label_are_said(tmp_path, capsys):
