@@ -81,6 +81,9 @@ def at_line(source, number):
         yield
     except BadInput as e:
         raise BadInput(f"{source}, line {number}: {e}") from None
+    except RecursionError:
+        nested = "lists or objects in hundreds of others, which cannot be read; expected fewer"
+        raise BadInput(f"{source}, line {number}: {nested}") from None
 
 
 def flush(path):
