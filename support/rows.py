@@ -192,14 +192,14 @@ def refuse_most(found, says, expected):
 VERDICTS = names_in("correct correctness score scores reward rewards rating ratings helpfulness")
 BAD = names_in(
     """
-    0 -1 false f bad poor worse worst incorrect wrong fail failed no n negative lose loss loses lost reject
-    rejected undesirable dispreferred unsafe thumbs_down down
+    0 -1 false f bad poor worse worst incorrect wrong fail failed no negative lose loss loses lost reject
+    rejected undesirable dispreferred unsafe
     """
 )
 GOOD = names_in(
     """
-    1 true t good better best correct right pass passed yes y positive win wins won accept accepted chosen
-    desirable preferred safe thumbs_up up
+    1 true t good better best correct right pass passed yes positive win wins won accept accepted chosen
+    desirable preferred safe
     """
 )
 
@@ -283,11 +283,10 @@ def notes_on_pairs(rows):
     notes = []
     if lower or equal:
         notes.append(f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal")
-    orders = [
-        (plain_prompt(row["prompt"]), said(row["chosen"]), said(row["rejected"]))
-        for row in rows
-        if "prompt" in row
-    ]
+    orders = []  # (prompt, chosen, rejected)
+    for row in rows:
+        prompt = plain_prompt(row["prompt"]) if "prompt" in row else ""
+        orders.append((prompt, said(row["chosen"]), said(row["rejected"])))
     known = {order for order in orders if order[1] != order[2]}
     turned = sum((prompt, rejected, chosen) in known for prompt, chosen, rejected in orders)
     if turned:
