@@ -188,8 +188,9 @@ def refuse_most(found, says, expected):
     return [f"{len(some)} of {n} {says} (found {text!r} in {key}); they are used like the others"]
 
 
-# Keys that may hold a verdict on the reply, beside label, and the words of verdicts.
+# Keys that may hold a verdict on the reply, beside label; keys that may do so in words; and these words.
 VERDICTS = names_in("correct correctness score scores reward rewards rating ratings helpfulness")
+VERDICTS_IN_WORDS = names_in("type category subset split")
 BAD = names_in(
     """
     0 -1 false f bad poor worse worst incorrect wrong fail failed no negative lose loss loses lost reject
@@ -302,16 +303,17 @@ def notes_on_replies(rows, needs):
         says = f"{len(same)} rows have reply and label in one field ({where}): they grade themselves"
         return [says] if same else []
     notes = []
-    for key in sorted(HARMLESS):
+    for key in sorted(VERDICTS | VERDICTS_IN_WORDS):
         values = [row["raw"].get(key) for row in rows]
-        verdicts = verdicts_among(values)
-        bad_words = BAD & verdicts if key in VERDICTS else BAD & verdicts - {"0", "-1"}
+        bad_words = BAD & verdicts_among(values)
+        if key in VERDICTS_IN_WORDS:
+            bad_words -= {"0", "-1"}
         bad = [word for word in map(as_word, values) if word in bad_words]
         if bad:
             notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
         elif key in VERDICTS or key == "split":
             kinds = kinds_of(values)
-            if kinds and not any(map(re.compile(r"\d").search, kinds)):
+            if kinds and not re.search(r"\d", "".join(kinds)):
                 notes.append(f"rows have {key} {' or '.join(kinds)}; they are used alike")
     labelled = [row for row in rows if not is_empty(row["fields"].get("label"))]
     unsaid = [row for row in labelled if as_word(row["fields"]["label"]) not in replied(row).lower()]

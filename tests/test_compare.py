@@ -184,6 +184,16 @@ def test_what_cannot_be_reranked(home, capsys):
     assert call(*words) == 2 and "none is left" in capsys.readouterr().err
 
 
+def test_prompts_that_are_dialogues_as_text(home, capsys):
+    """As sft, rm and score, eval of given answers refuses what a template would make one message of."""
+    dialogue = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
+    path = write_jsonl(home / "d.jsonl", [row | {"prompt": dialogue, "label": "5"} for row in ROWS])
+    words = ["--stage", "eval", "--data", path, "--model", home / "rm", "--out", home / "e"]
+    assert call(*words, "--chat", "chatml") == 2
+    assert "line 1: 4 of 4 prompts are transcripts" in capsys.readouterr().err
+    assert call(*words, "--chat", "none") == 0
+
+
 def test_a_judge_reranks(home):
     (home / "q.txt").write_text("{prompt} {response}")
     rows = [row | {"label": "5"} for row in ROWS]
