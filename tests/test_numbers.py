@@ -7,6 +7,7 @@ import itertools
 import json
 from hashlib import sha256
 
+import made_checkpoints
 import pytest
 import torch
 
@@ -424,9 +425,10 @@ def test_pairs_are_not_sampled_before_every_prompt_was_read(start, tmp_path, mon
     assert calls == [] and not (tmp_path / "p.jsonl").exists()
 
 
-def test_the_share_of_transcripts_is_that_of_the_file(start, monkeypatch):
+def test_the_share_of_transcripts_is_that_of_the_file(monkeypatch):
     """A few prompts that speak of dialogues may be sampled together."""
-    tokenizer = Tokenizer.load(start, "chatml")
+    files = {name: text.encode() for name, text in made_checkpoints.tokenizer_files().items()}
+    tokenizer = Tokenizer(files, "x", "chatml")
     monkeypatch.setattr(evaluate, "generate", canned_ids(tokenizer.encode_response("#### 5")))
     rows = [{"prompt": "Human: q\n\nAssistant:", "label": "5", "line": line} for line in (1, 2)]
     found = evaluate.sample_graded(None, tokenizer, rows, config(), 0, 1.0, 1)
