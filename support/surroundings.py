@@ -66,6 +66,7 @@ FOLLOWS = re.compile(
 # What may be between a number and what is before it: blanks, brackets, currency, marks for bold.
 OPENING = re.compile(
     rf"""(?: [\s$€£"'`“‘&~{PICTURE}] | (?<![A-Za-z])[(\[{{] | (?<![\w)])(?:\*+|_+)(?![\s*]) | \\[$(\[,;:!\ ]
+           | \\n(?![a-z]) | \\(?=\Z)
            | \\(?:q?quad|left|displaystyle)\b
          )*\Z""",
     re.VERBOSE,
@@ -150,12 +151,12 @@ def is_preceded_well(before, alone=True):
     before = without_text(before)
     opening = OPENING.search(before)[0]
     rest = before[: len(before) - len(opening)]
-    if not rest or "\n" in opening or opening[:1].isspace() and ITEM.search(rest):
+    if not rest or "\n" in opening or "\\n" in opening or opening[:1].isspace() and ITEM.search(rest):
         return True
     found = PRECEDES.search(rest)
     if not found or NOT_THIS.search(rest) or alone and NOT_ALONE.search(rest):
         return False
-    return found["spaced"] is None or opening != ""
+    return found["spaced"] is None or opening != "" or not alone and rest[-1] in ",;"
 
 
 def is_followed_well(after):

@@ -898,6 +898,8 @@ def test_a_number_is_claimed_whole_or_not_at_all(text, answer):
         (r"Either $x = \boxed{1}$ or $x = \boxed{2}$", "1, 2"),
         (r"\boxed{1}; \boxed{2}", "1, 2"),
         (r"$\boxed{\frac{1}{2}}$, or $\boxed{0.5}$.", "0.5"),
+        (r"\boxed{1},\boxed{2},\boxed{3}", "1, 2, 3"),
+        (r"**Final Answer**\n\\boxed{840}", "840"),  # JSON that was not read
         (r"\boxed{1} and \boxed{1}", "1, 1"),
         (r"\boxed{5} or 6", None),
         (r"\boxed{5} to 6", None),

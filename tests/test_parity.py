@@ -155,8 +155,8 @@ def test_transformers_gives_our_numbers_for_what_we_saved(tmp_path, name, dtype,
 
 @pytest.mark.skipif(not GSM8K.is_dir(), reason="GSM8K files are not here")
 def test_pairs_of_a_policy_on_gsm8k_prompts_train_a_reward_model(tmp_path):
-    """OpenAI's rows, and a policy that guesses: among its digits are right ones. Then adapters on those
-    pairs, and their evaluation."""
+    """OpenAI's rows, and a policy that guesses: among its digits are right ones, for a grader that reads any.
+    Then adapters on those pairs, and their evaluation."""
     rows = [
         row
         for row in rows_of(GSM8K / "test.jsonl")
@@ -175,6 +175,8 @@ def test_pairs_of_a_policy_on_gsm8k_prompts_train_a_reward_model(tmp_path):
         32,
         "--max_new_tokens",
         64,
+        "--grader",
+        "authors",
         "--temperature",
         2,
         "--out",
@@ -185,7 +187,7 @@ def test_pairs_of_a_policy_on_gsm8k_prompts_train_a_reward_model(tmp_path):
     assert pairs and len({(p["prompt"], p["chosen"], p["rejected"]) for p in pairs}) == len(pairs)
     assert all(p["label"] == labels[p["prompt"]] for p in pairs)
     assert all(
-        graders.grade(p[key], p["label"], "gsm8k")[1] == (key == "chosen")
+        graders.grade(p[key], p["label"], "gsm8k", "authors")[1] == (key == "chosen")
         for p in pairs
         for key in ("chosen", "rejected")
     )
