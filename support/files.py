@@ -76,7 +76,7 @@ def without_doubles(pairs):
 
 @contextlib.contextmanager
 def at_line(source, number):
-    """Prefixes a BadInput raised inside with the name of its file and its line; too deep a row is one, too."""
+    """Prefixes a BadInput raised inside with the name of its file and its line; too deep a row is one."""
     try:
         yield
     except BadInput as e:
