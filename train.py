@@ -73,6 +73,7 @@ from support.loading import (
     reward_name,
     reward_of_run,
 )
+from support.row import plain_prompt
 from support.settings import (
     ARITH,
     BESIDE,
@@ -331,8 +332,8 @@ def load_prompts(cfg, grid):
     if len(heldout) < len(rows) - cut:
         needs_labels = f"pass@1 needs labels, which {len(heldout)} of --limit {cfg.limit} rows have"
         say(grid, f"note: {cfg.data}: {needs_labels}")
-    learned = {str(row["prompt"]) for row in rows[:cut]}
-    shared = sum(str(row["prompt"]) in learned for row in heldout)
+    learned = {plain_prompt(row["prompt"]) for row in rows[:cut]}
+    shared = sum(plain_prompt(row["prompt"]) in learned for row in heldout)
     if shared:
         say(grid, f"note: {cfg.data}: {shared} of the last --limit {cfg.limit} rows repeat earlier prompts")
     return rows[:cut], heldout
@@ -382,15 +383,18 @@ def stage_pairs(cfg, grid):
     """
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
+    encode_prompts(rows, tokenizer, cfg.data)  # what cannot be read is found before anything is sampled
+    if cfg.heldout:
+        of_heldout = dataclasses.replace(cfg, data=cfg.heldout)
+        heldout = read_rows(cfg.heldout, ("prompt", "label"), of_heldout, grid)
+        encode_prompts(heldout, tokenizer, cfg.heldout)
     policy = load(LanguageModel, cfg.model, cfg, grid)
     reward = None
     if cfg.best and cfg.reward_model:
         reward = load_reward(reward_name(cfg.reward_model), cfg.reward_model, tokenizer, cfg, grid)
     sample_rows(policy, tokenizer, reward, rows, out_path(cfg), cfg, grid)
     if cfg.heldout:
-        cfg = dataclasses.replace(cfg, data=cfg.heldout)
-        rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid)
-        sample_rows(policy, tokenizer, reward, rows, heldout_path(cfg), cfg, grid)
+        sample_rows(policy, tokenizer, reward, heldout, heldout_path(cfg), of_heldout, grid)
     barrier(grid)
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import Example, sequence_length
+from data import Example, encode_prompts, sequence_length
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
 from support.files import at_line, require
 from support.graders import extract_answer, grade
@@ -69,9 +69,8 @@ def eval_candidates(directory, cfg, grid):
 def encode_candidates(rows, tokenizer, cfg, log):
     """-> rows, and a list of Example for each; rows with too long an answer are dropped and counted"""
     kept, kept_rows = [], []
-    for row in rows:
+    for row, prompt_ids in zip(rows, encode_prompts(rows, tokenizer, cfg.data)):
         with at_line(cfg.data, row["line"]):
-            prompt_ids = tokenizer.encode_prompt(row["prompt"])
             examples = [Example(prompt_ids, tokenizer.encode_response(text)) for text in row["responses"]]
         if max(map(sequence_length, examples)) <= cfg.max_seq_len:
             kept.append(examples)

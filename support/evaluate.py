@@ -54,9 +54,10 @@ class Answer(NamedTuple):
 def sample_graded(policy, tokenizer, rows, cfg, seed, temperature, k):
     """k answers to each row's prompt, graded -> one list of k Answers per row
 
-    An answer depends on its prompt and (seed, line of the row, 0 .. k - 1), and on no rank.
+    An answer depends on its prompt and (seed, line of the row, 0 .. k - 1), and on no rank. The callers have
+    had encode_prompts refuse what cannot be read: of all rows, where these may be a few of them.
     """
-    prompts = [ids for ids in encode_prompts(rows, tokenizer, cfg.data) for _ in range(k)]
+    prompts = [tokenizer.encode_prompt(row["prompt"]) for row in rows for _ in range(k)]
     numbers = [row["line"] * k + i for row in rows for i in range(k)]
     stop_ids = tokenizer.stop_ids
     responses, truncated = generate(
@@ -255,6 +256,7 @@ def eval_policy(directory, cfg, grid):
     tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
+    encode_prompts(rows, tokenizer, cfg.data)
     reward = None
     if cfg.reward_model:
         reward = load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)

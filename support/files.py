@@ -76,11 +76,14 @@ def without_doubles(pairs):
 
 @contextlib.contextmanager
 def at_line(source, number):
-    """Prefixes a BadInput raised inside with the name of its file and its line."""
+    """Prefixes a BadInput raised inside with the name of its file and its line; too deep a row is one."""
     try:
         yield
     except BadInput as e:
         raise BadInput(f"{source}, line {number}: {e}") from None
+    except RecursionError:
+        nested = "lists or objects in hundreds of others, which cannot be read; expected fewer"
+        raise BadInput(f"{source}, line {number}: {nested}") from None
 
 
 def flush(path):

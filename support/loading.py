@@ -17,6 +17,7 @@ from support.files import BadInput, read_json, read_jsonl, require
 from support.graders import can_match
 from support.judge import judge_reward, make_judge
 from support.rewards import graded_reward, user_reward
+from support.row import plain_prompt
 from support.settings import GRADED_REWARDS
 from support.tokenizers import Tokenizer
 
@@ -104,7 +105,7 @@ def say_shared_prompts(cfg, grid):
     """One line for the prompts of --heldout that --data has too: what is measured there was learned from."""
     prompts = []
     for path in (cfg.data, cfg.heldout):
-        prompts.append({str(row["prompt"]) for row in prompt_rows(path, cfg)})
+        prompts.append({plain_prompt(row["prompt"]) for row in prompt_rows(path, cfg)})
     learned, heldout = prompts
     shared = len(learned & heldout)
     if shared:

@@ -221,10 +221,16 @@ def is_prose(text):
 
 
 def is_rendering(text, fields):
-    """Whether a text is Alpaca's rendering of its row: it holds all that the row says."""
-    said = [fields.get(name) for name in (*PROMPT, *CONTEXT, *RESPONSE)]
+    """Whether a text is Alpaca's rendering of its row: all that the row says, the reply last, and headers."""
+    said = [fields.get(name) for name in (*PROMPT, *CONTEXT, *PAIR, *SOLUTION, *RESPONSE)]
     parts = [part for part in said if not is_empty(part)]
-    return bool(parts) and all(isinstance(part, str) and part.strip() in str(text) for part in parts)
+    rest = str(text).strip()
+    if not all(isinstance(part, str) and part.strip() in rest for part in parts):
+        return False
+    ends_with_reply = bool(parts) and rest.endswith(parts[-1].strip())
+    for part in sorted(parts, key=len, reverse=True):
+        rest = rest.replace(part.strip(), "")
+    return ends_with_reply and not is_prose(re.sub(r"\s*### \w+:\s*", "", rest))
 
 
 def pick(fields, names):
@@ -427,7 +433,7 @@ def reply_keys(fields, wanted):
             name = None
         if name:
             found.append(("response", name))
-    for name in (*PAIR, *CONVERSATION):
+    for name in (*RESPONSE, *SOLUTION, *PAIR, *CONVERSATION):
         if is_empty(fields.get(name)) or ("response", name) in found:
             continue
         has_prompt = "prompt" in wanted and (name in CONVERSATION or is_dialogue(fields[name]))
@@ -487,7 +493,12 @@ def join_context(prompt, context):
 
 def is_dialogue(value):
     """Whether value is a whole conversation, prompt included: messages, or HH-RLHF's text."""
-    return isinstance(value, str) and is_hh(value) or isinstance(value, list) and len(value) > 1
+    return is_hh(value) if isinstance(value, str) else has_turns(value)
+
+
+def has_turns(value):
+    """Whether value is a list of several objects, which should be messages."""
+    return isinstance(value, list) and len(value) > 1 and isinstance(value[0], dict)
 
 
 def is_hh(text):
@@ -556,6 +567,13 @@ def read_prompt(fields):
         require(both, f"{context_name} is {json.dumps(context)[:60]}; expected a text beside a text {name}")
         prompt = f"{prompt}\n\n{context}"
     return prompt
+
+
+def plain_prompt(prompt):
+    """A prompt as a text that is the same for a text and for one message of it, with blanks around it or
+    not."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return str([(message["role"], message["content"].strip()) for message in messages])
 
 
 def with_system(prompt, fields):

@@ -17,6 +17,8 @@ from support.row import (
     SAMPLED,
     SOLUTION,
     is_empty,
+    names_in,
+    plain_prompt,
     read_row,
     reply_keys,
     said,
@@ -34,7 +36,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
                       lists the spellings, and "steps", which `completions` and `labels` supply
     limit             reads only so many rows; 0 reads all
     ignore_keys       keys to treat as if no row had them
-    log               gets one line that counts the rows dropped for want of a label that can be read
+    log               gets lines: how many rows were dropped for want of a label that can be read, and notes
     -> list of {"prompt": ..., "line": int, "raw": the row as read, "fields": raw without ignore_keys,
        "sampled": see data.sampled_ids}. A prompt is a text or a list of {"role", "content"} that does not end
        with the assistant; a reply is a text or a list of one assistant message; a label is a text; steps are
@@ -58,33 +60,37 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     require(rows, f"{path}: no row is left: every label is empty")
     refuse_replaced(path, rows, needs)
     with at_line(path, rows[0]["line"]):
-        refuse_repeated(rows)
-        refuse_marked(rows)
+        notes = refuse_repeated(rows) + refuse_marked(rows)
         refuse_verdicts(rows)
         if "steps" in needs:
             refuse_one_sided(rows)
-    for note in notes_on_ratings(rows, needs):
+    if "chosen" in needs:
+        notes += notes_on_pairs(rows)
+    if "response" in needs:
+        notes += notes_on_replies(rows, needs)
+    for note in notes + notes_on_prompts(rows) + notes_on_line_breaks(rows):
         log(f"{path}: note: {note}")
     return rows
 
 
 def replies_of(row):
-    """The texts of all replies of a row; its steps are one."""
-    replies = [row[key] for key in REPLIES if key in row] + row.get("responses", [])
+    """[(key, text)] of all replies of a row; its steps are one."""
+    replies = [(key, row[key]) for key in REPLIES if key in row]
+    replies += [("responses", text) for text in row.get("responses", [])]
     if "steps" in row:
-        replies.append("".join(step.text for step in row["steps"]))
-    return [said(reply) for reply in replies]
+        replies.append(("completions", "".join(step.text for step in row["steps"])))
+    return [(key, said(reply)) for key, reply in replies]
 
 
 def refuse_repeated(rows):
     """BadInput for a file most of whose replies have their prompts in them; in one row it can be chance."""
-    replies = [(said(row["prompt"]), reply) for row in rows if "prompt" in row for reply in replies_of(row)]
-    repeated = sum(repeats(prompt, reply) for prompt, reply in replies)
-    require(
-        2 * repeated <= len(replies),
-        f"{repeated} of {len(replies)} replies begin with their prompt, or have it after a header, which"
-        " would be trained on; expected replies alone",
-    )
+    found = {}
+    for row in rows:
+        for key, reply in replies_of(row) if "prompt" in row else ():
+            prompt = said(row["prompt"])
+            found.setdefault(key, []).append(prompt[:40] if repeats(prompt, reply) else None)
+    says = "replies begin with their prompt, or have it after a header, which would be trained on"
+    return refuse_most(found, says, "replies alone")
 
 
 # What may stand before a prompt in a rendered dialogue: "Human:", "[INST]", "<|user|>", a line "## Question".
@@ -135,29 +141,68 @@ def refuse_marked(rows):
     text.
     """
     prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
-    prompts = [said(row["prompt"]) for row in prompted]
-    read = [row for row in prompted if not row["sampled"]]
-    replies = [reply for row in read for reply in replies_of(row)]
+    prompts = {"prompt": [said(row["prompt"]) for row in prompted]}
+    replies = {}
+    for row in prompted:
+        for key, reply in replies_of(row) if not row["sampled"] else ():
+            replies.setdefault(key, []).append(reply)
     token = "the spelling of a special token, which would be read as letters (a chat template was applied?)"
+    notes = []
     for texts, name in ((prompts, "prompts"), (replies, "replies")):
-        refuse_most(
-            texts, MARKED, f"{name} begin or end with {token}; expected messages, or texts without it"
-        )
-        refuse_most(texts, SERIALISED, f"{name} are messages written as text; expected a list of messages")
+        says = f"{name} begin or end with {token}"
+        notes += refuse_most(spelled(texts, MARKED), says, "messages, or texts without it")
+        says = f"{name} are messages written as text"
+        notes += refuse_most(spelled(texts, SERIALISED), says, "a list of messages")
     for turn in (TURN, ASKING):
-        refuse_most(replies, turn, "replies have turns of a dialogue in them; expected replies alone")
+        says = "replies have turns of a dialogue in them"
+        notes += refuse_most(spelled(replies, turn), says, "replies alone")
+    return notes
 
 
-def refuse_most(texts, marker, says):
-    """BadInput if most of the texts have the marker."""
-    found = [match[0] for match in map(marker.search, texts) if match]
-    if 2 * len(found) > len(texts):
-        raise BadInput(f"{len(found)} of {len(texts)} {says} (found {found[0]!r})")
+def spelled(texts, marker):
+    """{key: texts} -> {key: the marker as it is found in each of them, or None}"""
+    found = {}
+    for key, of_key in texts.items():
+        matches = map(marker.search, of_key)
+        found[key] = [match and match[0] for match in matches]
+    return found
 
 
-VERDICTS = ("correct", "score", "reward", "rating")  # keys that may hold one, beside label
-BAD = {"0", "-1", "false", "bad", "incorrect", "rejected", "undesirable"}
-GOOD = {"1", "true", "good", "correct", "chosen", "desirable"}
+def refuse_most(found, says, expected):
+    """BadInput if something was found in most texts of a key; else a note that counts those that have it.
+
+    found   {key: what was found in each of its texts, or None}: chosen and rejected apart, since a mark on
+            one side of the pairs would be all that a reward model learns
+    """
+    some = []  # (key, what was found)
+    for key, of_key in found.items():
+        there = [text for text in of_key if text]
+        some += [(key, text) for text in there]
+        if 2 * len(there) > len(of_key):
+            counted = f"{len(there)} of {len(of_key)} {says}"
+            raise BadInput(f"{counted}; expected {expected} (found {there[0]!r} in {key})")
+    if not some:
+        return []
+    key, text = some[0]
+    n = sum(map(len, found.values()))
+    return [f"{len(some)} of {n} {says} (found {text!r} in {key}); they are used like the others"]
+
+
+# Keys that may hold a verdict on the reply, beside label; keys that may do so in words; and these words.
+VERDICTS = names_in("correct correctness score scores reward rewards rating ratings helpfulness")
+VERDICTS_IN_WORDS = names_in("type category subset split")
+BAD = names_in(
+    """
+    0 -1 false f bad poor worse worst incorrect wrong fail failed no negative lose loss loses lost reject
+    rejected undesirable dispreferred unsafe
+    """
+)
+GOOD = names_in(
+    """
+    1 true t good better best correct right pass passed yes positive win wins won accept accepted chosen
+    desirable preferred safe
+    """
+)
 
 
 def as_word(value):
@@ -223,35 +268,89 @@ RATINGS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen_avg_rating", "rejected_avg_rating"),
 )
+RATED_PAIR = ("score", "scores", "rating", "ratings", "reward", "rewards")  # [chosen's, rejected's]
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def notes_on_ratings(rows, needs):
-    """What the user should know of rows that are used against what they say: list of texts."""
+def notes_on_pairs(rows):
+    """What the user should know of pairs that are used against what they, or others, say: list of texts."""
+    pairs = [(row["raw"].get(ours), row["raw"].get(other)) for row in rows for ours, other in RATINGS]
+    lists = [row["raw"].get(name) for row in rows for name in RATED_PAIR]
+    pairs += [tuple(value) for value in lists if isinstance(value, list) and len(value) == 2]
+    texts = [[str(x) for x in pair] for pair in pairs]
+    rated = [[float(x) for x in pair] for pair in texts if all(map(DECIMAL.fullmatch, pair))]
+    lower = sum(chosen < rejected for chosen, rejected in rated)
+    equal = sum(chosen == rejected for chosen, rejected in rated)
     notes = []
-    if "chosen" in needs:
-        pairs = [(row["raw"].get(ours), row["raw"].get(other)) for row in rows for ours, other in RATINGS]
-        rated = [[float(x) for x in pair] for pair in pairs if all(DECIMAL.fullmatch(str(x)) for x in pair)]
-        lower = sum(chosen < rejected for chosen, rejected in rated)
-        equal = sum(chosen == rejected for chosen, rejected in rated)
-        if lower or equal:
-            notes.append(
-                f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal"
-            )
-    if {"response", "label"} <= {*needs}:
+    if lower or equal:
+        notes.append(f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal")
+    orders = []  # (prompt, chosen, rejected)
+    for row in rows:
+        prompt = plain_prompt(row["prompt"]) if "prompt" in row else ""
+        orders.append((prompt, said(row["chosen"]), said(row["rejected"])))
+    known = {order for order in orders if order[1] != order[2]}
+    turned = sum((prompt, rejected, chosen) in known for prompt, chosen, rejected in orders)
+    if turned:
+        notes.append(f"{turned} rows prefer the reply that another row with the same two rejects")
+    return notes
+
+
+def notes_on_replies(rows, needs):
+    """What the user should know of replies that are learned from whatever is said of them: list of texts."""
+    if "label" in needs:
         same = [row for row in rows if reads_one_field(row["fields"], needs)]
-        if same:
-            where = f"line {same[0]['line']}"
-            notes.append(
-                f"{len(same)} rows have reply and label in one field ({where}): they grade themselves"
-            )
-    for key in VERDICTS if "response" in needs and "label" not in needs else ():
+        where = f"line {same[0]['line']}" if same else ""
+        says = f"{len(same)} rows have reply and label in one field ({where}): they grade themselves"
+        return [says] if same else []
+    notes = []
+    for key in sorted(VERDICTS | VERDICTS_IN_WORDS):
         values = [row["raw"].get(key) for row in rows]
         bad_words = BAD & verdicts_among(values)
+        if key in VERDICTS_IN_WORDS:
+            bad_words -= {"0", "-1"}
         bad = [word for word in map(as_word, values) if word in bad_words]
         if bad:
             notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
-    return notes + notes_on_prompts(rows)
+        elif key in VERDICTS or key == "split":
+            kinds = kinds_of(values)
+            if kinds and not re.search(r"\d", "".join(kinds)):
+                notes.append(f"rows have {key} {' or '.join(kinds)}; they are used alike")
+    labelled = [row for row in rows if not is_empty(row["fields"].get("label"))]
+    unsaid = [row for row in labelled if as_word(row["fields"]["label"]) not in replied(row).lower()]
+    kinds = kinds_of([row["fields"]["label"] for row in unsaid])
+    if kinds and 2 * len(unsaid) > len(labelled):
+        notes.append(
+            f"{len(unsaid)} rows have a label that their reply does not say ({', '.join(kinds)}); if it is a"
+            " verdict on the reply, keep the rows that are wanted"
+        )
+    return notes
+
+
+def kinds_of(values):
+    """The words of a key that sorts its rows into a few kinds, in order; none if it has only one, or many."""
+    words = {as_word(value) for value in values if not is_empty(value)}
+    return sorted(words) if 1 < len(words) <= 10 and 2 * len(words) <= len(values) else []
+
+
+# Backslash and n, where it is not the beginning of a LaTeX command.
+ESCAPED_BREAK = re.compile(
+    r"(?<!\\)\\n(?!(?:abla|atural|cong|e|earrow|eg|eq|exists|geq|i|leq|ewcommand|ewline|ewpage|less|mid|olimits"
+    r"|onumber|ormalsize|ot|otin|parallel|prec|sim|sqsubset|subseteq|u|warrow|ode)(?![a-z]))"
+)
+
+
+def notes_on_line_breaks(rows):
+    """A note on a file escaped twice: most rows have a backslash and n, and no text has a line break."""
+    texts = []
+    for row in rows:
+        prompt = [said(row["prompt"])] if "prompt" in row else []
+        texts.append("\0".join(prompt + [reply for _, reply in replies_of(row)]))
+    escaped = sum(ESCAPED_BREAK.search(text) is not None for text in texts)
+    if 2 * escaped <= len(texts) or any("\n" in text for text in texts):
+        return []
+    return [
+        f"{escaped} rows have a backslash and n, and none has a line break: escaped twice? Read as letters"
+    ]
 
 
 def reads_one_field(fields, needs):
@@ -265,11 +364,11 @@ def notes_on_prompts(rows):
 
     If most rows have one prompt, OF_ROWS count as well: what it asks about must be somewhere.
     """
-    prompts = collections.Counter(str(row["prompt"]) for row in rows if "prompt" in row)
+    prompts = collections.Counter(plain_prompt(row["prompt"]) for row in rows if "prompt" in row)
     alike = 2 * max(prompts.values(), default=0) > len(rows)
     notes = []
     for key in sorted(OF_PROMPTS | OF_ROWS if alike else OF_PROMPTS) if prompts else ():
-        found = [(str(row["prompt"]), str(row["raw"][key])) for row in rows if key in row["raw"]]
+        found = [(plain_prompt(row["prompt"]), str(row["raw"][key])) for row in rows if key in row["raw"]]
         kinds = collections.Counter(prompt for prompt, _ in set(found))
         differ = sum(kinds[prompt] > 1 for prompt, _ in found)
         if 2 * differ > len(rows):

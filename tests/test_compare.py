@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import made_checkpoints
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,11 @@ from conftest import random_model, small_config
 import train
 from data import arith_tokenizer
 from model import LanguageModel, ScalarModel, save_model
-from support.compare import Candidates, share_right, shares_right, votes
+from support import settings
+from support.compare import Candidates, encode_candidates, share_right, shares_right, votes
 from support.files import BadInput
 from support.rows import load_rows
+from support.tokenizers import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -182,6 +185,20 @@ def test_what_cannot_be_reranked(home, capsys):
     labelled = write_jsonl(home / "l.jsonl", [row | {"label": "5"} for row in ROWS])
     words = ["--stage", "eval", "--data", labelled, "--model", home / "rm", "--max_seq_len", 5]
     assert call(*words) == 2 and "none is left" in capsys.readouterr().err
+
+
+def test_prompts_that_are_dialogues_as_text():
+    """As sft, rm and score, eval of given answers refuses what a template would make one message of."""
+    files = {name: text.encode() for name, text in made_checkpoints.tokenizer_files().items()}
+    dialogue = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
+    rows = [{"prompt": dialogue, "responses": ["a", "b"], "line": line} for line in (3, 4)]
+    cfg = settings.Config(data="c.jsonl")
+    with pytest.raises(BadInput, match="c.jsonl, line 3: 2 of 2 prompts are transcripts"):
+        encode_candidates(rows, Tokenizer(files, "x", "chatml"), cfg, print)
+    tokenizer = Tokenizer(files, "x", "none")
+    _, examples = encode_candidates(rows, tokenizer, cfg, print)
+    assert examples[1][1].prompt_ids == tokenizer.encode_prompt(dialogue)
+    assert examples[1][1].response_ids == tokenizer.encode_response("b")
 
 
 def test_a_judge_reranks(home):

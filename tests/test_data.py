@@ -378,8 +378,11 @@ def test_files_whose_texts_hold_more_than_their_keys_say(file):
             with pytest.raises(BadInput, match="line 1: . of . replies begin with their prompt"):
                 load_rows(file(*(fine | row for row in rows)), needs)
         assert len(load_rows(file(fine | repeated, fine), needs)) == 2
-    one = fine | repeated | {"rejected": "5"}
-    assert len(load_rows(file(one, one), PAIRS)) == 2
+    for side, other in (("chosen", "rejected"), ("rejected", "chosen")):  # it would be all that is learned
+        one = fine | {side: repeated[side]}
+        with pytest.raises(BadInput, match=f"line 1: 2 of 2 replies begin with their prompt.* in {side}"):
+            load_rows(file(one, one), PAIRS)
+        assert len(load_rows(file(one, fine | {other: repeated[other]}), PAIRS)) == 2
 
 
 DIALOGUES = [
@@ -606,6 +609,191 @@ def test_notes_on_rows_that_are_used_against_what_they_say(file):
             lines = []
             load_rows(file(*graded), needs, log=lines.append)
             assert len(lines) == n and all(f"2 rows have {key} {bad}" in line for line in lines)
+
+
+MARKS = [
+    "TEXT</s>",
+    "What is 2+2? TEXT",
+    "[{'role': 'assistant', 'content': 'TEXT'}]",
+    "Assistant: TEXT",
+    "\r\n\r\nHuman: q\r\n\r\nAssistant: TEXT",
+    "\nHuman: q\nAssistant: TEXT",
+    "\n\nAssistant: TEXT",
+]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_marks_on_one_side_of_the_pairs(file, mark):
+    """Half of all replies, and all that a reward model would learn. A minority of each side is counted."""
+    fine = {"prompt": "What is 2+2?", "chosen": "It is 4.", "rejected": "It is 5."}
+    for side in PAIRS[1:]:
+        marked = fine | {side: mark.replace("TEXT", fine[side])}
+        with pytest.raises(BadInput, match=f"line 1: 3 of 5 replies .* in {side}"):
+            load_rows(file(marked, marked, marked, fine, fine), PAIRS)
+        lines = []
+        assert len(load_rows(file(marked, marked, fine, fine), PAIRS, log=lines.append)) == 4
+        assert any("note: 2 of 8 replies" in line and f"in {side}" in line for line in lines), lines
+    lines = []
+    load_rows(file(fine, fine | {"chosen": "Human: or </s> of it?"}), PAIRS, log=lines.append)
+    assert len(lines) == 1 and "1 of 4 replies have turns" in lines[0]
+
+
+WORDS = (
+    "right/wrong pass/fail yes/no win/lose accept/reject preferred/dispreferred better/worse"
+    " positive/negative good/poor good/bad safe/unsafe T/F Pass/Fail won/lost"
+)
+
+
+@pytest.mark.parametrize("words", WORDS.split())
+def test_verdicts_in_other_words(file, words):
+    """As label they are refused beside a reply that is no such answer; elsewhere they are counted."""
+    good, bad = ({"prompt": f"q{word}", "completion": "so it is", "mark": word} for word in words.split("/"))
+    named = lambda row, key: {key if name == "mark" else name: value for name, value in row.items()}
+    with pytest.raises(BadInput, match="line 1: label is .* in all rows"):
+        load_rows(file(named(good, "label"), named(bad, "label")), ONE)
+    answered = [named(row, "label") | {"completion": f"It is: {row['mark']}."} for row in (good, bad)]
+    assert len(load_rows(file(*answered), (*ONE, "label"))) == 2
+    for key in ("correct", "rewards", "ratings", "correctness", "type", "subset"):
+        lines = []
+        load_rows(file(named(good, key), named(bad, key)), ONE, log=lines.append)
+        assert len(lines) == 1 and f"1 rows have {key} {words.split('/')[1].lower()};" in lines[0]
+
+
+def rows_with(key, values):
+    """Rows of different prompts, with different replies."""
+    return [{"prompt": f"q{i}", "response": f"r{i}", key: value} for i, value in enumerate(values)]
+
+
+@pytest.mark.parametrize(
+    "rows, note",
+    [
+        (rows_with("rewards", [1, 0]), "1 rows have rewards 0"),
+        (rows_with("ratings", [0.0, 1.0]), "1 rows have ratings 0"),
+        (rows_with("correctness", [1, 0]), "1 rows have correctness 0"),
+        (rows_with("subset", ["chosen", "rejected"]), "1 rows have subset rejected"),
+        (rows_with("rating", ["superb", "awful"] * 2), "rows have rating awful or superb"),
+        (rows_with("split", ["train", "test"] * 2), "rows have split test or train"),
+        (rows_with("label", ["superb", "awful"] * 2), "4 rows have a label that their reply does not say"),
+        (rows_with("label", [1, 2, 3] * 2), "6 rows have a label that their reply does not say (1, 2, 3)"),
+        (rows_with("label", [f"r{i}" for i in range(4)]), None),  # the replies say it
+        (rows_with("label", ["17", "18", "19", "20"]), None),  # the answers of wrong replies
+        (rows_with("label", ["17"] * 4), None),
+        (rows_with("split", ["train"] * 4), None),
+        (rows_with("subset", ["math", "code"] * 2), None),
+        (rows_with("turn", [0, 1] * 2), None),
+        (rows_with("type", [0, 1] * 2), None),
+        (rows_with("language", ["no"] * 4), None),
+        (rows_with("score", [4.5, 0, 3]), None),
+        (rows_with("helpfulness", [0, 1, 2, 3, 4]), None),
+    ],
+)
+def test_notes_on_keys_that_sort_the_replies(file, rows, note):
+    lines = []
+    assert len(load_rows(file(*rows), ONE, log=lines.append)) == len(rows)
+    assert len(lines) == (note is not None) and all(note in line for line in lines), lines
+    lines = []
+    load_rows(file(*rows), ("prompt",), log=lines.append)
+    assert lines == []
+
+
+def test_notes_on_lists_of_ratings_and_on_turned_pairs(file):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    turned = {"prompt": [user("q ")], "chosen": "b", "rejected": [assistant("a")]}
+    other, same = pair | {"prompt": "z", "chosen": "b", "rejected": "a"}, pair | {"rejected": "a"}
+    for rows, notes in (
+        ([pair | {"scores": [1.0, 9.0], "ratings": [5, 5]}], ["1 rows rate .*, 1 rate both equal"]),
+        ([pair | {"scores": [9.0, 1.0], "ratings": ["5", 1]}], []),
+        ([pair | {"scores": [9.0, 10.0, 3], "ratings": ["x", None]}], []),
+        ([pair | {"score_chosen": 10**400, "score_rejected": 1}], []),
+        ([pair | {"score_chosen": 1, "score_rejected": 10**400}], ["1 rows rate the chosen"]),
+        ([pair, turned, pair, same], ["3 rows prefer the reply that another row"]),
+        ([pair, other, pair, same], []),
+    ):
+        lines = []
+        assert len(load_rows(file(*rows), PAIRS, log=lines.append)) == len(rows)
+        assert [bool(re.search(note, line)) for note, line in zip(notes, lines, strict=True)] == [True] * len(
+            notes
+        )
+
+
+@pytest.mark.parametrize(
+    "text, escaped",
+    [
+        (r"a\\nb", True),
+        (r"So x = 2.\\n\\n#### 2", True),
+        (r"q\\nline", True),
+        (r"q\\nnext", True),
+        (r"$a \\neq b$ and $\\nu \\notin A$", False),
+        (r"ends with \\\\new", False),
+        (r"a\nb, as in \\n", False),  # a text on line breaks
+        (r"ab", False),
+    ],
+)
+def test_a_note_on_files_that_were_escaped_twice(file, text, escaped):
+    lines = []
+    row = '{"prompt": "?", "response": "TEXT"}'.replace("TEXT", text)
+    load_rows(file(row, row, row.replace(text, "r")), ONE, log=lines.append)
+    assert len(lines) == escaped and all("2 rows have a backslash and n" in line for line in lines)
+    lines = []
+    load_rows(file(row, row.replace(text, "r")), ONE, log=lines.append)
+    assert lines == []
+
+
+def test_lists_in_hundreds_of_others(file):
+    for depth in (1, 100, 600, 900):
+        nested = "[" * depth + '"x"' + "]" * depth
+        path = file('{"prompt": "q", "response": "r", "metadata": NESTED}'.replace("NESTED", nested))
+        if depth > 100:
+            with pytest.raises(BadInput, match="line 1: lists or objects in hundreds of others") as error:
+                load_rows(path, ONE)
+            assert "\n" not in str(error.value)
+        else:
+            assert load_rows(path, ONE)
+
+
+@pytest.mark.parametrize("key", ["response", "completion", "output", "answer", "solution", "chosen"])
+def test_a_prompt_is_the_same_whether_or_not_the_reply_is_wanted(file, key):
+    """A prompt beside a conversation that goes on from it: a policy is asked what sft learns from."""
+    turns = [user("first"), assistant("ok"), user("second")]
+    row = {"prompt": "second", key: [*turns, assistant("y")]}
+    for needs in (("prompt",), ONE) if key != "chosen" else (("prompt",),):
+        assert load_rows(file(row), needs)[0]["prompt"] == turns
+    with pytest.raises(BadInput, match="does not contain the prompt"):
+        load_rows(file(row | {"prompt": "other"}), ("prompt",))
+    for harmless in ("y", [assistant("y")], ["y", "z"], 5):
+        assert load_rows(file({"prompt": "second", key: harmless}), ("prompt",))[0]["prompt"] == "second"
+
+
+LEFT_OUT = "A cat sat on the mat, and a dog, who had seen it there on the day before, came and sat down. " * 3
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "TL;DR:", "text": f"{LEFT_OUT}\n\nTL;DR:", "chosen": "a", "rejected": "b"},
+        {"prompt": "TL;DR:", "text": "POST\n\nTL;DR:", "chosen": "a", "rejected": "b"},
+        {"question": "What now?", "text": "POST. I call. What now? I do not know.", "answer": "call"},
+        {"question": "What now?", "text": f"{LEFT_OUT}\nWhat now?\ncall", "answer": "call"},
+        {**ALPACA, "text": f"{LEFT_OUT}{ALPACA_TEXT}"},
+        {**ALPACA, "text": ALPACA_TEXT + ", 16"},
+    ],
+)
+def test_texts_that_say_more_than_their_row(file, row):
+    with pytest.raises(BadInput, match="line 1: text is .*--ignore_keys text"):
+        load_rows(file(row), ("prompt",))
+    assert load_rows(file(row), ("prompt",), ignore_keys=("text",))
+
+
+ALPACA_HEAD = (
+    "Below is an instruction that describes a task, paired with an input that provides further context."
+    " Write a response that appropriately completes the request.\n\n"
+)
+
+
+@pytest.mark.parametrize("reply", ["4, 9", "a long reply " * 50, "Response"])
+def test_alpacas_rendering_is_no_news(file, reply):
+    row = ALPACA | {"output": reply, "text": ALPACA_HEAD + ALPACA_TEXT[8:].replace("4, 9", reply)}
+    assert load_rows(file(row), ONE)[0]["response"] == reply
 
 
 def tasks_of(key, one=False):

@@ -7,6 +7,7 @@ import itertools
 import json
 from hashlib import sha256
 
+import made_checkpoints
 import pytest
 import torch
 
@@ -408,6 +409,35 @@ def test_sampled_answers_are_grouped_numbered_and_graded(start, monkeypatch, k):
 
 
 # -------------------------------------------------------------------------------- pairs
+
+
+@pytest.mark.parametrize("where", ["data", "heldout"])
+def test_pairs_are_not_sampled_before_every_prompt_was_read(start, tmp_path, monkeypatch, capsys, where):
+    """What lies in a later chunk, or in --heldout, would end the run after hours of sampling."""
+    calls = canned(monkeypatch, None, [[answer("5", True), answer("6", False)]] * 2)
+    fine = [{"prompt": p, "label": "5"} for p in PROMPTS[:2]]
+    late = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}], "label": "5"}
+    data, heldout = [write_jsonl(tmp_path / f"{name}.jsonl", fine) for name in ("data", "heldout")]
+    bad = write_jsonl(tmp_path / f"{where}.jsonl", [*fine, late])
+    words = ["--stage", "pairs", "--model", start, "--data", data, "--heldout", heldout, "--k", 1024]
+    assert train.main([*map(str, words), "--out", str(tmp_path / "p.jsonl"), "--device", "cpu"]) == 2
+    assert f"{bad}, line 3: 2 messages need a chat template" in capsys.readouterr().err
+    assert calls == [] and not (tmp_path / "p.jsonl").exists()
+
+
+def test_the_share_of_transcripts_is_that_of_the_file(monkeypatch):
+    """A few prompts that speak of dialogues may be sampled together."""
+    files = {name: text.encode() for name, text in made_checkpoints.tokenizer_files().items()}
+    tokenizer = Tokenizer(files, "x", "chatml")
+    monkeypatch.setattr(evaluate, "generate", canned_ids(tokenizer.encode_response("#### 5")))
+    rows = [{"prompt": "Human: q\n\nAssistant:", "label": "5", "line": line} for line in (1, 2)]
+    found = evaluate.sample_graded(None, tokenizer, rows, config(), 0, 1.0, 1)
+    assert [answers[0].correct for answers in found] == [True, True]
+
+
+def canned_ids(ids):
+    """A sampler that always answers so."""
+    return lambda policy, prompts, *rest, **more: ([ids] * len(prompts), [False] * len(prompts))
 
 
 def test_the_line_about_pairs_and_the_pairs_by_hand(run, start, tmp_path, monkeypatch):

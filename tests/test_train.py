@@ -1797,7 +1797,11 @@ def test_shared_prompts_are_said(tmp_path, capsys):
         evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
         evaluate.read_rows(cfg.heldout, ("prompt",), cfg, Grid())
         assert capsys.readouterr().out == note
-    write_jsonl(Path(paths[1]), heldout[2:3])
+    heldout = [{"prompt": "a \n"}, {"prompt": [{"role": "user", "content": "a"}]}, {"messages": turns}]
+    write_jsonl(Path(paths[1]), [*heldout, {"prompt": [{"role": "system", "content": "a"}, *turns[:1]]}])
+    evaluate.read_rows(cfg.data, ("prompt",), settings.Config(data=paths[0], heldout=paths[1]), Grid())
+    assert "note: 2 of the 3 prompts" in capsys.readouterr().out  # as text or as one message
+    write_jsonl(Path(paths[1]), [{"prompt": "c"}])
     cfg = settings.Config(stage="rm", data=paths[0], heldout=paths[1])
     evaluate.read_rows(cfg.data, ("prompt",), cfg, Grid())
     assert capsys.readouterr().out == ""
