@@ -1,7 +1,7 @@
 """What a text claims: its final number, or what it boxes; whole, or not at all."""
 
 import re
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 from support.expressions import INVISIBLE
@@ -32,7 +32,10 @@ THOUGHTS_END = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|â—/thinkâ–
 
 
 def claimed_number(text: str) -> str | None:
-    """The number after "####", else in the last box, else after "answer is" or "A:", else the last."""
+    """The number after "####", else in the last box, else after "answer is" or "A:", else the last.
+
+    The first marker that is there decides: if it marks no number that can be read whole, nothing is claimed.
+    """
     text = re.sub(INVISIBLE, "", re.sub(DASHES, "-", text))
     text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
     for marked in (after_hashes, after_boxed, after_words):
@@ -44,7 +47,7 @@ def claimed_number(text: str) -> str | None:
 
 
 def without_thoughts(text):
-    """What follows a reasoning model's thoughts; nothing of thoughts that are cut off is an answer."""
+    """What follows a reasoning model's thoughts; nothing if they never end."""
     return THOUGHTS_BEGIN.split(THOUGHTS_END.split(text)[-1])[0]
 
 
@@ -63,7 +66,7 @@ def after_hashes(text):
 
 
 def after_boxed(text):
-    """What stands in the last box, or None; "" if that is empty, cut off or a part of a formula."""
+    """The last box with those it is listed with; None without a box, "" if it cannot be read."""
     return (last_boxes(text) or "").replace("\n", " ") if boxes_of(text) else None
 
 
@@ -93,9 +96,9 @@ def after_words(text):
 
 
 def claimed(rest):
-    """The number that the text after a marker begins with; None if it begins with anything else.
+    """The number that a text after a marker begins with, at the end of its chain of equations; else None.
 
-    Of "5 + 5 = 10" it is the last one, and "x = 5" is 5.
+    "5 + 5 = 10" says 10, and "x = 5" says 5.
     """
     rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest[:2000])
     rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", re.sub(r"\\(?:left|right)(?![a-z])", "", rest))
@@ -135,12 +138,12 @@ def whole_number(match):
 
 
 def plain(value):
-    """A decimal fraction in plain digits."""
-    return (
-        str(value.numerator)
-        if value.denominator == 1
-        else format(Decimal(value.numerator) / value.denominator, "f")
-    )
+    """A decimal fraction in plain digits, all of them."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    with localcontext() as context:
+        context.prec = 10_000  # more than any value has that whole_number lets through
+        return format(Decimal(value.numerator) / value.denominator, "f")
 
 
 def boxed(text: str) -> str | None:

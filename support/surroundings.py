@@ -22,6 +22,7 @@ NUMBER_WORD = (
     rf"(?:{one_of(NUMBERS)}|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|[a-z]*illion[a-z]*)"
 )
 PART = "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand)ths?"
+# Words that make the number before them another one, alone or before a hyphen.
 SCALE = one_of(
     "doz dozen dozens gross score pair pairs couple couples tens hundred hundreds thousand thousands lakh"
     " lakhs crore crores mil mille millones tausend kilo bn mn half halves third thirds quarter quarters"
@@ -29,8 +30,8 @@ SCALE = one_of(
     " plus minus divided multiplied or xor nor vs versus negative below under base binary octal hexadecimal"
     " remainder mod modulo power zero am pm"
 )
-# Words that make the number before them another one, alone or before a hyphen.
 ANOTHER = re.compile(rf"(?:{SCALE}|{PART}|{NUMBER_WORD}|[ap]\.m)(?:-|$)")
+# What takes a number back, later on its line.
 CORRECTION = re.compile(
     r"""[^\n]*\b(?:
         (?: wait | actually | sorry | correction | or\s+rather | but | i\s+meant? | hmm | oops
@@ -63,7 +64,8 @@ FOLLOWS = re.compile(
        | (?P<other> . )""",
     re.VERBOSE,
 )
-# What may be between a number and what is before it: blanks, brackets, currency, marks for bold.
+# What may be between a number and the text before it: blanks, brackets, currency, marks for bold, and the two
+# characters of a line break in JSON that was not read.
 OPENING = re.compile(
     rf"""(?: [\s$€£"'`“‘&~{PICTURE}] | (?<![A-Za-z])[(\[{{] | (?<![\w)])(?:\*+|_+)(?![\s*]) | \\[$(\[,;:!\ ]
            | \\n(?![a-z]) | \\(?=\Z)
@@ -107,13 +109,13 @@ NOT_ALONE = re.compile(
          )\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
-# What follows a box: marks; then words, a relation, or a sentence's end. What is counted is outside the box's
-# value: "\boxed{5} pairs" says 5.
+# Words after a box that make its value another one; what is counted does not: "\boxed{5} pairs" says 5.
 NO_COUNT = (
-    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi|cannot|to\s+the\s"
-    rf"|(?:to|or|and|through)\b\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
+    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi"
+    rf"|cannot|to\s+the\s|(?:to|or|and|through)\b\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
     r"|(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
 )
+# What follows a box: marks; then words, a relation, or a sentence's end.
 BOX_FOLLOWS = re.compile(
     rf"""(?![!?(])
          (?: \^\{{?\\circ\}}? | \\?% | [°$€\s)\]}}*_"'”’`|~]
@@ -139,14 +141,17 @@ def is_whole(before: str, after: str) -> bool:
 
 
 def is_box_whole(before: str, after: str) -> bool:
-    r"""Whether a \boxed{...} between two texts is one; it may be one of several."""
+    r"""Whether a \boxed{...} between two texts is a value of its own, or one of several.
+
+    Words for a share or a power before it ("half of \boxed{10}") are not looked at.
+    """
     return is_preceded_well(before[-60:], alone=False) and BOX_FOLLOWS.match(after[:80]) is not None
 
 
 def is_preceded_well(before, alone=True):
     """Whether a line's start, "=", ":", or a word and a space are before a number, so that it is whole.
 
-    If it must stand `alone`, no alternative may be before it.
+    If it must stand `alone`, neither a share of it nor an alternative may be before it (NOT_ALONE).
     """
     before = without_text(before)
     opening = OPENING.search(before)[0]
@@ -187,5 +192,5 @@ def without_text(latex):
 
 
 def shorter(run):
-    """A run of white space as two: the patterns above are slow on long ones."""
+    """A run of white space as two characters: the patterns above are slow on long ones."""
     return "\n\n" if "\n" in run[0] else "  "

@@ -863,6 +863,7 @@ CLAIMS = [  # (text, what it claims): a number is claimed whole or not at all
     ("so **18** eggs", "18"),
     ("a total ($18)", "18"),
     ("#### 0,500", None),
+    ("#### 1.23^9", "6.443858614676334363"),  # all digits
     ("#### 99999^999", None),
     # headings with lines below
     ("#### 1: Eggs\nso\nThe answer is 18.", "18"),
