@@ -5,7 +5,8 @@
 RUN_DIR is a run of train.py on the built-in task. Its policy `sft` answers held-out prompts; every prefix of
 every answer is continued `rollouts` times by the same policy, and the share of continuations that end right
 estimates Q(s_t, a_t) of the policy that sampled the pairs (so Math-Shepherd labels steps, Wang et al. 2024;
-here each token). Every reward model in RUN_DIR (`rm`, `rm-orm`, ...) is compared with it:
+here each token). Every reward model in RUN_DIR (`rm`, `rm-orm`, ...; `rm-260` of fewer updates) is compared
+with it:
 
     all tokens       correlation over all tokens of all answers: mostly, does it know when all is lost?
     within answers   the same after each answer's mean is taken off: does it know where?
@@ -111,10 +112,11 @@ def scorers(run, policy, tokenizer, cfg):
         if not (path / "run.json").exists():
             continue
         name = loading.reward_name(path)
+        label = name if path.name in ("rm", f"rm-{name}") else path.name
         if REWARD_MODELS[name].base is ScalarModel:
-            found[name] = partial(response_scores, loading.load(ScalarModel, str(path), cfg, Grid()))
+            found[label] = partial(response_scores, loading.load(ScalarModel, str(path), cfg, Grid()))
         else:
-            found[name] = loading.load_reward(name, str(path), tokenizer, cfg, Grid()).rewards
+            found[label] = loading.load_reward(name, str(path), tokenizer, cfg, Grid()).rewards
     found["log pi of sft"] = lambda ids, mask: token_logprobs(policy, ids, mask)[0]
     return found
 
