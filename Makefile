@@ -27,7 +27,8 @@ test-all: .venv/ready
 	@echo "make test-all: also the long tests, about 15 minutes on two cores"
 	$(VENV) -m pytest -q --slow tests
 
-# Every table and figure of README.md and the chapters that a laptop can make; call again to continue.
+# The tables and figures of README.md and the chapters that need no real weights; call again to continue.
+# (Single runs, such as those of reward hacking, have their commands in the chapters.)
 results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/demo_table.py $(SEEDS:%=runs/seed%) --write
 	$(VENV) classroom/demo_table.py $(SEEDS:%=runs/carry%) --carry --write
@@ -35,6 +36,12 @@ results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/partition.py runs/seed0 --pairs 12 > runs/partition.txt
 	$(VENV) classroom/probes.py $(SEEDS:%=runs/seed%) --parts samples sizes > runs/probes.txt
 	$(VENV) classroom/probes.py runs/seed0 runs/seed1 runs/seed2 --parts shaping >> runs/probes.txt
+	$(VENV) train.py --run_dir runs/seed0 --stage rm --reward verifier
+	$(VENV) train.py --run_dir runs/seed0 --stage rm --reward dpo
+	$(VENV) classroom/credit.py runs/seed0 --answers 80 --rollouts 16 > runs/credit.txt
+	$(VENV) classroom/guided.py runs/seed0 --limit 100 --coefs 0.2 0.5 1 5 > runs/guided.txt
+	$(VENV) classroom/tabular.py > runs/tabular.txt
+	$(VENV) classroom/tabular.py --share 0.2 --batch 64 --steps 100 >> runs/tabular.txt
 	$(VENV) classroom/theory.py > runs/theory.txt
 	$(VENV) classroom/study.py --curves runs/seed0 --out runs/curves
 	$(VENV) classroom/bench.py > runs/bench.jsonl
