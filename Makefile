@@ -38,7 +38,8 @@ results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/probes.py runs/seed0 runs/seed1 runs/seed2 --parts shaping >> runs/probes.txt
 	$(VENV) train.py --run_dir runs/seed0 --stage rm --reward verifier
 	$(VENV) train.py --run_dir runs/seed0 --stage rm --reward dpo
-	$(VENV) classroom/credit.py runs/seed0 --answers 80 --rollouts 16 > runs/credit.txt
+	$(VENV) classroom/credit.py runs/seed0 --answers 80 --rollouts 16 --picture classroom/calibration.png \
+	    > runs/credit.txt
 	$(VENV) classroom/guided.py runs/seed0 --limit 100 --coefs 0.2 0.5 1 5 > runs/guided.txt
 	$(VENV) classroom/tabular.py > runs/tabular.txt
 	$(VENV) classroom/tabular.py --share 0.2 --batch 64 --steps 100 >> runs/tabular.txt

@@ -1,6 +1,8 @@
 """Token scores against Monte-Carlo Q: does a reward model know what each token was worth?
 
-    python classroom/credit.py RUN_DIR [--answers 120] [--rollouts 24]        tables, and RUN_DIR/credit.json
+    python classroom/credit.py RUN_DIR [--answers 120] [--rollouts 24] [--picture FILE.png]
+
+prints two tables, writes RUN_DIR/credit.json, and draws the calibration: mean Q by fifth of the scores.
 
 RUN_DIR is a run of train.py on the built-in task. Its policy `sft` answers held-out prompts; every prefix of
 every answer is continued `rollouts` times by the same policy, and the share of continuations that end right
@@ -39,6 +41,7 @@ from model import LanguageModel, ScalarModel, at_states, token_logprobs
 from parallel import Grid
 from qrm import REWARD_MODELS, credit_counts, response_scores
 from support import evaluate, loading
+from support.files import BadInput
 from support.graders import grade
 from support.sampling import generate
 from support.settings import ARITH, Config
@@ -347,6 +350,30 @@ def same_index_auc(scored, pairs, operators):
 # ------------------------------------------------------------------------------------------------ main
 
 
+def draw_calibration(tables, right, path):
+    """Mean Q of the fifth of tokens with the lowest scores, and so on; dotted: `right`, the mean of all."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise BadInput("--picture needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 3.6), dpi=140, layout="constrained")
+    axis.axhline(right, color="0.6", lw=1, ls=":")
+    height = -1.0
+    ending = sorted(tables.items(), key=lambda item: item[1]["calibration"][-1][1])
+    for (name, found), marker in zip(ending, "osD^vPX*"):
+        means = [q for _, q in found["calibration"]]
+        axis.plot(range(1, len(means) + 1), means, marker=marker, ms=4, lw=1.5)
+        height = max(means[-1], height + 0.05)  # so that no label covers another
+        axis.text(len(means) + 0.06, height, name, va="center", fontsize=8)
+    axis.set(xticks=range(1, 6), xlim=(0.9, 5.9), ylim=(-0.02, 1), ylabel="mean Q (share of right answers)")
+    axis.set_xlabel("fifth of the tokens, from the lowest score to the highest")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def show(rows):
     widths = [max(len(row[i]) for row in rows) + 2 for i in range(len(rows[0]))]
     for row in rows:
@@ -361,6 +388,7 @@ def main(argv=None):
     parser.add_argument("--answers", type=int, default=120)
     parser.add_argument("--rollouts", type=int, default=24)
     parser.add_argument("--limit", type=int, default=0, help="held-out pairs for the second table; 0 is all")
+    parser.add_argument("--picture", metavar="FILE.png", help="draw the calibration (needs matplotlib)")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     errors = first_error_table(args.run, args.limit)
@@ -381,6 +409,10 @@ def main(argv=None):
     path = Path(args.run) / "credit.json"
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(path)
+    if args.picture:
+        every = next(iter(tables.values()))["calibration"]
+        draw_calibration(tables, statistics.fmean(q for _, q in every), args.picture)
+        print(args.picture)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """classroom/credit.py: Monte-Carlo Q, the correlations, and the scores that know nothing."""
 
+import importlib.util
 import json
 import random
 import sys
@@ -126,6 +127,10 @@ def test_command(tmp_path, capsys, monkeypatch):
             f.write(json.dumps(pair) + "\n")
     monkeypatch.setattr(credit, "LIKELY", 0.003)  # random weights: every state is open
     credit.main([str(tmp_path), "--answers", "2", "--rollouts", "2"])
+    if importlib.util.find_spec("matplotlib"):
+        calibration = json.loads((tmp_path / "credit.json").read_text())["monte_carlo"]
+        credit.draw_calibration(calibration, 0.5, tmp_path / "calibration.png")
+        assert (tmp_path / "calibration.png").stat().st_size > 10_000
     report = json.loads((tmp_path / "credit.json").read_text())
     assert report["sampled"]["open states"] > 0 and report["sampled"]["right"] == 0
     assert set(report["monte_carlo"]) == {"qrm", "orm", "log pi of sft"}
