@@ -170,14 +170,12 @@ def load_reward(name, directory, tokenizer, cfg, grid):
     )
     kind = REWARD_MODELS[name]
     if Path(directory).name == "critic" and read_run(Path(directory).resolve().parent):
-        say(
-            grid, f"note: {directory} is PPO's critic: V of the state after each token, and no Q of the token"
-        )
+        what = "V of the state after each token, and no Q of the token"
+        say(grid, f"note: {directory} is PPO's critic: {what}")
     read, written = (read_config(path)[0].vocab_size for path in (directory, cfg.model or directory))
     if read < written:
-        say(
-            grid, f"note: {directory} has {read} embeddings, {cfg.model} {written}; no id above can be scored"
-        )
+        above = f"{cfg.model} {written}; no id above can be scored"
+        say(grid, f"note: {directory} has {read} embeddings, {above}")
     require(
         kind.base is LanguageModel or has_scalar_head(directory),
         f"{directory}: a language model, without a reward model's head; expected what --stage rm writes",

@@ -181,7 +181,8 @@ def refuse_unknown(fields):
 # can be words after a tab or at the start of a line: they count within $...$ only, where theirs is the one
 # tab or line break; and "e" and "u", of \ne and \nu, only after a space.
 UNDOUBLED = re.compile(
-    r"(\x08(?:oxed|egin|eta|inom|ar|mod|ullet|ot|ecause|ackslash|race|ig[lrg]?|old(?:math|symbol))(?![a-zA-Z])"
+    r"(\x08(?:oxed|egin|eta|inom|ar|mod|ullet|ot|ecause|ackslash|race|ig[lrg]?)(?![a-zA-Z])"
+    r"|\x08old(?:math|symbol)(?![a-zA-Z])"
     r"|(?<!\w)\x08[fm](?![a-zA-Z])"
     r"|\f(?:rac(?=[{\d\\ ])|(?:orall|box|lat|rown)(?![a-zA-Z]))"
     r"|\r(?:ight|angle|ho|floor|ceil|brace|vert|m)(?![a-zA-Z])"

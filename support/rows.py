@@ -334,8 +334,8 @@ def kinds_of(values):
 
 # Backslash and n, where it is not the beginning of a LaTeX command.
 ESCAPED_BREAK = re.compile(
-    r"(?<!\\)\\n(?!(?:abla|atural|cong|e|earrow|eg|eq|exists|geq|i|leq|ewcommand|ewline|ewpage|less|mid|olimits"
-    r"|onumber|ormalsize|ot|otin|parallel|prec|sim|sqsubset|subseteq|u|warrow|ode)(?![a-z]))"
+    r"(?<!\\)\\n(?!(?:abla|atural|cong|e|earrow|eg|eq|exists|geq|i|leq|ewcommand|ewline|ewpage|less|mid"
+    r"|olimits|onumber|ormalsize|ot|otin|parallel|prec|sim|sqsubset|subseteq|u|warrow|ode)(?![a-z]))"
 )
 
 

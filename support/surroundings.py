@@ -73,7 +73,7 @@ OPENING = re.compile(
          )*\Z""",
     re.VERBOSE,
 )
-LEADS_TO = r"\\(?:approx|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow)"
+LEADS_TO = r"\\(?:approx|simeq|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow)"
 PRECEDES = re.compile(
     rf"""(?: (?<![<>/])(?<![A-Za-z\s]!)(?<!\\not)= | [≈≡→⇒∴…] | [-=>]> | \.\.+ | {LEADS_TO}
            | [{LETTER})][*_$]*: | <\w+> | \\end\{{\w+\*?\}}
@@ -124,10 +124,14 @@ BOX_FOLLOWS = re.compile(
          (?: $ | \n | [{PICTURE}。] | [,;.:…<](?!\s?\d) | [=≈!?] | (?<=[\s$])\(
            | &(?!\s*(?:[-+*/^]|\\times)) | [-–—]\s(?![\d$\\({{])
            | \\(?: \( | \[ | (?:end|approx|equiv|p?mod)(?![a-z])
-                | (?:text\w*|mbox|mathrm)\s*\{{(?!\s*{NO_COUNT})[\s~]*(?:[{LETTER}]{{2}}|{ENDING}\b)
+                | (?:text\w*|mbox|mathrm|operatorname)\s*\{{(?!\s*{NO_COUNT})
+                  (?:[\s~]*(?:[{LETTER}]{{2}}|{ENDING}\b)|~[A-Z])
+                | AA(?![a-z]) | mu\s*\\mathrm
               )
            | (?!{NO_COUNT})
              (?: (?<=[\s$*"'])[{LETTER}]{{2,}} | [{LETTER}][’'&][{LETTER}] | a(?=\s)
+               | (?<=\s)(?-i:[CJNTVW])(?=[\s.,$]|$)    # units
+               | \{{~?[{LETTER}]{{2}} | \{{~[A-Z]\}}
                | (?:{ENDING}|mod)(?![a-z])
              )
          )""",
