@@ -15,70 +15,76 @@ import pytest
 import torch
 from conftest import near, random_model, small_config
 
-from model import LanguageModel, at_actions, token_logprobs
+from model import LanguageModel, at_actions, load_model, token_logprobs
+from parallel import Grid
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
+import heads  # noqa: E402
 import notes  # noqa: E402
 import real  # noqa: E402
+import real_runs  # noqa: E402
+import solutions  # noqa: E402
 
+from support.files import BadInput  # noqa: E402
 from support.graders import grade, gsm8k_label  # noqa: E402
 from support.settings import parse  # noqa: E402
+from support.tokenizers import Tokenizer  # noqa: E402
 from support.unread import unread_flags  # noqa: E402
 
 
 def test_folds_go_by_question_whatever_its_spelling():
     questions = [f"How many apples are {i} apples?" for i in range(500)]
-    folds = [real.fold_of(q) for q in questions]
-    assert folds == [real.fold_of(q.upper().replace("?", " ?!")) for q in questions]
-    assert set(folds) == set(range(real.FOLDS))
+    folds = [solutions.fold_of(q) for q in questions]
+    assert folds == [solutions.fold_of(q.upper().replace("?", " ?!")) for q in questions]
+    assert set(folds) == set(range(solutions.FOLDS))
     assert max(np.bincount(folds)) < 140  # 100 expected, standard deviation 9
 
 
 def test_mixed_pairs_stay_within_a_question():
     questions = np.array([7, 7, 7, 3, 3, 5])
     correct = np.array([True, False, True, False, False, True])
-    assert real.mixed_pairs(questions, correct).tolist() == [[0, 1], [2, 1]]
-    assert real.mixed_pairs(questions, ~correct).tolist() == [[1, 0], [1, 2]]
-    assert real.mixed_pairs(questions[3:], correct[3:]).shape == (0, 2)
+    assert solutions.mixed_pairs(questions, correct).tolist() == [[0, 1], [2, 1]]
+    assert solutions.mixed_pairs(questions, ~correct).tolist() == [[1, 0], [1, 2]]
+    assert solutions.mixed_pairs(questions[3:], correct[3:]).shape == (0, 2)
 
 
 def test_clustered_interval_widens_with_equal_values_in_a_cluster():
     values = np.repeat([0.0, 1.0], 50)
-    single = real.clustered_interval(values, np.arange(100))
-    clustered = real.clustered_interval(values, np.repeat(np.arange(10), 10))
+    single = solutions.clustered_interval(values, np.arange(100))
+    clustered = solutions.clustered_interval(values, np.repeat(np.arange(10), 10))
     # binomial standard errors: .5 / sqrt(100) = .05 and .5 / sqrt(10) = .158
     assert abs(single[1] - single[0] - 2 * 1.96 * 0.05) < 0.03
     assert abs(clustered[1] - clustered[0] - 2 * 1.96 * 0.158) < 0.09
-    assert real.clustered_interval(np.ones(6), [0, 0, 1, 1, 2, 2]) == (1.0, 1.0)
+    assert solutions.clustered_interval(np.ones(6), [0, 0, 1, 1, 2, 2]) == (1.0, 1.0)
 
 
 def test_clustered_interval_weighs_clusters_by_size():
     """With two clusters a draw holds either, or both: the mean is one of 0, 3/4 and 1."""
     values, clusters = [0, 1, 1, 1], ["a", "b", "b", "b"]
-    assert real.clustered_interval(values, clusters) == (0.0, 1.0)
+    assert solutions.clustered_interval(values, clusters) == (0.0, 1.0)
 
 
 def test_balanced_weights_make_the_author_useless():
     winners, losers = np.array([0, 0, 0, 1, 0, 2, 2]), np.array([1, 1, 1, 0, 2, 0, 1])
-    weights = real.balanced_weights(winners, losers)
+    weights = solutions.balanced_weights(winners, losers)
     assert weights.tolist() == [1 / 12] * 3 + [1 / 4] * 3 + [0]  # author 1 never wins against 2
     authors_score = np.array([3.0, 2.0, 1.0])
-    right = real.wins(authors_score[winners], authors_score[losers])
+    right = solutions.wins(authors_score[winners], authors_score[losers])
     assert np.average(right) == 4 / 7 and abs(np.average(right, weights=weights) - 0.5) < 1e-12
-    low, high = real.clustered_interval(right, np.arange(7), weights)
+    low, high = solutions.clustered_interval(right, np.arange(7), weights)
     assert low < 0.5 < high
 
 
 def test_best_of_and_votes():
     correct = np.array([[True, False, False, True], [False, True, False, False]])
     scores = np.array([[2.0, 2.0, 1.0, 2.0], [0.0, 1.0, 3.0, -1.0]])
-    assert real.best_of(scores, correct).tolist() == [2 / 3, 0.0]
-    assert real.best_of(np.zeros((2, 4)), correct).tolist() == [0.5, 0.25]
+    assert solutions.best_of(scores, correct).tolist() == [2 / 3, 0.0]
+    assert solutions.best_of(np.zeros((2, 4)), correct).tolist() == [0.5, 0.25]
     claims = [[5, 6, 5, None], [None, None, 1, 2]]
-    assert real.votes(claims).tolist() == [[2, 1, 2, 0], [0, 0, 1, 1]]
+    assert solutions.votes(claims).tolist() == [[2, 1, 2, 0], [0, 0, 1, 1]]
     weights = np.array([[0.5, 2.0, 0.25, 9.0], [9.0, 9.0, 1.0, 3.0]])
-    assert real.votes(claims, weights).tolist() == [[0.75, 2.0, 0.75, 0], [0, 0, 1, 3]]
+    assert solutions.votes(claims, weights).tolist() == [[0.75, 2.0, 0.75, 0], [0, 0, 1, 3]]
 
 
 def test_numbers():
@@ -132,26 +138,26 @@ def test_token_at_counts_bytes():
     text = "2€ = <<2=2>>"
     pieces = [b"2", "€".encode()[:1], "€".encode()[1:], b" =", b" <<", b"2=", b"2>>"]
     assert [notes.token_at(pieces, text, i) for i in (0, 1, 2, 3, 5, 7, 9, 11)] == [0, 1, 3, 3, 4, 5, 6, 6]
-    with pytest.raises(real.BadInput):
+    with pytest.raises(BadInput):
         notes.token_at(pieces, text + "x", len(text))
 
 
 def test_mean_before():
-    assert real.mean_before(torch.tensor([4.0, 2.0, 9.0])).tolist() == [4.0, 4.0, 3.0]
+    assert heads.mean_before(torch.tensor([4.0, 2.0, 9.0])).tolist() == [4.0, 4.0, 3.0]
 
 
 def test_wins_and_pair_accuracy():
     scores = np.array([1.0, 2.0, 2.0])
-    assert real.pair_accuracy(scores, np.array([[0, 1], [1, 0], [1, 2]])).tolist() == [0.0, 1.0, 0.5]
+    assert heads.pair_accuracy(scores, np.array([[0, 1], [1, 0], [1, 2]])).tolist() == [0.0, 1.0, 0.5]
 
 
 def made_answers(lengths, rows, width=3, seed=0):
     n = sum(lengths)
     generator = torch.Generator().manual_seed(seed)
-    hidden = {layer: torch.randn(n, width, generator=generator).half() for layer in real.LAYERS}
+    hidden = {layer: torch.randn(n, width, generator=generator).half() for layer in heads.LAYERS}
     starts = np.concatenate([[0], np.cumsum(lengths)])
     slots = np.array([list(rows[:i]).count(row) for i, row in enumerate(rows)])
-    return real.Answers(
+    return heads.Answers(
         np.array(rows), slots, starts, hidden, torch.zeros(n), torch.zeros(n, dtype=torch.int64)
     )
 
@@ -165,10 +171,10 @@ def test_answers_means_and_last():
 
 def test_unscaled_head_gives_the_same_scores():
     answers = made_answers([2, 3], [0, 0])
-    layer = real.Layer(answers, real.LAYERS[0])
+    layer = heads.Layer(answers, heads.LAYERS[0])
     weight, bias = torch.tensor([0.5, -2.0, 1.0]), torch.tensor(0.3)
     raw, shift = layer.unscaled(weight, bias)
-    near(answers.hidden[real.LAYERS[0]].float() @ raw + shift, layer.x @ weight + bias)
+    near(answers.hidden[heads.LAYERS[0]].float() @ raw + shift, layer.x @ weight + bias)
 
 
 def test_heads_are_fitted_to_the_minimum():
@@ -177,13 +183,13 @@ def test_heads_are_fitted_to_the_minimum():
     pairs = torch.tensor([[0, 1], [2, 3], [4, 5]])
     for name, beta, margin in (("Q-RM", 0.2, 2.0), ("ORM", 1.0, 0.0)):
         shares = torch.tensor([0.5, 0.3, 0.2])
-        weight, bias = real.fit_pairs(real.KINDS[name], x, pairs, shares, 0.1)
+        weight, bias = heads.fit_pairs(heads.KINDS[name], x, pairs, shares, 0.1)
         gap = beta * (x[pairs[:, 0]] - x[pairs[:, 1]])  # (3, 2)
         gradient = -(gap * (shares * torch.sigmoid(margin - gap @ weight))[:, None]).sum(0)
         torch.testing.assert_close(gradient, -0.1 * weight, atol=1e-4, rtol=1e-3)
         assert bias == 0
     correct, weights = torch.tensor([1.0, 0, 0, 1, 1, 0]), torch.tensor([1.0, 2, 1, 1, 3, 2])
-    weight, bias = real.fit_outcome(x, correct, weights, 0.1)
+    weight, bias = heads.fit_outcome(x, correct, weights, 0.1)
     residual = (torch.sigmoid(x @ weight + bias) - correct) * weights / 10
     torch.testing.assert_close(x.T @ residual, -0.1 * weight, atol=1e-4, rtol=1e-3)
     assert abs(residual.sum()) < 1e-4  # the bias is not shrunk
@@ -193,14 +199,14 @@ def test_train_head_weighs_answers_by_their_pairs(monkeypatch):
     """Question 0 has one right and two wrong answers, question 1 only right ones: no pair, so no weight."""
     answers = made_answers([2, 1, 3, 2], [0, 0, 0, 1])
     correct = np.array([True, False, False, True])
-    pairs = real.mixed_pairs(answers.rows, correct)
-    labels = real.Labels(answers.rows, answers.slots, correct, np.zeros(4), pairs)
+    pairs = solutions.mixed_pairs(answers.rows, correct)
+    labels = heads.Labels(answers.rows, answers.slots, correct, np.zeros(4), pairs)
     seen = []
-    monkeypatch.setattr(real, "fit_outcome", lambda x, *rest: seen.append((len(x), *rest)))
-    layer = real.Layer(answers, real.LAYERS[0])
+    monkeypatch.setattr(heads, "fit_outcome", lambda x, *rest: seen.append((len(x), *rest)))
+    layer = heads.Layer(answers, heads.LAYERS[0])
     for reads in ("last", "tokens"):
-        kind = real.Kind("outcome", reads, "mean", balanced=False)
-        real.train_head(kind, layer, answers, labels, [0], 0.5)
+        kind = heads.Kind("outcome", reads, "mean", balanced=False)
+        heads.train_head(kind, layer, answers, labels, [0], 0.5)
     found = [(n, right.tolist(), weights.tolist(), l2) for n, right, weights, l2 in seen]
     assert found[0] == (3, [1, 0, 0], [1, 0.5, 0.5], 0.5)
     assert found[1] == (6, [1, 1, 0, 0, 0, 0], [1, 1, 0.5, 0.5, 0.5, 0.5], 0.5)
@@ -209,8 +215,8 @@ def test_train_head_weighs_answers_by_their_pairs(monkeypatch):
 def test_pairs_in_folds_are_balanced_among_themselves():
     questions, authors = np.arange(8) // 2, np.array([0, 1] * 4)
     correct = np.array([True, False, True, False, True, False, False, True])
-    pairs = real.mixed_pairs(questions, correct)
-    labels = real.Labels(questions, authors, correct, np.array([0, 0, 1, 1, 1, 1, 1, 1]), pairs)
+    pairs = solutions.mixed_pairs(questions, correct)
+    labels = heads.Labels(questions, authors, correct, np.array([0, 0, 1, 1, 1, 1, 1, 1]), pairs)
     found, weights = labels.pairs_in([1], balanced=True)
     assert found.tolist() == [[2, 3], [4, 5], [7, 6]] and weights.tolist() == [0.25, 0.25, 0.5]
     assert labels.pairs_in([0, 1], balanced=False)[1].tolist() == [0.25] * 4
@@ -222,20 +228,20 @@ def test_held_out_scores_come_from_the_other_folds():
     rows = [q for q in range(60) for _ in range(2)]
     answers = made_answers([2] * 120, rows)
     right = np.array([i % 2 == 0 for i in range(120)])
-    folds = np.array(rows) % real.FOLDS
-    for layer in real.LAYERS:
+    folds = np.array(rows) % solutions.FOLDS
+    for layer in heads.LAYERS:
         sign = np.where(right, 1.0, -1.0) * np.where(folds == 3, -1.0, 1.0)
         answers.hidden[layer][:, 0] = torch.from_numpy(np.repeat(sign, 2)).half()
     authors = np.array([i % 2 ^ i // 2 % 2 for i in range(120)])  # either author is right every other time
-    labels = real.Labels(np.array(rows), authors, right, folds, real.mixed_pairs(np.array(rows), right))
-    best = {(name, fold): (real.LAYERS[0], 1e-2) for name in real.KINDS for fold in range(real.FOLDS)}
-    heads, scores = real.train_folds(answers, labels, best)
-    for name, values in real.answer_scores(answers, scores).items():
-        if name in real.KINDS:
-            accuracy = real.pair_accuracy(values, labels.pairs)
+    labels = heads.Labels(np.array(rows), authors, right, folds, solutions.mixed_pairs(np.array(rows), right))
+    best = {(name, fold): (heads.LAYERS[0], 1e-2) for name in heads.KINDS for fold in range(solutions.FOLDS)}
+    trained, scores = heads.train_folds(answers, labels, best)
+    for name, values in heads.answer_scores(answers, scores).items():
+        if name in heads.KINDS:
+            accuracy = heads.pair_accuracy(values, labels.pairs)
             turned = labels.folds[labels.pairs[:, 0]] == 3
             assert accuracy[turned].mean() < 0.1 and accuracy[~turned].mean() > 0.9, name
-    again = real.score_hidden(answers, heads, "ORM", folds)
+    again = heads.score_hidden(answers, trained, "ORM", folds)
     torch.testing.assert_close(again, scores["ORM"], atol=2e-3, rtol=1e-3)
 
 
@@ -246,12 +252,12 @@ def test_choose_settings_finds_the_layer_that_knows():
     authors = np.array([i % 2 for i in range(80)])
     correct = np.array([(i % 2 == 0) ^ (i // 2 % 2 == 0) for i in range(80)])
     answers.hidden[20][:, 0] = torch.from_numpy(np.repeat(correct * 2.0 - 1, 3)).half()
-    labels = real.Labels(rows, authors, correct, rows // 2 % 5, real.mixed_pairs(rows, correct))
-    best, table = real.choose_settings(answers, labels)
-    assert set(best) == {(name, fold) for name in real.KINDS for fold in range(real.FOLDS)}
-    for name in real.KINDS:
+    labels = heads.Labels(rows, authors, correct, rows // 2 % 5, solutions.mixed_pairs(rows, correct))
+    best, table = heads.choose_settings(answers, labels)
+    assert set(best) == {(name, fold) for name in heads.KINDS for fold in range(solutions.FOLDS)}
+    for name in heads.KINDS:
         assert table[name, 20] == 1.0 and max(table[name, 12], table[name, 30]) < 0.85
-        assert all(best[name, fold][0] == 20 for fold in range(real.FOLDS))
+        assert all(best[name, fold][0] == 20 for fold in range(solutions.FOLDS))
 
 
 def test_doctests():
@@ -262,15 +268,15 @@ def test_error_measures_by_hand():
     """Question 0 has a right answer (0) and a wrong one (1), question 1 a right one (2)."""
     answers = made_answers([5, 5, 4], [0, 0, 1])
     correct, pairs = np.array([True, False, True]), np.array([[0, 1]])
-    labels = real.Labels(np.array([0, 0, 1]), np.array([0, 0, 0]), correct, np.zeros(3), pairs)
-    notes = real.Notes(
+    labels = heads.Labels(np.array([0, 0, 1]), np.array([0, 0, 0]), correct, np.zeros(3), pairs)
+    notes = heads.Notes(
         np.array([0, 0, 1, 1, 2]),
         np.array([0, 1, 0, 1, 0]),
         np.array([1, 3, 1, 3, 2]),
         np.array([False, False, False, True, False]),
     )
     scores = torch.tensor([0.0, 1, 1, 3, 1] + [2.0, 2, 0, 1, 0] + [1.0, 1, 1, 1])
-    found = real.error_measures(scores, answers, notes, labels)
+    found = heads.error_measures(scores, answers, notes, labels)
     assert found["within"] == [(2 / 3, 0)]  # 2, 2 and 0 before a score of 1
     assert found["same index"] == [(0.75, 0)]  # 3 and 1 at index 3 of the right answers
     assert found["same kind"] == [(2 / 3, 0)]  # notes at 1, 3 and 2 of right answers: 1, 3, 1 against 1
@@ -279,7 +285,7 @@ def test_error_measures_by_hand():
     # falls: answer 0 at 1: 1 - 0, at 3: 3 - 2/3; answer 2 at 2: 0; the error: 1 - 4/3
     assert found["fall"] == [(1.0, 0)]
     labels.authors[1] = 1  # nobody else writes like that
-    found = real.error_measures(scores, answers, notes, labels)
+    found = heads.error_measures(scores, answers, notes, labels)
     assert not found["same index"] and not found["same kind"] and found["paired"] == [(1.0, 0)]
 
 
@@ -287,7 +293,7 @@ def test_planted_measures_by_hand():
     right = np.array([1.0, 2.0, 4.0])
     without = np.array([1.0, 5.0, 1.0])
     follows = np.array([1.0, 2.0, 3.0])
-    found = real.planted_measures(right, without, follows)
+    found = heads.planted_measures(right, without, follows)
     assert found["at the token"] == 0.5 and found["next 10, without"] == 0.5  # means 3 and 3
     assert found["next 10, with"] == 1.0 and found["rest, without"] == 0.5 and found["rest, with"] == 1.0
     assert found["last token, without"] == 1.0 and found["last token, with"] == 1.0
@@ -295,8 +301,8 @@ def test_planted_measures_by_hand():
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_made_problems_have_right_answers(steps):
-    rows = real.made_problems(200, steps, seed=1)
-    assert rows == real.made_problems(200, steps, seed=1) != real.made_problems(200, steps, seed=2)
+    rows = real_runs.made_problems(200, steps, seed=1)
+    assert rows == real_runs.made_problems(200, steps, seed=1) != real_runs.made_problems(200, steps, seed=2)
     for row in rows:
         found = list(notes.NOTE.finditer(row["answer"]))
         assert len(found) == steps
@@ -309,64 +315,64 @@ def test_made_problems_have_right_answers(steps):
 
 
 def test_rl_problems_are_different_and_solved_right(tmp_path):
-    real.write_problems(tmp_path)
+    real_runs.write_problems(tmp_path)
     questions = []
-    for name, n in real.RL_ROWS.items():
-        rows = real.read_lines(tmp_path / f"{name}.jsonl")
+    for name, n in real_runs.RL_ROWS.items():
+        rows = solutions.read_lines(tmp_path / f"{name}.jsonl")
         assert len(rows) == n
         for row in rows:
             equation, claim = row["answer"].split("\n")
             expression, _, value = equation.partition("=")
             assert notes.evaluate_note(expression) == int(value) and claim == f"#### {value}"
         questions += [row["question"] for row in rows]
-    assert len(set(questions)) == sum(real.RL_ROWS.values())
+    assert len(set(questions)) == sum(real_runs.RL_ROWS.values())
 
 
-@pytest.mark.parametrize("name", real.RL_STAGES)
+@pytest.mark.parametrize("name", real_runs.RL_STAGES)
 def test_rl_commands_are_read_in_full(name):
     """Every flag is one of the stage's, and every file it reads is made before it."""
-    flags = shlex.split(f"{real.RL_STAGES[name]} {real.CHAT} --out {name}")
+    flags = shlex.split(f"{real_runs.RL_STAGES[name]} {real_runs.CHAT} --out {name}")
     cfg = parse(flags)
-    assert unread_flags(flags) == [] and cfg.system == real.SYSTEM
-    earlier = list(real.RL_STAGES)[: list(real.RL_STAGES).index(name)]
-    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in real.RL_ROWS), *earlier}
+    assert unread_flags(flags) == [] and cfg.system == solutions.SYSTEM
+    earlier = list(real_runs.RL_STAGES)[: list(real_runs.RL_STAGES).index(name)]
+    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in real_runs.RL_ROWS), *earlier}
     assert {cfg.model, cfg.data, cfg.heldout, cfg.reward_model} <= made
 
 
 def test_run_stage_runs_once_and_again_after_a_failure(tmp_path):
     flags = "--stage grade --data answers.jsonl --out graded.jsonl"
-    with pytest.raises(real.BadInput, match="stage one ended with status 2"):
-        real.run_stage("one", flags, tmp_path, 1)  # there is no answers.jsonl
+    with pytest.raises(BadInput, match="stage one ended with status 2"):
+        real_runs.run_stage("one", flags, tmp_path, 1)  # there is no answers.jsonl
     row = {"question": "1+1?", "response": "#### 2", "label": "2"}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row))
     failed = json.loads((tmp_path / "runs.json").read_text())["one"]
-    real.run_stage("one", flags, tmp_path, 1)
+    real_runs.run_stage("one", flags, tmp_path, 1)
     run = json.loads((tmp_path / "runs.json").read_text())["one"]
     assert not failed["done"] and run["done"] and run["cpu_seconds"] > failed["cpu_seconds"] > 0.1
     assert 0.05 < run["peak_gb"] < 8
     (tmp_path / "graded.jsonl").unlink()
-    real.run_stage("one", flags, tmp_path, 1)
+    real_runs.run_stage("one", flags, tmp_path, 1)
     assert not (tmp_path / "graded.jsonl").exists()
 
 
 def test_first_difference_by_hand(tmp_path):
     pair = {"prompt": "2+5?", "chosen": "7", "rejected": "8!"}
     (tmp_path / "pairs-heldout.jsonl").write_text(json.dumps(pair))
-    real.write_answers(tmp_path)
-    rows = real.read_lines(tmp_path / "answers.jsonl")
+    real_runs.write_answers(tmp_path)
+    rows = solutions.read_lines(tmp_path / "answers.jsonl")
     assert [(row["prompt"], row["response"]) for row in rows] == [("2+5?", "7"), ("2+5?", "8!")]
     right = {"ids": [2, 9, 7], "tokens": ["2", "=", "7"], "scores": [1.0, 0.5, 2.0]}
     wrong = {"ids": [2, 9, 8, 1], "tokens": ["2", "=", "8", "!"], "scores": [1.0, 0.5, -3.0, 9.0]}
-    found = real.first_difference(right, wrong)
+    found = real_runs.first_difference(right, wrong)
     assert found == ("result", {"at the token": 1.0, "from there on": 0.0})  # 2 against -3 and 9
     other = wrong | {"ids": [3, 9, 8, 1]}
-    assert real.first_difference(right, other)[0] == "equation"
-    assert real.first_difference(right, other)[1]["at the token"] == 0.5
+    assert real_runs.first_difference(right, other)[0] == "equation"
+    assert real_runs.first_difference(right, other)[1]["at the token"] == 0.5
 
 
 def test_sign_of():
     answers = ("17-3=14\n#### 14", "#### 14", "- 17*3=51", "a+b")
-    assert [real.sign_of(answer) for answer in answers] == ["-", "none", "*", "none"]
+    assert [real_runs.sign_of(answer) for answer in answers] == ["-", "none", "*", "none"]
 
 
 def test_print_rl_by_hand(tmp_path, capsys):
@@ -381,7 +387,7 @@ def test_print_rl_by_hand(tmp_path, capsys):
     same = {"prompt": "Tom buys", "tokens": ["=", "2"]}
     scored = [same | {"ids": [2, i], "scores": [1.0, -i]} for i in (8, 9)]
     (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, scored)))
-    real.print_rl(tmp_path)
+    real_runs.print_rl(tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ppo", "5", "20", "1.50", "20"] in lines
     assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
@@ -392,10 +398,10 @@ def test_print_rl_by_hand(tmp_path, capsys):
 
 def test_residuals_are_those_of_the_model(monkeypatch):
     """Against the model's own at_actions and token_logprobs on padded rows."""
-    monkeypatch.setattr(real, "LAYERS", (1, 2))
+    monkeypatch.setattr(heads, "LAYERS", (1, 2))
     policy = random_model(LanguageModel, small_config())
     groups = [([1, 2, 3], [[4, 5], [6, 7, 8]]), ([9, 10], [[11]])]
-    kept, logprobs, actions = real.residuals(policy, groups)
+    kept, logprobs, actions = heads.residuals(policy, groups)
     assert actions.tolist() == [4, 5, 6, 7, 8, 11]
     ids = torch.tensor([[1, 2, 3, 4, 5, 0], [1, 2, 3, 6, 7, 8], [9, 10, 11, 0, 0, 0]])
     mask = torch.tensor([[0, 0, 1, 1, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()
@@ -414,20 +420,20 @@ def test_hidden_states_resume_and_load(tmp_path, monkeypatch):
     def made_residuals(policy, groups):
         calls.append(groups)
         ids = torch.tensor([i for _, answers in groups for answer in answers for i in answer])
-        return {n: ids[:, None].half() * torch.ones(2).half() for n in real.LAYERS}, -ids.float(), ids
+        return {n: ids[:, None].half() * torch.ones(2).half() for n in heads.LAYERS}, -ids.float(), ids
 
     tokenizer = SimpleNamespace(
         encode_prompt=lambda messages: [0, len(messages[-1]["content"])],
         encode_response=lambda text: [ord(c) for c in text],
     )
-    monkeypatch.setattr(real, "residuals", made_residuals)
-    monkeypatch.setattr(real.Tokenizer, "load", lambda *args: tokenizer)
-    monkeypatch.setattr(real, "load_model", lambda *args: None)
+    monkeypatch.setattr(heads, "residuals", made_residuals)
+    monkeypatch.setattr(Tokenizer, "load", lambda *args: tokenizer)
+    monkeypatch.setattr(heads, "load_model", lambda *args: None)
     questions = [("q", ["ab", "c"]), ("qq", ["def", "g"]), ("qqq", ["h", "ij"])]
-    real.make_hidden("", questions[:1], tmp_path, size=1)
-    real.make_hidden("", questions, tmp_path, size=1)
+    heads.make_hidden("", questions[:1], tmp_path, size=1)
+    heads.make_hidden("", questions, tmp_path, size=1)
     assert [group[0][0] for group in calls] == [[0, 1], [0, 2], [0, 3]]  # nothing twice
-    answers = real.load_hidden(tmp_path)
+    answers = heads.load_hidden(tmp_path)
     assert answers.rows.tolist() == [0, 0, 1, 1, 2, 2] and answers.slots.tolist() == [0, 1] * 3
     assert "".join(map(chr, answers.ids[answers.tokens(2)].tolist())) == "def"
     assert answers.last(answers.logprobs).tolist() == [-ord(c) for c in "bcfghj"]
@@ -435,7 +441,7 @@ def test_hidden_states_resume_and_load(tmp_path, monkeypatch):
 
 def test_picture_is_svg_with_every_token():
     rows = [(["3", "<", "\n", "x" * 99], [0.0, -5.0, 5.0, 1.0], {1})]
-    root = ElementTree.fromstring(real.picture("a & b", [("Q-RM", rows)]))
+    root = ElementTree.fromstring(heads.picture("a & b", [("Q-RM", rows)]))
     boxes = list(root.iter("{http://www.w3.org/2000/svg}rect"))[1:]
     assert [box.get("fill") for box in boxes] == ["#ffffff", "#e8833a", "#4a90d9", "#a4c8ec"]
     heights = [float(box.get("y")) for box in boxes]
@@ -456,10 +462,10 @@ MODEL = Path(os.environ.get("SMOLLM2", ROOT / "runs" / "SmolLM2-135M-Instruct"))
 )
 def test_real_weights_know_some_arithmetic():
     """The real model prefers the right sum to a wrong one: log pi of the digit after "7+5=1"."""
-    tokenizer = real.Tokenizer.load(MODEL, "chatml")
-    policy = real.load_model(LanguageModel, MODEL, real.Grid(), torch.float32)
-    prompt = real.prompt_ids(tokenizer, "What is 7+5?")
+    tokenizer = Tokenizer.load(MODEL, "chatml")
+    policy = load_model(LanguageModel, MODEL, Grid(), torch.float32)
+    prompt = solutions.prompt_ids(tokenizer, "What is 7+5?")
     answers = [tokenizer.encode_response(f"7+5=1{digit}") for digit in "2379"]
-    _, logprobs, actions = real.residuals(policy, [(prompt, answers)])
+    _, logprobs, actions = heads.residuals(policy, [(prompt, answers)])
     values = logprobs.view(4, -1)[:, -2]  # the last digit; after it comes the stop token
     assert actions.view(4, -1)[:, -2].unique().numel() == 4 and values.argmax() == 0
