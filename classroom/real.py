@@ -10,6 +10,7 @@
     transfer   the heads of part `heads` on these pairs, untouched
     sample     pass@1 and pass@8 of the model itself on GSM8K and on simpler made problems
     rl         train.py from sft to PPO and REINFORCE, on made problems of one step
+    adapters   four kinds of reward models with LoRA, by train.py, and what they say of held-out questions
     picture    two real answers under each head, token by token, as an SVG file
     check      prints 50 flagged errors for reading, from which the precision in real.md was counted
 
@@ -31,6 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import adapters
 import heads
 import real_runs
 from notes import first_wrong_note
@@ -63,6 +65,7 @@ PARTS = {
     "transfer": heads.run_transfer,
     "sample": real_runs.run_sample,
     "rl": real_runs.run_rl,
+    "adapters": adapters.run_adapters,
     "picture": heads.run_picture,
     "check": run_check,
 }

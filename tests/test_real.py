@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from parallel import Grid
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "classroom"))
+import adapters  # noqa: E402
 import heads  # noqa: E402
 import notes  # noqa: E402
 import real  # noqa: E402
@@ -394,6 +396,88 @@ def test_print_rl_by_hand(tmp_path, capsys):
     found = "result differs, 1 pairs, at the token 1.000 (1.000 to 1.000)"
     assert found.split(" ") in lines
     assert ["ppo", "0.200", "+-", "0.028", "0.500", "0.750"] in lines  # sqrt(.2 x .8 / 200) = .0283
+
+
+def test_balanced_pairs_by_hand():
+    """Author 0 beats 1 three times and loses once; 2 beats 0 once and never loses."""
+    authors = np.array([0, 1, 0, 1, 0, 1, 1, 0, 2, 0])
+    pairs = np.array([[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]])
+    assert adapters.balanced_pairs(pairs, authors).tolist() == [[0, 1], [6, 7]]
+
+
+def made_solutions(n=60):
+    """n questions with answers "<<q+1=..>>" of four authors, of whom two are right, by turns."""
+    out = []
+    for q in range(n):
+        correct = [(q + slot // (1 + q % 2)) % 2 == 0 for slot in range(4)]
+        texts = [
+            f"<<{q}+1={q + 1 + 50 * (not right)}>>\n#### {q + 1 + 50 * (not right)}" for right in correct
+        ]
+        question = f"What is {q} and 1?"
+        out.append({"question": question, "truth": texts[0], "answers": texts, "correct": correct})
+    return out
+
+
+def test_adapters_train_on_other_folds_than_they_are_read_on(tmp_path):
+    made = made_solutions()
+    adapters.write_pairs(made, tmp_path / "pairs.jsonl")
+    adapters.write_answers(made, tmp_path / "answers.jsonl")
+    pairs = solutions.read_lines(tmp_path / "pairs.jsonl")
+    answers = solutions.read_lines(tmp_path / "answers.jsonl")
+    assert {solutions.fold_of(row["prompt"]) for row in pairs} == {1, 2, 3, 4}
+    assert {solutions.fold_of(row["prompt"]) for row in answers} == {0}
+    authors = Counter()
+    for pair in pairs:
+        row = next(row for row in made if row["question"] == pair["prompt"])
+        right, wrong = row["answers"].index(pair["chosen"]), row["answers"].index(pair["rejected"])
+        assert row["correct"][right] and not row["correct"][wrong]
+    for row in answers:
+        group, number, last = row["id"].split()
+        if group == "answer":
+            assert made[int(number)]["answers"][int(last)] == row["response"]
+            authors[last] += 1
+    assert len(set(authors.values())) == 1 and len(authors) == 4
+
+
+def test_first_look_takes_the_second_half(tmp_path, monkeypatch):
+    for rate, values in {"3e-4": (0.9, 0.9, 0.5, 0.7), "1e-3": (0.1, 0.1, 0.6, 0.8)}.items():
+        (tmp_path / f"qrm-{rate}").mkdir()
+        lines = [json.dumps({"pair_accuracy": x, "loss": 2 * x}) for x in values]
+        (tmp_path / f"qrm-{rate}" / "metrics.jsonl").write_text("\n".join(lines))
+    assert adapters.first_look(tmp_path / "qrm-3e-4" / "metrics.jsonl") == [
+        pytest.approx(0.6),
+        pytest.approx(1.2),
+    ]
+    assert adapters.best_rate(tmp_path, "qrm") == "1e-3"
+
+
+def test_scores_of_adapters_go_to_their_answers(tmp_path):
+    made = made_solutions(3)
+    rows = [
+        {"id": f"answer {row} {slot}", "ids": [row, slot], "scores": [10.0 * row, float(slot)]}
+        for row in (2, 0)
+        for slot in range(4)
+    ]
+    planted = {"right": ([1, 2, 3, 4], [0.0, 5.0, 1.0, 1.0]), "with": ([1, 9, 3, 4], [0.0, 6.0, 0.0, 0.0])}
+    planted["without"] = ([1, 9, 3, 4], [0.0, 4.0, 1.0, 1.0])
+    for kind, (ids, scores) in planted.items():
+        rows.append({"id": f"planted 0 {kind}", "ids": ids, "scores": scores})
+    (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    answers, labels, scores, planted = adapters.read_scores(tmp_path / "scores.jsonl", made)
+    assert answers.rows.tolist() == [2] * 4 + [0] * 4 and answers.slots.tolist() == [0, 1, 2, 3] * 2
+    assert scores[answers.tokens(1)].tolist() == [20.0, 1.0]
+    assert labels.correct.tolist() == made[2]["correct"] + made[0]["correct"]
+    assert adapters.read_answers("ORM", scores, answers)["last"].tolist() == [0.0, 1.0, 2.0, 3.0] * 2
+    assert adapters.read_answers("Q-RM", scores, answers)["mean"].tolist()[:2] == [10.0, 10.5]
+    found = adapters.planted_table(planted)
+    assert found["at the token"] == [1.0]  # 5 against 4
+    assert found["next 10, with"] == [1.0] and found["next 10, without"] == [0.5]
+
+
+@pytest.mark.parametrize("kind", adapters.KINDS.values())
+def test_commands_of_adapters_are_read_in_full(kind):
+    flags = shlex.split(f"{adapters.TRAIN} --reward {kind} --lr 1e-3 {real_runs.CHAT} --out {kind}")
+    assert unread_flags(flags) == [] and parse(flags).lora_rank == 16
 
 
 def test_residuals_are_those_of_the_model(monkeypatch):

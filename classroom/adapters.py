@@ -1,0 +1,239 @@
+"""Reward models with LoRA adapters, on the pairs that classroom/heads.py uses: part `adapters` of real.py.
+
+One fold of questions is held out. From the others come pairs balanced by author: of any two authors, as many
+pairs are won by the one as by the other. train.py makes one pass over them for every kind of reward model and
+learning rate. As each pair is new when it is trained on, the accuracy before its update chooses the rate.
+"""
+
+import json
+from collections import Counter
+
+import numpy as np
+import torch
+from heads import (
+    Answers,
+    answer_scores,
+    error_measures,
+    find_notes,
+    load_hidden,
+    pair_accuracy,
+    planted_measures,
+    planted_rows,
+    solution_labels,
+)
+from real_runs import run_stage
+from solutions import (
+    SAMPLERS,
+    balanced_weights,
+    best_of,
+    describe,
+    fold_of,
+    mixed_pairs,
+    read_lines,
+    read_solutions,
+)
+
+from support.files import write_atomically
+from support.tokenizers import Tokenizer
+
+HELD_OUT = 0  # the fold
+PLANTED = 120  # right answers of the fold with an error planted
+KINDS = {"Q-RM": "qrm", "ORM": "orm", "per token": "verifier", "DPO": "dpo"}  # name: --reward
+RATES = ("3e-4", "1e-3")
+TRAIN = (
+    "--stage rm --model {model} --data pairs.jsonl --lora_rank 16 --warmup 10 --batch_size 8 --save_every 10"
+)
+READ = {"Q-RM": ("mean",), "ORM": ("last",), "per token": ("mean", "last"), "DPO": ("sum", "mean")}
+
+# -------------------------------------------------------------------------------------- the files of train.py
+
+
+def balanced_pairs(pairs, authors):
+    """The first pairs of either order of two authors, as many of one as of the other: (P, 2) -> (P', 2)"""
+    counts = Counter(tuple(authors[pair]) for pair in pairs)
+    taken, kept = Counter(), []
+    for pair in pairs:
+        winner, loser = authors[pair]
+        if taken[winner, loser] < min(counts[winner, loser], counts[loser, winner]):
+            taken[winner, loser] += 1
+            kept.append(pair)
+    return np.array(kept, dtype=np.int64).reshape(-1, 2)
+
+
+def write_rows(path, rows):
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_pairs(solutions, path):
+    """The training pairs, of all questions outside the fold HELD_OUT."""
+    rows = np.repeat(np.arange(len(solutions)), len(SAMPLERS))
+    authors = np.tile(np.arange(len(SAMPLERS)), len(solutions))
+    correct = np.array([solution["correct"] for solution in solutions]).flatten()
+    folds = np.array([fold_of(solutions[row]["question"]) for row in rows])
+    pairs = mixed_pairs(rows, correct)
+    written = []
+    for right, wrong in balanced_pairs(pairs[folds[pairs[:, 0]] != HELD_OUT], authors):
+        solution = solutions[rows[right]]
+        chosen, rejected = solution["answers"][authors[right]], solution["answers"][authors[wrong]]
+        written.append({"prompt": solution["question"], "chosen": chosen, "rejected": rejected})
+    write_rows(path, written)
+
+
+def write_answers(solutions, path):
+    """The held-out answers to questions with right and wrong ones, then planted errors, three texts each.
+
+    "id" is "answer ROW SLOT", or "planted N KIND" with KIND right, without or with (consequences).
+    """
+    held_out = {row: s for row, s in enumerate(solutions) if fold_of(s["question"]) == HELD_OUT}
+    written = []
+    for row, solution in held_out.items():
+        if len(set(solution["correct"])) == 2:
+            for slot, answer in enumerate(solution["answers"]):
+                key = f"answer {row} {slot}"
+                written.append({"id": key, "prompt": solution["question"], "response": answer})
+    held_out = list(held_out.values())
+    for number, planted in enumerate(planted_rows(held_out, PLANTED)):
+        solution = held_out[planted["row"]]
+        texts = {"right": solution["answers"][planted["slot"]]} | planted
+        for kind in ("right", "without", "with"):
+            key = f"planted {number} {kind}"
+            written.append({"id": key, "prompt": solution["question"], "response": texts[kind]})
+    write_rows(path, written)
+
+
+# -------------------------------------------------------------------------------------------------- the rates
+
+
+def first_look(metrics):
+    """Pair accuracy and loss over the second half of the only pass, every pair before its update."""
+    rows = read_lines(metrics)
+    rows = rows[len(rows) // 2 :]
+    return [float(np.mean([row[name] for row in rows])) for name in ("pair_accuracy", "loss")]
+
+
+def best_rate(folder, kind):
+    """The rate of RATES with the highest first_look, the smaller rate at equal accuracy."""
+    return max(RATES, key=lambda rate: first_look(folder / f"{kind}-{rate}" / "metrics.jsonl")[0])
+
+
+# ----------------------------------------------------------------------------------------------- what it says
+
+
+def read_scores(path, solutions):
+    """Rows of --stage score -> Answers without hidden states, their Labels, (n,) fp32 token scores, and the
+    planted errors as {number: {kind: row}}"""
+    rows = read_lines(path)
+    scored = [row for row in rows if row["id"].startswith("answer")]
+    places = np.array([row["id"].split()[1:] for row in scored], dtype=np.int64)
+    starts = np.concatenate([[0], np.cumsum([len(row["ids"]) for row in scored])])
+    ids = torch.tensor([i for row in scored for i in row["ids"]])
+    scores = torch.tensor([z for row in scored for z in row["scores"]])
+    answers = Answers(*places.T, starts, {}, torch.zeros(0), ids)
+    planted = {}
+    for row in rows:
+        group, number, kind = row["id"].split()
+        if group == "planted":
+            planted.setdefault(int(number), {})[kind] = row
+    return answers, solution_labels(answers, solutions), scores, planted
+
+
+def read_answers(name, scores, answers):
+    """Every answer's score, in each way of READ: (n,) token scores -> {way: (A,)}"""
+    ways = {"mean": answers.means(scores), "last": answers.last(scores)}
+    ways["sum"] = ways["mean"] * torch.from_numpy(np.diff(answers.starts))
+    return {way: ways[way].numpy() for way in READ[name]}
+
+
+def planted_table(planted):
+    """{measure of planted_measures: one value per planted error}"""
+    found = {}
+    for rows in planted.values():
+        ids = [rows[kind]["ids"] for kind in ("right", "without", "with")]
+        length = min(map(len, ids))
+        same = [all(x[i] == ids[0][i] for x in ids) for i in range(length)]
+        place = same.index(False)
+        if ids[0][place] in (ids[1][place], ids[2][place]) or place + 2 >= length:
+            continue
+        scores = [np.array(rows[kind]["scores"][place:]) for kind in ("right", "without", "with")]
+        for measure, value in planted_measures(*scores).items():
+            found.setdefault(measure, []).append(value)
+    return found
+
+
+def print_pairs(name, values, labels, head=None):
+    """Held-out pair accuracy, balanced and as pairs come, and best of four; the gain over a head's scores."""
+    weights = balanced_weights(*labels.authors[labels.pairs].T)
+    clusters = labels.questions[labels.pairs[:, 0]]
+    right = pair_accuracy(values, labels.pairs)
+    shape = (-1, len(SAMPLERS))
+    picked = best_of(values.reshape(shape), labels.correct.reshape(shape))
+    cells = [describe(right, clusters, weights), describe(right, clusters)]
+    print(f"  {name:32}{'   '.join(cells)}   {describe(picked, np.arange(len(picked)))}")
+    if head is not None:
+        gain = right - pair_accuracy(head, labels.pairs)
+        print(f"    minus the head of that name   {describe(gain, clusters, weights)}")
+
+
+def print_credit(name, scores, answers, labels, notes, planted):
+    """Where the scores fall: error_measures at real errors, and planted_measures."""
+    print(f"  {name}")
+    for measure, found in error_measures(scores, answers, notes, labels).items():
+        print(f"    {measure:22}{describe(*map(np.array, zip(*found)))}   n = {len(found)}")
+    for measure, values in planted_table(planted).items():
+        cell = describe(np.array(values), np.arange(len(values)))
+        print(f"    planted, {measure:22}{cell}   n = {len(values)}")
+
+
+def heads_on(answers, work):
+    """The scores of part `heads` of the same answers: {name: (A,)}; {} before that part has run."""
+    if not (work / "heads.pt").exists():
+        return {}
+    everyone = load_hidden(work / "hidden")
+    scores = answer_scores(everyone, torch.load(work / "heads.pt", weights_only=False)["scores"])
+    where = {place: a for a, place in enumerate(zip(everyone.rows, everyone.slots))}
+    chosen = [where[place] for place in zip(answers.rows, answers.slots)]
+    return {name: values[chosen] for name, values in scores.items()}
+
+
+def print_adapters(args, folder, solutions, chosen):
+    """The first look at every run, then the held-out fold: pairs, best of four, and token credit."""
+    print("second half of the pass, pairs before their update: accuracy, loss")
+    for kind in KINDS.values():
+        for rate in RATES:
+            accuracy, loss = first_look(folder / f"{kind}-{rate}" / "metrics.jsonl")
+            print(f"  {kind}, rate {rate}: {accuracy:.3f}, {loss:.3f}")
+    print("\nheld-out pair accuracy: balanced, as pairs come; best of four")
+    tokenizer = Tokenizer.load(args.model, "chatml")
+    read = {name: read_scores(folder / f"scores-{run}.jsonl", solutions) for name, run in chosen.items()}
+    answers, labels, *_ = read["Q-RM"]
+    print(f"{len(labels.pairs)} pairs of {len(np.unique(labels.questions))} questions")
+    heads = heads_on(answers, args.work)
+    for name, (answers, labels, scores, _) in read.items():
+        for way, values in read_answers(name, scores, answers).items():
+            print_pairs(f"{name}, {way}", values, labels, heads.get(name))
+    for name, values in heads.items():
+        print_pairs(f"heads: {name}", values, labels)
+    notes = find_notes(answers, solutions, tokenizer, labels)
+    print(f"\ntoken credit: {notes.wrong.sum()} first wrong notes, and planted errors")
+    for name, (answers, labels, scores, planted) in read.items():
+        print_credit(name, scores, answers, labels, notes, planted)
+
+
+def run_adapters(args):
+    """Part `adapters`."""
+    solutions = read_solutions(args.data)
+    folder = args.work / "adapters"
+    folder.mkdir(exist_ok=True)
+    write_pairs(solutions, folder / "pairs.jsonl")
+    write_answers(solutions, folder / "answers.jsonl")
+    chosen = {}
+    for name, kind in KINDS.items():
+        for rate in RATES:
+            run = f"{kind}-{rate}"
+            flags = f"{TRAIN.format(model=args.model.resolve())} --reward {kind} --lr {rate} --out {run}"
+            run_stage(run, flags, folder, args.threads)
+        chosen[name] = f"{kind}-{best_rate(folder, kind)}"
+    for run in chosen.values():
+        flags = f"--stage score --model {run} --data answers.jsonl --out scores-{run}.jsonl"
+        run_stage(f"score {run}", flags, folder, args.threads)
+    print_adapters(args, folder, solutions, chosen)
