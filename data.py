@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.row import is_hh, same_label
-from support.rows import OF_ONE_ROW, TURN, load_rows  # noqa: F401 (load_rows: the first stop)
+from support.row import is_hh, prompt_text, same_label
+from support.rows import OF_ONE_ROW, load_rows, turn_in  # noqa: F401 (load_rows: the first stop)
 from support.tokenizers import build_tokenizer
 
 # -------------------------------------------------------------------------------- rows to tensors
@@ -155,8 +155,7 @@ def refuse_transcripts(rows, tokenizer, source):
                 " cannot write; expected a prompt beside the replies, or a template (--chat)",
             )
         return
-    texts = [row for row in rows if isinstance(row["prompt"], str)]
-    found = [(row["line"], turn[0]) for row in texts if (turn := TURN.search(row["prompt"]))]
+    found = [(row["line"], turn) for row in rows if (turn := turn_in(prompt_text(row) or ""))]
     if len(found) >= min(2, len(rows)) and 20 * len(found) > len(rows):
         line, turn = found[0]
         raise BadInput(

@@ -72,6 +72,7 @@ from support.loading import (
     read_rows,
     reward_name,
     reward_of_run,
+    say_first,
 )
 from support.row import plain_prompt
 from support.settings import (
@@ -97,7 +98,8 @@ def stage_sft(cfg, grid):
     """Supervised fine-tuning: -log pi(a_t | s_t), mean over the response tokens of the batch."""
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "response"), cfg, grid)
-    examples, _ = encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data, log=log_to(grid))
+    examples, rows = encode(rows, tokenizer, cfg.max_seq_len, source=cfg.data, log=log_to(grid))
+    say_first(tokenizer, rows[0], examples[0], cfg.data, grid)
     policy = with_adapters(load(LanguageModel, cfg.model, cfg, grid), cfg.lora_rank, cfg)
     optimizer = make_optimizer(policy, cfg.lr, cfg, grid)
     steps = cfg.steps or -(-len(examples) // cfg.batch_size)
@@ -280,6 +282,7 @@ def load_pairs(cfg, tokenizer, grid):
     )
     rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid)
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log_to(grid))
+    say_first(tokenizer, rows[0], examples[0], cfg.data, grid)
     pairs = []
     for row, pair in zip(rows, examples):
         if needs_steps:
@@ -342,6 +345,7 @@ def load_prompts(cfg, grid):
 def short_prompts(rows, tokenizer, cfg, grid):
     """The prompts as ids, without those that leave no room for an answer (counted in one line)."""
     prompts = encode_prompts(rows, tokenizer, cfg.data)
+    say_first(tokenizer, rows[0], prompts[0], cfg.data, grid)
     room = cfg.max_seq_len - cfg.max_new_tokens
     kept = [ids for ids in prompts if len(ids) <= room]
     dropped = (
@@ -383,7 +387,8 @@ def stage_pairs(cfg, grid):
     """
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
-    encode_prompts(rows, tokenizer, cfg.data)  # what cannot be read is found before anything is sampled
+    prompts = encode_prompts(rows, tokenizer, cfg.data)  # what cannot be read is found before sampling
+    say_first(tokenizer, rows[0], prompts[0], cfg.data, grid)
     if cfg.heldout:
         of_heldout = dataclasses.replace(cfg, data=cfg.heldout)
         heldout = read_rows(cfg.heldout, ("prompt", "label"), of_heldout, grid)

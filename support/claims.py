@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from support.expressions import INVISIBLE
 from support.meanings import MAX_CHARS, meaning
-from support.surroundings import NUMBER_WORD, is_box_whole, is_whole
+from support.surroundings import NUMBER_WORD, is_box_whole, is_hedged, is_whole
 
 # A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
 # number, a power. A minus after a digit, a word or a bracket is no sign: "5-3" is a difference, whose 3
@@ -189,6 +189,7 @@ def boxes_of(text, parts=False):
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
         is_part = not parts and not is_box_whole(before, between)
+        is_part |= not parts and rest is others[-1] and is_hedged(between)
         found.append((None if is_part else content or None, between))
         before = between
     return found

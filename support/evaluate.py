@@ -32,7 +32,16 @@ from qrm import credit_counts, response_scores
 from reinforce import standardize
 from support.files import at_line, require, write_atomically
 from support.graders import extract_answer, grade
-from support.loading import load, load_ranker, load_reward, load_tokenizer, log_to, read_rows, reward_name
+from support.loading import (
+    load,
+    load_ranker,
+    load_reward,
+    load_tokenizer,
+    log_to,
+    printable,
+    read_rows,
+    reward_name,
+)
 from support.meanings import MAX_CHARS, meaning
 from support.rewards import answer_text
 from support.row import is_empty
@@ -405,11 +414,6 @@ def show_tokens(cfg, tokenizer, key):
             ends_line = "\n" in text or i + 1 == len(ids)
             show = coloured if colour else annotated
             print(show(printable(text), x, i == error), end="\n" if ends_line else "")
-
-
-def printable(text):
-    """`text` with control characters replaced: data must not drive the terminal."""
-    return "".join(c if c.isprintable() else "↵" if c == "\n" else "·" for c in text)
 
 
 def coloured(text, x, wrong):

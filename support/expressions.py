@@ -75,6 +75,7 @@ SPELLINGS = [
     ("\N{SQUARE ROOT}", r"\\sqrt "),
     ("\N{SUPERSCRIPT TWO}", "^2"),
     ("\N{SUPERSCRIPT THREE}", "^3"),
+    (r"(?<![\d.,])0\{,\}(?=\d)", "0,"),  # a decimal comma
     (r"(?<=\d)(?:\{,\}|\\[!,]|,\s*\\!\s*)(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
     (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
@@ -149,7 +150,7 @@ def words_or_letters(run, in_text, before):
         return [Token("command", "\\" + run)]
     if run.isupper() and len(run) > 1:
         return [Token("letter", run)]
-    is_unit = bool(before) and (before[-1].kind == "number" or before[-1].text == "/")
+    is_unit = bool(before) and (before[-1].kind == "number" or before[-1].text == "/") and run not in "GHKM"
     if len(run) > 2 or in_text and (len(run) > 1 or is_unit) or run.lower() in SHORT_WORDS:
         return [Token("word", run.lower())]
     return [Token("letter", letter) for letter in run]
@@ -255,7 +256,8 @@ class Reader:
     def __init__(self, tokens, sign=1, salt=0):
         self.tokens, self.sign, self.salt = tokens, sign, salt
         self.i = 0
-        # What is left to compute: "", "power" (2^10, 5!, 100/5), or "numbers" (9 + 1, 2 * 5; 10-15, too)
+        # What is left to compute: "", "power" (2^10, 5!, 100/5, the root of 25), or "numbers" (9 + 1, 2 * 5,
+        # and 10-15, too)
         self.left = ""
 
     def peek(self, ahead=0):
@@ -284,7 +286,10 @@ class Reader:
         value = self.expression()
         if self.i < len(self.tokens):
             raise NoValue("more follows")
-        return canonical(value)
+        value = canonical(value)
+        if any(token.text == "\\sqrt" for token in self.tokens) and self.is_plain(value, 0):
+            self.left = self.left or "power"
+        return value
 
     def expression(self):
         """A sum. One in brackets, with variables, is opaque: 2(x+1) is not 2x+2, which a task may ask for."""
@@ -409,16 +414,19 @@ class Reader:
         """A {group}, a signed number or one factor, as the exponent of a power."""
         if self.peek() == "-":
             self.next()
-            return -self.atom()
-        return self.atom()
+            return -self.one()
+        return self.one()
+
+    def one(self):
+        """A {group} or one token: \\sqrt2\\frac12 is no root of a mixed number."""
+        return Fraction(self.next().text) if self.kind() == "number" else self.atom()
 
     def argument(self):
         """A {group} or one token, as LaTeX takes it: \\frac12 is 1/2."""
         text = self.peek()
         if self.kind() == "number" and len(text) > 1 and text.isdigit():
             self.tokens[self.i : self.i + 1] = [Token("number", text[0]), Token("number", text[1:])]
-            return Fraction(self.next().text)
-        return self.atom()
+        return self.one()
 
     def bracketed(self, closing):
         value = self.expression()

@@ -18,6 +18,7 @@ from support.graders import can_match
 from support.judge import judge_reward, make_judge
 from support.rewards import graded_reward, user_reward
 from support.row import plain_prompt
+from support.row_notes import used_keys
 from support.settings import GRADED_REWARDS
 from support.tokenizers import Tokenizer
 
@@ -71,12 +72,13 @@ def ignored_keys(cfg):
 
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
-    """load_rows with the run's --ignore_keys; its notes go to the main rank's terminal.
+    """load_rows with the run's --ignore_keys; its notes, and what it read, go to the main rank's terminal.
 
     Labels that no answer can match, such as "Yes" for --task gsm8k, are counted in one line; BadInput if they
     are needed and all labels are of that kind.
     """
     rows = load_rows(path, needs, limit, optional, ignored_keys(cfg), log_to(grid))
+    say_once(grid, f"{path}: {len(rows)} rows: {used_keys(rows)}")
     if path == cfg.data and cfg.heldout not in ("", path) and cfg.stage != "eval":  # eval learns from neither
         say_shared_prompts(cfg, grid)
     labels = {row["label"] for row in rows if "label" in row}
@@ -91,6 +93,38 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
         )
         say(grid, f"{cannot}: whatever is answered there counts as wrong")
     return rows
+
+
+said_before = set()  # texts of say_once
+
+
+def say_once(grid, text):
+    """say, unless this process has said it: of a file that a stage reads for each of several models."""
+    if text not in said_before:
+        said_before.add(text)
+        say(grid, text)
+
+
+def say_first(tokenizer, row, examples, source, grid):
+    """A row as the model reads it, with template and special tokens, long texts shortened in the middle.
+
+    examples   of the row: (response,), or (chosen, rejected); or a list of ids, its prompt alone
+    """
+    texts = {"prompt": examples[0].prompt_ids if isinstance(examples, tuple) else examples}
+    if isinstance(examples, tuple):
+        names = ("response",) if len(examples) == 1 else ("chosen", "rejected")
+        texts |= {name: example.response_ids for name, example in zip(names, examples)}
+    lines = [f"{source}: line {row['line']} as the model reads it"]
+    for name, ids in texts.items():
+        text = printable(tokenizer.decode(ids))
+        shown = text if len(text) <= 96 else f"{text[:50]} ... {text[-41:]}"
+        lines.append(f"  {name:10}{shown}")
+    say_once(grid, "\n".join(lines))
+
+
+def printable(text):
+    """`text` with control characters replaced: data must not drive the terminal."""
+    return "".join(c if c.isprintable() else "↵" if c == "\n" else "·" for c in text)
 
 
 def log_to(grid):

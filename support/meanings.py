@@ -21,7 +21,7 @@ UNITS = {
         "foot ft feet",
         "yard yd",
         "mile mi",
-        "gram g",
+        "gram g gm",
         "kilogram kg",
         "pound lb lbs",
         "ounce oz",
@@ -45,6 +45,12 @@ UNITS = {
         "unit",
         "point",
         "people person",
+        "student",
+        "teacher",
+        "meal",
+        "way",
+        "digit",
+        "integer",
     )
     for name in names.split()
     for word in (name, name + "s")
@@ -176,7 +182,7 @@ def pieces_of(answer: str) -> list:
         if pieces[i - 1].name and not pieces[i].name and found[i - 1] != ";":
             pieces[i] = pieces[i]._replace(name=pieces[i - 1].name)
     if "and" in found and any(token.text in (*RELATIONS[1:], "\\in") for token in tokens):
-        return [Piece(("and", *sorted((piece.value for piece in pieces), key=repr)))]
+        return [Piece(("and", *sorted(((piece.name, piece.value) for piece in pieces), key=repr)))]
     return pieces
 
 
@@ -201,10 +207,12 @@ RELATIONS = ("=", "<", ">", "\\le", "\\ge", "\\ne")
 
 def piece_of(tokens):
     """The Piece that tokens without a comma outside brackets say."""
-    before, inside = split(tokens, ("\\in",))
-    if inside and not is_name(before[0]):
-        return Piece(text_of(tokens))
-    tokens = before[-1]
+    members, found = split(tokens, ("\\in",))
+    if found:
+        if len(found) > 1 or not is_name(members[0]):  # x \in A \cup x \in B
+            return Piece(text_of(tokens))
+        inside = piece_of(members[1])
+        return inside if inside.name else inside._replace(name=spelled(members[0]))
     sides, roughly = split(tokens, ("\\approx",))
     if roughly:  # x = 1/3 \approx 0.33 says 1/3
         tokens = sides[1] if is_name(sides[0]) or not sides[0] else sides[0]
@@ -223,7 +231,7 @@ def piece_of(tokens):
     solved = is_name(sides[0]) and not any(token.kind == "letter" for token in last)
     equation = equation_of(sides) if len(sides) == 2 and not solved else ()  # 3x = 9 is not x = 3
     if is_name(sides[0]):
-        return Piece(value_of_part(last), "".join(token.text for token in sides[0]), unit, equation)
+        return Piece(value_of_part(last), spelled(sides[0]), unit, equation)
     named = any(
         token.kind in ("letter", "word") or token.kind == "command" and token.text not in ARITHMETIC
         for side in sides[:-1]
@@ -234,15 +242,19 @@ def piece_of(tokens):
     return Piece(equation or text_of(tokens), equation=equation)
 
 
+def spelled(tokens):
+    """The texts of tokens, joined."""
+    return "".join(token.text for token in tokens)
+
+
 def is_name(tokens):
     r"""Whether tokens name a value: x, x_1, f(2), (p,q), |AB|, V_1:V_2, \frac{NO}{BO}."""
-    spelled = "".join(token.text for token in tokens)
-    spelled = re.sub(r"_(\{[^{}]*\}|.)|(?<=[A-Za-z])\([^()]*\)", "", spelled)
-    spelled = re.sub(r"\\(angle|triangle|overline|frac)(?![a-z])", "", spelled)
-    spelled = re.sub(r"\\(alpha|beta|theta|lambda)(?![a-z])", "a", spelled)
-    if re.fullmatch(r"[a-z]{2,}|\|[a-z]+\|", spelled):  # xy is a product, |x| = 5 says x = -5, too
+    text = re.sub(r"_(\{[^{}]*\}|.)|(?<=[A-Zd-hp-w])\([^()]*\)", "", spelled(tokens))  # x(2) is a product
+    text = re.sub(r"\\(angle|triangle|overline|frac)(?![a-z])", "", text)
+    text = re.sub(r"\\(alpha|beta|theta|lambda)(?![a-z])", "a", text)
+    if re.fullmatch(r"[a-z]{2,}|\|[a-z]+\|", text) or text.count("|") % 2:  # |x| = 5 says x = -5, too
         return False
-    return re.fullmatch(r"[A-Za-z{}()|:,']*[A-Za-z][A-Za-z{}()|:,']*", spelled) is not None
+    return re.fullmatch(r"[A-Za-z{}()|:,']*[A-Za-z][A-Za-z{}()|:,']*", text) is not None
 
 
 def difference(sides):
@@ -291,7 +303,7 @@ def interval(low, relations, high, name):
     """The Piece of low < name <= high."""
     opening = "[" if relations[0] == "\\le" else "("
     closing = "]" if relations[-1] == "\\le" else ")"
-    return Piece((opening, low, high, closing), "".join(token.text for token in name))
+    return Piece((opening, low, high, closing), spelled(name))
 
 
 def half_line(sides, relations, values):

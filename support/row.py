@@ -109,6 +109,25 @@ def read_row(fields, needs, optional=()):
     return row
 
 
+def keys_read(fields, row):
+    """{key of the row: what it was read as}, for a row as read_row returns it"""
+    read = {}
+    if "prompt" in row:
+        for names in (PROMPT, CONTEXT, SYSTEM):
+            name, value = pick(fields, names)
+            if name and not (names is CONTEXT and says_none(value)):
+                read[name] = "prompt"
+    if {"prompt", *REPLIES} & set(row):
+        read |= {name: key if key in REPLIES else "prompt" for key, name in reply_keys(fields, row)}
+    if row.get("label") is not None:
+        read |= {name: "label" for name in LABEL if not is_empty(fields.get(name)) and name not in read}
+    read |= {"responses": "responses"} if "responses" in row else {}
+    read |= {"labels": "labels"} if "labels" in row else {}
+    read |= {"completions": "steps", "labels": "steps"} if "steps" in row else {}
+    read |= {"margin": "margin"} if "margin" in row else {}
+    return read
+
+
 def states(fields, key):
     """Whether a row says something of an optional key; a solution without \\boxed states no label."""
     boxed_solution = key == "label" and "\\boxed" in str(fields.get("solution"))
@@ -178,17 +197,21 @@ def refuse_unknown(fields):
 
 
 # LaTeX commands whose backslash JSON takes for an escape, so that \frac becomes a form feed and "rac". Some
-# can be words after a tab or at the start of a line: they count within $...$ only, where theirs is the one
-# tab or line break; and "e" and "u", of \ne and \nu, only after a space.
+# can be words after a tab or at the start of a line: they count within $...$, \(...\) and \[...\] only, where
+# every tab and line break begins such a command; and "e", "i" and "u", of \ne, \ni and \nu, only after a
+# space.
+AFTER_TAB = r"(?:an[hn]?|au|o|op|imes|heta|ext[a-z]*|frac|riangle[a-z]*|ilde|herefore|binom)(?![a-zA-Z])"
+AFTER_BREAK = r"(?:eq|abla|otin|mid|ot|eg|earrow|exists|parallel|subseteq)(?![a-zA-Z])"
 UNDOUBLED = re.compile(
-    r"(\x08(?:oxed|egin|eta|inom|ar|mod|ullet|ot|ecause|ackslash|race|ig[lrg]?)(?![a-zA-Z])"
-    r"|\x08old(?:math|symbol)(?![a-zA-Z])"
+    r"(\x08(?:oxed|egin|eta|inom|ar|mod|ullet|ot|ecause|race|ig(?:cup|cap|oplus|otimes|[lrg]{0,2})|lack[a-z]*"
+    r"|ackslash|old(?:math|symbol))(?![a-zA-Z])"
     r"|(?<!\w)\x08[fm](?![a-zA-Z])"
     r"|\f(?:rac(?=[{\d\\ ])|(?:orall|box|lat|rown)(?![a-zA-Z]))"
-    r"|\r(?:ight|angle|ho|floor|ceil|brace|vert|m)(?![a-zA-Z])"
-    r"|\t(?:(?:ext[a-z]*|ag)(?={)|frac(?=[{\d])|(?:imes|heta|riangle|ilde|anh|herefore|binom)(?![a-zA-Z])))"
-    r"|\$[^$\n\t]*(\t(?:an|au|o|op))(?![a-zA-Z])[^$\n\t]*\$"
-    r"|\$[^$\n]*(\n(?:eq|abla|otin)|(?<= )\n[eu])(?![a-zA-Z])[^$\n]*\$"
+    r"|\r(?:ight[a-z]*|angle|ho|floor|ceil|brace|[vV]ert|m|times)(?![a-zA-Z])"
+    r"|\t(?:(?:ext[a-z]*|ag)(?= ?{)|frac(?=[{\d]))"
+    r"|\t(?:imes|heta|riangle[a-z]*|ilde|anh|herefore|binom)(?![a-zA-Z]))"
+    rf"|(?:\$|\\[(\[])[^$\n\t]*(?:(\t{AFTER_TAB}|\n{AFTER_BREAK}|(?<= )\n[eiu](?![a-zA-Z]))[^$\n\t]*)+"
+    r"(?:\$|\\[)\]])"
 )
 
 
@@ -305,7 +328,8 @@ def same_label(one, other):
     return one == other or None not in (one, other) and same_answer(one, other, "math")
 
 
-ABSENT = ("nan", "NaN", "None", "null", "N/A")  # labels that say that there is none, as pandas writes it
+# Labels that say that there is none, as pandas writes it.
+ABSENT = ("nan", "NaN", "None", "none", "null", "N/A")
 ANSWER_IS = re.compile(r"(?i)\W*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?")
 
 
@@ -551,11 +575,16 @@ def split_reply(value, name):
     return messages[:-1], messages[-1:]
 
 
+def says_none(context):
+    """Whether a context is a spelling of none, such as Alpaca's, or pandas' NaN."""
+    return str(context).strip(" \n<>.").lower() in NO_CONTEXT
+
+
 def read_prompt(fields):
     """The prompt that a row states: a text or messages, with what belongs to it; None if it states none."""
     name, prompt = pick(fields, PROMPT)
     context_name, context = pick(fields, CONTEXT)
-    if str(context).strip(" \n<>.").lower() in NO_CONTEXT:  # also pandas' NaN
+    if says_none(context):
         context = None
     if prompt is None:
         beside = f"{context_name} is {json.dumps(context)[:60]}; expected {' or '.join(PROMPT)} beside it"
@@ -568,6 +597,15 @@ def read_prompt(fields):
         require(both, f"{context_name} is {json.dumps(context)[:60]}; expected a text beside a text {name}")
         prompt = f"{prompt}\n\n{context}"
     return prompt
+
+
+def prompt_text(row):
+    """The prompt of a row that states it as a text, whether or not it has a system message; else None."""
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    stated = [row.get("fields", {}).get(name) for name in PROMPT]
+    return next((text for text in stated if isinstance(text, str) and text in prompt[-1]["content"]), None)
 
 
 def plain_prompt(prompt):

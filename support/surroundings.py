@@ -30,7 +30,7 @@ SCALE = one_of(
     " plus minus divided multiplied or xor nor vs versus negative below under base binary octal hexadecimal"
     " remainder mod modulo power zero am pm"
 )
-ANOTHER = re.compile(rf"(?:{SCALE}|{PART}|{NUMBER_WORD}|[ap]\.m)(?:-|$)")
+ANOTHER = re.compile(rf"(?:{SCALE}|{PART}|{NUMBER_WORD}|[ap]\.m)(?:-|$)|grand$")
 # What takes a number back, later on its line.
 CORRECTION = re.compile(
     r"""[^\n]*\b(?:
@@ -47,7 +47,7 @@ ENDING = one_of("st nd rd th cm mm km m kg mg g ft in mph lb lbs oz ml L hr hrs 
 TOUCHES = re.compile(
     rf"""(?: \s?\\?% | \s?°[CF]? | \^\{{?\\circ\}}? | {ENDING}\b )?
          (?: \s\({NUMBER_WORD}\) )?
-         (?! [^\W_] | \s?[!?] | [-+^] | \*\*\d | /(?![a-z]) )""",
+         (?! [^\W_] | \s?[!?] | [-+^] | \*\*\d | \s\*\s | \s?\.\.\s?\d | \sfrom\s[\d$] | /(?![a-z]) )""",
     re.VERBOSE,
 )
 # What follows a number, piece by piece, up to the end of the sentence, or a clause that leaves it as it is.
@@ -64,11 +64,17 @@ FOLLOWS = re.compile(
        | (?P<other> . )""",
     re.VERBOSE,
 )
+# A second number in the sentence, which may be the one that is meant.
+SUMMED = r"\b(?:total|altogether|overall|combined|in\s+all)\b"
+TOTAL = re.compile(
+    rf"[^.\n]*(?:(?:{SUMMED}|\b(?:or|and)\b)[^.\n]*\d|\d[^.\n]*{SUMMED}|,\s\$?\d+\s(?:for|in|to|from)\b)",
+    re.IGNORECASE,
+)
 # What may be between a number and the text before it: blanks, brackets, currency, marks for bold, and the two
 # characters of a line break in JSON that was not read.
 OPENING = re.compile(
-    rf"""(?: [\s$€£"'`“‘&~{PICTURE}] | (?<![A-Za-z])[(\[{{] | (?<![\w)])(?:\*+|_+)(?![\s*]) | \\[$(\[,;:!\ ]
-           | \\n(?![a-z]) | \\(?=\Z)
+    rf"""(?: [\s$€£"'`“‘&{PICTURE}] | (?<!~)~(?!~) | (?<![A-Za-z])[(\[{{] | (?<![\w)])(?:\*+|_+)(?![\s*])
+           | \\[$(\[,;:!\ ] | \\n(?![a-z]) | \\(?=\Z)
            | \\(?:q?quad|left|displaystyle)\b
          )*\Z""",
     re.VERBOSE,
@@ -86,7 +92,8 @@ ITEM = re.compile(r"(?:^|\n)[ >]*(?:[-+*•>]|#+|\d+[.)])\Z")  # "- 18", "3. 18"
 NOT_THIS = re.compile(
     rf"""(?: \b(?: not | never | neither | no\s+longer | cannot\s+be | but | except | negative | minus | plus
                | \w+n['’]t(?:\s+(?:be|equal))? | times | over | half | twice | thrice | double | triple
-               | choose | log | than | (?:different|subtracted|taken)\s+from | (?:added|raised)\s+to
+               | choose | log | than | instead\s+of | opposed\s+to | in\s+place\s+of
+               | (?:different|subtracted|taken|down|up)\s+from | (?:added|raised)\s+to
                | (?:divided|multiplied)\s+by
              )(?:\s+(?:the|just|even|exactly|about))?
            | (?<!['’])\b[^\W\d_a]         # x 5
@@ -105,15 +112,30 @@ NOT_ALONE = re.compile(
            | (?<!,\s)\b(?:or|nor|vs|versus)
            | \d\s?[a-z]+(?:,?\s+and)?     # 2 hours 5, 2 hours and 5
            | (?: \b[a-z]\^\d+ | \b\d+[a-z] | -[a-z] | \| | [a-z]/\d+ | \d/[a-z] )\s*=    # 2x = 5
-           | \broot
+           | \b[a-z]\s?[-+*/]\s?\d+\s*=    # x + 2 = 5
+           | \broot | \bsqrt | (?:%|\bpercent|\bdiscount|\breduction)\s(?:off|on)
          )\Z""",
     re.IGNORECASE | re.VERBOSE,
 )
 # Words after a box that make its value another one; what is counted does not: "\boxed{5} pairs" says 5.
 NO_COUNT = (
     r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi"
-    rf"|cannot|to\s+the\s|(?:to|or|and|through)\b\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
-    r"|(?:is|was)\s+(?:wrong|incorrect|false|not\s+(?:right|correct|the\s+(?:right|correct|answer))))\b"
+    rf"|cannot|factorial|out\s+of|to\s+the\s|(?:to|through|times)\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
+    r"|(?:is|was)\s+(?:(?:the|a)\s+)?(?:wrong|incorrect|false)"
+    r"|(?:is|was)\s+not\s+(?:right|correct|the\s+(?:right|correct|answer)))\b"
+)
+# After the last box, what takes it back or adds another value.
+SPACED = r"(?: [\s$*_)},;~(] | \\(?: q?quad | text\w*\s*\{ | [,;:!\ ] ) )*"
+HEDGED = re.compile(
+    rf"""{SPACED}
+         (?: n?or\b(?!\s+else) | (?:wait|actually|sorry)\b | no\b[,\s]*(?:wait|\$?\d)
+           | and\b {SPACED} (?: -?\d | a\s+half | [a-z]\s*= | \\[dt]?frac | \\sqrt | {NUMBER_WORD}\b )
+         )""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# Before a box, another value that it is listed with, or what makes an index of it.
+LISTED = re.compile(
+    r"(?:^|[\s$-])\d+(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
 )
 # What follows a box: marks; then words, a relation, or a sentence's end.
 BOX_FOLLOWS = re.compile(
@@ -121,7 +143,7 @@ BOX_FOLLOWS = re.compile(
          (?: \^\{{?\\circ\}}? | \\?% | [°$€\s)\]}}*_"'”’`|~]
            | \\(?:[)\],;:!\ \\%] | (?:q?quad|right|checkmark|blacksquare|square)(?![a-z]))
          )*
-         (?: $ | \n | [{PICTURE}。] | [,;.:…<](?!\s?\d) | [=≈!?] | (?<=[\s$])\(
+         (?: $ | \n | [{PICTURE}。] | [,;.:…<](?!\s?(?:\d|\$-?\d+\$)) | [=≈!?] | (?<=[\s$])\(
            | &(?!\s*(?:[-+*/^]|\\times)) | [-–—]\s(?![\d$\\({{])
            | \\(?: \( | \[ | (?:end|approx|equiv|p?mod)(?![a-z])
                 | (?:text\w*|mbox|mathrm|operatorname)\s*\{{(?!\s*{NO_COUNT})
@@ -149,7 +171,14 @@ def is_box_whole(before: str, after: str) -> bool:
 
     Words for a share or a power before it ("half of \boxed{10}") are not looked at.
     """
+    if LISTED.search(before[-60:]):
+        return False
     return is_preceded_well(before[-60:], alone=False) and BOX_FOLLOWS.match(after[:80]) is not None
+
+
+def is_hedged(after: str) -> bool:
+    """Whether what follows the last box of a text takes it back, or adds another value."""
+    return HEDGED.match(after[:80]) is not None
 
 
 def is_preceded_well(before, alone=True):
@@ -177,7 +206,7 @@ def is_followed_well(after):
     words = 0
     for token in FOLLOWS.finditer(after, touches.end()):
         if token["end"]:
-            return True
+            return not (token["end"].isalpha() and TOTAL.match(after, token.end()))
         if token["other"]:
             return False
         word = token["word"]

@@ -693,7 +693,7 @@ def test_notes_on_keys_that_sort_the_replies(file, rows, note):
     assert len(lines) == (note is not None) and all(note in line for line in lines), lines
     lines = []
     load_rows(file(*rows), ("prompt",), log=lines.append)
-    assert lines == []
+    assert len(lines) == ("split" in rows[0] and note is not None)  # prompts have splits, too
 
 
 def test_notes_on_lists_of_ratings_and_on_turned_pairs(file):
@@ -735,8 +735,63 @@ def test_a_note_on_files_that_were_escaped_twice(file, text, escaped):
     load_rows(file(row, row, row.replace(text, "r")), ONE, log=lines.append)
     assert len(lines) == escaped and all("2 rows have a backslash and n" in line for line in lines)
     lines = []
-    load_rows(file(row, row.replace(text, "r")), ONE, log=lines.append)
-    assert lines == []
+    load_rows(file(row, row.replace(text, "r\\nr")), ONE, log=lines.append)  # one of two, beside a line break
+    assert len(lines) == escaped
+
+
+@pytest.mark.parametrize(
+    "text, note",
+    [
+        (r"say \"hi\" to me", "an escaped sign"),
+        (r"\u6cd5\u56fd", "an escaped sign"),
+        ("Whatâ€™s the cafÃ©?", "UTF-8 that was read as another"),
+        ("What�s up?", "a sign that could not be read"),
+        (
+            "It&#39;s &quot;so&quot;",
+            "HTML's spelling of a sign ('&#39;')",
+        ),
+        ("b'Paris is it.'", "1 of 1 texts of response are values of JSON or Python"),
+        ('"Paris is it."', "1 of 1 texts of response are values of JSON or Python"),
+        ("['Red, blue.', \"I don't know\"]", "texts of response are values of JSON or Python"),
+        ("[{'type': 'text', 'text': 'Name it'}]", "texts of response are values of JSON or Python"),
+        (" nan", "1 rows have response 'nan', which is used"),
+        (r"G\"odel and $\upsilon$", None),
+        ("Ça va? Â la carte: É, 5 £, – €", None),
+        ("R&D; [see] a 'b' {c} \"d\"", None),
+        ("'Twas so, and so 'twill be", None),
+        ("nano", None),
+    ],
+)
+def test_notes_on_texts_that_a_tool_has_spelled(file, text, note):
+    for rows in ([{"prompt": "?", "response": text}], [{"messages": [user("?"), assistant(text)]}]):
+        lines = []
+        load_rows(file(*rows), ONE, log=lines.append)
+        if "messages" in rows[0] and note and "response" in note:
+            continue  # a text of its own key
+        assert len(lines) == (note is not None) and all(note in line for line in lines), lines
+
+
+def test_notes_on_keys_that_join_rows_or_contradict_them(file):
+    turns = [{"prompt": f"q{i}", "conversation_id": i // 2, "turn": i} for i in range(4)]
+    pairs = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)]
+    for rows, needs, note in (
+        (turns, ("prompt",), "2 values of conversation_id have several prompts"),
+        (turns[::2], ("prompt",), None),
+        ([{"prompt": "q", "conversation_id": 1}] * 2, ("prompt",), None),  # sampled twice
+        ([row | {"margin": i - 1.5} for i, row in enumerate(pairs)], PAIRS, "2 rows have a negative margin"),
+        (
+            [row | {"label": "tie" if i % 2 else "won"} for i, row in enumerate(pairs)],
+            PAIRS,
+            "label tie or won",
+        ),
+        ([row | {"correct": bool(i % 2)} for i, row in enumerate(pairs)], PAIRS, "correct false or true"),
+        ([row | {"label": str(i)} for i, row in enumerate(pairs)], PAIRS, None),
+        ([row | {"score_chosen": 1.2e-5, "score_rejected": 0.98} for row in pairs], PAIRS, "4 rows rate"),
+        ([{"prompt": f"So 5. #### {i}"} for i in (5, 6)], ("prompt",), "2 prompts have ####"),
+    ):
+        lines = []
+        load_rows(file(*rows), needs, log=lines.append)
+        assert len(lines) == (note is not None) and all(note in line for line in lines), lines
 
 
 def test_lists_in_hundreds_of_others(file):
@@ -846,7 +901,8 @@ def test_latex_whose_backslashes_were_not_doubled(file, command):
 
 BETWEEN_DOLLARS = (
     r"\nabla f|x\neq3|x \neq y|\tan^2 x|\tau|x\to0|A \to B|\top|2x\notin{A}|x \ne 3|speed \nu "
-    r"|7 \bmod 3|{\bf x}|\rm d"
+    r"|7 \bmod 3|{\bf x}|\rm d|x \neq 0, y \neq 1|\tan x + \tan y|5 \nmid 7|x\to 0, y\to 1|\text {a}"
+    r"|\bigcup A|\rightarrow|\rVert"
 )
 
 
@@ -917,6 +973,10 @@ def test_transcripts_as_prompts_need_messages_under_a_template(file, tmp_path):
         "q1<end_of_turn>\n<start_of_turn>model\n",
         "q1<|assistant|>\na1",
         "q1<\uff5cAssistant\uff5c>a1",
+        "Human: q1",
+        "\n\nHuman: q1",
+        "User: q1\nBot: a1\nUser: q2",
+        "q1\nAI:",
     ],
 )
 def test_turns_inside_a_prompt(file, prompt):
@@ -929,6 +989,10 @@ def test_turns_inside_a_prompt(file, prompt):
         with pytest.raises(BadInput, match=f"here, line {line}: {len(rows[20:]) or 1} of .* are transcripts"):
             encode_prompts(rows, chatml, "here")
         assert len(encode_prompts(rows, Tokenizer(files, "x", "none"), "here")) == len(rows)
+    with_system = [{"role": "system", "content": "Be kind."}, user(prompt)]
+    spoken = [row | {"prompt": with_system, "fields": {"prompt": prompt}} for row in marked]
+    with pytest.raises(BadInput, match="line 1: 2 of 2 prompts are transcripts"):
+        encode_prompts(spoken, chatml, "here")
     asked = [{"prompt": [user(prompt)], "line": i} for i in (1, 2)]
     for rows in ([*fine, *marked], [fine[0], marked[0]], asked):
         assert len(encode_prompts(rows, chatml, "here")) == len(rows)

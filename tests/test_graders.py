@@ -148,9 +148,7 @@ SAME = [  # (label, answer): equal for "ours"
     (r"\sqrt{8}", r"2\sqrt{2}"),
     (r"\frac{1}{\sqrt{2}}", r"\frac{\sqrt{2}}{2}"),
     (r"\sqrt2", r"\sqrt{2}"),
-    (r"\sqrt{9}", "3"),
     (r"\frac{3\sqrt{5}}{2}", r"\frac{3}{2}\sqrt{5}"),
-    (r"2\sqrt{3}\cdot\sqrt{3}", "6"),
     (r"\frac{9\pi}{2}", r"4.5\pi"),
     (r"\pi/6", r"\frac{\pi}{6}"),
     ("(1,2)", r"\left( 1, 2 \right)"),
@@ -168,7 +166,6 @@ SAME = [  # (label, answer): equal for "ours"
     (r"1+\sqrt{2}", r"1 + \sqrt{2}"),
     ("5", "5.0."),
     (r"1+\sqrt{2}", r"\sqrt{2}+1"),
-    (r"\sqrt{\frac{1}{4}}", r"\frac{1}{2}"),
     (r"\text{Even}", r"\text{even}"),
     # other spellings
     ("x^{2}", "x^2"),
@@ -225,7 +222,7 @@ SAME = [  # (label, answer): equal for "ours"
     (r"(5\%, 6\%)", "(5,6)"),
     ("12345678901234567890", "12,345,678,901,234,567,890"),
     ("(101)_2", r"\left(101\right)_2"),
-    ("\N{SQUARE ROOT}16", "4"),
+    ("\N{SQUARE ROOT}6", r"\sqrt{6}"),
     (r"\frac{\sqrt{2}}{12}a^3", r"\frac{a^3}{6\sqrt{2}}"),
     (r"\sqrt{4\pi}", r"2\sqrt{\pi}"),
     ('5"', "5"),
@@ -430,6 +427,21 @@ MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     ("2x+2", "2(x+1)"),
     (r"50\%", "0.5"),
     ("10", "9+1"),  # not worked out
+    ("3", r"\sqrt{9}"),
+    ("4", "\N{SQUARE ROOT}16"),
+    (r"\frac{4}{11}", r"\frac12\frac34"),
+    ("140", "0{,}140"),
+    (r"\frac{\sqrt{10}}{2}", r"\sqrt2\frac12"),
+    (r"2^{3.5}", r"2^3\frac12"),
+    (r"x>1 \text{ and } y<5", r"y>1 \text{ and } x<5"),
+    ("6", r"2\sqrt{3}\cdot\sqrt{3}"),
+    (r"\frac{1}{2}", r"\sqrt{\frac{1}{4}}"),
+    (r"x\in[-2,7]", r"y\in[-2,7]"),
+    (r"(3,\infty)", r"x\in(-\infty,2)\cup x\in(3,\infty)"),
+    ("5", "x(x+1)=5"),
+    ("5", "x(2)=5"),
+    ("5", "|x=5"),
+    ("5", r"5\text{ M}"),
     ("10", r"2\cdot 5"),
     ("120", "5!"),
     ("20", "100/5"),
@@ -505,6 +517,64 @@ def test_the_two_published_rules_for_gsm8k(text, label, strict, authors):
     assert (
         grade(text, label, "gsm8k", "strict") == strict and grade(text, label, "gsm8k", "authors") == authors
     )
+
+
+HEDGED_BOXES = r"""
+\boxed{5}, or 6 | \boxed{5} (or 6) | \boxed{5}, or rather 6 | \boxed{5}, no wait, 6 | \boxed{5} or $-6$
+\boxed{5} or $x = 6$ | \boxed{5} and $x = 6$ | \boxed{5} or \frac{1}{2} | \boxed{5} \quad \text{or} \quad 6
+\boxed{5} \text{ or } x=6 | $6$ or $\boxed{5}$ | $x = 6$ and $\boxed{5}$ | 6 to \boxed{5} | 1,\boxed{5}
+between 6 and \boxed{5} | $\boxed{5}$, $6$ | $\boxed{5}$:$1$ | $\boxed{5}$ times $2$ | \boxed{5} out of 6
+\boxed{5} is the wrong answer | x_{\boxed{5}} | \boxed{5} factorial | \boxed{5} and a half
+"""
+
+
+@pytest.mark.parametrize(
+    "text", [text.strip() for text in HEDGED_BOXES.strip().replace("\n", " | ").split(" | ")]
+)
+def test_a_box_beside_another_value(text):
+    assert extract_answer(text, "math") is None and extract_answer(text, "gsm8k") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "so $y = \\boxed{5}$ and we are done",
+        "\\boxed{5}, and that is it",
+        "6 and so \\boxed{5}.",
+        "$13+15$ or $\\boxed{5}$",
+        "below $2^6=64$, $\\boxed{5}$ of them",
+        "$N = \\boxed{5}$, $30N + 7 = 187$",
+        "it must be $\\boxed{5}$ (or else it is more)",
+    ],
+)
+def test_a_box_beside_words(text):
+    assert extract_answer(text, "math") == extract_answer(text, "gsm8k") == "5"
+
+
+SUMMED_UP = """
+18 each for a total of 36 | 18 for each, in total 36 | 18 per person for 36 in total
+18 for Ann and 20 for Bob | 18 for one, 20 for two | 18 in January or 20 in March | 18 from 20 | 18.. 20
+18 grand | 18 * price
+"""
+
+
+@pytest.mark.parametrize(
+    "text", [text.strip() for text in SUMMED_UP.strip().replace("\n", " | ").split(" | ")]
+)
+def test_a_number_that_another_one_follows_in_its_sentence(text):
+    assert extract_answer(f"#### {text}", "gsm8k") is None
+    assert extract_answer("#### 18 dollars for 3 eggs from the market", "gsm8k") == "18"
+    assert extract_answer("So she will have 18 great grand-babies.", "gsm8k") == "18"
+
+
+NOT_THIS_ONE = """
+She pays $573 instead of 572. | It is 10% off $20 | Therefore x + 2 = 20 | 18, down from 20 | so ~~20~~
+"""
+
+
+@pytest.mark.parametrize("text", NOT_THIS_ONE.strip().split(" | "))
+def test_a_number_that_a_text_turns_away(text):
+    assert extract_answer(text, "gsm8k") is None
 
 
 def test_published_rules_look_at_no_more_than_the_box():
@@ -1148,7 +1218,7 @@ def test_openai_graded_solutions(model):
 
 @real
 def test_the_authors_test_pairs():
-    """The authors sorted 787 pairs by their rule. Ours finds 12 rejected answers right; of the 24 chosen ones
+    """The authors sorted 787 pairs by their rule. Ours finds 12 rejected answers right; of the 25 chosen ones
     that it finds wrong, 3 are (-5 for 5, -5.34 for 3, 11 for 1); the others end with a remark, a formula or a
     number word ("8 sheets (or 1/8 of ...)", "(1500 - 80)", "Ellen pays $11 for one"), or are counted in
     pairs or dozens."""
@@ -1165,7 +1235,7 @@ def test_the_authors_test_pairs():
     assert count == {
         ("chosen", "authors"): 787,
         ("rejected", "authors"): 0,
-        ("chosen", "ours"): 763,
+        ("chosen", "ours"): 762,
         ("rejected", "ours"): 12,
     }
 

@@ -1,0 +1,263 @@
+"""Notes on the rows of a file, which are used all the same: what their texts and other keys hint at."""
+
+import collections
+import re
+
+from support.row import (
+    ABSENT,
+    CONVERSATION,
+    LABEL,
+    OF_PROMPTS,
+    OF_ROWS,
+    REPLIES,
+    RESPONSE,
+    SAMPLED,
+    SOLUTION,
+    is_empty,
+    names_in,
+    plain_prompt,
+    reply_keys,
+    said,
+    texts_in,
+)
+from support.tokenizers import is_conversation
+
+
+def replies_of(row):
+    """[(key, text)] of all replies of a row; its steps are one."""
+    replies = [(key, row[key]) for key in REPLIES if key in row]
+    replies += [("responses", text) for text in row.get("responses", [])]
+    if "steps" in row:
+        replies.append(("completions", "".join(step.text for step in row["steps"])))
+    return [(key, said(reply)) for key, reply in replies]
+
+
+# Keys that may hold a verdict on the reply, beside label; keys that may do so in words; and these words.
+VERDICTS = names_in("correct correctness score scores reward rewards rating ratings helpfulness")
+VERDICTS_IN_WORDS = names_in("type category subset split")
+BAD = names_in(
+    """
+    0 -1 false f bad poor worse worst incorrect wrong fail failed no negative lose loss loses lost reject
+    rejected undesirable dispreferred unsafe
+    """
+)
+GOOD = names_in(
+    """
+    1 true t good better best correct right pass passed yes positive win wins won accept accepted chosen
+    desirable preferred safe
+    """
+)
+
+
+def as_word(value):
+    """A value in lower case; "0" for 0, 0.0 and "0"."""
+    return str(value).strip().lower().removesuffix(".0")
+
+
+def verdicts_among(values):
+    """The values as a set of words if all are verdicts, some of them bad; else an empty one."""
+    words = {as_word(value) for value in values if not is_empty(value)}
+    return words if words & BAD and words <= BAD | GOOD else set()
+
+
+def replied(row):
+    """The text of a row's reply, whether or not it is wanted; "" if there is none."""
+    found = [row["fields"].get(name) for name in (*RESPONSE, "chosen", *CONVERSATION, *SOLUTION)]
+    value = next((value for value in found if not is_empty(value)), "")
+    if not is_conversation(value):
+        return str(value)
+    return value[-1]["content"] if value[-1]["role"] == "assistant" else ""
+
+
+def used_keys(rows):
+    """What was read from which keys, and which keys were not used: one line of text
+
+    A key that only some rows have is counted: prompt from question, input (2 rows); not used: id, source
+    """
+    used = {}  # what was read -> Counter of keys
+    unused = collections.Counter()
+    for row in rows:
+        for key, value in row["fields"].items():
+            if key in row["read"]:
+                used.setdefault(row["read"][key], collections.Counter())[key] += 1
+            elif key not in SAMPLED and not is_empty(value):
+                unused[key] += 1
+
+    def listed(keys):
+        counted = [name if n == len(rows) else f"{name} ({n} rows)" for name, n in keys.items()]
+        return ", ".join(counted)
+
+    parts = [what if list(keys) == [what] else f"{what} from {listed(keys)}" for what, keys in used.items()]
+    parts += [f"not used: {listed(unused)}"] if unused else []
+    return "; ".join(parts)
+
+
+RATINGS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+)
+RATED_PAIR = ("score", "scores", "rating", "ratings", "reward", "rewards")  # [chosen's, rejected's]
+DECIMAL = re.compile(r"-?\d+(?:\.\d+)?(?:[eE]-?\d{1,2})?")
+
+
+def notes_on_pairs(rows):
+    """What the user should know of pairs that are used against what they, or others, say: list of texts."""
+    pairs = [(row["raw"].get(ours), row["raw"].get(other)) for row in rows for ours, other in RATINGS]
+    lists = [row["raw"].get(name) for row in rows for name in RATED_PAIR]
+    pairs += [tuple(value) for value in lists if isinstance(value, list) and len(value) == 2]
+    texts = [[str(x) for x in pair] for pair in pairs]
+    rated = [[float(x) for x in pair] for pair in texts if all(map(DECIMAL.fullmatch, pair))]
+    lower = sum(chosen < rejected for chosen, rejected in rated)
+    equal = sum(chosen == rejected for chosen, rejected in rated)
+    notes = []
+    if lower or equal:
+        notes.append(f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal")
+    orders = []  # (prompt, chosen, rejected)
+    for row in rows:
+        prompt = plain_prompt(row["prompt"]) if "prompt" in row else ""
+        orders.append((prompt, said(row["chosen"]), said(row["rejected"])))
+    known = {order for order in orders if order[1] != order[2]}
+    turned = sum((prompt, rejected, chosen) in known for prompt, chosen, rejected in orders)
+    if turned:
+        notes.append(f"{turned} rows prefer the reply that another row with the same two rejects")
+    return notes
+
+
+def notes_on_replies(rows, needs):
+    """What the user should know of replies that are learned from whatever is said of them: list of texts."""
+    if "label" in needs:
+        same = [row for row in rows if reads_one_field(row["fields"], needs)]
+        where = f"line {same[0]['line']}" if same else ""
+        says = f"{len(same)} rows have reply and label in one field ({where}): they grade themselves"
+        return [says] if same else []
+    notes = []
+    for key in sorted(VERDICTS | VERDICTS_IN_WORDS):
+        values = [row["raw"].get(key) for row in rows]
+        bad_words = BAD & verdicts_among(values)
+        if key in VERDICTS_IN_WORDS:
+            bad_words -= {"0", "-1"}
+        bad = [word for word in map(as_word, values) if word in bad_words]
+        if bad:
+            notes.append(f"{len(bad)} rows have {key} {bad[0]}; they are used like the others")
+        elif key in VERDICTS or key == "split":
+            kinds = kinds_of(values)
+            if kinds and not re.search(r"\d", "".join(kinds)):
+                notes.append(f"rows have {key} {' or '.join(kinds)}; they are used alike")
+    labelled = [row for row in rows if not is_empty(row["fields"].get("label"))]
+    unsaid = [row for row in labelled if as_word(row["fields"]["label"]) not in replied(row).lower()]
+    kinds = kinds_of([row["fields"]["label"] for row in unsaid])
+    if kinds and 2 * len(unsaid) > len(labelled):
+        notes.append(
+            f"{len(unsaid)} rows have a label that their reply does not say ({', '.join(kinds)}); if it is a"
+            " verdict on the reply, keep the rows that are wanted"
+        )
+    return notes
+
+
+def kinds_of(values):
+    """The words of a key that sorts its rows into a few kinds, in order; none if it has only one, or many."""
+    words = {as_word(value) for value in values if not is_empty(value)}
+    return sorted(words) if 1 < len(words) <= 10 and 2 * len(words) <= len(values) else []
+
+
+def reads_one_field(fields, needs):
+    """Whether the response of a row is the text that states its label."""
+    stating = next(name for name in LABEL if not is_empty(fields.get(name)))
+    return dict(reply_keys(fields, needs))["response"] == stating
+
+
+def notes_on_prompts(rows):
+    """Which of OF_PROMPTS differ in most rows from a row with the same prompt: list of texts
+
+    If most rows have one prompt, OF_ROWS count as well: what it asks about must be somewhere.
+    """
+    prompts = collections.Counter(plain_prompt(row["prompt"]) for row in rows if "prompt" in row)
+    alike = 2 * max(prompts.values(), default=0) > len(rows)
+    notes = []
+    for key in sorted(OF_PROMPTS | OF_ROWS if alike else OF_PROMPTS) if prompts else ():
+        found = [(plain_prompt(row["prompt"]), str(row["raw"][key])) for row in rows if key in row["raw"]]
+        kinds = collections.Counter(prompt for prompt, _ in set(found))
+        differ = sum(kinds[prompt] > 1 for prompt, _ in found)
+        if 2 * differ > len(rows):
+            says = f"{differ} rows have the prompt of another row, but not its {key}"
+            notes.append(f"{says}; if that is a part of the prompt, name it input")
+    return notes
+
+
+LATEX = (  # commands that begin with n
+    r"n(?:abla|atural|cong|e|earrow|eg|eq|exists|geq|i|leq|ewcommand|ewline|ewpage|less|mid|olimits|onumber"
+    r"|ormalsize|ot|otin|parallel|prec|sim|sqsubset|subseteq|u|warrow|ode)(?![a-z])"
+)
+ESCAPED_BREAK = re.compile(rf"(?<!\\)\\(?!{LATEX})n")
+SPELLINGS = {  # of signs, by tools that write or read a text in another way than it was meant
+    "an escaped sign: escaped twice?": re.compile(r"(?<!\\)\\(?:\"(?!\w)|u[0-9a-fA-F]{4})"),
+    "UTF-8 that was read as another encoding": re.compile(
+        "[\u00c2\u00c3][\u0080-\u00bf]|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
+    ),
+    "a sign that could not be read": re.compile("\ufffd"),
+    "HTML's spelling of a sign": re.compile(r"&(?:quot|amp|lt|gt|nbsp|apos|#\d{2,5}|#x[0-9a-fA-F]{2,4});"),
+}
+# A text that is a value of JSON or Python: "..." with its marks, b'...', ['...'], [{'type': ...
+VALUE = re.compile(
+    r"""\A\s*(?:b?"(?:[^"\\]|\\.)*"|b?'(?:[^'\\]|\\.)*'|\[\s*(?:['"]|\{\s*['"]).*\]|\{\s*['"]\w+['"]\s*:.*\})\s*\Z""",
+    re.DOTALL,
+)
+
+
+def notes_on_spelling(rows):
+    """Which rows have texts that a tool has spelled in its own way, and what is read as letters: a list."""
+    said = ["\0".join(texts_in([row["fields"][key] for key in row["read"]])) for row in rows]  # by row
+    escaped = sum(ESCAPED_BREAK.search(text) is not None for text in said if "\n" not in text)
+    notes = []
+    if escaped:
+        notes.append(f"{escaped} rows have a backslash and n: escaped twice? They are read as two letters")
+    for spelling, pattern in SPELLINGS.items():
+        found = [match[0] for match in map(pattern.search, said) if match]
+        if found:
+            notes.append(f"{len(found)} rows have {spelling} ({found[0]!r})")
+    for key in sorted({key for row in rows for key in row["read"]}):
+        texts = [row["fields"][key] for row in rows if isinstance(row["fields"].get(key), str)]
+        values = [text for text in texts if VALUE.match(text)]
+        if 2 * len(values) > len(texts):
+            says = f"{len(values)} of {len(texts)} texts of {key} are values of JSON or Python"
+            notes.append(f"{says} ({values[0][:40]!r}); they are read as letters")
+    return notes
+
+
+def notes_on_absent(rows):
+    """Which keys have texts such as "nan", by which a tool says that there is none: list of texts"""
+    notes = []
+    for key in sorted({key for row in rows for key in row["read"]} - set(LABEL)):
+        texts = [row["fields"].get(key) for row in rows]
+        found = [text for text in texts if isinstance(text, str) and text.strip().lower() in ABSENT]
+        if found:
+            notes.append(f"{len(found)} rows have {key} {found[0].strip()!r}, which is used like other texts")
+    return notes
+
+
+def notes_on_keys(rows, needs):
+    """Keys that sort rows, or join them, and are not used: list of texts"""
+    notes = []
+    unused = ("split", "label", "correct") if "chosen" in needs else ("split",)
+    for key in unused:
+        kinds = kinds_of([row["fields"].get(key) for row in rows])
+        if kinds and "response" not in needs:
+            notes.append(f"rows have {key} {' or '.join(kinds)}; they are used alike")
+    for key in ("conversation_id", "session_id", "thread_id", "dialogue_id"):
+        prompts = collections.defaultdict(set)
+        for row in rows:
+            if key in row["fields"] and "prompt" in row:
+                prompts[str(row["fields"][key])].add(plain_prompt(row["prompt"]))
+        joined = [name for name, of_name in prompts.items() if len(of_name) > 1]
+        if joined:
+            says = f"{len(joined)} values of {key} have several prompts, each of which is used on its own"
+            notes.append(f"{says}; a dialogue is one row of messages")
+    negative = sum(row.get("margin", 0.0) < 0 for row in rows)
+    if negative:
+        notes.append(f"{negative} rows have a negative margin: the rejected reply may score higher")
+    marked = sum("####" in said(row["prompt"]) for row in rows if "prompt" in row)
+    if marked:
+        notes.append(f"{marked} prompts have ####, which marks an answer")
+    return notes
