@@ -84,6 +84,7 @@ def read_row(fields, needs, optional=()):
     out."""
     wanted = [*needs, *(key for key in optional if states(fields, key))]
     row = {}
+    refuse_header(fields)
     refuse_undoubled(fields)
     refuse_prm800k(fields)
     if {"prompt", "response", "chosen", "rejected"} & set(wanted):
@@ -126,6 +127,12 @@ def keys_read(fields, row):
     read |= {"completions": "steps", "labels": "steps"} if "steps" in row else {}
     read |= {"margin": "margin"} if "margin" in row else {}
     return read
+
+
+def refuse_header(fields):
+    """BadInput for a row that repeats the names of its keys: the header of a table."""
+    named = [name for name in SPEAKING if str(fields.get(name)).strip().lower() == name]
+    require(len(named) < 2, f"{' and '.join(named)} have their own names as texts: the header of a table?")
 
 
 def states(fields, key):
@@ -434,6 +441,13 @@ def read_conversation(fields, wanted):
         prompt = join_context(read_prompt(fields), common_context(contexts))
         if prompt is None:
             raise missing(fields, "prompt")
+        for name in CONVERSATION:
+            goes_on = name in replies and replies[name] is None and isinstance(pick(fields, PROMPT)[1], str)
+            require(
+                not goes_on or len(replies) == 1 or said(prompt[-1:]) == pick(fields, PROMPT)[1].strip(),
+                f"{name} goes on after the prompt and its reply, and ends with another message of the user;"
+                f" expected the conversation up to the reply (--ignore_keys {name})",
+            )
         prompt = with_system(prompt, fields)
         is_text = isinstance(prompt, str)
         require(

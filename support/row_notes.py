@@ -196,13 +196,19 @@ SPELLINGS = {  # of signs, by tools that write or read a text in another way tha
     "UTF-8 that was read as another encoding": re.compile(
         "[\u00c2\u00c3][\u0080-\u00bf]|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
     ),
-    "a sign that could not be read": re.compile("\ufffd"),
-    "HTML's spelling of a sign": re.compile(r"&(?:quot|amp|lt|gt|nbsp|apos|#\d{2,5}|#x[0-9a-fA-F]{2,4});"),
+    "a sign that could not be read": re.compile("\ufffd|_x000D_"),
+    "LaTeX with two backslashes": re.compile(r"\\\\(?:frac|sqrt|boxed|cdot|left|pi)(?![a-z])"),
+    "LaTeX without its backslash": re.compile(r"(?<![\\\w{])(?:frac|sqrt|boxed)\{"),
+    "a place that was not filled in": re.compile(r"\{\{ ?\w+ ?\}\}"),
+    "HTML's spelling of a sign": re.compile(r"&(?:quot|amp|lt|gt|nbsp|apos|#\d{2,5}|#x[\da-fA-F]{2,4});"),
 }
 # A text that is a value of JSON or Python: "..." with its marks, b'...', ['...'], [{'type': ...
 VALUE = re.compile(
-    r"""\A\s*(?:b?"(?:[^"\\]|\\.)*"|b?'(?:[^'\\]|\\.)*'|\[\s*(?:['"]|\{\s*['"]).*\]|\{\s*['"]\w+['"]\s*:.*\})\s*\Z""",
-    re.DOTALL,
+    r"""\s*(?: b?"(?:[^"\\]|\\.)*" | b?'(?:[^'\\]|\\.)*'
+            | \[\s*(?:['"]|\{\s*['"]).*\] | \{\s*['"]\w+['"]\s*:.*\}
+            | \[?(?:\w+\()?(?:content|role)=['"].*
+         )\s*\Z""",
+    re.DOTALL | re.VERBOSE,
 )
 
 
@@ -254,6 +260,18 @@ def notes_on_keys(rows, needs):
         if joined:
             says = f"{len(joined)} values of {key} have several prompts, each of which is used on its own"
             notes.append(f"{says}; a dialogue is one row of messages")
+    labels = collections.defaultdict(set)
+    for row in rows:
+        if row.get("label") is not None and "prompt" in row:
+            labels[plain_prompt(row["prompt"])].add(row["label"])
+    several = sum(len(of_prompt) > 1 for of_prompt in labels.values())
+    if several:
+        notes.append(f"{several} prompts have more than one label, each of which is right in its own row")
+    echoed = sum(
+        said(row["prompt"]) in [reply for _, reply in replies_of(row)] for row in rows if "prompt" in row
+    )
+    if 2 * echoed > len(rows):
+        notes.append(f"{echoed} rows have a reply that is the prompt itself")
     negative = sum(row.get("margin", 0.0) < 0 for row in rows)
     if negative:
         notes.append(f"{negative} rows have a negative margin: the rejected reply may score higher")

@@ -8,6 +8,7 @@ from support.row import (
     CONVERSATION,
     HARMLESS,
     PAIR,
+    PROMPT,
     RESPONSE,
     SAMPLED,
     SOLUTION,
@@ -71,6 +72,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         refuse_verdicts(rows)
         if "steps" in needs:
             refuse_one_sided(rows)
+            refuse_answers(rows)
     if "chosen" in needs:
         notes += notes_on_pairs(rows)
     if "response" in needs:
@@ -86,8 +88,10 @@ def refuse_repeated(rows):
     found = {}
     for row in rows:
         for key, reply in replies_of(row) if "prompt" in row else ():
-            prompt = said(row["prompt"])
-            found.setdefault(key, []).append(prompt[:40] if repeats(prompt, reply) else None)
+            stated = [row["fields"].get(name) for name in PROMPT]  # without its context
+            prompts = [said(row["prompt"]), *(text.strip() for text in stated if isinstance(text, str))]
+            repeated = [prompt[:40] for prompt in prompts if prompt and repeats(prompt, reply)]
+            found.setdefault(key, []).append(repeated[0] if repeated else None)
     says = "replies begin with their prompt, or have it after a header, which would be trained on"
     return refuse_most(found, says, "replies alone")
 
@@ -114,8 +118,9 @@ MARKED = re.compile(rf"\A(?:{MARKER})|(?:{MARKER})\Z|{HEADER}")
 
 def turns_of(roles, more):
     """A pattern for what opens a turn in a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates."""
+    line = r"(?:\A|[\n\r])"
     return re.compile(
-        rf"(?:\A|[\n\r])(?:### ?)?(?:{roles}):|(?-i:\b(?:{roles.upper()}):)|{more}"
+        rf"(?:{line}|### ?)(?:{roles}):|(?-i:\b(?:{roles.upper()}):)|{line}(?:{roles})[\n\r]|{more}"
         rf"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:{roles})"
         rf"|<\|(?:{roles})\|>|<\uff5c(?:{roles})\uff5c>",
         re.IGNORECASE,
@@ -132,6 +137,7 @@ def turn_in(text):
     return found and found[0].strip()
 
 
+RESULT = re.compile(r"\\boxed|####")
 # Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.
 MESSAGE = r"""\{\s*['"](?:role|content|from|value)['"]\s*:"""
 SERIALISED = re.compile(
@@ -163,6 +169,12 @@ def refuse_marked(rows):
     for turn in (TURN, ASKING):
         says = "replies have turns of a dialogue in them"
         notes += refuse_most(spelled(replies, turn), says, "replies alone")
+    spoken = [row["prompt"] for row in prompted if not isinstance(row["prompt"], str)]
+    inside = [turn for prompt in spoken for text in texts_of(prompt) if (turn := turn_in(text))]
+    if inside:
+        notes.append(
+            f"{len(inside)} messages of prompts have turns of a dialogue in them (found {inside[0]!r})"
+        )
     return notes
 
 
@@ -235,6 +247,16 @@ def refuse_replaced(path, rows, needs):
                 f"the reply is absent or null, and {name} is the reference beside that of line"
                 f" {references.get((name, kind))}; expected a reply in every row, or --ignore_keys {name}",
             )
+
+
+def refuse_answers(rows):
+    """BadInput for a file most of whose `completions` are whole answers: several of a row state a result."""
+    stated = [sum(bool(RESULT.search(step.text)) for step in row["steps"]) for row in rows]
+    require(
+        2 * sum(n > 1 for n in stated) <= len(rows),
+        "several completions of a row state a result (\\boxed or ####): whole answers? expected the steps of"
+        " one answer; answers with labels are named responses",
+    )
 
 
 def refuse_one_sided(rows):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from data import encode, error_places, sampled_ids
+from parallel import say
 from qrm import step_probabilities
 from support.evaluate import (
     all_ranks,
@@ -56,6 +57,9 @@ def load_step_rows(path, tokenizer, cfg, grid, limit=0):
     last step ends with a line break goes on after it: it gets no stop token.
     """
     rows = read_rows(path, ("prompt", "steps"), cfg, grid, limit)
+    signs = [(step.label > 0) - (step.label < 0) for row in rows for step in row["steps"]]
+    right, neutral, wrong = [signs.count(sign) for sign in (1, 0, -1)]
+    say(grid, f"{path}: {right} right steps, {neutral} neutral, {wrong} wrong")
     for row in rows:
         row["response"] = "".join(step.text for step in row["steps"])
     found, rows = encode(rows, tokenizer, cfg.max_seq_len, source=path, log=log_to(grid))

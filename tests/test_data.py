@@ -35,6 +35,7 @@ from data import (
 )
 from support.files import BadInput, read_jsonl
 from support.graders import grade, gsm8k_label
+from support.row_notes import used_keys
 from support.tokenizers import Tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -638,6 +639,57 @@ def test_marks_on_one_side_of_the_pairs(file, mark):
     assert len(lines) == 1 and "1 of 4 replies have turns" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "row, says",
+    [
+        ({"prompt": "prompt", "response": "Response"}, "the header of a table"),
+        (
+            {"prompt": "hi", "response": "hello", "messages": [user("hi"), assistant("hello"), user("more")]},
+            "messages goes on after the prompt and its reply",
+        ),
+        ({"prompt": "Name it.", "input": "red", "response": "Name it. red Red."}, "begin with their prompt"),
+        (
+            {"prompt": "Name it.", "response": "Red.### Human: And?### Assistant: Woof."},
+            "turns of a dialogue",
+        ),
+        ({"prompt": "Name it.", "response": "assistant\n\nRed."}, "turns of a dialogue"),
+    ],
+)
+def test_rows_that_were_made_wrong(file, row, says):
+    with pytest.raises(BadInput, match=f"line 1: .*{says}"):
+        load_rows(file(row, row), ONE)
+
+
+def test_whole_answers_are_no_steps(file):
+    row = {"prompt": "q", "completions": ["It is 5.\n#### 5", "It is 6.\n#### 6"], "labels": [True, False]}
+    with pytest.raises(BadInput, match="several completions of a row state a result"):
+        load_rows(file(row), ("prompt", "steps"))
+    assert load_rows(file(row | {"completions": ["It is 5.", "#### 5"]}), ("prompt", "steps"))
+
+
+def test_what_was_read_from_which_keys(file):
+    rows = [{"instruction": "q", "input": "i", "output": "r", "id": 1, "score": 2, "url": None}]
+    rows.append({"instruction": "q2", "input": "", "output": "r", "id": 2})
+    found = used_keys(load_rows(file(*rows), ONE))
+    assert (
+        found == "prompt from instruction, input (1 rows); response from output; not used: id, score (1 rows)"
+    )
+    sampled = {
+        "prompt": "q",
+        "chosen": "a",
+        "rejected": "b",
+        "tokenizer": "x",
+        "chosen_ids": [1],
+        "margin": 1,
+    }
+    assert used_keys(load_rows(file(sampled), PAIRS)) == "prompt; chosen; rejected; margin"
+    graded = {"question": "q", "answer": "so\n#### 5", "system": "s", "solution": None}
+    found = used_keys(load_rows(file(graded), ("prompt", "label")))
+    assert found == "prompt from question, system; label from answer"
+    talk = {"messages": [user("q"), assistant("r")], "chosen": "a", "rejected": "b"}
+    assert used_keys(load_rows(file(talk), ONE)).startswith("response from messages; not used: chosen")
+
+
 WORDS = (
     "right/wrong pass/fail yes/no win/lose accept/reject preferred/dispreferred better/worse"
     " positive/negative good/poor good/bad safe/unsafe T/F Pass/Fail won/lost"
@@ -758,6 +810,12 @@ def test_a_note_on_files_that_were_escaped_twice(file, text, escaped):
         (r"G\"odel and $\upsilon$", None),
         ("Ça va? Â la carte: É, 5 £, – €", None),
         ("R&D; [see] a 'b' {c} \"d\"", None),
+        ("I am {{name}}.", "a place that was not filled in"),
+        (r"It is $\\frac{1}{2}$", "LaTeX with two backslashes"),
+        ("It is $frac{1}{2}$", "LaTeX without its backslash"),
+        (r"$\frac{1}{2} \\ \dfrac{1}{2}$", None),
+        ("one_x000D_", "a sign that could not be read"),
+        ("content='It is.' response_metadata={}", "texts of response are values of JSON or Python"),
         ("'Twas so, and so 'twill be", None),
         ("nano", None),
     ],
@@ -788,6 +846,18 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
         ([row | {"label": str(i)} for i, row in enumerate(pairs)], PAIRS, None),
         ([row | {"score_chosen": 1.2e-5, "score_rejected": 0.98} for row in pairs], PAIRS, "4 rows rate"),
         ([{"prompt": f"So 5. #### {i}"} for i in (5, 6)], ("prompt",), "2 prompts have ####"),
+        (
+            [{"prompt": "q", "answer": i} for i in (5, 6)],
+            ("prompt", "label"),
+            "1 prompts have more than one la",
+        ),
+        ([{"prompt": "q", "answer": 5}] * 2, ("prompt", "label"), None),
+        ([{"prompt": "q ", "response": "q"}], ONE, "1 rows have a reply that is the prompt itself"),
+        (
+            [{"messages": [user("q"), assistant("Human: so? Yes."), user("z")]}],
+            ("prompt",),
+            "1 messages of pr",
+        ),
     ):
         lines = []
         load_rows(file(*rows), needs, log=lines.append)
