@@ -78,15 +78,16 @@ ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2
 def after_words(text):
     """What follows the last "answer is" or "answer:", else the last "A:" at the start of a line; or None.
 
-    A number must be there, in digits or words. An "Answer:" with more than a number behind it and lines below
-    opens a solution and marks nothing.
+    A number must be there, in digits or words. An "Answer:" with more than a number after it, and then lines
+    or sentences with numbers, opens a solution and marks nothing.
     """
     for words in (r"(?<!wrong )\banswer(?: is|:)", "^A:"):
         if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
             return None
         found = []
         for match in re.finditer(rf"(?im){words}([\s:=*_$({{\\\[]*[^\n]*)", text):
-            opens = match[0][:7].lower().startswith(("answer:", "a:")) and text[match.end() :].strip()
+            more = text[match.end() :].strip() or re.search(r"[.;]\s.*\d", match[1])
+            opens = more and match[0][:7].lower().startswith(("answer:", "a:"))
             if not opens or ALONE.fullmatch(match[1]):  # "Answer: 16 - 3 = 13 are left." opens a solution
                 found.append(match[1])
         found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b", rest[:300])]
@@ -155,8 +156,12 @@ def boxed(text: str) -> str | None:
     return boxes[-1][0] if boxes else None
 
 
-# Between the boxes of one list; "," and ";", "and" and "or" are its separators.
-LISTED = re.compile(r"(?P<sign>[,;]?)(?P<word>(?:and|\(?or)?)(?:[A-Za-z](?:_\{?\d\}?)?=)?")
+# Between the boxes of one list, without blanks: a unit, a separator, and the name of the next value.
+LISTED = re.compile(
+    r"(?:\^\{?\\circ\}?|\\?%|[ckm]?m)?(?P<sign>[,;]?)"
+    r"(?P<word>(?:(?:and|\(?or|to),?(?:maybe|possibly|perhaps|alternatively|rather),?|and|\(?or|to)?)"
+    r"(?:(?:[A-Z]{2,3}|\\[a-z]+|[A-Za-z](?:_\{?\d\}?|\(\d+\))?)=)?"
+)
 
 
 def last_boxes(text: str) -> str | None:
@@ -188,7 +193,8 @@ def boxes_of(text, parts=False):
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
-        is_part = not parts and not is_box_whole(before, between)
+        touches_another = found and not before
+        is_part = not parts and (touches_another or not is_box_whole(before, between))
         is_part |= not parts and rest is others[-1] and is_hedged(between)
         found.append((None if is_part else content or None, between))
         before = between

@@ -78,7 +78,7 @@ SPELLINGS = [
     (r"(?<![\d.,])0\{,\}(?=\d)", "0,"),  # a decimal comma
     (r"(?<=\d)(?:\{,\}|\\[!,]|,\s*\\!\s*)(?=\d{3})", ""),  # 1{,}000 and 1,\! 000
     (r"\\(?=[\d-])(?<!\\\\)", r"\\\\"),  # the Q-RM authors' matrices end a row with one backslash
-    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits)(?![a-z])\.?", ""),
+    (r"\\(?:left|right)(?![a-z])\.?|\\(?:[bB]igg?[lr]?|displaystyle|limits)(?![a-z])", ""),
     (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\N{EURO SIGN}|\N{POUND SIGN}", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\N{DEGREE SIGN}|\\degree(?![a-z])", " "),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),

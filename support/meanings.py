@@ -9,6 +9,7 @@ from support.expressions import ARITHMETIC, CLOSING, OPENING, TIMES, tokens_of, 
 
 # No answer is longer; bounds every integer and every pattern that is not linear, whatever a model writes.
 MAX_CHARS = 500
+MAX_BRACKETS = 60  # of an answer that is more than text: they may be nested
 # Words that a number may be followed by without being another number. Plurals in s are added.
 UNITS = {
     word: names.split()[0]
@@ -172,8 +173,9 @@ def pieces_of(answer: str) -> list:
         tokens.pop()  # a full stop; 0.3... goes on
     if tokens and tokens[0].text == "{" and tokens[-1].text == "}" and closes(tokens):
         tokens = tokens[1:-1]  # braces that only group
-    if any(token.text in ("\\ldots", "\\dots", "\\cdots") for token in tokens):
-        return [Piece(text_of(tokens))]  # a sequence, whose order counts
+    sequence = any(token.text in ("\\ldots", "\\dots", "\\cdots") for token in tokens)  # its order counts
+    if sequence or sum(token.text in OPENING for token in tokens) > MAX_BRACKETS:
+        return [Piece(text_of(tokens))]
     parts, found = split(tokens, (",", ";", "and", "or"))
     if not all(parts) or "and" in found and "or" in found:
         return [Piece(text_of(tokens))]

@@ -431,6 +431,7 @@ MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     ("4", "\N{SQUARE ROOT}16"),
     (r"\frac{4}{11}", r"\frac12\frac34"),
     ("140", "0{,}140"),
+    ("5", r"\displaystyle.5"),
     (r"\frac{\sqrt{10}}{2}", r"\sqrt2\frac12"),
     (r"2^{3.5}", r"2^3\frac12"),
     (r"x>1 \text{ and } y<5", r"y>1 \text{ and } x<5"),
@@ -565,6 +566,33 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
     assert extract_answer(f"#### {text}", "gsm8k") is None
     assert extract_answer("#### 18 dollars for 3 eggs from the market", "gsm8k") == "18"
     assert extract_answer("So she will have 18 great grand-babies.", "gsm8k") == "18"
+
+
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("Answer: 21 - 6 = 15 eggs. She makes 15 * 2 = $30.", "30"),
+        ("A: 15 trees originally. 21 after. 21 - 15 = 6", "6"),
+        ("Answer: 15 eggs.", "15"),
+        (r"The angles are $\boxed{4}^\circ$ and $\boxed{5}^\circ$", "4, 5"),
+        (r"$\boxed{4}$ cm and $\boxed{5}$ cm", "4, 5"),
+        (r"$AB = \boxed{4}$ and $CD = \boxed{5}$", "4, 5"),
+        (r"\alpha = \boxed{4}, \beta = \boxed{5}", "4, 5"),
+        (r"$f(1) = \boxed{4}$, $f(2) = \boxed{5}$", "4, 5"),
+        (r"\boxed{4} or maybe \boxed{5}", "4, 5"),
+        (r"Either \boxed{4} or, possibly, \boxed{5}", "4, 5"),
+        (r"\boxed{-}\boxed{5}", None),
+        (r"\boxed{1}\boxed{5}", None),
+    ],
+)
+def test_several_values(text, answer):
+    assert extract_answer(text, "math" if "boxed" in text else "gsm8k") == answer
+
+
+@pytest.mark.parametrize("brackets", ["()", "[]", "{}"])
+def test_brackets_in_hundreds_of_others(brackets):
+    nested = brackets[0] * 246 + "5" + brackets[1] * 246
+    assert grade(rf"\boxed{{{nested}}}", "5", "math") == (nested, False)
 
 
 NOT_THIS_ONE = """
