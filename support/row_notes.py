@@ -72,7 +72,7 @@ def replied(row):
 def used_keys(rows):
     """What was read from which keys, and which keys were not used: one line of text
 
-    A key that only some rows have is counted: prompt from question, input (2 rows); not used: id, source
+    A key that only some rows have is counted: prompt from question, input (in 2); not used: id, source
     """
     used = {}  # what was read -> Counter of keys
     unused = collections.Counter()
@@ -84,7 +84,7 @@ def used_keys(rows):
                 unused[key] += 1
 
     def listed(keys):
-        counted = [name if n == len(rows) else f"{name} ({n} rows)" for name, n in keys.items()]
+        counted = [name if n == len(rows) else f"{name} (in {n})" for name, n in keys.items()]
         return ", ".join(counted)
 
     parts = [what if list(keys) == [what] else f"{what} from {listed(keys)}" for what, keys in used.items()]

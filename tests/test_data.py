@@ -671,9 +671,7 @@ def test_what_was_read_from_which_keys(file):
     rows = [{"instruction": "q", "input": "i", "output": "r", "id": 1, "score": 2, "url": None}]
     rows.append({"instruction": "q2", "input": "", "output": "r", "id": 2})
     found = used_keys(load_rows(file(*rows), ONE))
-    assert (
-        found == "prompt from instruction, input (1 rows); response from output; not used: id, score (1 rows)"
-    )
+    assert found == "prompt from instruction, input (in 1); response from output; not used: id, score (in 1)"
     sampled = {
         "prompt": "q",
         "chosen": "a",
