@@ -256,8 +256,8 @@ class Reader:
     def __init__(self, tokens, sign=1, salt=0):
         self.tokens, self.sign, self.salt = tokens, sign, salt
         self.i = 0
-        # What is left to compute: "", "power" (2^10, 5!, 100/5, the root of 25), or "numbers" (9 + 1, 2 * 5,
-        # and 10-15, too)
+        # What is left to compute: "", "power" (2^10, 5!, 100/5, the root of 25), "numbers" (9 + 1, 2 * 5, and
+        # 10-15, too), or the number of terms of a sum
         self.left = ""
 
     def peek(self, ahead=0):
@@ -307,6 +307,8 @@ class Reader:
                 break
             sign = self.one_sign()
         self.left = "numbers" if plain > 1 else self.left
+        if terms > 1 and start == 0 and self.is_symbolic(0):
+            self.left = self.left or f"{terms} terms"  # x + x is not 2x
         if terms > 1 and start > 0 and self.is_symbolic(start) and self.tokens[start - 1].text in ("(", "{"):
             return hashed("sum", abs(canonical(total))) * (1 if total > 0 else -1)
         return total

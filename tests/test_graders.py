@@ -428,6 +428,8 @@ MISSED = [  # right, but graded wrong: what meaning()'s docstring owns up to
     (r"50\%", "0.5"),
     ("10", "9+1"),  # not worked out
     ("3", r"\sqrt{9}"),
+    ("9y", "2y+3y+4y"),
+    ("46r", "90r-44r"),
     ("4", "\N{SQUARE ROOT}16"),
     (r"\frac{4}{11}", r"\frac12\frac34"),
     ("140", "0{,}140"),
