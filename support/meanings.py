@@ -90,15 +90,15 @@ def same_meaning(answer: str, label: str) -> bool:
     number, where % ends a value. A unit (UNITS) may be left out; if both have one, it must be the same.
 
     An answer must be worked out: 9+1, 100/5, 2^{10}, \sqrt{25} and 5! are not 10, 20, 1024, 5 and 120, or a
-    policy would learn to repeat the question; for the same reason 2(x+1) is not 2x+2, and x+x not 2x. Sums and products of numbers are
-    compared as they are written, since 10-15 may be a range and 2*3 a size; so is whatever has a word or a
-    command that expressions.py does not list. Known misses, right answers marked wrong: 0.5 for 50\%, a unit
-    of one letter outside \text (5 m for 5), names in other capitals (BA for AB, NO for No), rounding, decimal
-    commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion of units, \sqrt{4x} for
-    2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2) for "x>1 and x<2".
-    Known hits: "x=1 and y=2" is "x=1 or y=2"; a list in another order, even where the order was asked for;
-    0x is 0 and 1x is x; small letters are factors (iv is vi); 2 = 7 says 7; (4a)^2 is 16a^2, \sqrt{8} is
-    2\sqrt{2}.
+    policy would learn to repeat the question; for the same reason 2(x+1) is not 2x+2, and x+x not 2x. Sums
+    and products of numbers are compared as they are written, since 10-15 may be a range and 2*3 a size; so is
+    whatever has a word or a command that expressions.py does not list. Known misses, right answers marked
+    wrong: 0.5 for 50\%, a unit of one letter outside \text (5 m for 5), names in other capitals (BA for AB,
+    NO for No), rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion
+    of units, \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2)
+    for "x>1 and x<2". Known hits: "x=1 and y=2" is "x=1 or y=2"; a list in another order, even where the
+    order was asked for; 0x is 0 and 1x is x; small letters are factors (iv is vi); 2 = 7 says 7; (4a)^2 is
+    16a^2, \sqrt{8} is 2\sqrt{2}.
     """
     ours, theirs = pieces_of(answer), pieces_of(label)
     if len(ours) == len(theirs):
