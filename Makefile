@@ -4,6 +4,7 @@ METHOD = tests/test_data.py tests/test_model.py tests/test_packed.py tests/test_
          tests/test_reinforce.py tests/test_ppo.py tests/test_house.py tests/test_readme.py tests/test_tables.py
 LONG = tests/test_train.py tests/test_trust.py tests/test_exercises.py tests/test_walkthrough.py
 SEEDS = 0 1 2 3 4
+MINUTES = 240
 
 demo: .venv/ready
 	$(VENV) train.py
@@ -27,7 +28,8 @@ test-all: .venv/ready
 	@echo "make test-all: also the long tests, about 15 minutes on two cores"
 	$(VENV) -m pytest -q --slow tests
 
-# The tables and figures of README.md and the chapters that need no real weights; call again to continue.
+# The tables and figures of README.md and the chapters that need no real weights; call again to continue. The two
+# large studies take at most MINUTES each a call.
 # (Single runs, such as those of reward hacking, have their commands in the chapters.)
 results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/demo_table.py $(SEEDS:%=runs/seed%) --write
@@ -46,10 +48,10 @@ results: .venv/ready $(SEEDS:%=runs/seed%/done) $(SEEDS:%=runs/carry%/done)
 	$(VENV) classroom/theory.py > runs/theory.txt
 	$(VENV) classroom/study.py --curves runs/seed0 --out runs/curves
 	$(VENV) classroom/bench.py > runs/bench.jsonl
-	$(VENV) classroom/granularity.py --minutes 240
+	$(VENV) classroom/granularity.py --minutes $(MINUTES)
 	$(VENV) classroom/granularity.py --write
 	$(VENV) classroom/pictures.py
-	$(VENV) classroom/study.py --minutes 240 --out runs/study
+	$(VENV) classroom/study.py --minutes $(MINUTES) --out runs/study
 
 ORM = --reward orm --lam 1 --kl_coef 0.2
 GRADED = --reward outcome --lam 1 --kl_coef 0.2
