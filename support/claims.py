@@ -31,6 +31,9 @@ THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|<reasoning>|\[THINK\]|◁think▷|
 THOUGHTS_END = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>")
 
 
+SECOND = re.compile(r"\d[^\w\n]{0,9}[.!?;][\s*_]+[^\n]*\d")  # "18. On second thought, 20."
+
+
 def claimed_number(text: str) -> str | None:
     """The number after "####", else in the last box, else after "answer is" or "A:", else the last.
 
@@ -40,6 +43,8 @@ def claimed_number(text: str) -> str | None:
     text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
     for marked in (after_hashes, after_boxed, after_words):
         rest = marked(text)
+        if rest is not None and marked is after_hashes and SECOND.search(rest[:300]):
+            return None
         if rest is not None:
             return claimed(rest)
     numbers = list(NUMBER.finditer(text))
@@ -71,6 +76,8 @@ def after_boxed(text):
 
 
 FILLERS = "therefore|thus|then|simply|just|equal to|exactly|only|about|approximately|a total of|US(?=\\$)"
+LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
+STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
 # A number and at most two words.
 ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2}")
 
@@ -81,19 +88,30 @@ def after_words(text):
     A number must be there, in digits or words. An "Answer:" with more than a number after it, and then lines
     or sentences with numbers, opens a solution and marks nothing.
     """
-    for words in (r"(?<!wrong )\banswer(?: is|:)", "^A:"):
+    for words in (r"(?<!wrong )\banswer[*_]*(?: is|:)", "^A:"):
         if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
             return None
         found = []
-        for match in re.finditer(rf"(?im){words}([\s:=*_$({{\\\[]*[^\n]*)", text):
-            more = text[match.end() :].strip() or re.search(r"[.;]\s.*\d", match[1])
-            opens = more and match[0][:7].lower().startswith(("answer:", "a:"))
-            if not opens or ALONE.fullmatch(match[1]):  # "Answer: 16 - 3 = 13 are left." opens a solution
-                found.append(match[1])
-        found = [rest for rest in found if re.search(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b", rest[:300])]
+        for match in [*re.finditer(rf"(?im){words}", text)][-20:]:
+            opening = re.match(r"[\s:=*_$({\\\[]*", text[match.end() : match.end() + 200])[0]
+            start = match.end() + len(opening)
+            item = LIST_MARK.match(text[start : start + 9]) if "\n" in opening else None
+            start += item.end() if item else 0
+            rest = text[start : start + 2000].split("\n")[0]
+            more = text[start + len(rest) :].strip() or re.search(r"[.;]\s.*\d", rest[:300])
+            opens = more and match[0].endswith(":")
+            if not opens or ALONE.fullmatch(rest):  # "Answer: 16 - 3 = 13 are left." opens a solution
+                found.append(rest)
+        found = [rest for rest in found if STATES.search(re.split(r"(?<!\d)[.!?]\s", rest[:300])[0])]
         if found:
             return re.sub(rf"(?i)^\W*(?:{FILLERS})\b,?", "", found[-1])
     return None
+
+
+# The left side of an equation: a letter, or a calculation; "6. 6 * 3 = 18" and "6 6 = 18" are none.
+CALCULATED = r"(?:[\d+*/×÷·^$\s{}-]|[.,](?=\d)|\\[dt]?frac)"
+EQUATION = re.compile(rf"([A-Za-z]\s*|(?:{CALCULATED}*\))?(?:{CALCULATED}|\({CALCULATED}*\))*)=\s*(?=[^\s=])")
+TWO_NUMBERS = re.compile(r"\d\s+\$?\d+(?![\d/])")
 
 
 def claimed(rest):
@@ -107,7 +125,7 @@ def claimed(rest):
     rest = after_boxed(rest) if after_boxed(rest) is not None else rest
     rest = re.sub(r"""^(?:[\s:=*_$({`"']|\\[(\[!,])+""", "", rest).split("\n")[0]
     rest = re.sub(r"^-\s+(?=[\d.$])", "-", rest)
-    while chain := re.match(r"(?:[A-Za-z]\s*|(?:[^=A-Za-z!<>~≈≠≤≥\\]|\\[dt]?frac)*)=\s*(?=[^\s=])", rest):
+    while (chain := EQUATION.match(rest)) and not TWO_NUMBERS.search(chain[1]):
         rest = rest[chain.end() :]
     number = NUMBER.match(re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ ")))
     return whole_number(number) if number else None
@@ -158,9 +176,9 @@ def boxed(text: str) -> str | None:
 
 # Between the boxes of one list, without blanks: a unit, a separator, and the name of the next value.
 LISTED = re.compile(
-    r"(?:\^\{?\\circ\}?|\\?%|[ckm]?m)?(?P<sign>[,;]?)"
+    r"(?:\^\{?\\circ\}?|\\?%|m|(?!and|or)[a-z]{2,12}?(?=,|and|or))?(?P<sign>[,;]?)"
     r"(?P<word>(?:(?:and|\(?or|to),?(?:maybe|possibly|perhaps|alternatively|rather),?|and|\(?or|to)?)"
-    r"(?:(?:[A-Z]{2,3}|\\[a-z]+|[A-Za-z](?:_\{?\d\}?|\(\d+\))?)=)?"
+    r"(?:(?:[A-Z]{2,3}|[A-Z][a-z]+|\\[a-z]+|[A-Za-z](?:_\{?\d\}?|\(\d+\))?)[=:])?"
 )
 
 
@@ -193,8 +211,7 @@ def boxes_of(text, parts=False):
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
-        touches_another = found and not before
-        is_part = not parts and (touches_another or not is_box_whole(before, between))
+        is_part = not parts and not is_box_whole("a" * bool(found) + before, between)
         is_part |= not parts and rest is others[-1] and is_hedged(between)
         found.append((None if is_part else content or None, between))
         before = between

@@ -437,6 +437,8 @@ class Reader:
 
     def atom(self):
         kind, text = self.next()
+        if re.fullmatch("00+", text):
+            raise NoValue("the 000 of (1,000)")
         if kind == "number":
             return self.mixed(Fraction(text))
         if self.peek() == "(" and (text in APPLIED or self.is_applied(kind, text)):

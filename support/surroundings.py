@@ -143,7 +143,9 @@ BOX_FOLLOWS = re.compile(
          (?: \^\{{?\\circ\}}? | \\?% | [°$€\s)\]}}*_"'”’`|~]
            | \\(?:[)\],;:!\ \\%] | (?:q?quad|right|checkmark|blacksquare|square)(?![a-z]))
          )*
-         (?: $ | \n | [{PICTURE}。] | [,;.:…<](?!\s?(?:\d|\$-?\d+\$)) | [=≈!?] | (?<=[\s$])\(
+         (?: $ | \n(?!\s*(?:&\s*)?[+*/^]) | [{PICTURE}。]
+           | [,;.:…<](?!\s?(?:\d|\$-?\d+\$|\\(?:overline|dot|bar)))
+           | [=≈!?] | (?<=[\s$])\((?!\s*[a-z]\s*[-+*/^)])
            | &(?!\s*(?:[-+*/^]|\\times)) | [-–—]\s(?![\d$\\({{])
            | \\(?: \( | \[ | (?:end|approx|equiv|p?mod)(?![a-z])
                 | (?:text\w*|mbox|mathrm|operatorname)\s*\{{(?!\s*{NO_COUNT})
@@ -161,6 +163,10 @@ BOX_FOLLOWS = re.compile(
 )
 
 
+# A calculation that a box ends, whatever blanks and line breaks are between.
+UNFINISHED = re.compile(r"(?:\w *[-+*/^]|[=(]\s*-|(?:\\\[|\$)\s*-|\\(?:sqrt|[dt]?frac)\s*\{|[/^_])\s*\Z")
+
+
 def is_whole(before: str, after: str) -> bool:
     """Whether a number between two texts is a value of its own."""
     return is_preceded_well(before[-40:]) and is_followed_well(after[:300])
@@ -171,7 +177,7 @@ def is_box_whole(before: str, after: str) -> bool:
 
     Words for a share or a power before it ("half of \boxed{10}") are not looked at.
     """
-    if LISTED.search(before[-60:]):
+    if LISTED.search(before[-60:]) or UNFINISHED.search(before[-60:]):
         return False
     return is_preceded_well(before[-60:], alone=False) and BOX_FOLLOWS.match(after[:80]) is not None
 
