@@ -42,7 +42,7 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     Rows longer than max_seq_len tokens (prompt and response) and identical pairs are dropped and counted in
     one line that goes to `log`; nothing is ever cut. Raises BadInput when no row is left.
     """
-    refuse_transcripts(rows, tokenizer, source)
+    refuse_transcripts(rows, tokenizer, source, log)
     kept, kept_rows = [], []
     too_long = 0
     identical = 0
@@ -129,9 +129,9 @@ def rows_by_prompt(rows, tokenizer, source, whole=False):
     return found
 
 
-def encode_prompts(rows, tokenizer, source):
+def encode_prompts(rows, tokenizer, source, log=len):
     """-> one id list per row; BadInput names `source` and the line of a prompt that cannot be encoded."""
-    refuse_transcripts(rows, tokenizer, source)
+    refuse_transcripts(rows, tokenizer, source, log)
     prompts = []
     for row in rows:
         with at_line(source, row["line"]):
@@ -139,11 +139,11 @@ def encode_prompts(rows, tokenizer, source):
     return prompts
 
 
-def refuse_transcripts(rows, tokenizer, source):
+def refuse_transcripts(rows, tokenizer, source, log=len):
     """BadInput if prompts are whole dialogues as text, of which a template would make one message each.
 
-    A single one, or a twentieth of them, may speak of dialogues. Without a template, transcripts that were
-    read as messages, HH-RLHF's, are refused: their headers would be lost.
+    A single one, or a twentieth of them, may speak of dialogues: they are counted to `log`. Without a
+    template, transcripts that were read as messages, HH-RLHF's, are refused: their headers would be lost.
     """
     chat = tokenizer.chat.name
     if chat == "none":
@@ -162,6 +162,8 @@ def refuse_transcripts(rows, tokenizer, source):
             f"{source}, line {line}: {len(found)} of {len(rows)} prompts are transcripts (found {turn!r}),"
             f" and --chat {chat} would make one message of each; expected messages, or --chat none"
         )
+    if found:
+        log(f"{source}: note: {len(found)} prompts have turns of a dialogue in them (line {found[0][0]})")
 
 
 # exercise 3.1 (3 points): the shift and the mask

@@ -331,7 +331,9 @@ def load_prompts(cfg, grid):
         return rows, read_rows(cfg.heldout, ("prompt", "label"), cfg, grid)
     cut = max(len(rows) - cfg.limit, 0)
     require(cut, f"--limit {cfg.limit} holds out all rows of {cfg.data}; nothing is left to learn from")
-    heldout = [row for row in rows[cut:] if "label" in row]
+    heldout = [row for row in rows[cut:] if row.get("label") is not None]
+    if cfg.limit:
+        say(grid, f"{cfg.data}: the last {len(rows) - cut} rows are held out for pass@1 (--limit)")
     if len(heldout) < len(rows) - cut:
         needs_labels = f"pass@1 needs labels, which {len(heldout)} of --limit {cfg.limit} rows have"
         say(grid, f"note: {cfg.data}: {needs_labels}")
@@ -344,7 +346,7 @@ def load_prompts(cfg, grid):
 
 def short_prompts(rows, tokenizer, cfg, grid):
     """The prompts as ids, without those that leave no room for an answer (counted in one line)."""
-    prompts = encode_prompts(rows, tokenizer, cfg.data)
+    prompts = encode_prompts(rows, tokenizer, cfg.data, log_to(grid))
     say_first(tokenizer, rows[0], prompts[0], cfg.data, grid)
     room = cfg.max_seq_len - cfg.max_new_tokens
     kept = [ids for ids in prompts if len(ids) <= room]

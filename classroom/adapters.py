@@ -21,7 +21,7 @@ from heads import (
     planted_rows,
     solution_labels,
 )
-from real_runs import run_stage
+from real_rl import run_stage
 from solutions import (
     SAMPLERS,
     balanced_weights,

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import adapters
 import heads
-import real_runs
+import real_rl
 from notes import first_wrong_note
 from solutions import read_solutions, right_solutions
 
@@ -63,8 +63,8 @@ PARTS = {
     "credit": heads.run_credit,
     "pairs": heads.run_pairs,
     "transfer": heads.run_transfer,
-    "sample": real_runs.run_sample,
-    "rl": real_runs.run_rl,
+    "sample": real_rl.run_sample,
+    "rl": real_rl.run_rl,
     "adapters": adapters.run_adapters,
     "picture": heads.run_picture,
     "check": run_check,

@@ -68,7 +68,7 @@ def load_tokenizer(directory, cfg):
 
 def ignored_keys(cfg):
     """The keys that --ignore_keys lists."""
-    return tuple(key.strip() for key in cfg.ignore_keys.split(","))
+    return tuple(key.strip() for key in cfg.ignore_keys.split(",") if key.strip())
 
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
@@ -81,7 +81,7 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     say_once(grid, f"{path}: {len(rows)} rows: {used_keys(rows)}")
     if path == cfg.data and cfg.heldout not in ("", path) and cfg.stage != "eval":  # eval learns from neither
         say_shared_prompts(cfg, grid)
-    labels = {row["label"] for row in rows if "label" in row}
+    labels = {row["label"] for row in rows if row.get("label") is not None}
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:
         which = [row for row in rows if row.get("label") in hopeless]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data import Example, error_places, rows_by_prompt
-from parallel import Grid, all_reduce
+from parallel import Grid, all_reduce, say
 from qrm import Reward, at_every_token, at_last_token, mean_of_rewards, sum_of_rewards
 from support.files import BadInput, require
 from support.graders import grade
@@ -157,6 +157,9 @@ def user_reward(spec, tokenizer, rows, grid=Grid()):
     """
     function = load_function(spec)
     known = rows_by_prompt(rows, tokenizer, "--data", whole=True)
+    if len(known) < len(rows):
+        later = f"{len(rows) - len(known)} rows have the prompt of an earlier row"
+        say(grid, f"note: {later}, which FUNCTION gets for the answers to both")
     per_token = None  # whether FUNCTION returns lists: decided by the first answer
 
     def rewards(ids, response_mask):

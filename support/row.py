@@ -470,6 +470,11 @@ def reply_keys(fields, wanted):
         name = next((name for name in others if name and not is_empty(fields.get(name))), None)
         if name == "answer" and has_empty_text(fields, ("solution",)):
             name = None
+        require(
+            graded or name not in SOLUTION or is_empty(fields.get("chosen")),
+            f"{name} would be the reply, beside chosen and rejected; expected response or completion"
+            f" (--ignore_keys chosen,rejected if {name} is meant)",
+        )
         if name:
             found.append(("response", name))
     for name in (*RESPONSE, *SOLUTION, *PAIR, *CONVERSATION):

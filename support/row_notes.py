@@ -114,6 +114,14 @@ def notes_on_pairs(rows):
     notes = []
     if lower or equal:
         notes.append(f"{lower} rows rate the chosen reply below the rejected one, {equal} rate both equal")
+    for where, place in (("begin", 0), ("end", -1)):
+        blank = {}  # side: how many of its replies have a blank there
+        for side in ("chosen", "rejected"):
+            texts = [row[side] if isinstance(row[side], str) else row[side][-1]["content"] for row in rows]
+            blank[side] = sum(text[place].isspace() for text in texts if text)
+        if min(blank.values()) == 0 and 2 * max(blank.values()) > len(rows):
+            side = max(blank, key=blank.get)
+            notes.append(f"{blank[side]} {side} replies {where} with a blank, and none of the others does")
     orders = []  # (prompt, chosen, rejected)
     for row in rows:
         prompt = plain_prompt(row["prompt"]) if "prompt" in row else ""

@@ -51,7 +51,8 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     """
     rows = []
     unlabelled = 0
-    for line, raw in itertools.islice(read_jsonl(path), limit or None):
+    lines = read_jsonl(path)
+    for line, raw in itertools.islice(lines, limit or None):
         fields = {key: value for key, value in raw.items() if key not in ignore_keys}
         with at_line(path, line):
             row = read_row(fields, needs, optional)
@@ -63,6 +64,8 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
             kept = {"line": line, "raw": raw, "fields": fields, "read": read, "sampled": sampled}
             rows.append({**row, **kept})
     require(rows or unlabelled, f"{path}: no rows; expected one JSON object a line")
+    if limit and goes_on(lines):
+        log(f"{path}: the first {limit} rows are read (--limit)")
     if unlabelled:
         log(f"{path}: dropped {unlabelled} rows with an empty or unreadable label; {len(rows)} left")
     require(rows, f"{path}: no row is left: every label is empty")
@@ -81,6 +84,14 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     for note in notes + notes_on_absent(rows) + notes_on_spelling(rows):
         log(f"{path}: note: {note}")
     return rows
+
+
+def goes_on(lines):
+    """Whether a file has another row, good or bad."""
+    try:
+        return next(lines, None) is not None
+    except BadInput:
+        return True
 
 
 def refuse_repeated(rows):

@@ -33,6 +33,8 @@ from data import (
     rows_by_prompt,
     stable_hash,
 )
+from parallel import Grid
+from support import loading, settings
 from support.files import BadInput, read_jsonl
 from support.graders import grade, gsm8k_label
 from support.row_notes import used_keys
@@ -653,6 +655,10 @@ def test_marks_on_one_side_of_the_pairs(file, mark):
             "turns of a dialogue",
         ),
         ({"prompt": "Name it.", "response": "assistant\n\nRed."}, "turns of a dialogue"),
+        (
+            {"prompt": "1+1?", "chosen": "It is 2.", "rejected": "No.", "answer": "2"},
+            "answer would be the reply",
+        ),
     ],
 )
 def test_rows_that_were_made_wrong(file, row, says):
@@ -851,6 +857,13 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
         ),
         ([{"prompt": "q", "answer": 5}] * 2, ("prompt", "label"), None),
         ([{"prompt": "q ", "response": "q"}], ONE, "1 rows have a reply that is the prompt itself"),
+        (
+            [row | {"rejected": " b"} for row in pairs],
+            PAIRS,
+            "4 rejected replies begin with a blank, and none",
+        ),
+        ([row | {"chosen": "a\n"} for row in pairs], PAIRS, "4 chosen replies end with a blank, and none"),
+        ([row | {"chosen": " a", "rejected": " b"} for row in pairs], PAIRS, None),
         (
             [{"messages": [user("q"), assistant("Human: so? Yes."), user("z")]}],
             ("prompt",),
@@ -1062,8 +1075,10 @@ def test_turns_inside_a_prompt(file, prompt):
     with pytest.raises(BadInput, match="line 1: 2 of 2 prompts are transcripts"):
         encode_prompts(spoken, chatml, "here")
     asked = [{"prompt": [user(prompt)], "line": i} for i in (1, 2)]
-    for rows in ([*fine, *marked], [fine[0], marked[0]], asked):
-        assert len(encode_prompts(rows, chatml, "here")) == len(rows)
+    for rows, n in (([*fine, *marked], 2), ([fine[0], marked[0]], 1), (asked, 0)):
+        lines = []
+        assert len(encode_prompts(rows, chatml, "here", lines.append)) == len(rows)
+        assert len(lines) == bool(n) and all(f"here: note: {n} prompts have turns" in line for line in lines)
 
 
 def test_ignored_keys(file):
@@ -1229,6 +1244,22 @@ def test_rows_without_a_label_are_dropped_and_counted(file):
     assert "label" not in load_rows(file(unboxed), ("prompt",), optional=("label",))[0]
     rows = load_rows(file({"prompt": "q", "label": ""}), ("prompt",), optional=("label",), log=lines.append)
     assert "label" not in rows[0] and len(lines) == 3
+
+
+def test_an_empty_key_is_not_ignored(file):
+    cfg = settings.Config(stage="sft", data=str(file({"": "Be short.", "prompt": "q", "response": "r"})))
+    with pytest.raises(BadInput, match="which nothing here reads"):
+        loading.read_rows(cfg.data, ONE, cfg, Grid())
+
+
+def test_labels_that_cannot_be_read_are_no_labels(file, capsys):
+    rows = [
+        {"problem": "q", "solution": r"It is $\boxed{-15}x^3$"},
+        {"problem": "q", "solution": r"\boxed{5}"},
+    ]
+    cfg = settings.Config(stage="reinforce", data=str(file(*rows)), task="math")
+    found = loading.read_rows(cfg.data, ("prompt",), cfg, Grid(), optional=("label",))
+    assert [row.get("label") for row in found] == [None, "5"]
 
 
 def test_limit_reads_no_further(file):

@@ -25,7 +25,7 @@ import adapters  # noqa: E402
 import heads  # noqa: E402
 import notes  # noqa: E402
 import real  # noqa: E402
-import real_runs  # noqa: E402
+import real_rl  # noqa: E402
 import solutions  # noqa: E402
 
 from support.files import BadInput  # noqa: E402
@@ -303,8 +303,8 @@ def test_planted_measures_by_hand():
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_made_problems_have_right_answers(steps):
-    rows = real_runs.made_problems(200, steps, seed=1)
-    assert rows == real_runs.made_problems(200, steps, seed=1) != real_runs.made_problems(200, steps, seed=2)
+    rows = real_rl.made_problems(200, steps, seed=1)
+    assert rows == real_rl.made_problems(200, steps, seed=1) != real_rl.made_problems(200, steps, seed=2)
     for row in rows:
         found = list(notes.NOTE.finditer(row["answer"]))
         assert len(found) == steps
@@ -317,9 +317,9 @@ def test_made_problems_have_right_answers(steps):
 
 
 def test_rl_problems_are_different_and_solved_right(tmp_path):
-    real_runs.write_problems(tmp_path)
+    real_rl.write_problems(tmp_path)
     questions = []
-    for name, n in real_runs.RL_ROWS.items():
+    for name, n in real_rl.RL_ROWS.items():
         rows = solutions.read_lines(tmp_path / f"{name}.jsonl")
         assert len(rows) == n
         for row in rows:
@@ -327,54 +327,54 @@ def test_rl_problems_are_different_and_solved_right(tmp_path):
             expression, _, value = equation.partition("=")
             assert notes.evaluate_note(expression) == int(value) and claim == f"#### {value}"
         questions += [row["question"] for row in rows]
-    assert len(set(questions)) == sum(real_runs.RL_ROWS.values())
+    assert len(set(questions)) == sum(real_rl.RL_ROWS.values())
 
 
-@pytest.mark.parametrize("name", real_runs.RL_STAGES)
+@pytest.mark.parametrize("name", real_rl.RL_STAGES)
 def test_rl_commands_are_read_in_full(name):
     """Every flag is one of the stage's, and every file it reads is made before it."""
-    flags = shlex.split(f"{real_runs.RL_STAGES[name]} {real_runs.CHAT} --out {name}")
+    flags = shlex.split(f"{real_rl.RL_STAGES[name]} {real_rl.CHAT} --out {name}")
     cfg = parse(flags)
     assert unread_flags(flags) == [] and cfg.system == solutions.SYSTEM
-    earlier = list(real_runs.RL_STAGES)[: list(real_runs.RL_STAGES).index(name)]
-    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in real_runs.RL_ROWS), *earlier}
+    earlier = list(real_rl.RL_STAGES)[: list(real_rl.RL_STAGES).index(name)]
+    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in real_rl.RL_ROWS), *earlier}
     assert {cfg.model, cfg.data, cfg.heldout, cfg.reward_model} <= made
 
 
 def test_run_stage_runs_once_and_again_after_a_failure(tmp_path):
     flags = "--stage grade --data answers.jsonl --out graded.jsonl"
     with pytest.raises(BadInput, match="stage one ended with status 2"):
-        real_runs.run_stage("one", flags, tmp_path, 1)  # there is no answers.jsonl
+        real_rl.run_stage("one", flags, tmp_path, 1)  # there is no answers.jsonl
     row = {"question": "1+1?", "response": "#### 2", "label": "2"}
     (tmp_path / "answers.jsonl").write_text(json.dumps(row))
     failed = json.loads((tmp_path / "runs.json").read_text())["one"]
-    real_runs.run_stage("one", flags, tmp_path, 1)
+    real_rl.run_stage("one", flags, tmp_path, 1)
     run = json.loads((tmp_path / "runs.json").read_text())["one"]
     assert not failed["done"] and run["done"] and run["cpu_seconds"] > failed["cpu_seconds"] > 0.1
     assert 0.05 < run["peak_gb"] < 8
     (tmp_path / "graded.jsonl").unlink()
-    real_runs.run_stage("one", flags, tmp_path, 1)
+    real_rl.run_stage("one", flags, tmp_path, 1)
     assert not (tmp_path / "graded.jsonl").exists()
 
 
 def test_first_difference_by_hand(tmp_path):
     pair = {"prompt": "2+5?", "chosen": "7", "rejected": "8!"}
     (tmp_path / "pairs-heldout.jsonl").write_text(json.dumps(pair))
-    real_runs.write_answers(tmp_path)
+    real_rl.write_answers(tmp_path)
     rows = solutions.read_lines(tmp_path / "answers.jsonl")
     assert [(row["prompt"], row["response"]) for row in rows] == [("2+5?", "7"), ("2+5?", "8!")]
     right = {"ids": [2, 9, 7], "tokens": ["2", "=", "7"], "scores": [1.0, 0.5, 2.0]}
     wrong = {"ids": [2, 9, 8, 1], "tokens": ["2", "=", "8", "!"], "scores": [1.0, 0.5, -3.0, 9.0]}
-    found = real_runs.first_difference(right, wrong)
+    found = real_rl.first_difference(right, wrong)
     assert found == ("result", {"at the token": 1.0, "from there on": 0.0})  # 2 against -3 and 9
     other = wrong | {"ids": [3, 9, 8, 1]}
-    assert real_runs.first_difference(right, other)[0] == "equation"
-    assert real_runs.first_difference(right, other)[1]["at the token"] == 0.5
+    assert real_rl.first_difference(right, other)[0] == "equation"
+    assert real_rl.first_difference(right, other)[1]["at the token"] == 0.5
 
 
 def test_sign_of():
     answers = ("17-3=14\n#### 14", "#### 14", "- 17*3=51", "a+b")
-    assert [real_runs.sign_of(answer) for answer in answers] == ["-", "none", "*", "none"]
+    assert [real_rl.sign_of(answer) for answer in answers] == ["-", "none", "*", "none"]
 
 
 def test_print_rl_by_hand(tmp_path, capsys):
@@ -389,7 +389,7 @@ def test_print_rl_by_hand(tmp_path, capsys):
     same = {"prompt": "Tom buys", "tokens": ["=", "2"]}
     scored = [same | {"ids": [2, i], "scores": [1.0, -i]} for i in (8, 9)]
     (tmp_path / "scores.jsonl").write_text("\n".join(map(json.dumps, scored)))
-    real_runs.print_rl(tmp_path)
+    real_rl.print_rl(tmp_path)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ppo", "5", "20", "1.50", "20"] in lines
     assert ["eval", "sft", "5", "20", "1.50", "not", "finished"] in lines
@@ -476,7 +476,7 @@ def test_scores_of_adapters_go_to_their_answers(tmp_path):
 
 @pytest.mark.parametrize("kind", adapters.KINDS.values())
 def test_commands_of_adapters_are_read_in_full(kind):
-    flags = shlex.split(f"{adapters.TRAIN} --reward {kind} --lr 1e-3 {real_runs.CHAT} --out {kind}")
+    flags = shlex.split(f"{adapters.TRAIN} --reward {kind} --lr 1e-3 {real_rl.CHAT} --out {kind}")
     assert unread_flags(flags) == [] and parse(flags).lora_rank == 16
 
 
