@@ -1,8 +1,7 @@
 """Reward models with LoRA adapters, on the pairs that classroom/heads.py uses: part `adapters` of real.py.
 
 One fold of questions is held out. From the others come pairs balanced by author: of any two authors, as many
-pairs are won by the one as by the other. train.py makes one pass over them for every kind of reward model and
-learning rate. As each pair is new when it is trained on, the accuracy before its update chooses the rate.
+pairs are won by the one as by the other. train.py makes one pass over them for every run of RUNS.
 """
 
 import json
@@ -38,12 +37,17 @@ from support.tokenizers import Tokenizer
 
 HELD_OUT = 0  # the fold
 PLANTED = 120  # right answers of the fold with an error planted
-KINDS = {"Q-RM": "qrm", "ORM": "orm", "per token": "verifier", "DPO": "dpo"}  # name: --reward
-RATES = ("3e-4", "1e-3")
+RUNS = {  # name: its --reward and --lr
+    "Q-RM, 1e-3": ("qrm", "1e-3"),
+    "Q-RM, 3e-4": ("qrm", "3e-4"),
+    "ORM, 1e-3": ("orm", "1e-3"),
+    "per token, 1e-3": ("verifier", "1e-3"),
+    "DPO, 2e-4": ("dpo", "2e-4"),
+}
 TRAIN = (
     "--stage rm --model {model} --data pairs.jsonl --lora_rank 16 --warmup 10 --batch_size 8 --save_every 10"
 )
-READ = {"Q-RM": ("mean",), "ORM": ("last",), "per token": ("mean", "last"), "DPO": ("sum", "mean")}
+READ = {"qrm": ("mean",), "orm": ("last",), "verifier": ("mean", "last"), "dpo": ("sum", "mean")}
 
 # -------------------------------------------------------------------------------------- the files of train.py
 
@@ -101,21 +105,6 @@ def write_answers(solutions, path):
     write_rows(path, written)
 
 
-# -------------------------------------------------------------------------------------------------- the rates
-
-
-def first_look(metrics):
-    """Pair accuracy and loss over the second half of the only pass, every pair before its update."""
-    rows = read_lines(metrics)
-    rows = rows[len(rows) // 2 :]
-    return [float(np.mean([row[name] for row in rows])) for name in ("pair_accuracy", "loss")]
-
-
-def best_rate(folder, kind):
-    """The rate of RATES with the highest first_look, the smaller rate at equal accuracy."""
-    return max(RATES, key=lambda rate: first_look(folder / f"{kind}-{rate}" / "metrics.jsonl")[0])
-
-
 # ----------------------------------------------------------------------------------------------- what it says
 
 
@@ -137,11 +126,11 @@ def read_scores(path, solutions):
     return answers, solution_labels(answers, solutions), scores, planted
 
 
-def read_answers(name, scores, answers):
+def read_answers(kind, scores, answers):
     """Every answer's score, in each way of READ: (n,) token scores -> {way: (A,)}"""
     ways = {"mean": answers.means(scores), "last": answers.last(scores)}
     ways["sum"] = ways["mean"] * torch.from_numpy(np.diff(answers.starts))
-    return {way: ways[way].numpy() for way in READ[name]}
+    return {way: ways[way].numpy() for way in READ[kind]}
 
 
 def planted_table(planted):
@@ -195,22 +184,19 @@ def heads_on(answers, work):
     return {name: values[chosen] for name, values in scores.items()}
 
 
-def print_adapters(args, folder, solutions, chosen):
-    """The first look at every run, then the held-out fold: pairs, best of four, and token credit."""
-    print("second half of the pass, pairs before their update: accuracy, loss")
-    for kind in KINDS.values():
-        for rate in RATES:
-            accuracy, loss = first_look(folder / f"{kind}-{rate}" / "metrics.jsonl")
-            print(f"  {kind}, rate {rate}: {accuracy:.3f}, {loss:.3f}")
-    print("\nheld-out pair accuracy: balanced, as pairs come; best of four")
+def print_adapters(args, folder, solutions):
+    """The held-out fold: pairs, best of four, and token credit."""
+    print("held-out pair accuracy: balanced, as pairs come; best of four")
     tokenizer = Tokenizer.load(args.model, "chatml")
-    read = {name: read_scores(folder / f"scores-{run}.jsonl", solutions) for name, run in chosen.items()}
-    answers, labels, *_ = read["Q-RM"]
+    read = {
+        name: read_scores(folder / f"scores-{'-'.join(run)}.jsonl", solutions) for name, run in RUNS.items()
+    }
+    answers, labels, *_ = read["Q-RM, 1e-3"]
     print(f"{len(labels.pairs)} pairs of {len(np.unique(labels.questions))} questions")
     heads = heads_on(answers, args.work)
     for name, (answers, labels, scores, _) in read.items():
-        for way, values in read_answers(name, scores, answers).items():
-            print_pairs(f"{name}, {way}", values, labels, heads.get(name))
+        for way, values in read_answers(RUNS[name][0], scores, answers).items():
+            print_pairs(f"{name}, {way}", values, labels, heads.get(name.split(",")[0]))
     for name, values in heads.items():
         print_pairs(f"heads: {name}", values, labels)
     notes = find_notes(answers, solutions, tokenizer, labels)
@@ -226,14 +212,10 @@ def run_adapters(args):
     folder.mkdir(exist_ok=True)
     write_pairs(solutions, folder / "pairs.jsonl")
     write_answers(solutions, folder / "answers.jsonl")
-    chosen = {}
-    for name, kind in KINDS.items():
-        for rate in RATES:
-            run = f"{kind}-{rate}"
-            flags = f"{TRAIN.format(model=args.model.resolve())} --reward {kind} --lr {rate} --out {run}"
-            run_stage(run, flags, folder, args.threads)
-        chosen[name] = f"{kind}-{best_rate(folder, kind)}"
-    for run in chosen.values():
+    for kind, rate in RUNS.values():
+        run = f"{kind}-{rate}"
+        flags = f"{TRAIN.format(model=args.model.resolve())} --reward {kind} --lr {rate} --out {run}"
+        run_stage(run, flags, folder, args.threads)
         flags = f"--stage score --model {run} --data answers.jsonl --out scores-{run}.jsonl"
         run_stage(f"score {run}", flags, folder, args.threads)
-    print_adapters(args, folder, solutions, chosen)
+    print_adapters(args, folder, solutions)

@@ -439,18 +439,6 @@ def test_adapters_train_on_other_folds_than_they_are_read_on(tmp_path):
     assert len(set(authors.values())) == 1 and len(authors) == 4
 
 
-def test_first_look_takes_the_second_half(tmp_path, monkeypatch):
-    for rate, values in {"3e-4": (0.9, 0.9, 0.5, 0.7), "1e-3": (0.1, 0.1, 0.6, 0.8)}.items():
-        (tmp_path / f"qrm-{rate}").mkdir()
-        lines = [json.dumps({"pair_accuracy": x, "loss": 2 * x}) for x in values]
-        (tmp_path / f"qrm-{rate}" / "metrics.jsonl").write_text("\n".join(lines))
-    assert adapters.first_look(tmp_path / "qrm-3e-4" / "metrics.jsonl") == [
-        pytest.approx(0.6),
-        pytest.approx(1.2),
-    ]
-    assert adapters.best_rate(tmp_path, "qrm") == "1e-3"
-
-
 def test_scores_of_adapters_go_to_their_answers(tmp_path):
     made = made_solutions(3)
     rows = [
@@ -467,16 +455,16 @@ def test_scores_of_adapters_go_to_their_answers(tmp_path):
     assert answers.rows.tolist() == [2] * 4 + [0] * 4 and answers.slots.tolist() == [0, 1, 2, 3] * 2
     assert scores[answers.tokens(1)].tolist() == [20.0, 1.0]
     assert labels.correct.tolist() == made[2]["correct"] + made[0]["correct"]
-    assert adapters.read_answers("ORM", scores, answers)["last"].tolist() == [0.0, 1.0, 2.0, 3.0] * 2
-    assert adapters.read_answers("Q-RM", scores, answers)["mean"].tolist()[:2] == [10.0, 10.5]
+    assert adapters.read_answers("orm", scores, answers)["last"].tolist() == [0.0, 1.0, 2.0, 3.0] * 2
+    assert adapters.read_answers("qrm", scores, answers)["mean"].tolist()[:2] == [10.0, 10.5]
     found = adapters.planted_table(planted)
     assert found["at the token"] == [1.0]  # 5 against 4
     assert found["next 10, with"] == [1.0] and found["next 10, without"] == [0.5]
 
 
-@pytest.mark.parametrize("kind", adapters.KINDS.values())
-def test_commands_of_adapters_are_read_in_full(kind):
-    flags = shlex.split(f"{adapters.TRAIN} --reward {kind} --lr 1e-3 {real_rl.CHAT} --out {kind}")
+@pytest.mark.parametrize("kind, rate", adapters.RUNS.values())
+def test_commands_of_adapters_are_read_in_full(kind, rate):
+    flags = shlex.split(f"{adapters.TRAIN} --reward {kind} --lr {rate} {real_rl.CHAT} --out {kind}")
     assert unread_flags(flags) == [] and parse(flags).lora_rank == 16
 
 
