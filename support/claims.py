@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from support.expressions import INVISIBLE
 from support.meanings import MAX_CHARS, meaning
-from support.surroundings import NUMBER_WORD, is_box_whole, is_hedged, is_whole
+from support.surroundings import MEASURE, NUMBER_WORD, is_box_whole, is_hedged, is_whole
 
 # A number in running text, whole: currency, sign, digits with or without thousands, a fraction or a mixed
 # number, a power. A minus after a digit, a word or a bracket is no sign: "5-3" is a difference, whose 3
@@ -136,6 +136,8 @@ def whole_number(match):
     start, end = match.span()
     if not is_whole(match.string[max(start - 40, 0) : start], match.string[end : end + 300]):
         return None
+    if re.fullmatch(r"\d{3}", match["digits"] or "") and re.search(r"\d,\s\Z", match.string[:start][-3:]):
+        return None  # of 1, 200
     if match["digits"] and re.match(r"\d{4,},|0\d*,", match["digits"]) or match["sign"] and match["minus"]:
         return None
     sign = "-" if match["sign"] or match["minus"] else ""
@@ -176,7 +178,7 @@ def boxed(text: str) -> str | None:
 
 # Between the boxes of one list, without blanks: a unit, a separator, and the name of the next value.
 LISTED = re.compile(
-    r"(?:\^\{?\\circ\}?|\\?%|m|(?!and|or)[a-z]{2,12}?(?=,|and|or))?(?P<sign>[,;]?)"
+    rf"(?P<unit>\^\{{?\\circ\}}?|\\?%|m|{MEASURE}s?(?=\Z)|(?!and|or)[a-z]{{2,12}}?(?=,|and|or))?(?P<sign>[,;]?)"
     r"(?P<word>(?:(?:and|\(?or|to),?(?:maybe|possibly|perhaps|alternatively|rather),?|and|\(?or|to)?)"
     r"(?:(?:[A-Z]{2,3}|[A-Z][a-z]+|\\[a-z]+|[A-Za-z](?:_\{?\d\}?|\(\d+\))?)[=:])?"
 )
@@ -192,7 +194,12 @@ def last_boxes(text: str) -> str | None:
     for content, between in reversed(others):
         between = re.sub(r"\\text\s*\{([^{}]*)\}|\\q?quad|\\[()\[\]]|[\s$*]", r"\1", between[:80])
         listed = LISTED.fullmatch(between.replace(" ", ""))
-        if not content or not found[0] or not listed or not listed["sign"] + listed["word"]:
+        if (
+            not content
+            or not found[0]
+            or not listed
+            or not (listed["unit"] or listed["sign"] or listed["word"])
+        ):
             break
         if "or" not in listed["word"] or meaning(content[:MAX_CHARS]) != meaning(found[0][:MAX_CHARS]):
             found.insert(0, content)

@@ -65,6 +65,7 @@ FOLLOWS = re.compile(
     re.VERBOSE,
 )
 # A second number in the sentence, which may be the one that is meant.
+ABBREVIATED = re.compile(rf"\b{ENDING}\.\s?\d")  # 5 ft. 2 in.
 SUMMED = r"\b(?:total|altogether|overall|combined|in\s+all)\b"
 TOTAL = re.compile(
     rf"[^.\n]*(?:(?:{SUMMED}|\b(?:or|and)\b)[^.\n]*\d|\d[^.\n]*{SUMMED}|,\s\$?\d+\s(?:for|in|to|from)\b)",
@@ -110,7 +111,7 @@ NOT_ALONE = re.compile(
              )\s+of
            | (?:\b{NUMBER_WORD}|hundred|thousand)(?:\s+(?:to|a|and))? | \d\s+(?:to|a|and) | between\s.*and
            | (?<!,\s)\b(?:or|nor|vs|versus)
-           | \d\s?[a-z]+(?:,?\s+and)?     # 2 hours 5, 2 hours and 5
+           | \d\s?[a-z]+(?:,?\s+and)? | \d\s?{ENDING}\.    # 2 hours 5, 2 hours and 5, 2 hrs. 5
            | (?: \b[a-z]\^\d+ | \b\d+[a-z] | -[a-z] | \| | [a-z]/\d+ | \d/[a-z] )\s*=    # 2x = 5
            | \b[a-z]\s?[-+*/]\s?\d+\s*=    # x + 2 = 5
            | \broot | \bsqrt | (?:%|\bpercent|\bdiscount|\breduction)\s(?:off|on)
@@ -126,9 +127,11 @@ NO_COUNT = (
 )
 # After the last box, what takes it back or adds another value.
 SPACED = r"(?: [\s$*_)},;~(] | \\(?: q?quad | text\w*\s*\{ | [,;:!\ ] ) )*"
+MEASURE = one_of("hour hr minute min day week month year foot feet ft yard meter pound lb gallon dollar")
 HEDGED = re.compile(
     rf"""{SPACED}
          (?: n?or\b(?!\s+else) | (?:wait|actually|sorry)\b | no\b[,\s]*(?:wait|\$?\d)
+           | {MEASURE}s?\.?,?\s+(?:and\s+)?\d | (?:more|less|fewer)\s+than\s\$?\d
            | and\b {SPACED} (?: -?\d | a\s+half | [a-z]\s*= | \\[dt]?frac | \\sqrt | {NUMBER_WORD}\b )
          )""",
     re.IGNORECASE | re.VERBOSE,
@@ -212,7 +215,9 @@ def is_followed_well(after):
     words = 0
     for token in FOLLOWS.finditer(after, touches.end()):
         if token["end"]:
-            return not (token["end"].isalpha() and TOTAL.match(after, token.end()))
+            if token["end"].isalpha():
+                return not TOTAL.match(after, token.end())
+            return not ABBREVIATED.search(after[: token.end() + 9], token.start() - 4)
         if token["other"]:
             return False
         word = token["word"]

@@ -1,6 +1,8 @@
 """What README.md and the chapters say of the code is there: files, functions, flags, commands, tests."""
 
+import argparse
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -14,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from qrm import REWARD_MODELS
 from support import settings
 from support.files import BadInput
+from support.unread import unread_flags
 
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "classroom").glob("*.md"))]
@@ -172,3 +175,31 @@ def test_make_quick_names_test_files_that_exist():
     text = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
     files = re.search(r"^METHOD = (.*)$", text, re.M)[1].split()
     assert len(files) > 5 and all((ROOT / name).exists() for name in files)
+
+
+class Parsed(Exception):
+    """A script has read its command line."""
+
+
+def test_commands_of_make_results_are_taken(monkeypatch):
+    """`make results` takes hours: every flag of its commands must be known, and read, before that."""
+    listed = subprocess.run(["make", "-n", "results"], cwd=ROOT, capture_output=True, text=True, check=True)
+    commands = [shlex.split(line) for line in re.sub(r"\\\n\s*", " ", listed.stdout).splitlines()]
+    commands = [words for words in commands if words[:1] == [".venv/bin/python"] and words[1].endswith(".py")]
+    scripts = {words[1] for words in commands}
+    assert {"train.py", "classroom/granularity.py", "classroom/study.py", "classroom/bench.py"} <= scripts
+
+    def parse_args(self, argv=None, namespace=None, parse=argparse.ArgumentParser.parse_args):
+        parse(self, argv, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.syspath_prepend(str(ROOT / "classroom"))
+    for _, script, *words in commands:
+        words = words[: words.index(">")] if ">" in words else words
+        words = words[: words.index(">>")] if ">>" in words else words
+        if script == "train.py":
+            assert not unread_flags(words), words
+        elif script not in ("classroom/pictures.py", "classroom/theory.py"):  # they take none
+            with pytest.raises(Parsed):
+                importlib.import_module(Path(script).stem).main(words)
