@@ -487,6 +487,7 @@ def stage_score(cfg, grid):
         numbers_of = partial(logprob_rewards, load(LanguageModel, cfg.model, cfg, grid))
     refuse_overwritten(cfg.data, rows, ("prompt_ids", "ids", "tokenizer", "tokens", key))
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
+    say_first(tokenizer, rows[0], examples[0], cfg.data, grid)
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scored = score_examples(numbers_of, flat(examples), cfg, grid)
     written = []

@@ -194,13 +194,10 @@ def last_boxes(text: str) -> str | None:
     for content, between in reversed(others):
         between = re.sub(r"\\text\s*\{([^{}]*)\}|\\q?quad|\\[()\[\]]|[\s$*]", r"\1", between[:80])
         listed = LISTED.fullmatch(between.replace(" ", ""))
-        if (
-            not content
-            or not found[0]
-            or not listed
-            or not (listed["unit"] or listed["sign"] or listed["word"])
-        ):
+        if not listed or not (listed["unit"] or listed["sign"] or listed["word"]):
             break
+        if not content or not found[0]:
+            return None
         if "or" not in listed["word"] or meaning(content[:MAX_CHARS]) != meaning(found[0][:MAX_CHARS]):
             found.insert(0, content)
     return ", ".join(found) if found[0] else None

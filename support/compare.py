@@ -10,7 +10,15 @@ from support.evaluate import all_ranks, clustered_interval, flat, means_of, scor
 from support.files import at_line, require
 from support.graders import extract_answer, grade
 from support.judge import compare, text_of
-from support.loading import holds_reward_model, load_judge, load_ranker, load_tokenizer, log_to, read_rows
+from support.loading import (
+    holds_reward_model,
+    load_judge,
+    load_ranker,
+    load_tokenizer,
+    log_to,
+    read_rows,
+    say_first,
+)
 from support.meanings import MAX_CHARS, meaning
 
 # -------------------------------------------------------------------------------- one of several
@@ -47,6 +55,7 @@ def eval_candidates(directory, cfg, grid):
     tokenizer = load_tokenizer(ranker, cfg)
     rows = read_rows(cfg.data, ("prompt", "responses"), cfg, grid, cfg.limit, optional=("label",))
     rows, examples = encode_candidates(rows, tokenizer, cfg, log_to(grid))
+    say_first(tokenizer, rows[0], (examples[0][0],), cfg.data, grid)
     reward = load_ranker(ranker, tokenizer, rows, cfg, grid)
     rows, examples = rows[grid.dp_rank :: grid.dp_size], examples[grid.dp_rank :: grid.dp_size]
     scores = iter(score_examples(reward.rewards, flat(examples), cfg, grid))

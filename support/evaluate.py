@@ -41,6 +41,7 @@ from support.loading import (
     printable,
     read_rows,
     reward_name,
+    say_first,
 )
 from support.meanings import MAX_CHARS, meaning
 from support.rewards import answer_text
@@ -210,6 +211,7 @@ def eval_reward_model(directory, cfg, grid):
     reward = load_reward(name, directory, tokenizer, cfg, grid)
     rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid, cfg.limit)
     pairs, rows = encode(rows, tokenizer, cfg.max_seq_len, ("chosen", "rejected"), cfg.data, log=log_to(grid))
+    say_first(tokenizer, rows[0], pairs[0], cfg.data, grid)
     n = len(pairs)
     mine, rows = pairs[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
     scores = score_examples(reward.rewards, flat(mine), cfg, grid)
@@ -265,7 +267,7 @@ def eval_policy(directory, cfg, grid):
     tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
-    encode_prompts(rows, tokenizer, cfg.data)
+    say_first(tokenizer, rows[0], encode_prompts(rows, tokenizer, cfg.data)[0], cfg.data, grid)
     reward = None
     if cfg.reward_model:
         reward = load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)

@@ -82,6 +82,9 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     if path == cfg.data and cfg.heldout not in ("", path) and cfg.stage != "eval":  # eval learns from neither
         say_shared_prompts(cfg, grid)
     labels = {row["label"] for row in rows if row.get("label") is not None}
+    sentences = [label for label in labels if len(label.split()) > 8]
+    if sentences and "label" in needs:
+        say(grid, f"{path}: note: {len(sentences)} labels have more than 8 words ({sentences[0][:60]!r})")
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:
         which = [row for row in rows if row.get("label") in hopeless]
@@ -117,8 +120,10 @@ def say_first(tokenizer, row, examples, source, grid):
     lines = [f"{source}: line {row['line']} as the model reads it"]
     for name, ids in texts.items():
         text = printable(tokenizer.decode(ids))
-        shown = text if len(text) <= 96 else f"{text[:50]} ... {text[-41:]}"
+        shown = text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
         lines.append(f"  {name:10}{shown}")
+    if row.get("label") is not None:
+        lines.append(f"  label     {printable(row['label'])}")
     say_once(grid, "\n".join(lines))
 
 

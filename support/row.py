@@ -23,7 +23,10 @@ from support.tokenizers import ROLES, is_conversation
 
 PROMPT = ("prompt", "instruction", "question", "problem")
 CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
-NO_CONTEXT = ("noinput", "no input", "none", "n/a", "nan", "null")  # Alpaca's spellings, but for <, > and .
+NO_CONTEXT = re.compile(  # Alpaca's spellings, and those of tools
+    r"(?i)\W*(?:no\s?inputs?(?:\s(?:needed|required|provided|given))?|none(?:\srequired)?|n/a|nan|null"
+    r"|not applicable)\W*"
+)
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")
 SOLUTION = ("solution", "answer")  # the response if there is no RESPONSE (MATH, GSM8K), else the reference
@@ -336,7 +339,7 @@ def same_label(one, other):
 
 
 # Labels that say that there is none, as pandas writes it.
-ABSENT = ("nan", "NaN", "None", "none", "null", "N/A")
+ABSENT = ("nan", "NaN", "None", "none", "null", "NULL", "N/A", "n/a", "NA", "<NA>", "#N/A", "undefined")
 ANSWER_IS = re.compile(r"(?i)\W*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?")
 
 
@@ -596,7 +599,7 @@ def split_reply(value, name):
 
 def says_none(context):
     """Whether a context is a spelling of none, such as Alpaca's, or pandas' NaN."""
-    return str(context).strip(" \n<>.").lower() in NO_CONTEXT
+    return NO_CONTEXT.fullmatch(str(context)[:40]) is not None
 
 
 def read_prompt(fields):

@@ -202,13 +202,13 @@ ESCAPED_BREAK = re.compile(rf"(?<!\\)\\(?!{LATEX})n")
 SPELLINGS = {  # of signs, by tools that write or read a text in another way than it was meant
     "an escaped sign: escaped twice?": re.compile(r"(?<!\\)\\(?:\"(?!\w)|u[0-9a-fA-F]{4})"),
     "UTF-8 that was read as another encoding": re.compile(
-        "[\u00c2\u00c3][\u0080-\u00bf]|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
+        "[\u00c2\u00c3\u00d0\u00d1][\u0080-\u00bf]|\u00e4[\u00b8-\u00bf]|\u00e5[\u00a5\u0152]|\u00f0\u0178|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
     ),
     "a sign that could not be read": re.compile("\ufffd|_x000D_"),
     "LaTeX with two backslashes": re.compile(r"\\\\(?:frac|sqrt|boxed|cdot|left|pi)(?![a-z])"),
     "LaTeX without its backslash": re.compile(r"(?<![\\\w{])(?:frac|sqrt|boxed)\{"),
     "a place that was not filled in": re.compile(r"\{\{ ?\w+ ?\}\}"),
-    "HTML's spelling of a sign": re.compile(r"&(?:quot|amp|lt|gt|nbsp|apos|#\d{2,5}|#x[\da-fA-F]{2,4});"),
+    "HTML's spelling of a sign": re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#x[\da-fA-F]{2,5});|<br ?/?>"),
 }
 # A text that is a value of JSON or Python: "..." with its marks, b'...', ['...'], [{'type': ...
 VALUE = re.compile(
@@ -222,8 +222,10 @@ VALUE = re.compile(
 
 def notes_on_spelling(rows):
     """Which rows have texts that a tool has spelled in its own way, and what is read as letters: a list."""
-    said = ["\0".join(texts_in([row["fields"][key] for key in row["read"]])) for row in rows]  # by row
-    escaped = sum(ESCAPED_BREAK.search(text) is not None for text in said if "\n" not in text)
+    texts = [texts_in([row["fields"][key] for key in row["read"]]) for row in rows]
+    said = ["\0".join(of_row) for of_row in texts]
+    flat = [[text for text in of_row if "\n" not in text and "\\n" in text] for of_row in texts]
+    escaped = sum(any(map(ESCAPED_BREAK.search, of_row)) for of_row in flat)
     notes = []
     if escaped:
         notes.append(f"{escaped} rows have a backslash and n: escaped twice? They are read as two letters")
@@ -242,13 +244,14 @@ def notes_on_spelling(rows):
 
 def notes_on_absent(rows):
     """Which keys have texts such as "nan", by which a tool says that there is none: list of texts"""
-    notes = []
-    for key in sorted({key for row in rows for key in row["read"]} - set(LABEL)):
-        texts = [row["fields"].get(key) for row in rows]
-        found = [text for text in texts if isinstance(text, str) and text.strip().lower() in ABSENT]
-        if found:
-            notes.append(f"{len(found)} rows have {key} {found[0].strip()!r}, which is used like other texts")
-    return notes
+    found = {}  # key -> such texts
+    for row in rows:
+        stated = [(key, row["fields"][key]) for key, what in row["read"].items() if what == "prompt"]
+        for key, text in [*stated, *replies_of(row)]:
+            if isinstance(text, str) and text.strip() in ABSENT:
+                found.setdefault(key, []).append(text.strip())
+    says = "which is used like other texts"
+    return [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
 
 
 def notes_on_keys(rows, needs):

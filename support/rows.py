@@ -149,6 +149,7 @@ def turn_in(text):
 
 
 RESULT = re.compile(r"\\boxed|####")
+MARK_OF_STEP = re.compile(r"(?:^|\s)(?:[-+]|\u043a\u0438)\s*\Z")  # Math-Shepherd's
 # Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.
 MESSAGE = r"""\{\s*['"](?:role|content|from|value)['"]\s*:"""
 SERIALISED = re.compile(
@@ -261,7 +262,13 @@ def refuse_replaced(path, rows, needs):
 
 
 def refuse_answers(rows):
-    """BadInput for a file most of whose `completions` are whole answers: several of a row state a result."""
+    """BadInput for a file most of whose `completions` are whole answers, since several of a row state a
+    result, or are rated in their own text."""
+    marked = sum(all(map(MARK_OF_STEP.search, (step.text for step in row["steps"]))) for row in rows)
+    require(
+        2 * marked <= len(rows),
+        "the steps of most rows end in + or -, their labels, which would be read; expected their texts alone",
+    )
     stated = [sum(bool(RESULT.search(step.text)) for step in row["steps"]) for row in rows]
     require(
         2 * sum(n > 1 for n in stated) <= len(rows),

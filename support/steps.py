@@ -31,6 +31,7 @@ from support.evaluate import (
 )
 from support.files import at_line, read_jsonl, require
 from support.graders import grade
+from support.loading import say_first
 from support.sampling import generate
 
 # -------------------------------------------------------------------------------- labels and their places
@@ -63,6 +64,7 @@ def load_step_rows(path, tokenizer, cfg, grid, limit=0):
     for row in rows:
         row["response"] = "".join(step.text for step in row["steps"])
     found, rows = encode(rows, tokenizer, cfg.max_seq_len, source=path, log=log_to(grid))
+    say_first(tokenizer, rows[0], found[0], path, grid)
     examples = []
     for row, (example,) in zip(rows, found):
         with at_line(path, row["line"]):

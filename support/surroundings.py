@@ -74,7 +74,8 @@ TOTAL = re.compile(
 # What may be between a number and the text before it: blanks, brackets, currency, marks for bold, and the two
 # characters of a line break in JSON that was not read.
 OPENING = re.compile(
-    rf"""(?: [\s$€£"'`“‘&{PICTURE}] | (?<!~)~(?!~) | (?<![A-Za-z])[(\[{{] | (?<![\w)])(?:\*+|_+)(?![\s*])
+    rf"""(?: [\s$€£"'`“‘&{PICTURE}] | (?<!~)~(?!~) | (?<![A-Za-z])[(\[{{] | (?<=\\left)[(\[]
+           | (?<![\w)])(?:\*+|_+)(?![\s*])
            | \\[$(\[,;:!\ ] | \\n(?![a-z]) | \\(?=\Z)
            | \\(?:q?quad|left|displaystyle)\b
          )*\Z""",
@@ -120,7 +121,7 @@ NOT_ALONE = re.compile(
 )
 # Words after a box that make its value another one; what is counted does not: "\boxed{5} pairs" says 5.
 NO_COUNT = (
-    r"(?:dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi"
+    r"(?:grand|degrees?\s+below|below|bn|dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi"
     rf"|cannot|factorial|out\s+of|to\s+the\s|(?:to|through|times)\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
     r"|(?:is|was)\s+(?:(?:the|a)\s+)?(?:wrong|incorrect|false)"
     r"|(?:is|was)\s+not\s+(?:right|correct|the\s+(?:right|correct|answer)))\b"
@@ -139,6 +140,7 @@ HEDGED = re.compile(
 # Before a box, another value that it is listed with, or what makes an index of it.
 LISTED = re.compile(
     r"(?:^|[\s$-])\d+(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
+    r"|=\s*-?\d+\$?\s+or\s+\$?[a-z]\s*=[\s$]*\Z"
 )
 # What follows a box: marks; then words, a relation, or a sentence's end.
 BOX_FOLLOWS = re.compile(
@@ -159,7 +161,7 @@ BOX_FOLLOWS = re.compile(
              (?: (?<=[\s$*"'])[{LETTER}]{{2,}} | [{LETTER}][’'&][{LETTER}] | a(?=\s)
                | (?<=\s)(?-i:[CJNTVW])(?=[\s.,$]|$)    # units
                | \{{~?[{LETTER}]{{2}} | \{{~[A-Z]\}}
-               | (?:{ENDING}|mod)(?![a-z])
+               | (?-i:{ENDING}|mod)(?![a-z])
              )
          )""",
     re.IGNORECASE | re.VERBOSE,

@@ -673,6 +673,49 @@ def test_whole_answers_are_no_steps(file):
     assert load_rows(file(row | {"completions": ["It is 5.", "#### 5"]}), ("prompt", "steps"))
 
 
+def test_steps_that_say_their_labels(file):
+    row = {"prompt": "q", "completions": ["3+4=7 +\n", "So it is 8 -"], "labels": [True, False]}
+    with pytest.raises(BadInput, match="steps of most rows end in"):
+        load_rows(file(row), ("prompt", "steps"))
+    assert load_rows(file(row, row | {"completions": ["3+4=7", "It is 8"]}), ("prompt", "steps"))
+
+
+def test_texts_that_say_that_there_is_none(file):
+    """Whatever key or list they are in; a context of that kind is left out, and is no text that is used."""
+    rows = [{"question": "q", "answer": "It is 5."}, {"question": "q2", "answer": "nan"}]
+    talk = [{"messages": [user("q"), assistant("NA")]}]
+    alpaca = [{"instruction": "q", "input": text, "output": "r"} for text in ("NULL", "No input needed", "x")]
+    for given, note in (
+        (rows, "1 rows have response 'nan'"),
+        (talk, "1 rows have response 'NA'"),
+        (alpaca, ""),
+    ):
+        lines = []
+        found = load_rows(file(*given), ONE, log=lines.append)
+        assert len(lines) == bool(note) and all(note in line for line in lines), lines
+    assert [row["prompt"] for row in found] == ["q", "q", "q\n\nx"]
+    labels = [{"prompt": "q", "answer": text} for text in ("#N/A", "NULL", "<NA>", "5")]
+    assert len(load_rows(file(*labels), ("prompt", "label"), log=len)) == 1
+
+
+def test_the_first_row_is_shown_as_the_model_reads_it(capsys):
+    """Prompt, replies and label; long texts without their middle; the same once."""
+    tokenizer = arith_tokenizer()
+    prompt = tokenizer.encode_prompt("2+2?")
+    reply, long = (tokenizer.encode_response(text) for text in ("four\nor 4", "x" * 200 + "y" * 200))
+    for examples in ((Example(prompt, reply),), (Example(prompt, reply), Example(prompt, long)), prompt):
+        for _ in range(2):
+            loading.say_first(tokenizer, {"line": 7, "label": "4"}, examples, "a.jsonl", Grid())
+        head, *lines = capsys.readouterr().out.splitlines()
+        assert head == "a.jsonl: line 7 as the model reads it" and lines.pop() == "  label     4"
+        assert lines.pop(0) == f"  prompt    {loading.printable(tokenizer.decode(prompt))}"
+        if isinstance(examples, tuple):
+            name = "response" if len(examples) == 1 else "chosen"
+            assert lines.pop(0) == f"  {name:10}four↵or 4<|end_of_text|>"
+        if lines:
+            assert lines == ["  rejected  " + "x" * 200 + " ... " + "y" * 80 + "<|end_of_text|>"]
+
+
 def test_what_was_read_from_which_keys(file):
     rows = [{"instruction": "q", "input": "i", "output": "r", "id": 1, "score": 2, "url": None}]
     rows.append({"instruction": "q2", "input": "", "output": "r", "id": 2})
