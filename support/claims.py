@@ -31,7 +31,7 @@ THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|<reasoning>|\[THINK\]|◁think▷|
 THOUGHTS_END = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>")
 
 
-SECOND = re.compile(r"\d[^\w\n]{0,9}[.!?;][\s*_]+[^\n]*\d")  # "18. On second thought, 20."
+SECOND = re.compile(r"\d[^\n.!?;]{0,20}[.!?;][\s*_]+[^\n]*\d")  # "18. On second thought, 20."
 
 
 def claimed_number(text: str) -> str | None:

@@ -78,7 +78,7 @@ def eval_candidates(directory, cfg, grid):
 def encode_candidates(rows, tokenizer, cfg, log):
     """-> rows, and a list of Example for each; rows with too long an answer are dropped and counted"""
     kept, kept_rows = [], []
-    for row, prompt_ids in zip(rows, encode_prompts(rows, tokenizer, cfg.data)):
+    for row, prompt_ids in zip(rows, encode_prompts(rows, tokenizer, cfg.data, log)):
         with at_line(cfg.data, row["line"]):
             examples = [Example(prompt_ids, tokenizer.encode_response(text)) for text in row["responses"]]
         if max(map(sequence_length, examples)) <= cfg.max_seq_len:

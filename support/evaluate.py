@@ -267,7 +267,7 @@ def eval_policy(directory, cfg, grid):
     tokenizer = load_tokenizer(directory, cfg)
     policy = load(LanguageModel, directory, cfg, grid)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
-    say_first(tokenizer, rows[0], encode_prompts(rows, tokenizer, cfg.data)[0], cfg.data, grid)
+    say_first(tokenizer, rows[0], encode_prompts(rows, tokenizer, cfg.data, log_to(grid))[0], cfg.data, grid)
     reward = None
     if cfg.reward_model:
         reward = load_ranker(cfg.reward_model, tokenizer, rows, cfg, grid)

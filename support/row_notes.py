@@ -119,9 +119,9 @@ def notes_on_pairs(rows):
         for side in ("chosen", "rejected"):
             texts = [row[side] if isinstance(row[side], str) else row[side][-1]["content"] for row in rows]
             blank[side] = sum(text[place].isspace() for text in texts if text)
-        if min(blank.values()) == 0 and 2 * max(blank.values()) > len(rows):
+        if 10 * min(blank.values()) <= max(blank.values()) and 2 * max(blank.values()) > len(rows):
             side = max(blank, key=blank.get)
-            notes.append(f"{blank[side]} {side} replies {where} with a blank, and none of the others does")
+            notes.append(f"{blank[side]} {side} replies {where} with a blank, and few or none of the others")
     orders = []  # (prompt, chosen, rejected)
     for row in rows:
         prompt = plain_prompt(row["prompt"]) if "prompt" in row else ""

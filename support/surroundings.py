@@ -35,7 +35,8 @@ ANOTHER = re.compile(rf"(?:{SCALE}|{PART}|{NUMBER_WORD}|[ap]\.m)(?:-|$)|grand$")
 CORRECTION = re.compile(
     r"""[^\n]*\b(?:
         (?: wait | actually | sorry | correction | or\s+rather | but | i\s+meant? | hmm | oops
-          | (?:scratch|make)\s+that | wrong | incorrect | false | mistake | cannot
+          | (?:scratch|make)\s+that | second\s+thought | re(?:do|compute|calculate|check) | should\s+be
+          | corrected | my\s+bad | hold\s+on | wrong | incorrect | false | mistake | cannot
           | (?:is|does|was)\s+not | \w+n['’]t | not\s+(?:the\s+)?(?:answer|right|correct)
         )\b
       | no\s*(?:[,.;:]|\$?\d)
@@ -131,16 +132,19 @@ SPACED = r"(?: [\s$*_)},;~(] | \\(?: q?quad | text\w*\s*\{ | [,;:!\ ] ) )*"
 MEASURE = one_of("hour hr minute min day week month year foot feet ft yard meter pound lb gallon dollar")
 HEDGED = re.compile(
     rf"""{SPACED}
-         (?: n?or\b(?!\s+else) | (?:wait|actually|sorry)\b | no\b[,\s]*(?:wait|\$?\d)
+         (?: n?or\b(?!\s+else)
+           | (?:wait|actually|sorry|alternatively|maybe|possibly|perhaps|isn['’]t|wasn['’]t)\b
+           | no\b[,\s]*(?:wait|\$?\d)
            | {MEASURE}s?\.?,?\s+(?:and\s+)?\d | (?:more|less|fewer)\s+than\s\$?\d
-           | and\b {SPACED} (?: -?\d | a\s+half | [a-z]\s*= | \\[dt]?frac | \\sqrt | {NUMBER_WORD}\b )
+           | and\b {SPACED} (?: -?\d | a\s+(?:half|third|quarter)
+                             | [a-z]\s*= | \\[dt]?frac | \\sqrt | {NUMBER_WORD}\b )
          )""",
     re.IGNORECASE | re.VERBOSE,
 )
 # Before a box, another value that it is listed with, or what makes an index of it.
 LISTED = re.compile(
     r"(?:^|[\s$-])\d+(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
-    r"|=\s*-?\d+\$?\s+or\s+\$?[a-z]\s*=[\s$]*\Z"
+    r"|(?:^|[\s$(])([a-z])\s*=\s*-?\d+\$?\s+or\s+\$?\1\s*=[\s$]*\Z"
 )
 # What follows a box: marks; then words, a relation, or a sentence's end.
 BOX_FOLLOWS = re.compile(
@@ -225,6 +229,8 @@ def is_followed_well(after):
         word = token["word"]
         if word:
             words += 1
+            if words == 1 and word == "pi":
+                return False
             if len(word) == 1 and word not in ("a", "L", *UNITS) and (word.islower() or words == 1):
                 return False  # 5 x, 5 less than x, 5 M
             if words <= 4 and ANOTHER.match(word.lower()):

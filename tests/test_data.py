@@ -903,9 +903,9 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
         (
             [row | {"rejected": " b"} for row in pairs],
             PAIRS,
-            "4 rejected replies begin with a blank, and none",
+            "4 rejected replies begin with a blank, and few",
         ),
-        ([row | {"chosen": "a\n"} for row in pairs], PAIRS, "4 chosen replies end with a blank, and none"),
+        ([row | {"chosen": "a\n"} for row in pairs], PAIRS, "4 chosen replies end with a blank, and few"),
         ([row | {"chosen": " a", "rejected": " b"} for row in pairs], PAIRS, None),
         (
             [{"messages": [user("q"), assistant("Human: so? Yes."), user("z")]}],
