@@ -49,18 +49,21 @@ def can_match(label: str, task: str, grader: str = "ours") -> bool:
 
 
 def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
-    """The final answer that a text claims, or None.
+    r"""The final answer that a text claims, or None.
 
-    math           what stands in the last \boxed or \fbox
+    math           what stands in the last \boxed or \fbox, and in those that it is listed with
     gsm8k, arith   the last number marked by "####"; else by \boxed, "answer is" or "A:"; else the last
                    number. A number is claimed whole or not at all (claims.py), and a marker without one
                    claims nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
-    What a reasoning model thinks (claims.THOUGHTS_BEGIN) is not read. What stands around a number must be
-    known to leave it as it is: words of Latin letters, marks, units. Known misses: without a marker, a
-    closing remark with another number ("... in 2 days"); number words; "2 million", "3 dozen", and "5 pairs",
-    which may mean 10; "5 (3 + 2)"; "5!", which may be a factorial; other scripts. Known hits that a reader
-    might dispute: a correction on a later line is not read; "5 twins" claims 5, and "3 in 4" claims 3.
+    What a reasoning model thinks (claims.THOUGHTS_BEGIN) is not read. What stands around a number or a box
+    must be known to leave it as it is: words of Latin letters, marks, units; no other value in its sentence.
+    Known misses: without a marker, a closing remark with another number ("... in 2 days"); number words;
+    "2 million", "3 dozen", and "5 pairs", which may mean 10; "5 (3 + 2)"; "5!", which may be a factorial; a
+    check after "####" on its line; other scripts. Known hits that a reader might dispute: a correction that
+    is on a later line, or in words that CORRECTION lacks; the last of several values that are no list ("So
+    x = 6, y = 12"); "18 short" and other losses in words; a unit after a box, which is not compared with the
+    label's; "5 twins" claims 5, and "3 in 4" claims 3.
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(
