@@ -215,7 +215,7 @@ def boxes_of(text, parts=False):
         end = closing_brace(rest) if rest.startswith("{") else re.search(r"[$\n]|$", rest).start()
         content = None if end is None else rest[rest.startswith("{") : end].strip()
         between = rest[(end or 0) + 1 :]
-        is_part = not parts and not is_box_whole("a" * bool(found) + before, between)
+        is_part = not parts and not is_box_whole("boxed" * bool(found) + before, between)
         is_part |= not parts and rest is others[-1] and is_hedged(between)
         found.append((None if is_part else content or None, between))
         before = between

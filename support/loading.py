@@ -85,6 +85,9 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     sentences = [label for label in labels if len(label.split()) > 8]
     if sentences and "label" in needs:
         say(grid, f"{path}: note: {len(sentences)} labels have more than 8 words ({sentences[0][:60]!r})")
+    rounded = [label for label in labels if re.search(r"\.\d{12}", label)]
+    if rounded and "label" in needs:
+        say(grid, f"{path}: note: {len(rounded)} labels have 12 decimals or more ({rounded[0][:60]!r})")
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:
         which = [row for row in rows if row.get("label") in hopeless]

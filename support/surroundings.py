@@ -22,6 +22,7 @@ NUMBER_WORD = (
     rf"(?:{one_of(NUMBERS)}|[a-z]+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty|[a-z]*illion[a-z]*)"
 )
 PART = "(?:four|fif|six|seven|eigh|nin|ten|eleven|twelf|[a-z]*teen|[a-z]*tie|hundred|thousand)ths?"
+MEASURE = one_of("hour hr minute min day week month year foot feet ft yard meter pound lb gallon dollar")
 # Words that make the number before them another one, alone or before a hyphen.
 SCALE = one_of(
     "doz dozen dozens gross score pair pairs couple couples tens hundred hundreds thousand thousands lakh"
@@ -69,7 +70,8 @@ FOLLOWS = re.compile(
 ABBREVIATED = re.compile(rf"\b{ENDING}\.\s?\d")  # 5 ft. 2 in.
 SUMMED = r"\b(?:total|altogether|overall|combined|in\s+all)\b"
 TOTAL = re.compile(
-    rf"[^.\n]*(?:(?:{SUMMED}|\b(?:or|and)\b)[^.\n]*\d|\d[^.\n]*{SUMMED}|,\s\$?\d+\s(?:for|in|to|from)\b)",
+    rf"[^.\n]*(?:(?:{SUMMED}|\b(?:or|and|plus|minus|times|so|making)\b|[+=×*/&;→]|\s-\s|->)[^.\n]*\d"
+    rf"|\d[^.\n]*{SUMMED}|,\s\$?\d+\s(?:for|in|to|from)\b)",
     re.IGNORECASE,
 )
 # What may be between a number and the text before it: blanks, brackets, currency, marks for bold, and the two
@@ -114,6 +116,7 @@ NOT_ALONE = re.compile(
            | (?:\b{NUMBER_WORD}|hundred|thousand)(?:\s+(?:to|a|and))? | \d\s+(?:to|a|and) | between\s.*and
            | (?<!,\s)\b(?:or|nor|vs|versus)
            | \d\s?[a-z]+(?:,?\s+and)? | \d\s?{ENDING}\.    # 2 hours 5, 2 hours and 5, 2 hrs. 5
+           | \b(?:an?|{NUMBER_WORD})\s{MEASURE}s?\s+and
            | (?: \b[a-z]\^\d+ | \b\d+[a-z] | -[a-z] | \| | [a-z]/\d+ | \d/[a-z] )\s*=    # 2x = 5
            | \b[a-z]\s?[-+*/]\s?\d+\s*=    # x + 2 = 5
            | \broot | \bsqrt | (?:%|\bpercent|\bdiscount|\breduction)\s(?:off|on)
@@ -129,7 +132,6 @@ NO_COUNT = (
 )
 # After the last box, what takes it back or adds another value.
 SPACED = r"(?: [\s$*_)},;~(] | \\(?: q?quad | text\w*\s*\{ | [,;:!\ ] ) )*"
-MEASURE = one_of("hour hr minute min day week month year foot feet ft yard meter pound lb gallon dollar")
 HEDGED = re.compile(
     rf"""{SPACED}
          (?: n?or\b(?!\s+else)
@@ -145,6 +147,8 @@ HEDGED = re.compile(
 LISTED = re.compile(
     r"(?:^|[\s$-])\d+(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
     r"|(?:^|[\s$(])([a-z])\s*=\s*-?\d+\$?\s+or\s+\$?\1\s*=[\s$]*\Z"
+    rf"|\b(?:an?|\d+|{NUMBER_WORD})\s{MEASURE}s?,?\s+and[$\s]+\Z"
+    rf"|(?<!in )\b{NUMBER_WORD}\s+(?:or|to|in|and)[$\s]+\Z"
 )
 # What follows a box: marks; then words, a relation, or a sentence's end.
 BOX_FOLLOWS = re.compile(
@@ -221,6 +225,8 @@ def is_followed_well(after):
     words = 0
     for token in FOLLOWS.finditer(after, touches.end()):
         if token["end"]:
+            if token["end"] in ("because", "since"):
+                return True
             if token["end"].isalpha():
                 return not TOTAL.match(after, token.end())
             return not ABBREVIATED.search(after[: token.end() + 9], token.start() - 4)
