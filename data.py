@@ -43,6 +43,7 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     one line that goes to `log`; nothing is ever cut. Raises BadInput when no row is left.
     """
     refuse_transcripts(rows, tokenizer, source, log)
+    note_seams(rows, tokenizer, keys, source, log)
     kept, kept_rows = [], []
     too_long = 0
     identical = 0
@@ -137,6 +138,17 @@ def encode_prompts(rows, tokenizer, source, log=len):
         with at_line(source, row["line"]):
             prompts.append(tokenizer.encode_prompt(row["prompt"]))
     return prompts
+
+
+def note_seams(rows, tokenizer, keys, source, log):
+    """A note if, without a template, every reply follows its prompt without a blank: "in May?Natalia"."""
+    texts = [(row["prompt"], row[key]) for row in rows for key in keys]
+    texts = [pair for pair in texts if all(isinstance(text, str) for text in pair)]
+    seams = [prompt[-1:] + reply[:1] for prompt, reply in texts]
+    if tokenizer.chat.name == "none" and seams and not any(c.isspace() for seam in seams for c in seam):
+        prompt, reply = texts[0]
+        seam = repr(prompt[-20:] + reply[:20])
+        log(f"{source}: note: no blank is between prompts and replies ({seam}), and none is added")
 
 
 def refuse_transcripts(rows, tokenizer, source, log=len):

@@ -46,9 +46,20 @@ def claimed_number(text: str) -> str | None:
         if rest is not None and marked is after_hashes and SECOND.search(rest[:300]):
             return None
         if rest is not None:
-            return claimed(rest)
+            claim = claimed(rest)
+            return None if marked is after_hashes and is_overruled(text, claim) else claim
     numbers = list(NUMBER.finditer(text))
     return whole_number(numbers[-1]) if numbers else None
+
+
+def is_overruled(text, claim):
+    """Whether a box, or "answer is", below the last "####" says another number: it was a heading."""
+    below = text[text.rfind("####") :].partition("\n")[2]
+    for marked in (after_boxed, after_words):
+        rest = marked(below)
+        if rest is not None:
+            return claimed(rest) != claim
+    return False
 
 
 def without_thoughts(text):

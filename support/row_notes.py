@@ -205,6 +205,7 @@ SPELLINGS = {  # of signs, by tools that write or read a text in another way tha
         "[\u00c2\u00c3\u00d0\u00d1][\u0080-\u00bf]|\u00e4[\u00b8-\u00bf]|\u00e5[\u00a5\u0152]|\u00f0\u0178|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
     ),
     "a sign that could not be read": re.compile("\ufffd|_x000D_"),
+    "a special token as text": re.compile(r"<\|(?:im_end|im_start|eot_id|endoftext|end_of_text)\|>|</s>"),
     "LaTeX with two backslashes": re.compile(r"\\\\(?:frac|sqrt|boxed|cdot|left|pi)(?![a-z])"),
     "LaTeX without its backslash": re.compile(r"(?<![\\\w{])(?:frac|sqrt|boxed)\{"),
     "a place that was not filled in": re.compile(r"\{\{ ?\w+ ?\}\}"),

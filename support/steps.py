@@ -61,6 +61,8 @@ def load_step_rows(path, tokenizer, cfg, grid, limit=0):
     signs = [(step.label > 0) - (step.label < 0) for row in rows for step in row["steps"]]
     right, neutral, wrong = [signs.count(sign) for sign in (1, 0, -1)]
     say(grid, f"{path}: {right} right steps, {neutral} neutral, {wrong} wrong")
+    if all(row["steps"][-1].text.endswith("\n") for row in rows):
+        say(grid, f"{path}: note: every last step ends with a line break: no answer is finished")
     for row in rows:
         row["response"] = "".join(step.text for step in row["steps"])
     found, rows = encode(rows, tokenizer, cfg.max_seq_len, source=path, log=log_to(grid))

@@ -37,7 +37,8 @@ CORRECTION = re.compile(
     r"""[^\n]*\b(?:
         (?: wait | actually | sorry | correction | or\s+rather | but | i\s+meant? | hmm | oops
           | (?:scratch|make)\s+that | second\s+thought | re(?:do|compute|calculate|check) | should\s+be
-          | corrected | my\s+bad | hold\s+on | wrong | incorrect | false | mistake | cannot
+          | corrected | my\s+bad | hold\s+on
+          | too\s+(?:high|low) | wrong | incorrect | false | mistake | cannot
           | (?:is|does|was)\s+not | \w+n['’]t | not\s+(?:the\s+)?(?:answer|right|correct)
         )\b
       | no\s*(?:[,.;:]|\$?\d)
@@ -126,7 +127,7 @@ NOT_ALONE = re.compile(
 # Words after a box that make its value another one; what is counted does not: "\boxed{5} pairs" says 5.
 NO_COUNT = (
     r"(?:grand|degrees?\s+below|below|bn|dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi"
-    rf"|cannot|factorial|out\s+of|to\s+the\s|(?:to|through|times)\s*\}}?\s*(?:\\?[($]*\d|{NUMBER_WORD})"
+    rf"|cannot|factorial|out\s+of|to\s+the\s|(?:to|through|times)\s*\}}?\s*(?:\\?[($]*-?[\d,]+|{NUMBER_WORD})"
     r"|(?:is|was)\s+(?:(?:the|a)\s+)?(?:wrong|incorrect|false)"
     r"|(?:is|was)\s+not\s+(?:right|correct|the\s+(?:right|correct|answer)))\b"
 )
@@ -138,14 +139,14 @@ HEDGED = re.compile(
            | (?:wait|actually|sorry|alternatively|maybe|possibly|perhaps|isn['’]t|wasn['’]t)\b
            | no\b[,\s]*(?:wait|\$?\d)
            | {MEASURE}s?\.?,?\s+(?:and\s+)?\d | (?:more|less|fewer)\s+than\s\$?\d
-           | and\b {SPACED} (?: -?\d | a\s+(?:half|third|quarter)
+           | and\b {SPACED} (?: -?\\?\$?\d | a\s+(?:half|third|quarter)
                              | [a-z]\s*= | \\[dt]?frac | \\sqrt | {NUMBER_WORD}\b )
          )""",
     re.IGNORECASE | re.VERBOSE,
 )
 # Before a box, another value that it is listed with, or what makes an index of it.
 LISTED = re.compile(
-    r"(?:^|[\s$-])\d+(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
+    r"(?:^|[\s$-])\d[\d,]*(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
     r"|(?:^|[\s$(])([a-z])\s*=\s*-?\d+\$?\s+or\s+\$?\1\s*=[\s$]*\Z"
     rf"|\b(?:an?|\d+|{NUMBER_WORD})\s{MEASURE}s?,?\s+and[$\s]+\Z"
     rf"|(?<!in )\b{NUMBER_WORD}\s+(?:or|to|in|and)[$\s]+\Z"
@@ -157,7 +158,7 @@ BOX_FOLLOWS = re.compile(
            | \\(?:[)\],;:!\ \\%] | (?:q?quad|right|checkmark|blacksquare|square)(?![a-z]))
          )*
          (?: $ | \n(?!\s*(?:&\s*)?[+*/^]) | [{PICTURE}。]
-           | [,;.:…<](?!\s?(?:\d|\$-?\d+\$|\\(?:overline|dot|bar)))
+           | [,;.:…<](?!\s?(?:-?\d|\$-?\d+\$|\\\$\d|\$?[a-z]\s*=|\\(?:overline|dot|bar|infty)))
            | [=≈!?] | (?<=[\s$])\((?!\s*[a-z]\s*[-+*/^)])
            | &(?!\s*(?:[-+*/^]|\\times)) | [-–—]\s(?![\d$\\({{])
            | \\(?: \( | \[ | (?:end|approx|equiv|p?mod)(?![a-z])
@@ -177,7 +178,9 @@ BOX_FOLLOWS = re.compile(
 
 
 # A calculation that a box ends, whatever blanks and line breaks are between.
-UNFINISHED = re.compile(r"(?:\w *[-+*/^]|[=(]\s*-|(?:\\\[|\$)\s*-|\\(?:sqrt|[dt]?frac)\s*\{|[/^_])\s*\Z")
+UNFINISHED = re.compile(
+    r"(?:\w *[-+*/^]|[=(]\s*-|(?:\\\[|\$)\s*-|\\(?:sqrt|[dt]?frac)\s*\{|\\infty\s*,|[/^_])\s*\Z"
+)
 
 
 def is_whole(before: str, after: str) -> bool:

@@ -638,7 +638,8 @@ def test_marks_on_one_side_of_the_pairs(file, mark):
         assert any("note: 2 of 8 replies" in line and f"in {side}" in line for line in lines), lines
     lines = []
     load_rows(file(fine, fine | {"chosen": "Human: or </s> of it?"}), PAIRS, log=lines.append)
-    assert len(lines) == 1 and "1 of 4 replies have turns" in lines[0]
+    assert len(lines) == 2 and "1 of 4 replies have turns" in lines[0]
+    assert "1 rows have a special token as text ('</s>')" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -714,6 +715,23 @@ def test_the_first_row_is_shown_as_the_model_reads_it(capsys):
             assert lines.pop(0) == f"  {name:10}four↵or 4<|end_of_text|>"
         if lines:
             assert lines == ["  rejected  " + "x" * 200 + " ... " + "y" * 80 + "<|end_of_text|>"]
+
+
+@pytest.mark.parametrize(
+    "prompt, reply, chat, noted",
+    [
+        ("in May?", "Natalia", "none", True),
+        ("in May?\n", "Natalia", "none", False),
+        ("in May?", " Natalia", "none", False),
+        ("in May?", "Natalia", "chatml", False),
+    ],
+)
+def test_a_note_on_replies_glued_to_their_prompts(prompt, reply, chat, noted):
+    files = {name: text.encode() for name, text in made_checkpoints.tokenizer_files().items()}
+    rows = [{"prompt": prompt, "response": reply, "line": line} for line in (1, 2)]
+    lines = []
+    encode(rows, Tokenizer(files, "x", chat), 99, source="here", log=lines.append)
+    assert len(lines) == noted and all("no blank is between prompts and replies" in line for line in lines)
 
 
 def test_what_was_read_from_which_keys(file):
