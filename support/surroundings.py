@@ -146,7 +146,7 @@ HEDGED = re.compile(
 )
 # Before a box, another value that it is listed with, or what makes an index of it.
 LISTED = re.compile(
-    r"(?:^|[\s$-])\d[\d,]*(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
+    r"(?:^|[\s$-])\d+(?:,\d{3})*(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
     r"|(?:^|[\s$(])([a-z])\s*=\s*-?\d+\$?\s+or\s+\$?\1\s*=[\s$]*\Z"
     rf"|\b(?:an?|\d+|{NUMBER_WORD})\s{MEASURE}s?,?\s+and[$\s]+\Z"
     rf"|(?<!in )\b{NUMBER_WORD}\s+(?:or|to|in|and)[$\s]+\Z"
