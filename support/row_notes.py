@@ -3,6 +3,7 @@
 import collections
 import re
 
+from support.claims import boxed
 from support.row import (
     ABSENT,
     CONVERSATION,
@@ -205,6 +206,7 @@ SPELLINGS = {  # of signs, by tools that write or read a text in another way tha
         "[\u00c2\u00c3\u00d0\u00d1][\u0080-\u00bf]|\u00e4[\u00b8-\u00bf]|\u00e5[\u00a5\u0152]|\u00f0\u0178|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
     ),
     "a sign that could not be read": re.compile("\ufffd|_x000D_"),
+    "a carriage return": re.compile("\r"),
     "a special token as text": re.compile(r"<\|(?:im_end|im_start|eot_id|endoftext|end_of_text)\|>|</s>"),
     "LaTeX with two backslashes": re.compile(r"\\\\(?:frac|sqrt|boxed|cdot|left|pi)(?![a-z])"),
     "LaTeX without its backslash": re.compile(r"(?<![\\\w{])(?:frac|sqrt|boxed)\{"),
@@ -255,6 +257,13 @@ def notes_on_absent(rows):
     return [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
 
 
+def is_last_of_boxes(row):
+    """Whether the label of a row is the last of several boxes, which are no list."""
+    texts = [row["fields"][key] for key, what in row["read"].items() if what == "label"]
+    texts = [text for text in texts if isinstance(text, str) and text.count("\\boxed") > 1]
+    return any(row.get("label") == boxed(text) != boxed(text.rpartition("\\boxed")[0]) for text in texts)
+
+
 def notes_on_keys(rows, needs):
     """Keys that sort rows, or join them, and are not used: list of texts"""
     notes = []
@@ -276,6 +285,10 @@ def notes_on_keys(rows, needs):
     for row in rows:
         if row.get("label") is not None and "prompt" in row:
             labels[plain_prompt(row["prompt"])].add(row["label"])
+    boxes = [row["line"] for row in rows if is_last_of_boxes(row)]
+    if boxes:
+        says = f"{len(boxes)} solutions have several boxes, and the last alone is the label"
+        notes.append(f"{says} (line {boxes[0]})")
     several = sum(len(of_prompt) > 1 for of_prompt in labels.values())
     if several:
         notes.append(f"{several} prompts have more than one label, each of which is right in its own row")

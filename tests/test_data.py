@@ -880,6 +880,7 @@ def test_a_note_on_files_that_were_escaped_twice(file, text, escaped):
         ("It is $frac{1}{2}$", "LaTeX without its backslash"),
         (r"$\frac{1}{2} \\ \dfrac{1}{2}$", None),
         ("one_x000D_", "a sign that could not be read"),
+        ("one\r\ntwo", "a carriage return"),
         ("content='It is.' response_metadata={}", "texts of response are values of JSON or Python"),
         ("'Twas so, and so 'twill be", None),
         ("nano", None),
@@ -892,6 +893,9 @@ def test_notes_on_texts_that_a_tool_has_spelled(file, text, note):
         if "messages" in rows[0] and note and "response" in note:
             continue  # a text of its own key
         assert len(lines) == (note is not None) and all(note in line for line in lines), lines
+
+
+BOXES = r"It is $\boxed{60}$ SO $\boxed{75}$"
 
 
 def test_notes_on_keys_that_join_rows_or_contradict_them(file):
@@ -917,6 +921,12 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
             "1 prompts have more than one la",
         ),
         ([{"prompt": "q", "answer": 5}] * 2, ("prompt", "label"), None),
+        (
+            [{"prompt": "q", "solution": BOXES.replace("SO", "so")}],
+            ("prompt", "label"),
+            "1 solutions have several",
+        ),
+        ([{"prompt": "q", "solution": BOXES.replace("SO", "and")}], ("prompt", "label"), None),
         ([{"prompt": "q ", "response": "q"}], ONE, "1 rows have a reply that is the prompt itself"),
         (
             [row | {"rejected": " b"} for row in pairs],

@@ -49,7 +49,7 @@ ARROWS = {  # a file -> what of ours it may import
         "support.claims",
         "support.graders",
     ),
-    "support.row_notes": ("support.row", "support.tokenizers"),
+    "support.row_notes": ("support.claims", "support.row", "support.tokenizers"),
     "support.rows": ("support.files", "support.row", "support.row_notes", "support.tokenizers"),
     "data": ("support.files", "support.tokenizers", "support.row", "support.rows"),
     "qrm": ("model",),
