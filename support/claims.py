@@ -100,10 +100,10 @@ def after_words(text):
     or sentences with numbers, opens a solution and marks nothing.
     """
     for words in (r"(?<!wrong )\banswer[*_]*(?: is|:)", "^A:"):
-        if words == "^A:" and re.search("(?m)^B:", text):  # a list of options
+        if words == "^A:" and re.search(r"(?im)^\W{0,6}[BC]\W{0,2}:", text):  # a list of options
             return None
         found = []
-        for match in [*re.finditer(rf"(?im){words}", text)][-20:]:
+        for match in [*re.finditer(rf"(?m)(?i:{words})" if words != "^A:" else "(?m)^A:", text)][-20:]:
             opening = re.match(r"[\s:=*_$({\\\[]*", text[match.end() : match.end() + 200])[0]
             start = match.end() + len(opening)
             item = LIST_MARK.match(text[start : start + 9]) if "\n" in opening else None

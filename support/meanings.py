@@ -97,8 +97,9 @@ def same_meaning(answer: str, label: str) -> bool:
     NO for No), rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion
     of units, \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2)
     for "x>1 and x<2". Known hits: "x=1 and y=2" is "x=1 or y=2"; a list in another order, even where the
-    order was asked for; 0x is 0 and 1x is x; small letters are factors (iv is vi); 2 = 7 says 7; (4a)^2 is
-    16a^2, \sqrt{8} is 2\sqrt{2}.
+    order was asked for; 0x is 0 and 1x is x; small letters are factors (iv is vi); 2 = 7 says 7; products,
+    quotients and powers of variables, fractions and roots that are left ((4a)^2 for 16a^2, \frac{84}{144} for
+    \frac{7}{12}, \sqrt{8} for 2\sqrt{2}), which may be the question itself.
     """
     ours, theirs = pieces_of(answer), pieces_of(label)
     if len(ours) == len(theirs):

@@ -88,7 +88,8 @@ def used_keys(rows):
         counted = [name if n == len(rows) else f"{name} (in {n})" for name, n in keys.items()]
         return ", ".join(counted)
 
-    parts = [what if list(keys) == [what] else f"{what} from {listed(keys)}" for what, keys in used.items()]
+    own = {what: {what: len(rows)} for what in used}  # keys of that very name, in all rows
+    parts = [what if keys == own[what] else f"{what} from {listed(keys)}" for what, keys in used.items()]
     parts += [f"not used: {listed(unused)}"] if unused else []
     return "; ".join(parts)
 

@@ -626,6 +626,8 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         ("$b+1=2016$ or $b=\\boxed{2015}$", "2015"),
         ("#### 18 each. Total: 36", None),
         ("#### 18 pi", None),
+        ("a: 5\nb: 7\nTotal: 12", "12"),
+        ("A: 5\n**B:** 7\nTotal: 12", "12"),
         ("\\boxed{3} to 10", None),
         ("$\\boxed{3}$ through $10$", None),
         ("[\\boxed{3}, \\infty)", None),
