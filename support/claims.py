@@ -87,6 +87,7 @@ def after_boxed(text):
 
 
 FILLERS = "therefore|thus|then|simply|just|equal to|exactly|only|about|approximately|a total of|US(?=\\$)"
+OTHERS = re.compile(r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)\b[^.\n]*\Z")  # answer
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
 # A number and at most two words.
@@ -104,6 +105,8 @@ def after_words(text):
             return None
         found = []
         for match in [*re.finditer(rf"(?m)(?i:{words})" if words != "^A:" else "(?m)^A:", text)][-20:]:
+            if OTHERS.search(text[: match.start()][-30:]):
+                continue
             opening = re.match(r"[\s:=*_$({\\\[]*", text[match.end() : match.end() + 200])[0]
             start = match.end() + len(opening)
             item = LIST_MARK.match(text[start : start + 9]) if "\n" in opening else None

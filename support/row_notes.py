@@ -124,6 +124,7 @@ def notes_on_pairs(rows):
         if 10 * min(blank.values()) <= max(blank.values()) and 2 * max(blank.values()) > len(rows):
             side = max(blank, key=blank.get)
             notes.append(f"{blank[side]} {side} replies {where} with a blank, and few or none of the others")
+    notes += notes_on_sides(rows)
     orders = []  # (prompt, chosen, rejected)
     for row in rows:
         prompt = plain_prompt(row["prompt"]) if "prompt" in row else ""
@@ -132,6 +133,19 @@ def notes_on_pairs(rows):
     turned = sum((prompt, rejected, chosen) in known for prompt, chosen, rejected in orders)
     if turned:
         notes.append(f"{turned} rows prefer the reply that another row with the same two rejects")
+    return notes
+
+
+def notes_on_sides(rows):
+    """Which beginning or end most replies of one side of the pairs have, and few of the other: texts"""
+    sides = {side: [said(row[side]) for row in rows] for side in ("chosen", "rejected")}
+    notes = []
+    for where, part in (("begin", slice(20)), ("end", slice(-20, None))):
+        counts = {side: collections.Counter(text[part] for text in texts) for side, texts in sides.items()}
+        for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            common, n = counts[side].most_common(1)[0]
+            if len(rows) >= 10 and 2 * n > len(rows) and 10 * counts[other][common] <= n:
+                notes.append(f"{n} {side} replies {where} with {common!r}, and few or none of the others")
     return notes
 
 

@@ -132,7 +132,7 @@ NO_COUNT = (
     r"|(?:is|was)\s+not\s+(?:right|correct|the\s+(?:right|correct|answer)))\b"
 )
 # After the last box, what takes it back or adds another value.
-SPACED = r"(?: [\s$*_)},;~(] | \\(?: q?quad | text\w*\s*\{ | [,;:!\ ] ) )*"
+SPACED = r"(?: [\s$*_)},;~(] | \\(?: q?quad | text\w*\s*\{ | [,;:!\ ()] ) )*"
 HEDGED = re.compile(
     rf"""{SPACED}
          (?: n?or\b(?!\s+else)

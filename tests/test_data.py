@@ -901,6 +901,7 @@ BOXES = r"It is $\boxed{60}$ SO $\boxed{75}$"
 def test_notes_on_keys_that_join_rows_or_contradict_them(file):
     turns = [{"prompt": f"q{i}", "conversation_id": i // 2, "turn": i} for i in range(4)]
     pairs = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(4)]
+    many = [(i, {"prompt": f"q{i}", "chosen": f"a{i}", "rejected": f"b{i}"}) for i in range(12)]
     for rows, needs, note in (
         (turns, ("prompt",), "2 values of conversation_id have several prompts"),
         (turns[::2], ("prompt",), None),
@@ -914,6 +915,17 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
         ([row | {"correct": bool(i % 2)} for i, row in enumerate(pairs)], PAIRS, "correct false or true"),
         ([row | {"label": str(i)} for i, row in enumerate(pairs)], PAIRS, None),
         ([row | {"score_chosen": 1.2e-5, "score_rejected": 0.98} for row in pairs], PAIRS, "4 rows rate"),
+        (
+            [row | {"rejected": f"You are a helpful assistant. {i}"} for i, row in many],
+            PAIRS,
+            "12 rejected repl",
+        ),
+        (
+            [row | {"chosen": f"{i}. I hope that this helps!"} for i, row in many],
+            PAIRS,
+            "12 chosen replies end",
+        ),
+        ([row for _, row in many], PAIRS, None),
         ([{"prompt": f"So 5. #### {i}"} for i in (5, 6)], ("prompt",), "2 prompts have ####"),
         (
             [{"prompt": "q", "answer": i} for i in (5, 6)],
