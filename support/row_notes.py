@@ -239,7 +239,11 @@ VALUE = re.compile(
 
 
 def notes_on_spelling(rows):
-    """Which rows have texts that a tool has spelled in its own way, and what is read as letters: a list."""
+    """Which rows have texts that a tool has spelled in its own way, and what is read as letters: a list.
+
+    Replies whose sampled ids are known are not read as text.
+    """
+    rows = [row for row in rows if "tokenizer" not in row["sampled"]]
     texts = [texts_in([row["fields"][key] for key in row["read"]]) for row in rows]
     said = ["\0".join(of_row) for of_row in texts]
     flat = [[text for text in of_row if "\n" not in text and "\\n" in text] for of_row in texts]
@@ -285,7 +289,8 @@ def notes_on_keys(rows, needs):
     unused = ("split", "label", "correct") if "chosen" in needs else ("split",)
     for key in unused:
         kinds = kinds_of([row["fields"].get(key) for row in rows])
-        if kinds and "response" not in needs:
+        numbers = len(kinds) > 2 and all(kind.isdigit() for kind in kinds)  # answers
+        if kinds and not numbers and "response" not in needs:
             notes.append(f"rows have {key} {' or '.join(kinds)}; they are used alike")
     for key in ("conversation_id", "session_id", "thread_id", "dialogue_id"):
         prompts = collections.defaultdict(set)

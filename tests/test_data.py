@@ -926,6 +926,8 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
             "12 chosen replies end",
         ),
         ([row for _, row in many], PAIRS, None),
+        ([row | {"label": str(i % 5)} for i, row in many], PAIRS, None),  # answers
+        ([row | {"rejected": f"\ufffd{i}", "tokenizer": "x"} for i, row in many], PAIRS, None),  # sampled
         ([{"prompt": f"So 5. #### {i}"} for i in (5, 6)], ("prompt",), "2 prompts have ####"),
         (
             [{"prompt": "q", "answer": i} for i in (5, 6)],
