@@ -299,13 +299,13 @@ def load_pairs(path, n=64, directory=None):
     directory   use the tokenizer and the chat template of this model instead
     """
     if directory:
-        tokenizer, rows = Tokenizer.load(directory, "auto"), data.load_rows(path, PAIR_KEYS)
+        tokenizer, rows = Tokenizer.load(directory, "auto"), data.load_rows(path, PAIR_KEYS, log=ignore)
         pairs, _ = data.encode(rows, tokenizer, 1024, PAIR_KEYS[1:], str(path), ignore)
         random.Random(0).shuffle(pairs)
         return tokenizer, pairs[:n]
     if not path:
         return data.arith_tokenizer(), made_pairs("GSM8K", n)
-    rows = data.load_rows(path, PAIR_KEYS)
+    rows = data.load_rows(path, PAIR_KEYS, log=ignore)
     words = collections.Counter()
     for row in rows:
         for key in PAIR_KEYS:

@@ -393,7 +393,7 @@ def score_pairs(run):
     path, held_out = pairs_file(run, first)
     tokenizer = load_tokenizer(first.path, first.config)
     ignored = tuple(filter(None, str(first.config.get("ignore_keys", "")).split(",")))
-    rows = data.load_rows(path, ("prompt", "chosen", "rejected"), n_pairs, ignore_keys=ignored)
+    rows = data.load_rows(path, ("prompt", "chosen", "rejected"), n_pairs, ignore_keys=ignored, log=len)
     longest = first.config.get("max_seq_len", settings.Config().max_seq_len)
     pairs, rows = data.encode(rows, tokenizer, longest, ("chosen", "rejected"), path, log=lambda text: None)
     exact = knows_first_error(rows)

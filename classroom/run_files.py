@@ -205,10 +205,10 @@ def held_out_rows(run, stage):
     ignored = tuple(filter(None, str(stage.config.get("ignore_keys", "")).split(",")))
     path = located(run.path, stage, "heldout")
     if path is not None:
-        return data.load_rows(path, ("prompt", "label"), ignore_keys=ignored)
+        return data.load_rows(path, ("prompt", "label"), ignore_keys=ignored, log=len)
     path = located(run.path, stage, "data")
     if path is None:
         return []
-    rows = data.load_rows(path, ("prompt",), optional=("label",), ignore_keys=ignored)
+    rows = data.load_rows(path, ("prompt",), optional=("label",), ignore_keys=ignored, log=len)
     cut = max(len(rows) - stage.config.get("limit", 0), 0)
     return [row for row in rows[cut:] if "label" in row]

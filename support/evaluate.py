@@ -401,7 +401,7 @@ def show_tokens(cfg, tokenizer, key):
     key   "scores" or "logprobs"
     """
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    rows = load_rows(out_path(cfg), ("prompt",))
+    rows = load_rows(out_path(cfg), ("prompt",), log=len)
     numbers = torch.tensor([x for row in rows for x in row["raw"][key]])
     everywhere = torch.ones_like(numbers, dtype=torch.bool)
     standardized = iter(standardize(numbers, everywhere, "mean_std", Grid()).tolist())
