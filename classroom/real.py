@@ -18,8 +18,6 @@ Every part resumes where it stopped and prints what it found. `heads` and `trans
 `hidden` and `pairs` have finished so far. --model is a Hugging Face directory of SmolLM2-135M-Instruct;
 --data holds example_model_solutions.jsonl and test.jsonl (OpenAI's grade-school-math, MIT) and
 pairs_test.jsonl of the Q-RM authors. The results, and how to get the files, are in real.md.
-
-A answers · n response tokens of all of them · D model width · Q questions
 """
 
 import argparse

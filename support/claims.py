@@ -192,7 +192,8 @@ def boxed(text: str) -> str | None:
 
 # Between the boxes of one list, without blanks: a unit, a separator, and the name of the next value.
 LISTED = re.compile(
-    rf"(?P<unit>\^\{{?\\circ\}}?|\\?%|m|{MEASURE}s?(?=\Z)|(?!and|or)[a-z]{{2,12}}?(?=,|and|or))?(?P<sign>[,;]?)"
+    rf"(?P<unit>\^\{{?\\circ\}}?|\\?%|m|{MEASURE}s?(?=\Z)|(?!and|or)[a-z]{{2,12}}?(?=,|and|or))?"
+    r"(?P<sign>[,;]?)"
     r"(?P<word>(?:(?:and|\(?or|to),?(?:maybe|possibly|perhaps|alternatively|rather),?|and|\(?or|to)?)"
     r"(?:(?:[A-Z]{2,3}|[A-Z][a-z]+|\\[a-z]+|[A-Za-z](?:_\{?\d\}?|\(\d+\))?)[=:])?"
 )

@@ -218,7 +218,8 @@ ESCAPED_BREAK = re.compile(rf"(?<!\\)\\(?!{LATEX})n")
 SPELLINGS = {  # of signs, by tools that write or read a text in another way than it was meant
     "an escaped sign: escaped twice?": re.compile(r"(?<!\\)\\(?:\"(?!\w)|u[0-9a-fA-F]{4})"),
     "UTF-8 that was read as another encoding": re.compile(
-        "[\u00c2\u00c3\u00d0\u00d1][\u0080-\u00bf]|\u00e4[\u00b8-\u00bf]|\u00e5[\u00a5\u0152]|\u00f0\u0178|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
+        "[\u00c2\u00c3\u00d0\u00d1][\u0080-\u00bf]|\u00e4[\u00b8-\u00bf]|\u00e5[\u00a5\u0152]"
+        "|\u00f0\u0178|\u00c3[\u0152-\u0192\u2013-\u20ac]|\u00e2(?:\u0080|\u20ac)"
     ),
     "a sign that could not be read": re.compile("\ufffd|_x000D_"),
     "a carriage return": re.compile("\r"),

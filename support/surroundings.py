@@ -126,7 +126,8 @@ NOT_ALONE = re.compile(
 )
 # Words after a box that make its value another one; what is counted does not: "\boxed{5} pairs" says 5.
 NO_COUNT = (
-    r"(?:grand|degrees?\s+below|below|bn|dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*|squared|cubed|plus|minus|base|sqrt|pi"
+    r"(?:grand|degrees?\s+below|below|bn|dozens?|hundreds?|thousands?|lakhs?|crores?|[a-z]*illion[a-z]*"
+    r"|squared|cubed|plus|minus|base|sqrt|pi"
     rf"|cannot|factorial|out\s+of|to\s+the\s|(?:to|through|times)\s*\}}?\s*(?:\\?[($]*-?[\d,]+|{NUMBER_WORD})"
     r"|(?:is|was)\s+(?:(?:the|a)\s+)?(?:wrong|incorrect|false)"
     r"|(?:is|was)\s+not\s+(?:right|correct|the\s+(?:right|correct|answer)))\b"
@@ -145,7 +146,7 @@ HEDGED = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 # Before a box, another value that it is listed with, or what makes an index of it.
-LISTED = re.compile(
+LISTED_WITH = re.compile(
     r"(?:^|[\s$-])\d+(?:,\d{3})*(?:\.\d+)?[\s$%]*(?:,\$?|(?<!\d)(?:or|and|to|through)\s+[$\s]*)\Z|[_^]\{?\Z"
     r"|(?:^|[\s$(])([a-z])\s*=\s*-?\d+\$?\s+or\s+\$?\1\s*=[\s$]*\Z"
     rf"|\b(?:an?|\d+|{NUMBER_WORD})\s{MEASURE}s?,?\s+and[$\s]+\Z"
@@ -193,7 +194,7 @@ def is_box_whole(before: str, after: str) -> bool:
 
     Words for a share or a power before it ("half of \boxed{10}") are not looked at.
     """
-    if LISTED.search(before[-60:]) or UNFINISHED.search(before[-60:]):
+    if LISTED_WITH.search(before[-60:]) or UNFINISHED.search(before[-60:]):
         return False
     return is_preceded_well(before[-60:], alone=False) and BOX_FOLLOWS.match(after[:80]) is not None
 

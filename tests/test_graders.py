@@ -663,7 +663,7 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         (r"\boxed{1}\boxed{5}", None),
     ],
 )
-def test_several_values(text, answer):
+def test_a_claim_beside_other_values(text, answer):
     assert extract_answer(text, "math" if "boxed" in text else "gsm8k") == answer
 
 
