@@ -67,7 +67,8 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
             f"{source}: {len(rows)} rows; dropped {too_long} longer than --max_seq_len {max_seq_len} tokens "
             f"and {identical} identical pairs; {len(kept)} left"
         )
-    require(kept, f"{source}: no row is left; raise --max_seq_len ({max_seq_len}) or look at the data")
+    way_out = f"raise --max_seq_len ({max_seq_len})" if too_long else "every pair has one reply twice"
+    require(kept, f"{source}: no row is left; {way_out}")
     return kept, kept_rows
 
 

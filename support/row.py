@@ -121,8 +121,12 @@ def keys_read(fields, row):
             name, value = pick(fields, names)
             if name and not (names is CONTEXT and says_none(value)):
                 read[name] = "prompt"
-    if {"prompt", *REPLIES} & set(row):
-        read |= {name: key if key in REPLIES else "prompt" for key, name in reply_keys(fields, row)}
+    stated = "prompt" in read.values()
+    for key, name in reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ():
+        holds_prompt = "prompt" in row and not stated and not isinstance(fields[name], str)
+        holds_prompt = holds_prompt and (name in CONVERSATION or has_turns(fields[name]))
+        parts = ["prompt"] * holds_prompt + [key] * (key in row and key in REPLIES)
+        read |= {name: " and ".join(parts)} if parts else {}
     if row.get("label") is not None:
         read |= {name: "label" for name in LABEL if not is_empty(fields.get(name)) and name not in read}
     read |= {"responses": "responses"} if "responses" in row else {}

@@ -81,7 +81,9 @@ def used_keys(rows):
         for key, value in row["fields"].items():
             if key in row["read"]:
                 used.setdefault(row["read"][key], collections.Counter())[key] += 1
-            elif key not in SAMPLED and not is_empty(value):
+            elif not is_empty(value) and not (
+                key in SAMPLED and isinstance(row["fields"].get("tokenizer"), str)
+            ):
                 unused[key] += 1
 
     def listed(keys):
@@ -321,7 +323,9 @@ def notes_on_keys(rows, needs):
     negative = sum(row.get("margin", 0.0) < 0 for row in rows)
     if negative:
         notes.append(f"{negative} rows have a negative margin: the rejected reply may score higher")
-    marked = sum("####" in said(row["prompt"]) for row in rows if "prompt" in row)
+    marked = sum(
+        re.search(r"#### ?[-$]?\d", said(row["prompt"])) is not None for row in rows if "prompt" in row
+    )
     if marked:
         notes.append(f"{marked} prompts have ####, which marks an answer")
     return notes

@@ -752,7 +752,15 @@ def test_what_was_read_from_which_keys(file):
     found = used_keys(load_rows(file(graded), ("prompt", "label")))
     assert found == "prompt from question, system; label from answer"
     talk = {"messages": [user("q"), assistant("r")], "chosen": "a", "rejected": "b"}
-    assert used_keys(load_rows(file(talk), ONE)).startswith("response from messages; not used: chosen")
+    found = used_keys(load_rows(file(talk), ONE))
+    assert found == "prompt and response from messages; not used: chosen, rejected"
+    both = [user("q"), assistant("r")]
+    pair = {"prompt": "q", "chosen": both, "rejected": [user("q"), assistant("s")], "messages": both}
+    found = used_keys(load_rows(file(pair | {"score_chosen": 8.5}), ONE))
+    assert found == "prompt; response from messages; not used: chosen, rejected, score_chosen"
+    assert used_keys(load_rows(file(pair), PAIRS)) == "prompt; chosen; rejected; not used: messages"
+    ids = {"prompt": "q", "response": "r", "tokenizer": 5, "ids": "x"}
+    assert used_keys(load_rows(file(ids), ONE)) == "prompt; response; not used: tokenizer, ids"
 
 
 WORDS = (
