@@ -1,7 +1,8 @@
 """Reward models with LoRA adapters, on the pairs that classroom/heads.py uses: part `adapters` of real.py.
 
-One fold of questions is held out. From the others come pairs balanced by author: of any two authors, as many
-pairs are won by the one as by the other. train.py makes one pass over them for every run of RUNS.
+A fold of questions is held out. From the others come pairs balanced by author: of any two authors, as many
+pairs are won by the one as by the other. train.py makes one pass over them for every run of RUNS. The models
+then score the held-out answers, and the paper's test pairs.
 """
 
 import json
@@ -29,13 +30,14 @@ from solutions import (
     fold_of,
     mixed_pairs,
     read_lines,
+    read_pairs,
     read_solutions,
+    wins,
 )
 
 from support.files import write_atomically
 from support.tokenizers import Tokenizer
 
-HELD_OUT = 0  # the fold
 PLANTED = 120  # right answers of the fold with an error planted
 RUNS = {  # name: its --reward and --lr
     "Q-RM, 1e-3": ("qrm", "1e-3"),
@@ -44,6 +46,7 @@ RUNS = {  # name: its --reward and --lr
     "per token, 1e-3": ("verifier", "1e-3"),
     "DPO, 2e-4": ("dpo", "2e-4"),
 }
+FOLDS = {0: tuple(RUNS), 1: ("Q-RM, 3e-4",)}  # held-out fold: the runs made for it
 TRAIN = (
     "--stage rm --model {model} --data pairs.jsonl --lora_rank 16 --warmup 10 --batch_size 8 --save_every 10"
 )
@@ -68,27 +71,27 @@ def write_rows(path, rows):
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_pairs(solutions, path):
-    """The training pairs, of all questions outside the fold HELD_OUT."""
+def write_pairs(solutions, fold, path):
+    """The training pairs, of all questions outside a fold."""
     rows = np.repeat(np.arange(len(solutions)), len(SAMPLERS))
     authors = np.tile(np.arange(len(SAMPLERS)), len(solutions))
     correct = np.array([solution["correct"] for solution in solutions]).flatten()
     folds = np.array([fold_of(solutions[row]["question"]) for row in rows])
     pairs = mixed_pairs(rows, correct)
     written = []
-    for right, wrong in balanced_pairs(pairs[folds[pairs[:, 0]] != HELD_OUT], authors):
+    for right, wrong in balanced_pairs(pairs[folds[pairs[:, 0]] != fold], authors):
         solution = solutions[rows[right]]
         chosen, rejected = solution["answers"][authors[right]], solution["answers"][authors[wrong]]
         written.append({"prompt": solution["question"], "chosen": chosen, "rejected": rejected})
     write_rows(path, written)
 
 
-def write_answers(solutions, path):
-    """The held-out answers to questions with right and wrong ones, then planted errors, three texts each.
+def write_answers(solutions, fold, path):
+    """The fold's answers to questions with right and wrong ones, then planted errors, three texts each.
 
     "id" is "answer ROW SLOT", or "planted N KIND" with KIND right, without or with (consequences).
     """
-    held_out = {row: s for row, s in enumerate(solutions) if fold_of(s["question"]) == HELD_OUT}
+    held_out = {row: s for row, s in enumerate(solutions) if fold_of(s["question"]) == fold}
     written = []
     for row, solution in held_out.items():
         if len(set(solution["correct"])) == 2:
@@ -102,6 +105,15 @@ def write_answers(solutions, path):
         for kind in ("right", "without", "with"):
             key = f"planted {number} {kind}"
             written.append({"id": key, "prompt": solution["question"], "response": texts[kind]})
+    write_rows(path, written)
+
+
+def write_transfer(pairs, path):
+    """The paper's test pairs, two rows each; "id" is "pair ROW chosen" or "pair ROW rejected"."""
+    written = []
+    for row, (question, answers) in enumerate(pairs):
+        for kind, answer in zip(("chosen", "rejected"), answers):
+            written.append({"id": f"pair {row} {kind}", "prompt": question, "response": answer})
     write_rows(path, written)
 
 
@@ -184,14 +196,33 @@ def heads_on(answers, work):
     return {name: values[chosen] for name, values in scores.items()}
 
 
-def print_adapters(args, folder, solutions):
-    """The held-out fold: pairs, best of four, and token credit."""
-    print("held-out pair accuracy: balanced, as pairs come; best of four")
+def print_transfer(name, kind, path, pairs, fold):
+    """Accuracy on the paper's pairs: of questions that training has not seen, and of those that it has.
+
+    The training answers are by other authors, and to these questions only where they are outside the fold.
+    """
+    chosen, rejected = [], []
+    rows = read_lines(path)
+    for right, wrong in zip(rows[0::2], rows[1::2]):
+        chosen.append(right["scores"])
+        rejected.append(wrong["scores"])
+    questions = np.array([pairs[int(row["id"].split()[1])][0] for row in rows[0::2]])
+    unseen = np.array([fold_of(question) == fold for question in questions])
+    reads = {"mean": np.mean, "last": lambda scores: scores[-1], "sum": np.sum}
+    for way in READ[kind]:
+        values = [np.array([reads[way](z) for z in side]) for side in (chosen, rejected)]
+        right = wins(*values)
+        cells = [f"{describe(right[one], questions[one])} of {one.sum()}" for one in (unseen, ~unseen)]
+        print(f"  {f'{name}, {way}':32}{'   '.join(cells)}")
+
+
+def print_adapters(args, folder, solutions, fold):
+    """The held-out fold: pairs, best of four, token credit, and the paper's pairs."""
+    print(f"fold {fold}: held-out pair accuracy: balanced, as pairs come; best of four")
     tokenizer = Tokenizer.load(args.model, "chatml")
-    read = {
-        name: read_scores(folder / f"scores-{'-'.join(run)}.jsonl", solutions) for name, run in RUNS.items()
-    }
-    answers, labels, *_ = read["Q-RM, 1e-3"]
+    files = {name: f"{'-'.join(RUNS[name])}.jsonl" for name in FOLDS[fold]}
+    read = {name: read_scores(folder / f"scores-{file}", solutions) for name, file in files.items()}
+    answers, labels, *_ = read["Q-RM, 3e-4"]
     print(f"{len(labels.pairs)} pairs of {len(np.unique(labels.questions))} questions")
     heads = heads_on(answers, args.work)
     for name, (answers, labels, scores, _) in read.items():
@@ -203,19 +234,25 @@ def print_adapters(args, folder, solutions):
     print(f"\ntoken credit: {notes.wrong.sum()} first wrong notes, and planted errors")
     for name, (answers, labels, scores, planted) in read.items():
         print_credit(name, scores, answers, labels, notes, planted)
+    print("\nthe paper's pairs: of questions held out, and of those trained on (with other answers)")
+    for name, file in files.items():
+        print_transfer(name, RUNS[name][0], folder / f"transfer-{file}", read_pairs(args.data), fold)
 
 
 def run_adapters(args):
     """Part `adapters`."""
     solutions = read_solutions(args.data)
-    folder = args.work / "adapters"
-    folder.mkdir(exist_ok=True)
-    write_pairs(solutions, folder / "pairs.jsonl")
-    write_answers(solutions, folder / "answers.jsonl")
-    for kind, rate in RUNS.values():
-        run = f"{kind}-{rate}"
-        flags = f"{TRAIN.format(model=args.model.resolve())} --reward {kind} --lr {rate} --out {run}"
-        run_stage(run, flags, folder, args.threads)
-        flags = f"--stage score --model {run} --data answers.jsonl --out scores-{run}.jsonl"
-        run_stage(f"score {run}", flags, folder, args.threads)
-    print_adapters(args, folder, solutions)
+    for fold, names in FOLDS.items():
+        folder = args.work / f"adapters-{fold}"
+        folder.mkdir(exist_ok=True)
+        write_pairs(solutions, fold, folder / "pairs.jsonl")
+        write_answers(solutions, fold, folder / "answers.jsonl")
+        write_transfer(read_pairs(args.data), folder / "transfer.jsonl")
+        for kind, rate in (RUNS[name] for name in names):
+            run = f"{kind}-{rate}"
+            flags = f"{TRAIN.format(model=args.model.resolve())} --reward {kind} --lr {rate} --out {run}"
+            run_stage(run, flags, folder, args.threads)
+            for data, scores in (("answers", "scores"), ("transfer", "transfer")):
+                flags = f"--stage score --model {run} --data {data}.jsonl --out {scores}-{run}.jsonl"
+                run_stage(f"{scores} {run}", flags, folder, args.threads)
+        print_adapters(args, folder, solutions, fold)

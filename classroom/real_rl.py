@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from notes import NOTE
+from problems import FILES, made_problems, write_problems
 from solutions import SYSTEM, describe, prompt_ids, read_lines, wins
 
 from model import LanguageModel, load_model
@@ -27,45 +27,6 @@ from support.tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 
 # ------------------------------------------------------------------------------------ the model's own answers
-
-
-NAMES = ("Tom", "Ann", "Ben", "Eva", "Sam", "Mia")
-THINGS = ("apples", "pens", "books", "stickers", "marbles", "cookies")
-FIRST_STEPS = (
-    ("{name} has {a} {things} and buys {b} more.", "+"),
-    ("{name} has {a} {things} and gives {b} of them to a friend.", "-"),
-    ("{name} has {b} boxes with {a} {things} in each box.", "*"),
-)
-SECOND_STEPS = (
-    ("Then {name} finds {c} more {things}.", "+"),
-    ("Then {name} loses {c} of the {things}.", "-"),
-    ("{friend} has {c} times as many {things} as {name}.", "*"),
-)
-
-
-def made_problems(n, steps, seed):
-    """n word problems of one or two steps, as GSM8K writes them: list of {"question", "answer"}"""
-    rng = random.Random(f"{steps} {seed}")
-    calculate = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
-    rows = []
-    while len(rows) < n:
-        (name, friend), things = rng.sample(NAMES, 2), rng.choice(THINGS)
-        (first, op), (second, op2) = rng.choice(FIRST_STEPS), rng.choice(SECOND_STEPS)
-        a, b, c = rng.randint(3, 30), rng.randint(2, 9), rng.randint(2, 9)
-        middle = calculate[op](a, b)
-        result = calculate[op2](middle, c) if steps == 2 else middle
-        if min(middle, result) < 1:
-            continue
-        words = {"name": name, "friend": friend, "things": things, "a": a, "b": b, "c": c}
-        story, owner = first.format(**words), name
-        answer = f"{a}{op}{b}=<<{a}{op}{b}={middle}>>{middle}\n"
-        if steps == 2:
-            story += " " + second.format(**words)
-            owner = friend if op2 == "*" else name
-            answer += f"{middle}{op2}{c}=<<{middle}{op2}{c}={result}>>{result}\n"
-        question = f"{story} How many {things} does {owner} have now?"
-        rows.append({"question": question, "answer": f"{answer}#### {result}"})
-    return rows
 
 
 def run_sample(args, n=30, k=8):
@@ -109,7 +70,6 @@ def run_sample(args, n=30, k=8):
 
 # ------------------------------------------------------------------------------------- reinforcement learning
 
-RL_ROWS = {"sft": 192, "prompts": 768, "heldout": 192, "rl": 256, "test": 200}  # file: problems in it
 CHAT = f'--chat chatml --system "{SYSTEM}" --dtype bfloat16'  # of every command
 ANSWERS = "--max_new_tokens 32"
 ADAPTERS = "--lora_rank 16"
@@ -118,31 +78,25 @@ ROLLOUTS = (
     " --batch_size 128 --group_size 16 --minibatch 32 --steps 16 --eval_every 4 --save_every 1"
 )
 CRITIC = "--critic_lora_rank 16 --critic_lr 5e-4"
-RL_STAGES = {  # result: flags of the command that makes it
+RL_STAGES = {  # result: flags of the command that makes it; each of RL_ARMS for each of RL_SEEDS
     "sft": f"--stage sft --model {{model}} --data sft.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 16",
     "pairs.jsonl": "--stage pairs --model sft --data prompts.jsonl --heldout heldout.jsonl --k 8"
     f" --pairs_per_prompt 2 {ANSWERS}",
     "qrm": f"--stage rm --model sft --data pairs.jsonl {ADAPTERS} --lr 1e-3 --warmup 4 --batch_size 8"
     " --save_every 9",
     "scores.jsonl": "--stage score --model qrm --data answers.jsonl",
+}
+RL_ARMS = {
     "reinforce-outcome": f"--stage reinforce --reward outcome {ROLLOUTS}",
     "ppo-qrm": f"--stage ppo --reward_model qrm {ROLLOUTS} {CRITIC}",
     "reinforce-qrm": f"--stage reinforce --reward_model qrm {ROLLOUTS}",
     "ppo-outcome": f"--stage ppo --reward outcome {ROLLOUTS} {CRITIC}",
 }
+RL_SEEDS = (0, 1)
+RL_STAGES |= {
+    f"{name}-{seed}": f"{flags} --seed {seed}" for seed in RL_SEEDS for name, flags in RL_ARMS.items()
+}
 RL_TESTS = {"sft": f"--data test.jsonl --k 4 {ANSWERS}", "qrm": "--data pairs-heldout.jsonl"}
-
-
-def write_problems(folder):
-    """The files of RL_ROWS: different one-step problems, solved as in GSM8K without its calculator notes."""
-    rows = {row["question"]: row for row in made_problems(2 * sum(RL_ROWS.values()), 1, seed=1)}
-    rows = iter(rows.values())
-    for name, n in RL_ROWS.items():
-        lines = []
-        for _ in range(n):
-            row = next(rows)
-            lines.append(json.dumps(row | {"answer": NOTE.sub("", row["answer"])}) + "\n")
-        write_atomically(folder / f"{name}.jsonl", "".join(lines))
 
 
 def write_answers(folder):
@@ -234,7 +188,7 @@ def run_rl(args):
     pairs = read_lines(folder / "pairs.jsonl")
     signs = Counter((sign_of(pair["chosen"]), sign_of(pair["rejected"])) for pair in pairs)
     print(f"signs of the pairs' right and wrong answers: {dict(signs)}")
-    for name in ("sft", "ppo-qrm"):
+    for name in ("sft", "ppo-qrm-0"):
         print(f"operations of {name}, right and written: {count_operations(folder, name)}")
     print_rl(folder)
 
@@ -271,12 +225,13 @@ def print_rl(folder):
     for path in sorted(folder.glob("*/eval.json")):
         print(f"\n{path.parent.name}: {json.loads(path.read_text())}")
     print_first_differences(folder / "scores.jsonl")
-    print("\nheld-out greedy pass@1 of policies, and the mean reward of every rollout")
-    n = RL_ROWS["test"]
+    print("\nheld-out greedy pass@1 of policies as evaluated, and the mean reward of every rollout")
+    n = FILES["test"]
     for path in sorted(folder.glob("*/metrics.jsonl")):
         rows = read_lines(path)
-        if rows and "pass@1" in rows[-1]:
-            share = rows[-1]["pass@1"]
-            error = (share * (1 - share) / n) ** 0.5
+        shares = [row["pass@1"] for row in rows if "pass@1" in row]
+        if shares:
+            error = (shares[-1] * (1 - shares[-1]) / n) ** 0.5
             rewards = " ".join(f"{row['reward']:.3f}" for row in rows)
-            print(f"  {path.parent.name:25}{share:.3f} +- {error:.3f}   {rewards}")
+            passed = " ".join(f"{share:.3f}" for share in shares)
+            print(f"  {path.parent.name:25}{passed} +- {error:.3f}   {rewards}")

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "classroom"))
 import adapters  # noqa: E402
 import heads  # noqa: E402
 import notes  # noqa: E402
+import problems  # noqa: E402
 import real  # noqa: E402
 import real_rl  # noqa: E402
 import solutions  # noqa: E402
@@ -303,8 +304,8 @@ def test_planted_measures_by_hand():
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_made_problems_have_right_answers(steps):
-    rows = real_rl.made_problems(200, steps, seed=1)
-    assert rows == real_rl.made_problems(200, steps, seed=1) != real_rl.made_problems(200, steps, seed=2)
+    rows = problems.made_problems(200, steps, seed=1)
+    assert rows == problems.made_problems(200, steps, seed=1) != problems.made_problems(200, steps, seed=2)
     for row in rows:
         found = list(notes.NOTE.finditer(row["answer"]))
         assert len(found) == steps
@@ -317,9 +318,9 @@ def test_made_problems_have_right_answers(steps):
 
 
 def test_rl_problems_are_different_and_solved_right(tmp_path):
-    real_rl.write_problems(tmp_path)
+    problems.write_problems(tmp_path)
     questions = []
-    for name, n in real_rl.RL_ROWS.items():
+    for name, n in problems.FILES.items():
         rows = solutions.read_lines(tmp_path / f"{name}.jsonl")
         assert len(rows) == n
         for row in rows:
@@ -327,7 +328,7 @@ def test_rl_problems_are_different_and_solved_right(tmp_path):
             expression, _, value = equation.partition("=")
             assert notes.evaluate_note(expression) == int(value) and claim == f"#### {value}"
         questions += [row["question"] for row in rows]
-    assert len(set(questions)) == sum(real_rl.RL_ROWS.values())
+    assert len(set(questions)) == sum(problems.FILES.values())
 
 
 @pytest.mark.parametrize("name", real_rl.RL_STAGES)
@@ -337,7 +338,7 @@ def test_rl_commands_are_read_in_full(name):
     cfg = parse(flags)
     assert unread_flags(flags) == [] and cfg.system == solutions.SYSTEM
     earlier = list(real_rl.RL_STAGES)[: list(real_rl.RL_STAGES).index(name)]
-    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in real_rl.RL_ROWS), *earlier}
+    made = {"", "{model}", "answers.jsonl", *(f"{file}.jsonl" for file in problems.FILES), *earlier}
     assert {cfg.model, cfg.data, cfg.heldout, cfg.reward_model} <= made
 
 
