@@ -16,6 +16,7 @@ from support.checkpoints import out_of_date
 from support.files import BadInput, read_json, read_jsonl, require
 from support.graders import can_match
 from support.judge import judge_reward, make_judge
+from support.meanings import is_value
 from support.rewards import graded_reward, user_reward
 from support.row import plain_prompt
 from support.row_notes import used_keys
@@ -71,6 +72,10 @@ def ignored_keys(cfg):
     return tuple(key.strip() for key in cfg.ignore_keys.split(",") if key.strip())
 
 
+# "21\text{ dogs}"; "12\text{ and }13" is a list.
+HAS_WORDS = re.compile(r"\d\s*\\(?:text|mbox|mathrm)\w*\s*\{\s*(?!and\b|or\b)[^{}]*[a-z]{3}")
+
+
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     """load_rows with the run's --ignore_keys; its notes, and what it read, go to the main rank's terminal.
 
@@ -85,6 +90,12 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     sentences = [label for label in labels if len(label.split()) > 8]
     if sentences and "label" in needs:
         say(grid, f"{path}: note: {len(sentences)} labels have more than 8 words ({sentences[0][:60]!r})")
+    worded = [label for label in labels if HAS_WORDS.search(label) and not is_value(label)]
+    if worded and "label" in needs and cfg.task == "math":
+        says = (
+            f"{len(worded)} labels have words beside a number ({worded[0][:60]!r}); an answer needs them, too"
+        )
+        say(grid, f"{path}: note: {says}")
     rounded = [label for label in labels if re.search(r"\.\d{12}", label)]
     if rounded and "label" in needs:
         say(grid, f"{path}: note: {len(rounded)} labels have 12 decimals or more ({rounded[0][:60]!r})")

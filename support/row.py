@@ -23,8 +23,8 @@ from support.tokenizers import ROLES, is_conversation
 
 PROMPT = ("prompt", "instruction", "question", "problem")
 CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
-NO_CONTEXT = re.compile(  # Alpaca's spellings, and those of tools
-    r"(?i)\W*(?:no\s?inputs?(?:\s(?:needed|required|provided|given))?|none(?:\srequired)?|n/a|nan|null"
+NOTHING = re.compile(  # Alpaca's spellings of "there is none", and those of tools
+    r"(?i)\W*(?:no\s?(?:in|out)puts?(?:\s(?:needed|required|provided|given))?|none(?:\srequired)?|n/?a|nan|null"
     r"|not applicable)\W*"
 )
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
@@ -119,21 +119,29 @@ def keys_read(fields, row):
     if "prompt" in row:
         for names in (PROMPT, CONTEXT, SYSTEM):
             name, value = pick(fields, names)
-            if name and not (names is CONTEXT and says_none(value)):
+            stated = str(pick(fields, PROMPT)[1])
+            if name and not (names is CONTEXT and (says_none(value) or is_in(str(value), stated))):
                 read[name] = "prompt"
-    stated = "prompt" in read.values()
     for key, name in reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ():
-        holds_prompt = "prompt" in row and not stated and not isinstance(fields[name], str)
-        holds_prompt = holds_prompt and (name in CONVERSATION or has_turns(fields[name]))
-        parts = ["prompt"] * holds_prompt + [key] * (key in row and key in REPLIES)
+        parts = ["prompt"] * ("prompt" in row and adds_to_prompt(fields, name, key in row))
+        parts += [key] * (key in row and key in REPLIES)
         read |= {name: " and ".join(parts)} if parts else {}
     if row.get("label") is not None:
-        read |= {name: "label" for name in LABEL if not is_empty(fields.get(name)) and name not in read}
+        read |= {name: "label" for name, _ in stated_labels(fields) if name not in read}
     read |= {"responses": "responses"} if "responses" in row else {}
     read |= {"labels": "labels"} if "labels" in row else {}
     read |= {"completions": "steps", "labels": "steps"} if "steps" in row else {}
     read |= {"margin": "margin"} if "margin" in row else {}
     return read
+
+
+def adds_to_prompt(fields, name, is_wanted):
+    """Whether a conversation holds the prompt, or other messages than the one that a row states."""
+    if name not in CONVERSATION and not is_dialogue(fields[name]):
+        return False
+    context, _ = split_reply(fields[name], name)
+    stated = read_prompt(fields)
+    return stated is None or len(context if is_wanted else up_to_prompt(context, stated)) > 1
 
 
 def refuse_header(fields):
@@ -311,30 +319,40 @@ def read_label(fields, response=None):
 
     response   the field that supplies the response, which may well be wrong
     """
-    found = [name for name in LABEL if not is_empty(fields.get(name)) and fields[name] not in ABSENT]
-    if "label" in found and isinstance(fields.get("correct"), bool):
-        found = ["label"]  # a row that --stage grade wrote: its `answer` is what the response claimed
+    found = stated_labels(fields)
     if not found:
         if any(key in fields for key in NAMES["label"]):
             return None
         raise missing(fields, "label")
-    label = label_in(fields, found[0])
-    if label is None:
-        return None
-    for name in found[1:]:
-        try:
-            other = label if name == response else label_in(fields, name)
-        except BadInput:  # a text that states no final answer
-            continue
-        if other is None:
+    (first, label), *others = found
+    for name, other in others:
+        if None in (label, other) or name == response:
             continue
         differ = is_final(label) and is_final(other) and not same_answer(label, other, "math")
         require(
             not differ,
-            f"{found[0]} says {label!r}, but {name} says {other!r}; expected one answer"
+            f"{first} says {label!r}, but {name} says {other!r}; expected one answer"
             f" (--ignore_keys {name}, if that is none)",
         )
     return label
+
+
+def stated_labels(fields):
+    """[(key, label)] of the keys that state one; None for a box that cannot be read whole.
+
+    BadInput if the first key states no final answer: those after it may be texts without any.
+    """
+    names = [name for name in LABEL if not is_empty(fields.get(name)) and fields[name] not in ABSENT]
+    if "label" in names and isinstance(fields.get("correct"), bool):
+        names = ["label"]  # a row that --stage grade wrote: its `answer` is what the response claimed
+    found = []
+    for name in names:
+        try:
+            found.append((name, label_in(fields, name)))
+        except BadInput:
+            if not found:
+                raise
+    return found
 
 
 def same_label(one, other):
@@ -361,10 +379,12 @@ def label_in(fields, name):
         if "####" in value and (after_hashes(value) is not None or "\\boxed" not in value):
             value = gsm8k_label(value)
         elif name == "solution" or "\\boxed" in value:
-            value = last_boxes(value)
-            if value is None and "\\boxed" in fields[name]:
+            boxes = last_boxes(value)
+            if boxes is None and "\\boxed" in fields[name]:
                 return None  # as in \boxed{-15}x^3: the row is dropped and counted
-            require(value, f"{name} is {fields[name][-60:]!r}; expected \\boxed{{...}} in it")
+            value = boxes or value
+            has_number = is_value(value) and re.search(r"\d", value)
+            require(boxes or has_number, f"{name} is {value[-60:]!r}; expected \\boxed{{...}} in it")
         elif said := ANSWER_IS.match(value):
             value = value[said.end() :].removesuffix(".")
         value = value.strip()
@@ -438,23 +458,27 @@ def read_conversation(fields, wanted):
     """Prompt and replies of one row: one prompt for all replies, and all of it."""
     replies = {}
     contexts = {}
+    stated = read_prompt(fields) if "prompt" in wanted else None
     for key, name in reply_keys(fields, wanted):
-        contexts[name], replies[key] = split_reply(fields[name], name)
+        context, replies[key] = split_reply(fields[name], name)
+        contexts[name] = context if key in wanted else up_to_prompt(context, stated)
+        goes_on = replies[key] is None and "response" in wanted and contexts[name] != context
+        require(
+            not goes_on,
+            f"{name} goes on after the prompt and its reply, and ends with another message of the user;"
+            f" expected the conversation up to the reply (--ignore_keys {name})",
+        )
     for key in ("chosen", "rejected", "response"):
         if key in wanted and replies.get(key) is None:
+            for name in CONVERSATION if key == "response" and not has_empty_text(fields, RESPONSE) else ():
+                ends = not is_empty(fields.get(name))
+                require(not ends, f"{name} ends with a message of the user; expected the assistant's reply")
             raise missing(fields, key)
     check_same_reply(replies, wanted)
     if "prompt" in wanted:
-        prompt = join_context(read_prompt(fields), common_context(contexts))
+        prompt = join_context(stated, common_context(contexts))
         if prompt is None:
             raise missing(fields, "prompt")
-        for name in CONVERSATION:
-            goes_on = name in replies and replies[name] is None and isinstance(pick(fields, PROMPT)[1], str)
-            require(
-                not goes_on or len(replies) == 1 or said(prompt[-1:]) == pick(fields, PROMPT)[1].strip(),
-                f"{name} goes on after the prompt and its reply, and ends with another message of the user;"
-                f" expected the conversation up to the reply (--ignore_keys {name})",
-            )
         prompt = with_system(prompt, fields)
         is_text = isinstance(prompt, str)
         require(
@@ -525,6 +549,19 @@ def common_context(contexts):
     (first, context), *others = [(name, found) for name, found in contexts.items() if found] or [(None, [])]
     for name, other in others:
         require(other == context, f"{first} and {name} answer different messages; expected one prompt")
+    return context
+
+
+def up_to_prompt(context, prompt):
+    """The messages of a conversation up to the last one that is the stated prompt, if it goes on after that.
+
+    So a conversation whose reply is not wanted adds what was said before a prompt, and nothing after it.
+    """
+    said_there = [message["content"].strip() for message in context]
+    if isinstance(prompt, str) and prompt.strip() in said_there:
+        return context[: len(context) - said_there[::-1].index(prompt.strip())]
+    if isinstance(prompt, list) and context[: len(prompt)] == prompt:
+        return prompt
     return context
 
 
@@ -601,13 +638,22 @@ def split_reply(value, name):
     return messages[:-1], messages[-1:]
 
 
-def says_none(context):
-    """Whether a context is a spelling of none, such as Alpaca's, or pandas' NaN."""
-    return NO_CONTEXT.fullmatch(str(context)[:40]) is not None
+def says_none(text):
+    """Whether a text is a spelling of none, such as Alpaca's "<noinput>", or pandas' NaN."""
+    return NOTHING.fullmatch(str(text)[:40]) is not None
+
+
+def is_in(text, prompt):
+    """Whether a prompt has a text in it: as lines of its own, or anywhere if it is too long for chance."""
+    text = text.strip()
+    return f"\n{text}\n" in f"\n{prompt.strip()}\n" or len(text) > 60 and text in prompt
 
 
 def read_prompt(fields):
-    """The prompt that a row states: a text or messages, with what belongs to it; None if it states none."""
+    """The prompt that a row states: a text or messages, with what belongs to it; None if it states none.
+
+    A context that the prompt has in it already, as after a map that joined them, is not added again.
+    """
     name, prompt = pick(fields, PROMPT)
     context_name, context = pick(fields, CONTEXT)
     if says_none(context):
@@ -621,7 +667,8 @@ def read_prompt(fields):
     if context is not None:
         both = isinstance(prompt, str) and isinstance(context, str)
         require(both, f"{context_name} is {json.dumps(context)[:60]}; expected a text beside a text {name}")
-        prompt = f"{prompt}\n\n{context}"
+        if not is_in(context, prompt):
+            prompt = f"{prompt}\n\n{context}"
     return prompt
 
 

@@ -19,6 +19,7 @@ from support.row import (
     plain_prompt,
     reply_keys,
     said,
+    says_none,
     texts_in,
 )
 from support.tokenizers import is_conversation
@@ -273,17 +274,28 @@ def notes_on_absent(rows):
     for row in rows:
         stated = [(key, row["fields"][key]) for key, what in row["read"].items() if what == "prompt"]
         for key, text in [*stated, *replies_of(row)]:
-            if isinstance(text, str) and text.strip() in ABSENT:
+            if isinstance(text, str) and (text.strip() in ABSENT or says_none(text)):
                 found.setdefault(key, []).append(text.strip())
     says = "which is used like other texts"
     return [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
 
 
-def is_last_of_boxes(row):
-    """Whether the label of a row is the last of several boxes, which are no list."""
-    texts = [row["fields"][key] for key, what in row["read"].items() if what == "label"]
-    texts = [text for text in texts if isinstance(text, str) and text.count("\\boxed") > 1]
-    return any(row.get("label") == boxed(text) != boxed(text.rpartition("\\boxed")[0]) for text in texts)
+def notes_on_boxes(rows):
+    """Which labels are one of several boxes, and which are several boxes: list of texts"""
+    last, together = [], []  # their rows' lines
+    for row in rows:
+        texts = [row["fields"][key] for key, what in row["read"].items() if what == "label"]
+        texts = [text for text in texts if isinstance(text, str) and text.count("\\boxed") > 1]
+        several = any(boxed(text) != boxed(text.rpartition("\\boxed")[0]) for text in texts)
+        if several:
+            is_last = any(row["label"] == boxed(text) for text in texts)
+            (last if is_last else together).append(row["line"])
+    notes = []
+    for lines, what in ((last, "the last alone is"), (together, "all of a list, in any order, are")):
+        if lines:
+            says = f"{len(lines)} solutions have several boxes, and {what} the label"
+            notes.append(f"{says} (line {', '.join(map(str, lines[:3]))})")
+    return notes
 
 
 def notes_on_keys(rows, needs):
@@ -308,10 +320,7 @@ def notes_on_keys(rows, needs):
     for row in rows:
         if row.get("label") is not None and "prompt" in row:
             labels[plain_prompt(row["prompt"])].add(row["label"])
-    boxes = [row["line"] for row in rows if is_last_of_boxes(row)]
-    if boxes:
-        says = f"{len(boxes)} solutions have several boxes, and the last alone is the label"
-        notes.append(f"{says} (line {boxes[0]})")
+    notes += notes_on_boxes(rows)
     several = sum(len(of_prompt) > 1 for of_prompt in labels.values())
     if several:
         notes.append(f"{several} prompts have more than one label, each of which is right in its own row")

@@ -75,7 +75,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         refuse_verdicts(rows)
         if "steps" in needs:
             refuse_one_sided(rows)
-            refuse_answers(rows)
+            notes += refuse_answers(rows)
     if "chosen" in needs:
         notes += notes_on_pairs(rows)
     if "response" in needs:
@@ -148,7 +148,7 @@ def turn_in(text):
     return found and found[0].strip()
 
 
-RESULT = re.compile(r"\\boxed|####")
+RESULT = re.compile(r"\\boxed|####|^# Answer", re.MULTILINE)  # the last one is PRM800K's
 MARK_OF_STEP = re.compile(r"(?:^|\s)(?:[-+]|\u043a\u0438)\s*\Z")  # Math-Shepherd's
 # Messages written as text: as JSON or by Python, a list of them, one alone, or the object around them.
 MESSAGE = r"""\{\s*['"](?:role|content|from|value)['"]\s*:"""
@@ -263,18 +263,23 @@ def refuse_replaced(path, rows, needs):
 
 def refuse_answers(rows):
     """BadInput for a file most of whose `completions` are whole answers, since several of a row state a
-    result, or are rated in their own text."""
+    result, or are rated in their own text; a minority is counted in a note: list of texts"""
     marked = sum(all(map(MARK_OF_STEP.search, (step.text for step in row["steps"]))) for row in rows)
     require(
         2 * marked <= len(rows),
         "the steps of most rows end in + or -, their labels, which would be read; expected their texts alone",
     )
-    stated = [sum(bool(RESULT.search(step.text)) for step in row["steps"]) for row in rows]
+    several = []  # lines
+    for row in rows:
+        if sum(RESULT.search(step.text) is not None for step in row["steps"]) > 1:
+            several.append(row["line"])
     require(
-        2 * sum(n > 1 for n in stated) <= len(rows),
-        "several completions of a row state a result (\\boxed or ####): whole answers? expected the steps of"
-        " one answer; answers with labels are named responses",
+        2 * len(several) <= len(rows),
+        "several completions of a row state a result (\\boxed, ####, # Answer): answers, or alternatives?"
+        " expected the steps of one answer; answers with labels are named responses",
     )
+    says = "have several steps that state a result, which are read as steps of one answer"
+    return [f"{len(several)} rows {says} (line {several[0]})"] if several else []
 
 
 def refuse_one_sided(rows):

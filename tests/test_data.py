@@ -37,6 +37,7 @@ from parallel import Grid
 from support import loading, settings
 from support.files import BadInput, read_jsonl
 from support.graders import grade, gsm8k_label
+from support.row import said
 from support.row_notes import used_keys
 from support.tokenizers import Tokenizer
 
@@ -413,8 +414,8 @@ def test_dialogues_in_replies_of_every_kind(file, dialogue):
     """They would be trained on, or ranked, as answers. In half of the replies they can be chance."""
     prompt = "What is 0+2?"
 
-    def rows_with(said):
-        text, other = [said.replace("PROMPT", prompt).replace("REPLY", reply) for reply in "23"]
+    def rows_with(text_of_reply):
+        text, other = [text_of_reply.replace("PROMPT", prompt).replace("REPLY", reply) for reply in "23"]
         return {
             ONE: {"prompt": prompt, "response": text},
             PAIRS: {"prompt": prompt, "chosen": text, "rejected": other},
@@ -880,6 +881,7 @@ def test_a_note_on_files_that_were_escaped_twice(file, text, escaped):
         ("['Red, blue.', \"I don't know\"]", "texts of response are values of JSON or Python"),
         ("[{'type': 'text', 'text': 'Name it'}]", "texts of response are values of JSON or Python"),
         (" nan", "1 rows have response 'nan', which is used"),
+        ("<No Output>", "1 rows have response '<No Output>', which is used"),
         (r"G\"odel and $\upsilon$", None),
         ("Ça va? Â la carte: É, 5 £, – €", None),
         ("R&D; [see] a 'b' {c} \"d\"", None),
@@ -948,7 +950,11 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
             ("prompt", "label"),
             "1 solutions have several",
         ),
-        ([{"prompt": "q", "solution": BOXES.replace("SO", "and")}], ("prompt", "label"), None),
+        (
+            [{"prompt": "q", "solution": BOXES.replace("SO", "and")}],
+            ("prompt", "label"),
+            "1 solutions have several boxes, and all of a list",
+        ),
         ([{"prompt": "q ", "response": "q"}], ONE, "1 rows have a reply that is the prompt itself"),
         (
             [row | {"rejected": " b"} for row in pairs],
@@ -1739,3 +1745,75 @@ def test_examples_in_docstrings(name):
     assert result.failed == 0
     if name in ("data", "parallel"):
         assert result.attempted > 0
+
+
+LONGER = [user("first"), assistant("one"), user("second"), assistant("two")]
+LONGER_HH = "\n\nHuman: first\n\nAssistant: one\n\nHuman: second\n\nAssistant: two"
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize("longer", [LONGER, LONGER_HH], ids=["messages", "HH-RLHF"])
+@pytest.mark.parametrize("needs", [ONE, ("prompt",), ("prompt", "label")])
+def test_a_conversation_that_goes_on_is_used_up_to_the_prompt_that_a_row_states(file, longer, needs):
+    """As Dataset.map leaves it: prompt and response of the first exchange beside the whole transcript."""
+    row = {"prompt": "first", "response": "one", "label": "1", "chosen": longer, "rejected": longer}
+    [read] = load_rows(file(row), needs)
+    assert said(read["prompt"]) == "first" and said(read.get("response", "one")) == "one"
+    assert not {"chosen", "rejected"} & set(read["read"])
+    last = row | {"prompt": "second", "response": "two"}
+    [read] = load_rows(file(last), needs)
+    assert [message["content"] for message in read["prompt"]] == ["first", "one", "second"]
+    assert read["read"]["chosen"] == "prompt"
+    [read] = load_rows(file(row), ("prompt", "chosen", "rejected"))
+    assert said(read["prompt"]) == "second" and read["read"]["chosen"] == "prompt and chosen"
+
+
+def test_messages_that_are_longer_than_the_prompt(file):
+    row = {"prompt": "first", "messages": [SYSTEM, *LONGER], "label": "1"}
+    [read] = load_rows(file(row), ("prompt", "label"))
+    assert read["prompt"] == [SYSTEM, user("first")] and read["read"]["messages"] == "prompt"
+    [read] = load_rows(file(row | {"prompt": [user("first")], "messages": LONGER}), ("prompt",))
+    assert read["prompt"] == [user("first")] and "messages" not in read["read"]
+    [read] = load_rows(file(row), ONE)  # the reply of messages answers all that is before it
+    assert said(read["prompt"]) == "second" and said(read["response"]) == "two"
+    with pytest.raises(BadInput, match="line 1: messages ends with a message of the user"):
+        load_rows(file({"messages": LONGER[:3]}), ONE)
+
+
+@pytest.mark.parametrize(
+    "instruction, context, prompt",
+    [
+        ("Name it.\n\nred\nblue", "red\nblue", None),  # joined by a map that keeps the column
+        ("Context: " + "so " * 30 + "\n\nQuestion: why?\nAnswer:", "so " * 30, None),
+        ("Is red a colour?", "red", "Is red a colour?\n\nred"),
+        ("Name it.", "red", "Name it.\n\nred"),
+    ],
+)
+def test_a_context_that_the_prompt_has_already(file, instruction, context, prompt):
+    row = {"instruction": instruction, "input": context, "output": "ok"}
+    [read] = load_rows(file(row), ONE)
+    assert read["prompt"] == (prompt or instruction)
+    assert ("input" in read["read"]) == (prompt is not None)
+
+
+def test_which_keys_a_label_was_read_from(file):
+    needs = ("prompt", "label")
+    row = {"question": "q", "answer": "so\n#### 70"}
+    with pytest.raises(BadInput, match="answer says '70', but solution says '72'"):
+        load_rows(file(row | {"solution": "72"}), needs)
+    for other, used in ((r"so \boxed{70}", True), ("70", True), ("because it is", False)):
+        [read] = load_rows(file(row | {"solution": other}), needs)
+        assert read["label"] == "70" and ("solution" in read["read"]) == used
+    [read] = load_rows(file({"prompt": "q", "label": "72", "answer": "70", "correct": False}), needs)
+    assert read["read"] == {"prompt": "prompt", "label": "label"}
+    assert load_rows(file({"problem": "q", "solution": "72"}), needs)[0]["label"] == "72"
+
+
+def test_alternatives_of_prm800k_are_no_steps(file):
+    ends = {"prompt": "q", "completions": ["# Answer\n\n5", "So.\n\n# Answer\n\n6"], "labels": [1, -1]}
+    with pytest.raises(BadInput, match="several completions of a row state a result"):
+        load_rows(file(ends), ("prompt", "steps"))
+    lines = []
+    steps = {"prompt": "q", "completions": ["It is 5.", "# Answer\n\n5"], "labels": [1, 1]}
+    load_rows(file(ends, steps, steps), ("prompt", "steps"), log=lines.append)
+    assert len(lines) == 1 and "1 rows have several steps that state a result" in lines[0]

@@ -33,6 +33,7 @@ COMMANDS = {  # what is written: the flags
     "prm": f"{RM} --steps 2 --reward prm --task arith",
     "reinforce": f"--stage reinforce --reward outcome --group_size 4 --advantage grpo --kl k3 {RL}",
     "ppo": f"--stage ppo --reward_model rm --outcome_model orm --lora_rank 2 {RL}",
+    "process": f"--stage reinforce --reward prm --reward_model prm --advantage process --group_size 4 {RL}",
     "policy": "--stage eval --model sft --reward_model rm --data rows.jsonl --limit 4 --max_new_tokens 16",
     "accuracy": "--stage eval --model rm --data pairs.jsonl",
     "judged": "--stage eval --reward judge --model sft --data pairs.jsonl --judge_prompt question.txt",
