@@ -154,7 +154,7 @@ def stage_rl(cfg, grid):
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows, heldout = load_prompts(cfg, grid)
     prompts = short_prompts(rows, tokenizer, cfg, grid)
-    encode_prompts(heldout, tokenizer, cfg.heldout or cfg.data)  # a prompt that cannot be read is found now
+    encode_prompts(heldout, tokenizer, cfg.heldout or cfg.data, log_to(grid))  # it may be refused
     check_rollout_size(cfg, grid)
     start = load(LanguageModel, cfg.model, cfg, grid)
     reference = frozen_start(start, cfg, grid)
@@ -389,12 +389,12 @@ def stage_pairs(cfg, grid):
     """
     tokenizer = load_tokenizer(cfg.model, cfg)
     rows = read_rows(cfg.data, ("prompt", "label"), cfg, grid, cfg.limit)
-    prompts = encode_prompts(rows, tokenizer, cfg.data)  # what cannot be read is found before sampling
+    prompts = encode_prompts(rows, tokenizer, cfg.data, log_to(grid))  # before sampling: it may be refused
     say_first(tokenizer, rows[0], prompts[0], cfg.data, grid)
     if cfg.heldout:
         of_heldout = dataclasses.replace(cfg, data=cfg.heldout)
         heldout = read_rows(cfg.heldout, ("prompt", "label"), of_heldout, grid)
-        encode_prompts(heldout, tokenizer, cfg.heldout)
+        encode_prompts(heldout, tokenizer, cfg.heldout, log_to(grid))
     policy = load(LanguageModel, cfg.model, cfg, grid)
     reward = None
     if cfg.best and cfg.reward_model:

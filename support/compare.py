@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from data import Example, encode_prompts, sequence_length
+from parallel import say
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
 from support.files import at_line, require
 from support.graders import extract_answer, grade
@@ -43,6 +44,7 @@ def eval_candidates(directory, cfg, grid):
     majority        the final result that most answers have
     shortest        the answer with the fewest tokens
     random, oracle  any answer; a right one wherever there is one
+    n_claims        how many answers have a final result that --task reads; the others have no vote
     <way>_95        95 % interval by a bootstrap over prompts; by_subset where rows have a subset
     Answers that are equal in the number they are chosen by share the choice.
     """
@@ -72,7 +74,12 @@ def eval_candidates(directory, cfg, grid):
             totals=[reward.total(rewards) for rewards in own],
         )
         found.append((row["line"], candidates))
-    return shares_right([candidates for _, candidates in all_ranks(found, grid)])
+    result = shares_right([candidates for _, candidates in all_ranks(found, grid)])
+    silent = result["n_answers"] - result["n_claims"]
+    if silent:
+        says = f"{silent} of {result['n_answers']} answers claim nothing that --task {cfg.task} reads"
+        say(grid, f"{cfg.data}: note: {says}: they have no vote")
+    return result
 
 
 def encode_candidates(rows, tokenizer, cfg, log):
@@ -138,7 +145,9 @@ def shares_right(rows):
         }
         for way, of_way in numbers.items():
             right.setdefault(way, []).append(share_right(of_way, row.correct))
+    claims = flat(row.claims for row in rows)
     out = {"n_prompts": len(rows), "n_answers": len(totals)}
+    out["n_claims"] = sum(claim is not None for claim in claims)
     for way, shares in right.items():
         out[way] = sum(shares) / len(shares)
         out[f"{way}_95"] = clustered_interval(shares, [row.prompt for row in rows])

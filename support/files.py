@@ -57,7 +57,9 @@ def read_line(line):
     except BadInput:
         raise
     except json.JSONDecodeError as e:
-        raise BadInput(f"not valid JSON in UTF-8 ({e.msg}, column {e.colno})") from None
+        array = "; the beginning of an array?" if line.lstrip().startswith(b"[") else ""
+        says = f"not valid JSON in UTF-8 ({e.msg}, column {e.colno}){array}"
+        raise BadInput(f"{says}; expected one object a line") from None
     except (ValueError, RecursionError) as e:
         raise BadInput(f"not valid JSON in UTF-8 ({e})") from None
     require(isinstance(row, dict), f"found {type(row).__name__}, expected a JSON object")

@@ -208,7 +208,8 @@ def refuse_unknown(fields):
     read = "\n".join(texts_in([fields.get(name) for name in SPEAKING]))
     for name, value in fields.items():
         own = [text for text in texts_in(value) if is_prose(text) and text.strip() not in read]
-        if name in SPEAKING or is_empty(value) or name in HARMLESS and not own:
+        harmless = name.replace("-", "_") in HARMLESS
+        if name in SPEAKING or is_empty(value) or harmless and not own:
             continue
         if name == "text" and is_rendering(value, fields):
             continue

@@ -109,8 +109,9 @@ DECIMAL = re.compile(r"-?\d+(?:\.\d+)?(?:[eE]-?\d{1,2})?")
 
 def notes_on_pairs(rows):
     """What the user should know of pairs that are used against what they, or others, say: list of texts."""
-    pairs = [(row["raw"].get(ours), row["raw"].get(other)) for row in rows for ours, other in RATINGS]
-    lists = [row["raw"].get(name) for row in rows for name in RATED_PAIR]
+    raws = [{key.replace("-", "_"): value for key, value in row["raw"].items()} for row in rows]
+    pairs = [(raw.get(ours), raw.get(other)) for raw in raws for ours, other in RATINGS]
+    lists = [raw.get(name) for raw in raws for name in RATED_PAIR]
     pairs += [tuple(value) for value in lists if isinstance(value, list) and len(value) == 2]
     texts = [[str(x) for x in pair] for pair in pairs]
     rated = [[float(x) for x in pair] for pair in texts if all(map(DECIMAL.fullmatch, pair))]

@@ -161,6 +161,7 @@ def test_best_of_n_goes_by_the_scores_of_the_reward_model(home, capsys):
         home, [row | {"label": str(n + 2)} for n, row in enumerate(ROWS)], "--model", home / "rm"
     )
     assert graded["best_of_n"] == sum(right) / 4 and graded["oracle"] == 1 and graded["n_answers"] == 10
+    assert graded["n_claims"] == 10
     assert graded["random"] == pytest.approx((2 / 3 + 1 / 2) / 2) and "by_subset" not in graded
     assert graded["shortest"] == pytest.approx(
         1 / 4

@@ -92,6 +92,7 @@ def test_lines_end_at_newlines_only(file):
     [
         ('{"a": 1', "not valid JSON"),
         ("nonsense", "not valid JSON"),
+        ('[\n{"a": 1}\n]', "the beginning of an array?; expected one object a line"),
         ('{"a": 1} {"a": 2}', "not valid JSON"),
         (b'{"a": "\xe9"}', "UTF-8"),
         ('"text"', "found str"),
@@ -1817,3 +1818,11 @@ def test_alternatives_of_prm800k_are_no_steps(file):
     steps = {"prompt": "q", "completions": ["It is 5.", "# Answer\n\n5"], "labels": [1, 1]}
     load_rows(file(ends, steps, steps), ("prompt", "steps"), log=lines.append)
     assert len(lines) == 1 and "1 rows have several steps that state a result" in lines[0]
+
+
+def test_keys_with_hyphens_are_read_as_those_with_underlines(file):
+    """As in argilla's UltraFeedback."""
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-model": "m", "chosen-rating": 3.0}
+    lines = []
+    load_rows(file(row | {"rejected-rating": 4.5}), PAIRS, log=lines.append)
+    assert len(lines) == 1 and "1 rows rate the chosen reply below the rejected one" in lines[0]
