@@ -142,14 +142,16 @@ def encode_prompts(rows, tokenizer, source, log=len):
 
 
 def note_seams(rows, tokenizer, keys, source, log):
-    """A note if, without a template, every reply follows its prompt without a blank: "in May?Natalia"."""
+    """A note if, without a template, most replies follow their prompt without a blank: "in May?Natalia"."""
     texts = [(row["prompt"], row[key]) for row in rows for key in keys]
     texts = [pair for pair in texts if all(isinstance(text, str) for text in pair)]
-    seams = [prompt[-1:] + reply[:1] for prompt, reply in texts]
-    if tokenizer.chat.name == "none" and seams and not any(c.isspace() for seam in seams for c in seam):
-        prompt, reply = texts[0]
-        seam = repr(prompt[-20:] + reply[:20])
-        log(f"{source}: note: no blank is between prompts and replies ({seam}), and none is added")
+    seams = [pair for pair in texts if not any(c.isspace() for c in pair[0][-1:] + pair[1][:1])]
+    if tokenizer.chat.name == "none" and 2 * len(seams) > len(texts):
+        prompt, reply = seams[0]
+        says = (
+            f"{len(seams)} of {len(texts)} replies touch their prompts: no blank is there, and none is added"
+        )
+        log(f"{source}: note: {says} ({prompt[-20:] + reply[:20]!r})")
 
 
 def refuse_transcripts(rows, tokenizer, source, log=len):

@@ -733,7 +733,7 @@ def test_a_note_on_replies_glued_to_their_prompts(prompt, reply, chat, noted):
     rows = [{"prompt": prompt, "response": reply, "line": line} for line in (1, 2)]
     lines = []
     encode(rows, Tokenizer(files, "x", chat), 99, source="here", log=lines.append)
-    assert len(lines) == noted and all("no blank is between prompts and replies" in line for line in lines)
+    assert len(lines) == noted and all("replies touch their prompts" in line for line in lines)
 
 
 def test_what_was_read_from_which_keys(file):
