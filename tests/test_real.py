@@ -1,9 +1,11 @@
 """classroom/real.py on made data with numbers worked out by hand; one test needs the real weights."""
 
+import dataclasses
 import doctest
 import json
 import os
 import shlex
+import string
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -342,6 +344,27 @@ def test_rl_commands_are_read_in_full(name):
     assert {cfg.model, cfg.data, cfg.heldout, cfg.reward_model} <= made
 
 
+def test_the_laptop_recipe_is_part_rl():
+    """recipes.md spells the commands of RL_STAGES, whose results the chapter reports."""
+    text = (ROOT / "classroom" / "recipes.md").read_text(encoding="utf-8")
+    block = text.partition("in an hour\n")[2].split("```")[1].replace("\\\n", " ")
+    names = {"rm": "qrm", "reinforce": "reinforce-outcome-0", "ppo": "ppo-qrm-0"}
+    no_paths = dict.fromkeys(("model", "data", "heldout", "out", "reward_model"), "") | {"save_every": 0}
+    variables, found = {}, []
+    for line in block.strip().splitlines():
+        line = string.Template(line).substitute(variables)
+        if not line.startswith("python"):
+            variables |= dict(word.split("=", 1) for word in shlex.split(line))
+        elif "--out" in line:
+            cfg = parse(shlex.split(line)[2:])
+            name = Path(cfg.out).name
+            stage = parse(shlex.split(f"{real_rl.RL_STAGES[names.get(name, name)]} {real_rl.CHAT}"))
+            no_paths["system"] = ""  # the model's own either way
+            assert dataclasses.replace(cfg, **no_paths) == dataclasses.replace(stage, **no_paths)
+            found.append(name)
+    assert found == ["sft", "pairs.jsonl", "rm", "reinforce", "ppo"]
+
+
 def test_run_stage_runs_once_and_again_after_a_failure(tmp_path):
     flags = "--stage grade --data answers.jsonl --out graded.jsonl"
     with pytest.raises(BadInput, match="stage one ended with status 2"):
@@ -419,14 +442,15 @@ def made_solutions(n=60):
     return out
 
 
-def test_adapters_train_on_other_folds_than_they_are_read_on(tmp_path):
+@pytest.mark.parametrize("fold", [0, 1])
+def test_adapters_train_on_other_folds_than_they_are_read_on(tmp_path, fold):
     made = made_solutions()
-    adapters.write_pairs(made, tmp_path / "pairs.jsonl")
-    adapters.write_answers(made, tmp_path / "answers.jsonl")
+    adapters.write_pairs(made, fold, tmp_path / "pairs.jsonl")
+    adapters.write_answers(made, fold, tmp_path / "answers.jsonl")
     pairs = solutions.read_lines(tmp_path / "pairs.jsonl")
     answers = solutions.read_lines(tmp_path / "answers.jsonl")
-    assert {solutions.fold_of(row["prompt"]) for row in pairs} == {1, 2, 3, 4}
-    assert {solutions.fold_of(row["prompt"]) for row in answers} == {0}
+    assert {solutions.fold_of(row["prompt"]) for row in pairs} == {0, 1, 2, 3, 4} - {fold}
+    assert {solutions.fold_of(row["prompt"]) for row in answers} == {fold}
     authors = Counter()
     for pair in pairs:
         row = next(row for row in made if row["question"] == pair["prompt"])
@@ -438,6 +462,25 @@ def test_adapters_train_on_other_folds_than_they_are_read_on(tmp_path):
             assert made[int(number)]["answers"][int(last)] == row["response"]
             authors[last] += 1
     assert len(set(authors.values())) == 1 and len(authors) == 4
+
+
+def test_transfer_of_adapters_is_counted_apart_for_questions_not_trained_on(tmp_path, capsys):
+    pairs = [(f"What is {q} and 1?", [f"chosen {q}", f"rejected {q}"]) for q in range(40)]
+    held_out = [solutions.fold_of(question) == 2 for question, _ in pairs]
+    adapters.write_transfer(pairs, tmp_path / "transfer.jsonl")
+    rows = solutions.read_lines(tmp_path / "transfer.jsonl")
+    for row in rows:
+        _, number, kind = row["id"].split()
+        assert row["prompt"] == pairs[int(number)][0] and row["response"].split() == [kind, number]
+        better = (kind == "chosen") == held_out[int(number)]  # right on held-out questions, wrong elsewhere
+        row["scores"] = [9.0, 1.0 + better] if better else [0.0, 1.0]
+    adapters.write_rows(tmp_path / "scores.jsonl", rows)
+    adapters.print_transfer("verifier", "verifier", tmp_path / "scores.jsonl", pairs, 2)
+    lines = capsys.readouterr().out.splitlines()
+    n = sum(held_out)
+    assert 0 < n < 40 and [line.split(",")[1].split()[0] for line in lines] == ["mean", "last"]
+    for line in lines:
+        assert f"1.000 (1.000 to 1.000) of {n}   0.000 (0.000 to 0.000) of {40 - n}" in line
 
 
 def test_scores_of_adapters_go_to_their_answers(tmp_path):
