@@ -138,6 +138,8 @@ def say_first(tokenizer, row, examples, source, grid):
         lines.append(f"  {name:10}{shown}")
     if row.get("label") is not None:
         lines.append(f"  label     {printable(row['label'])}")
+    if "steps" in row:
+        lines.append(f"  labels    {' '.join(f'{step.label:g}' for step in row['steps'])}")
     say_once(grid, "\n".join(lines))
 
 

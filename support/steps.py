@@ -66,7 +66,6 @@ def load_step_rows(path, tokenizer, cfg, grid, limit=0):
     for row in rows:
         row["response"] = "".join(step.text for step in row["steps"])
     found, rows = encode(rows, tokenizer, cfg.max_seq_len, source=path, log=log_to(grid))
-    say_first(tokenizer, rows[0], found[0], path, grid)
     examples = []
     for row, (example,) in zip(rows, found):
         with at_line(path, row["line"]):
@@ -76,6 +75,7 @@ def load_step_rows(path, tokenizer, cfg, grid, limit=0):
             places = step_places(tokenizer, example.response_ids, [step.text for step in row["steps"]])
         labels = [step.label for step in row["steps"]]
         examples.append((StepExample(*example, tuple(zip(places, labels))),))
+    say_first(tokenizer, rows[0], examples[0], path, grid)
     return examples, rows
 
 

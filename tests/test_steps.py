@@ -17,7 +17,7 @@ import reinforce
 from data import Example, arith_rows, arith_tokenizer, collate, load_rows
 from model import LanguageModel
 from parallel import Grid
-from support import steps
+from support import loading, steps
 from support.evaluate import Answer
 from support.files import BadInput
 from support.settings import ARITH, Config, parse
@@ -47,6 +47,15 @@ def test_rows_of_steps(tmp_path):
     first, second = load_rows(write(tmp_path, ROW, signed), ("prompt", "steps"))
     assert first["steps"] == [("Two.\n", 1.0), ("Four.", -1.0)]
     assert second["steps"] == [("Two.\n", -1.0), ("Four.\n", 0.5)]
+
+
+@pytest.mark.parametrize("end, shown", [("Four.", "Four.<|end_of_text|>"), ("Four.\n", "Four.↵")])
+def test_the_first_row_is_shown_as_it_is_trained_on(tmp_path, monkeypatch, capsys, end, shown):
+    """An answer that goes on has no stop token there, either; its labels are shown."""
+    monkeypatch.setattr(loading, "said_before", set())
+    load(write(tmp_path, ROW | {"completions": ["Two.", end], "labels": [1, -1]}), arith_tokenizer())
+    lines = capsys.readouterr().out.splitlines()
+    assert f"  response  Two.↵{shown}" in lines and "  labels    1 -1" in lines
 
 
 @pytest.mark.parametrize(
