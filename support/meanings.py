@@ -171,8 +171,8 @@ def joined(values):
 def pieces_of(answer: str) -> list:
     """The pieces of an answer."""
     tokens = tokens_of(re.sub(r",(?=\s*(?:\\text\s*\{\s*)?(?:and|or)\b)", " ", answer))
-    if tokens and tokens[-1].text in (".", ",", ";") and (len(tokens) == 1 or tokens[-2].text != "."):
-        tokens.pop()  # of the sentence around it; 0.3... goes on
+    if tokens and tokens[-1].text == "." and (len(tokens) == 1 or tokens[-2].text != "."):
+        tokens.pop()  # a full stop; 0.3... goes on
     if tokens and tokens[0].text == "{" and tokens[-1].text == "}" and closes(tokens):
         tokens = tokens[1:-1]  # braces that only group
     sequence = any(token.text in ("\\ldots", "\\dots", "\\cdots") for token in tokens)  # its order counts

@@ -1808,6 +1808,8 @@ def test_which_keys_a_label_was_read_from(file):
     [read] = load_rows(file({"prompt": "q", "label": "72", "answer": "70", "correct": False}), needs)
     assert read["read"] == {"prompt": "prompt", "label": "label"}
     assert load_rows(file({"problem": "q", "solution": "72"}), needs)[0]["label"] == "72"
+    [read] = load_rows(file({"problem": "q", "solution": r"So $\boxed{\text{(E)},}$"}), needs)  # in MATH
+    assert read["label"] == r"\text{(E)}"
 
 
 def test_alternatives_of_prm800k_are_no_steps(file):
