@@ -388,7 +388,7 @@ def label_in(fields, name):
             require(boxes or has_number, f"{name} is {value[-60:]!r}; expected \\boxed{{...}} in it")
         elif said := ANSWER_IS.match(value):
             value = value[said.end() :].removesuffix(".")
-        value = value.strip().rstrip(",;")  # of the sentence around it
+        value = re.sub(r"(?<!\\)[,;]+$", "", value.strip())  # of the sentence around it; \, is a space
     elif is_number(value):
         value = plain_digits(value)
     short = isinstance(value, str) and len(value) <= MAX_CHARS

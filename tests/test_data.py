@@ -1810,6 +1810,7 @@ def test_which_keys_a_label_was_read_from(file):
     assert load_rows(file({"problem": "q", "solution": "72"}), needs)[0]["label"] == "72"
     [read] = load_rows(file({"problem": "q", "solution": r"So $\boxed{\text{(E)},}$"}), needs)  # in MATH
     assert read["label"] == r"\text{(E)}"
+    assert load_rows(file({"problem": "q", "label": r"0.25\,"}), needs)[0]["label"] == r"0.25\,"
 
 
 def test_alternatives_of_prm800k_are_no_steps(file):
