@@ -23,9 +23,11 @@ from support.tokenizers import ROLES, is_conversation
 
 PROMPT = ("prompt", "instruction", "question", "problem")
 CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, after a blank line
-NOTHING = re.compile(  # Alpaca's spellings of "there is none", and those of tools
-    r"(?i)\W*(?:no\s?(?:in|out)puts?(?:\s(?:needed|required|provided|given))?|none(?:\srequired)?|n/?a|nan|null"
-    r"|not applicable)\W*"
+# Alpaca's spellings of "there is none", and those of tools: "<noinput>", "No input is required.", "nan".
+IS_NEEDED = r"\s(?:is\s|was\s)?(?:needed|required|necessary|provided|given|applicable)"
+NOTHING = re.compile(
+    rf"(?i)\W*(?:(?:no\s?(?:additional\s|further\s)?(?:in|out)puts?|none)(?:{IS_NEEDED})?|not{IS_NEEDED}"
+    r"|n/?a|nan|null|(?<=<)empty(?=>))\W*"
 )
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")

@@ -131,7 +131,8 @@ def turns_of(roles, more):
     """A pattern for what opens a turn in a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates."""
     line = r"(?:\A|[\n\r])"
     return re.compile(
-        rf"(?:{line}|### ?)(?:{roles}):|(?-i:\b(?:{roles.upper()}):)|{line}(?:{roles})[\n\r]|{more}"
+        rf"(?:{line}|### ?)(?:{roles}):|{line}<(?:{roles})>:"
+        rf"|(?-i:\b(?:{roles.upper()}):)|{line}(?:{roles})[\n\r]|{more}"
         rf"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:{roles})"
         rf"|<\|(?:{roles})\|>|<\uff5c(?:{roles})\uff5c>",
         re.IGNORECASE,
@@ -139,7 +140,7 @@ def turns_of(roles, more):
 
 
 TURN = turns_of("assistant|bot|chatbot|ai", r"### Response:|\[/INST\]|<start_of_turn>model")
-ASKING = turns_of("human|user", r"### Instruction:|\[INST\]")
+ASKING = turns_of("human|user|prompter", r"### Instruction:|\[INST\]")
 
 
 def turn_in(text):

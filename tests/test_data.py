@@ -1829,3 +1829,25 @@ def test_keys_with_hyphens_are_read_as_those_with_underlines(file):
     lines = []
     load_rows(file(row | {"rejected-rating": 4.5}), PAIRS, log=lines.append)
     assert len(lines) == 1 and "1 rows rate the chosen reply below the rejected one" in lines[0]
+
+
+def test_spellings_of_none(file):
+    row = {"instruction": "q", "output": "r"}
+    for text in ("<noinput>", "No input is required.", "No further input", "<empty>", "Not required", "NA"):
+        assert load_rows(file(row | {"input": text}), ONE)[0]["prompt"] == "q"
+    for text in ("-", "no", "required", "empty", "none of these", "+", "no input file"):
+        assert load_rows(file(row | {"input": text}), ONE)[0]["prompt"] == f"q\n\n{text}"
+
+
+def test_labels_that_could_be_places_of_responses(file):
+    rows = [{"prompt": f"q{i}", "responses": ["1 red", "2 green", "3"], "label": i} for i in (2, 0)]
+    for label, noted in ((0, 1), (7, 0)):
+        lines = []
+        load_rows(file(*rows, rows[0] | {"label": label}), ("prompt", "responses", "label"), log=lines.append)
+        assert sum("could be places in responses" in line for line in lines) == noted
+
+
+@pytest.mark.parametrize("turn", ["<human>: hi\n<bot>: yo\n<human>: so?", "prompter: hi\nassistant: yo"])
+def test_turns_of_h2o_and_open_assistant(file, turn):
+    with pytest.raises(BadInput, match="replies have turns of a dialogue in them"):
+        load_rows(file({"prompt": "q", "response": turn}), ONE)
