@@ -8,6 +8,7 @@ B sequences · T positions · K rollouts
 
 import functools
 import itertools
+import re
 from bisect import bisect_left
 from typing import NamedTuple
 
@@ -51,6 +52,9 @@ def has_steps(path):
     return "completions" in row
 
 
+STATES_RESULT = re.compile(r"(?i)\\boxed|####|\banswer\b")
+
+
 def load_step_rows(path, tokenizer, cfg, grid, limit=0):
     """Step-labelled rows -> one (StepExample,) per row kept, and the rows
 
@@ -63,6 +67,11 @@ def load_step_rows(path, tokenizer, cfg, grid, limit=0):
     say(grid, f"{path}: {right} right steps, {neutral} neutral, {wrong} wrong")
     if all(row["steps"][-1].text.endswith("\n") for row in rows):
         say(grid, f"{path}: note: every last step ends with a line break: no answer is finished")
+    finished = [row["steps"][-1].text for row in rows if not row["steps"][-1].text.endswith("\n")]
+    open_ended = sum(STATES_RESULT.search(text) is None for text in finished)
+    if 2 * open_ended > len(finished):
+        says = f"{open_ended} of {len(finished)} last steps without a line break at their end state no result"
+        say(grid, f"{path}: note: {says}; they get a stop token, as a finished answer does")
     for row in rows:
         row["response"] = "".join(step.text for step in row["steps"])
     found, rows = encode(rows, tokenizer, cfg.max_seq_len, source=path, log=log_to(grid))

@@ -49,6 +49,14 @@ def test_rows_of_steps(tmp_path):
     assert second["steps"] == [("Two.\n", -1.0), ("Four.\n", 0.5)]
 
 
+def test_a_note_on_answers_that_look_unfinished(tmp_path, capsys):
+    """As TRL converts PRM800K: each rated alternative ends a row, without a line break."""
+    done = ROW | {"completions": ["Two.", "# Answer\n\n4"]}
+    for rows, noted in (([ROW, ROW, done], True), ([ROW, done, done], False), ([done, done], False)):
+        load(write(tmp_path, *rows), arith_tokenizer())
+        assert ("2 of 3 last steps without a line break" in capsys.readouterr().out) == noted
+
+
 @pytest.mark.parametrize("end, shown", [("Four.", "Four.<|end_of_text|>"), ("Four.\n", "Four.↵")])
 def test_the_first_row_is_shown_as_it_is_trained_on(tmp_path, monkeypatch, capsys, end, shown):
     """An answer that goes on has no stop token there, either; its labels are shown."""
