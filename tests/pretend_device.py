@@ -111,7 +111,8 @@ def check_devices(function, args, kwargs):
     if function in INDEXED and isinstance(args[0], OnGPU):
         tensors = [args[0], *(x for x in args[2:] if isinstance(x, torch.Tensor))]  # indices may be anywhere
     here = [tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]
-    there = [tuple(x.shape) for x in tensors if not isinstance(x, OnGPU) and x.dim() > 0]
+    lists = "_fused" in function.name() or "_foreach" in function.name()  # take no scalars of the CPU
+    there = [tuple(x.shape) for x in tensors if not isinstance(x, OnGPU) and (x.dim() > 0 or lists)]
     if here and there:
         raise RuntimeError(f"{function} of tensors on {GPU}, {here}, and on the CPU, {there}")
     is_collective = function.namespace == "c10d" and function.name() != "c10d::barrier"
