@@ -118,12 +118,10 @@ def read_row(fields, needs, optional=()):
 def keys_read(fields, row):
     """{key of the row: what it was read as}, for a row as read_row returns it"""
     read = {}
-    if "prompt" in row:
-        for names in (PROMPT, CONTEXT, SYSTEM):
-            name, value = pick(fields, names)
-            stated = str(pick(fields, PROMPT)[1])
-            if name and not (names is CONTEXT and (says_none(value) or is_in(str(value), stated))):
-                read[name] = "prompt"
+    for names in (PROMPT, CONTEXT, SYSTEM) if "prompt" in row else ():
+        name, value = pick(fields, names)
+        if name and not (names is CONTEXT and adds_nothing(value, fields)):
+            read[name] = "prompt"
     for key, name in reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ():
         parts = ["prompt"] * ("prompt" in row and adds_to_prompt(fields, name, key in row))
         parts += [key] * (key in row and key in REPLIES)
@@ -304,6 +302,9 @@ def missing(fields, key):
                 f"{name} is {json.dumps(fields[name])[:60]}; expected a text that is not empty, "
                 'or a list of {"role", "content"} messages'
             )
+    for name in CONVERSATION:
+        if key == "response" and not is_empty(fields.get(name)):
+            return BadInput(f"{name} ends with a message of the user; expected the assistant's reply")
     hint = ""
     if key == "prompt" and "chosen" in fields:
         hint = (
@@ -473,9 +474,6 @@ def read_conversation(fields, wanted):
         )
     for key in ("chosen", "rejected", "response"):
         if key in wanted and replies.get(key) is None:
-            for name in CONVERSATION if key == "response" and not has_empty_text(fields, RESPONSE) else ():
-                ends = not is_empty(fields.get(name))
-                require(not ends, f"{name} ends with a message of the user; expected the assistant's reply")
             raise missing(fields, key)
     check_same_reply(replies, wanted)
     if "prompt" in wanted:
@@ -646,9 +644,13 @@ def says_none(text):
     return NOTHING.fullmatch(str(text)[:40]) is not None
 
 
-def is_in(text, prompt):
-    """Whether a prompt has a text in it: as lines of its own, or anywhere if it is too long for chance."""
-    text = text.strip()
+def adds_nothing(context, fields):
+    """Whether a context says that there is none, or stands in the row's text prompt already: as lines of its
+    own, or anywhere if it is too long for chance."""
+    _, prompt = pick(fields, PROMPT)
+    if says_none(context) or not isinstance(context, str) or not isinstance(prompt, str):
+        return says_none(context)
+    text = context.strip()
     return f"\n{text}\n" in f"\n{prompt.strip()}\n" or len(text) > 60 and text in prompt
 
 
@@ -670,7 +672,7 @@ def read_prompt(fields):
     if context is not None:
         both = isinstance(prompt, str) and isinstance(context, str)
         require(both, f"{context_name} is {json.dumps(context)[:60]}; expected a text beside a text {name}")
-        if not is_in(context, prompt):
+        if not adds_nothing(context, fields):
             prompt = f"{prompt}\n\n{context}"
     return prompt
 
