@@ -43,7 +43,7 @@ def encode(rows, tokenizer, max_seq_len, keys=("response",), source="data", log=
     one line that goes to `log`; nothing is ever cut. Raises BadInput when no row is left.
     """
     refuse_transcripts(rows, tokenizer, source, log)
-    note_seams(rows, tokenizer, keys, source, log)
+    note_seams([(row["prompt"], row[key]) for row in rows for key in keys], tokenizer, source, log)
     kept, kept_rows = [], []
     too_long = 0
     identical = 0
@@ -141,17 +141,20 @@ def encode_prompts(rows, tokenizer, source, log=len):
     return prompts
 
 
-def note_seams(rows, tokenizer, keys, source, log):
-    """A note if, without a template, most replies follow their prompt without a blank: "in May?Natalia"."""
-    texts = [(row["prompt"], row[key]) for row in rows for key in keys]
-    texts = [pair for pair in texts if all(isinstance(text, str) for text in pair)]
-    seams = [pair for pair in texts if not any(c.isspace() for c in pair[0][-1:] + pair[1][:1])]
+def note_seams(pairs, tokenizer, source, log):
+    """A note if, without a template, most replies follow their prompt without a blank: "in May?Natalia".
+
+    pairs   of prompt and reply, each a text or messages
+    """
+    texts = [tuple(x if isinstance(x, str) else x[-1]["content"] for x in pair) for pair in pairs]
+    seams = [
+        (prompt[-20:], reply[:20])
+        for prompt, reply in texts
+        if prompt and reply and not (prompt[-1].isspace() or reply[0].isspace())
+    ]
     if tokenizer.chat.name == "none" and 2 * len(seams) > len(texts):
-        prompt, reply = seams[0]
-        says = (
-            f"{len(seams)} of {len(texts)} replies touch their prompts: no blank is there, and none is added"
-        )
-        log(f"{source}: note: {says} ({prompt[-20:] + reply[:20]!r})")
+        touching = f"{len(seams)} of {len(texts)} replies touch their prompts"
+        log(f"{source}: note: {touching}: no blank is there, and none is added ({''.join(seams[0])!r})")
 
 
 def refuse_transcripts(rows, tokenizer, source, log=len):

@@ -523,7 +523,9 @@ def stage_grade(cfg, grid):
     if grid.is_main:
         write_rows(out_path(cfg), written, Grid())
     correct = sum(row["correct"] for _, row in written)
-    say(grid, f"grade: {out_path(cfg)}: {correct} of {len(written)} correct")
+    silent = sum(row["answer"] is None for _, row in written)
+    unread = f"; {silent} claim nothing that --task {cfg.task} reads" if silent else ""
+    say(grid, f"grade: {out_path(cfg)}: {correct} of {len(written)} correct{unread}")
 
 
 # -------------------------------------------------------------------------------- the built-in task

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data import Example, encode_prompts, sequence_length
+from data import Example, encode_prompts, note_seams, sequence_length
 from parallel import say
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
 from support.files import at_line, require
@@ -85,6 +85,7 @@ def eval_candidates(directory, cfg, grid):
 def encode_candidates(rows, tokenizer, cfg, log):
     """-> rows, and a list of Example for each; rows with too long an answer are dropped and counted"""
     kept, kept_rows = [], []
+    note_seams([(row["prompt"], x) for row in rows for x in row["responses"]], tokenizer, cfg.data, log)
     for row, prompt_ids in zip(rows, encode_prompts(rows, tokenizer, cfg.data, log)):
         with at_line(cfg.data, row["line"]):
             examples = [Example(prompt_ids, tokenizer.encode_response(text)) for text in row["responses"]]

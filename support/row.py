@@ -26,7 +26,7 @@ CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, afte
 # Alpaca's spellings of "there is none", and those of tools: "<noinput>", "No input is required.", "nan".
 IS_NEEDED = r"\s(?:is\s|was\s)?(?:needed|required|necessary|provided|given|applicable)"
 NOTHING = re.compile(
-    rf"(?i)\W*(?:(?:no\s?(?:additional\s|further\s)?(?:in|out)puts?|none)(?:{IS_NEEDED})?|not{IS_NEEDED}"
+    rf"(?i)\W*(?:(?:no\s?(?:additional\s|further\s)?(?:in|out)put[es]?|none)(?:{IS_NEEDED})?|not{IS_NEEDED}"
     r"|n/?a|nan|null|(?<=<)empty(?=>))\W*"
 )
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt

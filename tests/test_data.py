@@ -733,7 +733,9 @@ def test_a_note_on_replies_glued_to_their_prompts(prompt, reply, chat, noted):
     rows = [{"prompt": prompt, "response": reply, "line": line} for line in (1, 2)]
     lines = []
     encode(rows, Tokenizer(files, "x", chat), 99, source="here", log=lines.append)
-    assert len(lines) == noted and all("replies touch their prompts" in line for line in lines)
+    rows = [{"prompt": [user(prompt)], "response": [assistant(reply)], "line": 1}]
+    encode(rows, Tokenizer(files, "x", chat), 99, source="here", log=lines.append)
+    assert len(lines) == 2 * noted and all("replies touch their prompts" in line for line in lines)
 
 
 def test_what_was_read_from_which_keys(file):
@@ -1833,7 +1835,7 @@ def test_keys_with_hyphens_are_read_as_those_with_underlines(file):
 
 def test_spellings_of_none(file):
     row = {"instruction": "q", "output": "r"}
-    for text in ("<noinput>", "No input is required.", "No further input", "<empty>", "Not required", "NA"):
+    for text in ("<noinpute>", "No input is needed.", "No further input", "<empty>", "Not required", "NA"):
         assert load_rows(file(row | {"input": text}), ONE)[0]["prompt"] == "q"
     for text in ("-", "no", "required", "empty", "none of these", "+", "no input file"):
         assert load_rows(file(row | {"input": text}), ONE)[0]["prompt"] == f"q\n\n{text}"

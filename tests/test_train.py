@@ -949,7 +949,7 @@ def test_grade(command, tmp_path):
     ]
     status, out, _ = command(*words)
     found = rows_of(tmp_path / "g.jsonl")
-    assert status == 0 and "4 of 6 correct" in out
+    assert status == 0 and "4 of 6 correct; 1 claim nothing that --task gsm8k reads" in out
     assert [row["correct"] for row in found] == [True, False, False, True, True, True]
     assert [row["answer"] for row in found] == ["18", None, "1800", "5", "72", "5"]
     assert found[0] == {**rows[0], "answer": "18", "correct": True} and found[4]["label"] == "72"
