@@ -107,7 +107,7 @@ def after_words(text):
         for match in [*re.finditer(rf"(?m)(?i:{words})" if words != "^A:" else "(?m)^A:", text)][-20:]:
             if OTHERS.search(text[: match.start()][-30:]):
                 continue
-            opening = re.match(r"[\s:=*_$({\\\[]*", text[match.end() : match.end() + 200])[0]
+            opening = re.match(r"(?:[\s:=*_$({\[]|\\[(\[$,;!\s])*", text[match.end() : match.end() + 200])[0]
             start = match.end() + len(opening)
             item = LIST_MARK.match(text[start : start + 9]) if "\n" in opening else None
             start += item.end() if item else 0

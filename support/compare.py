@@ -8,7 +8,7 @@ import torch
 from data import Example, encode_prompts, note_seams, sequence_length
 from parallel import say
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
-from support.files import at_line, require
+from support.files import at_line, read_jsonl, require
 from support.graders import extract_answer, grade
 from support.judge import compare, text_of
 from support.loading import (
@@ -55,7 +55,9 @@ def eval_candidates(directory, cfg, grid):
         " expected --reward_model, or --reward judge",
     )
     tokenizer = load_tokenizer(ranker, cfg)
-    rows = read_rows(cfg.data, ("prompt", "responses"), cfg, grid, cfg.limit, optional=("label",))
+    _, first = next(read_jsonl(cfg.data), (0, {}))
+    verdicts = () if first.get("labels") else ("label",)
+    rows = read_rows(cfg.data, ("prompt", "responses", *verdicts), cfg, grid, cfg.limit)
     rows, examples = encode_candidates(rows, tokenizer, cfg, log_to(grid))
     say_first(tokenizer, rows[0], (examples[0][0],), cfg.data, grid)
     reward = load_ranker(ranker, tokenizer, rows, cfg, grid)
@@ -109,7 +111,7 @@ def grade_candidates(row, cfg):
             correct.append(row["labels"][i])
         else:
             with at_line(cfg.data, row["line"]):
-                require("label" in row, "has neither labels nor a label; expected one of them")
+                require("label" in row, "has no labels, and the first row has; expected them in every row")
             correct.append(grade(text, row["label"], cfg.task, cfg.grader)[1])
     return correct, claims
 

@@ -310,6 +310,8 @@ def missing(fields, key):
         hint = (
             "; a pair of texts needs its common beginning as prompt, a pair of conversations has it already"
         )
+    if key == "label" and "responses" in fields:
+        hint = ", or labels: right or wrong for each response"
     if "completions" in fields:
         hint = "; completions with labels are steps, which --stage rm --reward prm and --stage eval read"
     return BadInput(f"found keys {sorted(fields)[:8]}, expected {' or '.join(NAMES[key])}{hint}")

@@ -295,7 +295,7 @@ def notes_on_boxes(rows):
     for lines, what in ((last, "the last alone is"), (together, "all of a list, in any order, are")):
         if lines:
             says = f"{len(lines)} solutions have several boxes, and {what} the label"
-            notes.append(f"{says} (line {', '.join(map(str, lines[:3]))})")
+            notes.append(f"{says} (line {', '.join(map(str, lines[:20]))})")
     return notes
 
 

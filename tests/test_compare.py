@@ -178,7 +178,10 @@ def test_best_of_n_goes_by_the_scores_of_the_reward_model(home, capsys):
 
 def test_what_cannot_be_reranked(home, capsys):
     path = write_jsonl(home / "c.jsonl", ROWS)
-    for model, says in (("rm", "line 1: has neither labels nor a label"), ("lm", "is no reward model")):
+    for model, says in (
+        ("rm", "expected label or answer, or labels: right or wrong"),
+        ("lm", "is no reward model"),
+    ):
         capsys.readouterr()
         assert call("--stage", "eval", "--data", path, "--model", home / model) == 2
         err = capsys.readouterr().err
@@ -186,6 +189,18 @@ def test_what_cannot_be_reranked(home, capsys):
     labelled = write_jsonl(home / "l.jsonl", [row | {"label": "5"} for row in ROWS])
     words = ["--stage", "eval", "--data", labelled, "--model", home / "rm", "--max_seq_len", 5]
     assert call(*words) == 2 and "none is left" in capsys.readouterr().err
+
+
+def test_given_answers_without_a_readable_label_are_dropped(home, capsys):
+    """As MATH's solutions whose box cannot be read whole; labels that are given are needed in every row."""
+    rows = [row | {"solution": rf"\\boxed{{{n + 2}}}"} for n, row in enumerate(ROWS)]
+    found = evaluate(home, [*rows, ROWS[0] | {"solution": r"\boxed{-15}x^3"}], "--model", home / "rm")
+    assert found == evaluate(home, rows, "--model", home / "rm")
+    assert "dropped 1 rows with an empty or unreadable label; 4 left" in capsys.readouterr().out
+    mixed = [row | {"labels": [1] * len(row["responses"])} for row in ROWS[:3]] + ROWS[3:]
+    path = write_jsonl(home / "m.jsonl", mixed)
+    assert call("--stage", "eval", "--data", path, "--model", home / "rm") == 2
+    assert "line 4: has no labels, and the first row has" in capsys.readouterr().err
 
 
 def test_prompts_that_are_dialogues_as_text():

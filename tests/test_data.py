@@ -1853,3 +1853,12 @@ def test_labels_that_could_be_places_of_responses(file):
 def test_turns_of_h2o_and_open_assistant(file, turn):
     with pytest.raises(BadInput, match="replies have turns of a dialogue in them"):
         load_rows(file({"prompt": "q", "response": turn}), ONE)
+
+
+def test_labels_with_words_are_counted(file, capsys):
+    """In MATH: only such a label's own words make an answer right."""
+    labels = (r"21\text{ dogs}", r"10\;\text{edges}", r"12\text{ and }13", r"5\text{ cm}", r"\frac{1}{2}")
+    rows = [{"problem": f"q{i}", "answer": label} for i, label in enumerate(labels)]
+    cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="math")
+    loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
+    assert "note: 2 labels have words beside a number" in capsys.readouterr().out

@@ -626,6 +626,8 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         ("$b+1=2016$ or $b=\\boxed{2015}$", "2015"),
         ("#### 18 each. Total: 36", None),
         ("#### 18 pi", None),
+        (r"So the final answer is $\frac{14}{3}$. I hope it is correct.", "14/3"),
+        (r"Answer: \dfrac12", "1/2"),
         ("\\(x = \\boxed{3}\\) or \\(x = 2\\)", None),
         ("\\boxed{3}, -2", None),
         ("Each correct answer is 5 points.\nSo he has 4 * 5 = 20 points", "20"),
