@@ -73,7 +73,7 @@ def ignored_keys(cfg):
 
 
 # "21\text{ dogs}"; "12\text{ and }13" is a list.
-HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{\s*(?!and\b|or\b)[^{}]*[a-z]{3}")
+HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{(?!\s*(?:and|or)\b)[^{}]*[a-z]{3}")
 
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
