@@ -122,6 +122,11 @@ def test_prm800k_is_refused_with_a_way_out(tmp_path, monkeypatch, capsys):
         (["a\n", "d\n", "e"], [1, 1, 0]),
     ]
     assert len(load_rows(write(tmp_path, *rows), ("prompt", "steps"))) == 3
+    row = prm800k_row()
+    row["label"]["steps"][1]["human_completion"] |= {"rating": None, "corrected_rating": -1}
+    monkeypatch.setattr("sys.stdin", [json.dumps(row)])
+    exec(compile(source, "prm800k.py", "exec"), {})
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["labels"] == [1, -1, 0]
 
 
 # -------------------------------------------------------------------------------- places
