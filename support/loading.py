@@ -201,12 +201,13 @@ def holds_reward_model(directory):
 
 def kind_of_eval(directory, cfg):
     """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
-    _, row = next(read_jsonl(cfg.data), (0, {}))
+    _, raw = next(read_jsonl(cfg.data), (0, {}))
+    row = raw.keys() - ignored_keys(cfg)
     if "responses" in row:
         return "candidates"
     if cfg.reward == "judge" and "chosen" in row:
         return "judge"
-    if holds_reward_model(directory) and "completions" in row:
+    if holds_reward_model(directory) and {"completions", "labels"} <= row:
         return "steps"
     if holds_reward_model(directory) and (has_scalar_head(directory) or "chosen" in row):
         return "reward model"

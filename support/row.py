@@ -598,10 +598,12 @@ def is_hh(text):
 
 
 def hh_messages(text):
-    """Messages of an HH-RLHF transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    parts = re.split(r"\n\n(Human|Assistant|System):", text)[1:]
+    """Messages of an HH-RLHF transcript: "\\n\\nHuman: ...\\n\\nAssistant: ..."; "System:" may open it."""
+    parts = re.split(r"(\A\n\nSystem|\n\nHuman|\n\nAssistant):", text)[1:]
     role = {"Human": "user", "Assistant": "assistant", "System": "system"}
-    return [{"role": role[name], "content": said.strip()} for name, said in zip(parts[0::2], parts[1::2])]
+    return [
+        {"role": role[name.strip()], "content": said.strip()} for name, said in zip(parts[0::2], parts[1::2])
+    ]
 
 
 def check_messages(value, name):

@@ -6,6 +6,7 @@ import re
 from support.claims import boxed
 from support.row import (
     ABSENT,
+    CONTEXT,
     CONVERSATION,
     LABEL,
     OF_PROMPTS,
@@ -278,7 +279,15 @@ def notes_on_absent(rows):
             if isinstance(text, str) and (text.strip() in ABSENT or says_none(text)):
                 found.setdefault(key, []).append(text.strip())
     says = "which is used like other texts"
-    return [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
+    notes = [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
+    contexts = collections.Counter()  # of short texts: a spelling of none in any language is in many rows
+    for row in rows:
+        stated = [row["fields"][key] for key in CONTEXT if row["read"].get(key) == "prompt"]
+        contexts.update(text.strip() for text in stated if len(text) <= 30)
+    for text, n in contexts.most_common(1):
+        if n >= max(3, len(rows) / 1000):
+            notes.append(f"{n} rows have {text!r} beside their prompts, and it is added to them")
+    return notes
 
 
 def notes_on_boxes(rows):

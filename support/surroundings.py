@@ -88,7 +88,7 @@ OPENING = re.compile(
 LEADS_TO = r"\\(?:approx|simeq|equiv|implies|to|in|[lg]eq?|therefore|[A-Za-z]*[rR]ightarrow)"
 PRECEDES = re.compile(
     rf"""(?: (?<![<>/])(?<![A-Za-z\s]!)(?<!\\not)= | [≈≡→⇒∴…] | [-=>]> | \.\.+ | {LEADS_TO}
-           | [{LETTER})][*_$]*: | <\w+> | \\end\{{\w+\*?\}}
+           | [{LETTER})][*_$]*:[*_]* | <\w+> | \\end\{{\w+\*?\}}
            | (?P<spaced> [{LETTER}][%°)”’"',;.!?*_$]* | \d[\d,]*[%°)”’"'$]*[,;.] | ^\$*[,;.]* | \\\\ )
          )\Z""",
     re.VERBOSE,

@@ -1862,3 +1862,35 @@ def test_labels_with_words_are_counted(file, capsys):
     cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="math")
     loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
     assert "note: 2 labels have words beside a number" in capsys.readouterr().out
+
+
+def test_a_spelling_of_none_in_another_language_is_in_many_rows(file):
+    rows = [{"instruction": f"q{i}", "input": text, "output": "r"} for i, text in enumerate("abcde")]
+    for n, noted in ((3, 1), (2, 0)):
+        lines = []
+        load_rows(file(*rows, *n * [rows[0] | {"input": "\u65e0\u8f93\u5165"}]), ONE, log=lines.append)
+        assert len(lines) == noted
+        assert all("3 rows have '\u65e0\u8f93\u5165' beside their prompts" in line for line in lines)
+
+
+def test_a_transcript_of_hh_has_a_system_message_at_its_beginning_only(file):
+    listed = "Some parts:\n\nSystem: the kind\n\nMemory: how much"
+    text = f"\n\nHuman: q1\n\nAssistant: {listed}\n\nHuman: q2\n\nAssistant: "
+    [row] = load_rows(file({"chosen": text + "a", "rejected": text + "b"}), ("prompt", "chosen", "rejected"))
+    assert row["prompt"] == [user("q1"), assistant(listed), user("q2")]
+    text = "\n\nSystem: Be kind." + text
+    [row] = load_rows(file({"chosen": text + "a", "rejected": text + "b"}), ("prompt", "chosen", "rejected"))
+    assert row["prompt"][0] == SYSTEM
+
+
+def test_the_kind_of_eval_goes_by_keys_that_are_not_ignored(file, monkeypatch):
+    monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
+    monkeypatch.setattr(loading, "has_scalar_head", lambda directory: True)
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "completions": [{"response": "a"}], "responses": 5}
+    for ignored, kind in (("", "candidates"), ("responses", "reward model")):
+        cfg = settings.Config(stage="eval", data=str(file(pair)), ignore_keys=ignored)
+        assert loading.kind_of_eval("rm", cfg) == kind
+    steps = settings.Config(
+        stage="eval", data=str(file({"prompt": "q", "completions": ["a"], "labels": [1]}))
+    )
+    assert loading.kind_of_eval("rm", steps) == "steps"
