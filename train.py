@@ -62,6 +62,7 @@ from support.files import BadInput, at_line, require, write_atomically
 from support.graders import grade
 from support.loading import (
     has_scalar_head,
+    has_steps,
     holds_reward_model,
     kind_of_eval,
     load,
@@ -88,7 +89,7 @@ from support.settings import (
     parse,
     stage_config,
 )
-from support.steps import collate_steps, eval_steps, has_steps, load_step_rows, rollout_rows, task_steps
+from support.steps import collate_steps, eval_steps, load_step_rows, rollout_rows, task_steps
 from support.unread import check_kept, flag_notes
 
 # -------------------------------------------------------------------------------- the stages
@@ -249,7 +250,7 @@ def count_tokens(rows):
 def say_accuracy(cfg, grid):
     """The new reward model's accuracy on the pairs of --heldout."""
     measured = dataclasses.replace(cfg, data=cfg.heldout, limit=0)
-    if has_steps(cfg.heldout):
+    if has_steps(cfg.heldout, cfg):
         found = in_words(eval_steps(out_path(cfg), measured, grid), digits=4)
         say(grid, f"rm: on the steps of {cfg.heldout}: {found}")
         return
@@ -273,7 +274,7 @@ def load_pairs(cfg, tokenizer, grid):
     For --reward prm their Examples are StepExamples; a step-labelled row is (StepExample,) instead of a Pair.
     """
     needs_steps = REWARD_MODELS[cfg.reward].needs_steps
-    if needs_steps and has_steps(cfg.data):
+    if needs_steps and has_steps(cfg.data, cfg):
         return by_prompt(load_step_rows(cfg.data, tokenizer, cfg, grid)[0], cfg)
     require(
         not needs_steps or cfg.task == "arith",

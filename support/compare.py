@@ -8,10 +8,11 @@ import torch
 from data import Example, encode_prompts, note_seams, sequence_length
 from parallel import say
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
-from support.files import at_line, read_jsonl, require
+from support.files import at_line, require
 from support.graders import extract_answer, grade
 from support.judge import compare, text_of
 from support.loading import (
+    first_keys,
     holds_reward_model,
     load_judge,
     load_ranker,
@@ -55,9 +56,8 @@ def eval_candidates(directory, cfg, grid):
         " expected --reward_model, or --reward judge",
     )
     tokenizer = load_tokenizer(ranker, cfg)
-    _, first = next(read_jsonl(cfg.data), (0, {}))
-    verdicts = () if first.get("labels") else ("label",)
-    rows = read_rows(cfg.data, ("prompt", "responses", *verdicts), cfg, grid, cfg.limit)
+    label = () if "labels" in first_keys(cfg.data, cfg) else ("label",)
+    rows = read_rows(cfg.data, ("prompt", "responses", *label), cfg, grid, cfg.limit)
     rows, examples = encode_candidates(rows, tokenizer, cfg, log_to(grid))
     say_first(tokenizer, rows[0], (examples[0][0],), cfg.data, grid)
     reward = load_ranker(ranker, tokenizer, rows, cfg, grid)

@@ -18,7 +18,7 @@ from support.graders import can_match
 from support.judge import judge_reward, make_judge
 from support.meanings import is_value
 from support.rewards import graded_reward, user_reward
-from support.row import plain_prompt
+from support.row import is_empty, plain_prompt
 from support.row_notes import used_keys
 from support.settings import GRADED_REWARDS
 from support.tokenizers import Tokenizer
@@ -74,6 +74,17 @@ def ignored_keys(cfg):
 
 # "21\text{ dogs}"; "12\text{ and }13" is a list.
 HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{(?!\s*(?:and|or)\b)[^{}]*[a-z]{3}")
+
+
+def first_keys(path, cfg):
+    """The keys of a file's first row, but for empty ones and those of --ignore_keys: what the file is."""
+    _, row = next(read_jsonl(path), (0, {}))
+    return {key for key, value in row.items() if not is_empty(value)} - {*ignored_keys(cfg)}
+
+
+def has_steps(path, cfg):
+    """Whether a file has step-labelled rows."""
+    return {"completions", "labels"} <= first_keys(path, cfg)
 
 
 def read_rows(path, needs, cfg, grid, limit=0, optional=()):
@@ -169,7 +180,7 @@ def say_shared_prompts(cfg, grid):
 
 def prompt_rows(path, cfg):
     """The rows of a file, read for their prompts alone and in silence."""
-    needs = ("prompt", "steps") if "completions" in next(read_jsonl(path), (0, {}))[1] else ("prompt",)
+    needs = ("prompt", "steps") if has_steps(path, cfg) else ("prompt",)
     return load_rows(path, needs, ignore_keys=ignored_keys(cfg), log=len)
 
 
@@ -201,15 +212,14 @@ def holds_reward_model(directory):
 
 def kind_of_eval(directory, cfg):
     """What to evaluate in a directory on the rows of cfg.data: by their keys, the model, and --reward."""
-    _, raw = next(read_jsonl(cfg.data), (0, {}))
-    row = raw.keys() - ignored_keys(cfg)
-    if "responses" in row:
+    keys = first_keys(cfg.data, cfg)
+    if "responses" in keys:
         return "candidates"
-    if cfg.reward == "judge" and "chosen" in row:
+    if cfg.reward == "judge" and "chosen" in keys:
         return "judge"
-    if holds_reward_model(directory) and {"completions", "labels"} <= row:
+    if holds_reward_model(directory) and has_steps(cfg.data, cfg):
         return "steps"
-    if holds_reward_model(directory) and (has_scalar_head(directory) or "chosen" in row):
+    if holds_reward_model(directory) and (has_scalar_head(directory) or "chosen" in keys):
         return "reward model"
     return "policy"  # dpo's and logit's models are policies, too
 

@@ -30,7 +30,7 @@ from support.evaluate import (
     reward_name,
     score_examples,
 )
-from support.files import at_line, read_jsonl, require
+from support.files import at_line, require
 from support.graders import grade
 from support.loading import say_first
 from support.sampling import generate
@@ -44,12 +44,6 @@ class StepExample(NamedTuple):
     prompt_ids: list
     response_ids: list
     steps: tuple  # (index in the response of a step's last token, its label) of each step
-
-
-def has_steps(path):
-    """Whether a JSON lines file has step-labelled rows, by its first row."""
-    _, row = next(read_jsonl(path), (0, {}))
-    return "completions" in row
 
 
 STATES_RESULT = re.compile(r"(?i)\\boxed|####|\banswer\b")

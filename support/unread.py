@@ -7,7 +7,7 @@ from pathlib import Path
 from qrm import REWARD_MODELS
 from support.checkpoints import INPUTS, NOT_IDENTITY, run_path
 from support.files import BadInput, read_json, read_jsonl, require
-from support.loading import ignored_keys, kind_of_eval, prompt_rows, refuse_other_kind, reward_name
+from support.loading import has_steps, ignored_keys, kind_of_eval, prompt_rows, refuse_other_kind, reward_name
 from support.settings import (
     DEMO_READS,
     GRADED_REWARDS,
@@ -18,7 +18,6 @@ from support.settings import (
     given_flags,
     parse,
 )
-from support.steps import has_steps
 
 ADVANTAGE_READS = {  # of the flags that only some values of --advantage read
     "token": {"standardize", "eos_to_mean", "baseline_weight"},
@@ -102,7 +101,7 @@ def idle_in_rm(cfg):
     if cfg.reward != "prm":
         return idle | {"prm_aggregate", "step_threshold"} | (set() if is_measured else {"task"})
     if cfg.heldout:
-        return idle | {"prm_aggregate" if has_steps(cfg.heldout) else "step_threshold"}
+        return idle | {"prm_aggregate" if has_steps(cfg.heldout, cfg) else "step_threshold"}
     return idle if is_measured else idle | {"prm_aggregate", "step_threshold"}
 
 

@@ -1887,7 +1887,12 @@ def test_the_kind_of_eval_goes_by_keys_that_are_not_ignored(file, monkeypatch):
     monkeypatch.setattr(loading, "holds_reward_model", lambda directory: True)
     monkeypatch.setattr(loading, "has_scalar_head", lambda directory: True)
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "completions": [{"response": "a"}], "responses": 5}
-    for ignored, kind in (("", "candidates"), ("responses", "reward model")):
+    pair |= {"labels": [1]}
+    for ignored, kind in (
+        ("", "candidates"),
+        ("responses", "steps"),
+        ("responses,completions", "reward model"),
+    ):
         cfg = settings.Config(stage="eval", data=str(file(pair)), ignore_keys=ignored)
         assert loading.kind_of_eval("rm", cfg) == kind
     steps = settings.Config(
