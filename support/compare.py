@@ -10,7 +10,7 @@ from parallel import say
 from support.evaluate import all_ranks, clustered_interval, flat, means_of, score_examples
 from support.files import at_line, require
 from support.graders import extract_answer, grade
-from support.judge import compare, text_of
+from support.judge import compare, fill, text_of
 from support.loading import (
     first_keys,
     holds_reward_model,
@@ -174,6 +174,10 @@ def eval_judge(directory, cfg, grid):
     """
     judge = load_judge(cfg.reward_model or directory, cfg, grid)
     rows = read_rows(cfg.data, ("prompt", "chosen", "rejected"), cfg, grid, cfg.limit)
+    shown = {"prompt": rows[0]["prompt"], "response": rows[0]["chosen"]}
+    shown |= {"a": rows[0]["chosen"], "b": rows[0]["rejected"]}
+    question = judge.tokenizer.encode_prompt(fill(judge.template, **shown))
+    say_first(judge.tokenizer, rows[0], question, cfg.data, grid)
     mine = rows[grid.dp_rank :: grid.dp_size]
     asked = compare(judge, mine) if mine else torch.zeros(0, 2)  # (n, 2)
     found = [(row["line"], both) for row, both in zip(mine, asked.tolist())]

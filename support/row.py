@@ -633,7 +633,7 @@ def split_reply(value, name):
     """
     if isinstance(value, str) and is_hh(value):
         value = hh_messages(value)
-    if isinstance(value, str):
+    if isinstance(value, str) and name not in CONVERSATION:
         return [], value
     messages = check_messages(value, name)
     last = messages[-1]["role"]

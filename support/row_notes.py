@@ -332,8 +332,8 @@ def notes_on_keys(rows, needs):
             labels[plain_prompt(row["prompt"])].add(row["label"])
     notes += notes_on_boxes(rows)
     chosen = [row for row in rows if "responses" in row and str(row.get("label")).isdigit()]
-    places = {int(row["label"]) for row in chosen if int(row["label"]) < len(row["responses"])}
-    if len(chosen) == len(rows) > 1 and len(places) > 1 and places == {int(row["label"]) for row in chosen}:
+    are_places = all(int(row["label"]) < len(row["responses"]) for row in chosen)
+    if are_places and len(chosen) == len(rows) > 1:
         notes.append("all labels could be places in responses; they are read as answers")
     several = sum(len(of_prompt) > 1 for of_prompt in labels.values())
     if several:

@@ -129,9 +129,11 @@ def rewards_are_q(cfg):
 
 def idle_in_eval(cfg):
     """What is sampled, graded or ranked depends on the rows and the model."""
-    if not (cfg.model and cfg.data):
+    if not (cfg.model and (cfg.data or cfg.heldout)):
         return set()
     kind = kind_of_eval(Path(cfg.model), replace(cfg, data=cfg.heldout or cfg.data))
+    if not cfg.data:
+        return {"heldout"} if kind == "policy" else set()
     idle = set.union(*EVAL_READS.values()) - EVAL_READS[kind]
     if kind != "policy" and cfg.heldout:
         idle.add("data")  # --heldout is measured on instead

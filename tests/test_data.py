@@ -1781,6 +1781,8 @@ def test_messages_that_are_longer_than_the_prompt(file):
     assert said(read["prompt"]) == "second" and said(read["response"]) == "two"
     with pytest.raises(BadInput, match="line 1: messages ends with a message of the user"):
         load_rows(file({"messages": LONGER[:3]}), ONE)
+    with pytest.raises(BadInput, match="line 1: messages is .*expected .* a list of"):
+        load_rows(file({"messages": str(LONGER)}), ONE)
 
 
 @pytest.mark.parametrize(
@@ -1843,6 +1845,7 @@ def test_spellings_of_none(file):
 
 def test_labels_that_could_be_places_of_responses(file):
     rows = [{"prompt": f"q{i}", "responses": ["1 red", "2 green", "3"], "label": i} for i in (2, 0)]
+    assert len(load_rows(file(*rows[1:]), ("prompt", "responses", "label"), log=list)) == 1
     for label, noted in ((0, 1), (7, 0)):
         lines = []
         load_rows(file(*rows, rows[0] | {"label": label}), ("prompt", "responses", "label"), log=lines.append)

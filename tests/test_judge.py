@@ -192,13 +192,17 @@ def call(home, *words):
     return train.main([*map(str, words), "--device", "cpu", "--reward", "judge"])
 
 
-def test_win_rate_of_a_file(home, policy, tokenizer):
+def test_win_rate_of_a_file(home, policy, tokenizer, capsys):
     assert (
         call(home, "--stage", "eval", "--model", "lm", "--data", "pairs.jsonl", "--judge_prompt", "two.txt")
         == 0
     )
-    found = json.loads((home / "lm/eval.json").read_text())
     judge = make_judge(policy, tokenizer, home / "two.txt", "", 1000)
+    shown = loading.printable(
+        fill(judge.template, prompt=ROWS[0]["prompt"], a=ROWS[0]["chosen"], b=ROWS[0]["rejected"])
+    )
+    assert shown in capsys.readouterr().out.replace("<|begin_of_text|>", "")
+    found = json.loads((home / "lm/eval.json").read_text())
     both = compare.compare(judge, ROWS).double()
     gaps = both.mean(1)
     assert found["n_pairs"] == 3 and found["win_rate"] == (gaps > 0).double().mean()

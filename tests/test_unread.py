@@ -105,6 +105,8 @@ TELLS = "--stage rm --model sft --system x --margin 1"
         ("--stage ppo --reward outcome --heldout prompts.jsonl --limit 3", "limit"),
         (f"{MEASURE} sft --data prompts.jsonl", "step_threshold"),
         (f"{MEASURE} sft --data prompts.jsonl --heldout given.jsonl", f"{SAMPLED} step_threshold data"),
+        ("--stage eval --model sft --heldout prompts.jsonl", "heldout"),  # of the built-in task
+        ("--stage eval --model qrm --heldout pairs.jsonl", ""),
         (f"{MEASURE} qrm --data pairs.jsonl --reward_model orm", f"{SAMPLED} step_threshold reward_model"),
         (f"{MEASURE} prm --data steps.jsonl --prm_aggregate min", f"{SAMPLED} prm_aggregate"),
         (f"{MEASURE} prm --data pairs.jsonl --prm_aggregate min", f"{SAMPLED} step_threshold"),
