@@ -57,9 +57,14 @@ def as_word(value):
     return str(value).strip().lower().removesuffix(".0")
 
 
+def words_of(values):
+    """The values that say something, as words; JSON's NaN, pandas' null, says nothing."""
+    return {as_word(value) for value in values if not is_empty(value)} - {"nan"}
+
+
 def verdicts_among(values):
     """The values as a set of words if all are verdicts, some of them bad; else an empty one."""
-    words = {as_word(value) for value in values if not is_empty(value)}
+    words = words_of(values)
     return words if words & BAD and words <= BAD | GOOD else set()
 
 
@@ -187,7 +192,7 @@ def notes_on_replies(rows, needs):
 
 def kinds_of(values):
     """The words of a key that sorts its rows into a few kinds, in order; none if it has only one, or many."""
-    words = {as_word(value) for value in values if not is_empty(value)}
+    words = words_of(values)
     return sorted(words) if 1 < len(words) <= 10 and 2 * len(words) <= len(values) else []
 
 

@@ -798,6 +798,7 @@ def rows_with(key, values):
     [
         (rows_with("rewards", [1, 0]), "1 rows have rewards 0"),
         (rows_with("ratings", [0.0, 1.0]), "1 rows have ratings 0"),
+        (rows_with("rating", [0.0, 1.0, float("nan")]), "1 rows have rating 0"),
         (rows_with("correctness", [1, 0]), "1 rows have correctness 0"),
         (rows_with("subset", ["chosen", "rejected"]), "1 rows have subset rejected"),
         (rows_with("rating", ["superb", "awful"] * 2), "rows have rating awful or superb"),
