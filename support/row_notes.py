@@ -11,6 +11,7 @@ from support.row import (
     LABEL,
     OF_PROMPTS,
     OF_ROWS,
+    PROMPT,
     REPLIES,
     RESPONSE,
     SAMPLED,
@@ -292,6 +293,16 @@ def notes_on_absent(rows):
     for text, n in contexts.most_common(1):
         if n >= max(3, len(rows) / 1000):
             notes.append(f"{n} rows have {text!r} beside their prompts, and it is added to them")
+    beside = []  # whether the prompt has its context in it already
+    for row in rows:
+        stated = [row["fields"][key] for key in CONTEXT if row["read"].get(key) == "prompt"]
+        prompts = [row["fields"][key] for key in PROMPT if isinstance(row["fields"].get(key), str)]
+        beside += [text.strip() in prompt for text in stated for prompt in prompts[:1]]
+    if 2 * sum(beside) > len(beside):
+        says = (
+            f"{sum(beside)} of {len(beside)} prompts have in them what is beside them, and it is added again"
+        )
+        notes.append(f"{says} (--ignore_keys, if they were joined)")
     return notes
 
 

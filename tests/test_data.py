@@ -1877,6 +1877,14 @@ def test_a_spelling_of_none_in_another_language_is_in_many_rows(file):
         assert all("3 rows have '\u65e0\u8f93\u5165' beside their prompts" in line for line in lines)
 
 
+def test_a_note_on_contexts_that_were_joined_by_a_blank(file):
+    joined = [{"instruction": f"Say it: {text}", "input": text, "output": "r"} for text in ("red", "blue")]
+    for rows, noted in ((joined, 1), ([*joined, *[ALPACA] * 2], 0)):
+        lines = []
+        load_rows(file(*rows), ONE, log=lines.append)
+        assert sum("2 of 2 prompts have in them what is beside them" in line for line in lines) == noted
+
+
 def test_a_transcript_of_hh_has_a_system_message_at_its_beginning_only(file):
     listed = "Some parts:\n\nSystem: the kind\n\nMemory: how much"
     text = f"\n\nHuman: q1\n\nAssistant: {listed}\n\nHuman: q2\n\nAssistant: "
