@@ -36,7 +36,7 @@ from data import (
     spans,
 )
 from model import LanguageModel, ModelConfig, ScalarModel, add_lora, build_model, init_weights, token_logprobs
-from parallel import Grid, Optimizer, Update, all_sum, barrier, make_grid, say
+from parallel import Grid, Optimizer, Update, barrier, make_grid, say
 from ppo import ppo_step
 from qrm import REWARD_MODELS, count_response_tokens, logprob_rewards, reward_model_loss
 from reinforce import collect_rollout, count_minibatches, reinforce_step, rollout_stats
@@ -45,10 +45,9 @@ from support.compare import eval_candidates, eval_judge
 from support.evaluate import (
     all_ranks,
     best_rows,
-    count_right,
+    count_graded,
     eval_policy,
     eval_reward_model,
-    flat,
     greedy_pass,
     hash_seed,
     make_pairs,
@@ -56,6 +55,7 @@ from support.evaluate import (
     sample_graded,
     score_examples,
     show_tokens,
+    sum_graded,
     write_rows,
 )
 from support.files import BadInput, at_line, require, write_atomically
@@ -410,13 +410,14 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
     """Writes the pairs (or best answers, or labelled steps) of the prompts in `rows` to `path`."""
     mine = rows[grid.dp_rank :: grid.dp_size]
     found = []  # (line of the prompt, row to write)
-    correct = 0
+    counts = {"correct": 0, "ended": 0, "silent": 0}
     seed = hash_seed(cfg.seed, "pairs")
     chunk = max(1, 1024 // (cfg.k * max(cfg.step_rollouts, 1)))  # prompts per call of the sampler
     for start in tqdm(range(0, len(mine), chunk), "pairs", disable=None if grid.is_main else True):
         part = mine[start : start + chunk]
         samples = sample_graded(policy, tokenizer, part, cfg, seed, cfg.temperature, cfg.k)
-        correct += count_right(flat(samples))
+        of_part = count_graded(samples, cfg)
+        counts = {name: n + of_part[name] for name, n in counts.items()}
         if cfg.step_rollouts:
             found += rollout_rows(policy, tokenizer, part, samples, cfg)
         elif cfg.best:
@@ -425,7 +426,7 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
             for row, answers in zip(part, samples):
                 pairs = make_pairs(row, answers, cfg.pairs_per_prompt, tokenizer)
                 found += [(row["line"], pair) for pair in pairs]
-    correct = all_sum({"correct": correct}, grid)["correct"]
+    counts = sum_graded(counts, cfg, grid)
     found = all_ranks(found, grid)
     missing = "has a right answer" if cfg.best else "has both a right and a wrong answer"
     missing = "has an answer that ends" if cfg.step_rollouts or reward else missing
@@ -434,7 +435,7 @@ def sample_rows(policy, tokenizer, reward, rows, path, cfg, grid):
         write_rows(path, found, Grid())
         run = {"config": dataclasses.asdict(cfg), "made_from": sources(cfg)}
         write_atomically(run_path(path), json.dumps(run, indent=1))
-    share = correct / len(rows) / cfg.k
+    share = counts["correct"] / len(rows) / cfg.k
     noun = "answers" if cfg.best or cfg.step_rollouts else "pairs"
     made = f"{len(found)} {noun} from {len(rows)} prompts x {cfg.k} samples"
     say(grid, f"pairs: {path}: {made}, {share:.3f} of them right")
@@ -490,7 +491,7 @@ def stage_score(cfg, grid):
     examples, rows = encode(rows, tokenizer, cfg.max_seq_len, ("response",), cfg.data, log_to(grid))
     say_first(tokenizer, rows[0], examples[0], cfg.data, grid)
     examples, rows = examples[grid.dp_rank :: grid.dp_size], rows[grid.dp_rank :: grid.dp_size]
-    scored = score_examples(numbers_of, flat(examples), cfg, grid)
+    scored = score_examples(numbers_of, examples_of(examples), cfg, grid)
     written = []
     for row, (example,), numbers in zip(rows, examples, scored):
         ids = {

@@ -1,5 +1,6 @@
 """What a text claims: its final number, or what it boxes; whole, or not at all."""
 
+import itertools
 import re
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -129,9 +130,10 @@ TWO_NUMBERS = re.compile(r"\d\s+\$?\d+(?![\d/])")
 
 
 def claimed(rest):
-    """The number that a text after a marker begins with, at the end of its chain of equations; else None.
+    """The number that a text after a marker begins with, at the end of its chain of equations; else the only
+    number of its line; else None.
 
-    "5 + 5 = 10" says 10, and "x = 5" says 5.
+    "5 + 5 = 10" says 10, "x = 5" says 5, and "She makes $18 a day." 18.
     """
     rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest[:2000])
     rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", re.sub(r"\\(?:left|right)(?![a-z])", "", rest))
@@ -141,8 +143,10 @@ def claimed(rest):
     rest = re.sub(r"^-\s+(?=[\d.$])", "-", rest)
     while (chain := EQUATION.match(rest)) and not TWO_NUMBERS.search(chain[1]):
         rest = rest[chain.end() :]
-    number = NUMBER.match(re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ ")))
-    return whole_number(number) if number else None
+    rest = re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ "))
+    numbers = [*itertools.islice(NUMBER.finditer(rest), 2)]
+    is_sentence = len(numbers) == 1 and re.search(r"[A-Za-z]{2}", rest[: numbers[0].start()])
+    return whole_number(numbers[0]) if numbers and (numbers[0].start() == 0 or is_sentence) else None
 
 
 def whole_number(match):

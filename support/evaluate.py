@@ -27,7 +27,7 @@ from data import (
     stable_hash,
 )
 from model import LanguageModel, ScalarModel
-from parallel import Grid, all_sum
+from parallel import Grid, all_sum, say
 from qrm import credit_counts, response_scores
 from reinforce import standardize
 from support.files import at_line, require, write_atomically
@@ -84,6 +84,24 @@ def sample_graded(policy, tokenizer, rows, cfg, seed, temperature, k):
 def count_right(answers):
     """How many Answers are correct."""
     return sum(answer.correct for answer in answers)
+
+
+def count_graded(samples, cfg):
+    """Lists of Answers -> how many are correct, have ended, and, of these, claim nothing that is read."""
+    answers = flat(samples)
+    ended = [answer for answer in answers if not answer.truncated]
+    claims = [answer.correct or extract_answer(answer.text, cfg.task, cfg.grader) for answer in ended]
+    silent = sum(claim is None for claim in claims)
+    return {"correct": count_right(answers), "ended": len(ended), "silent": silent}
+
+
+def sum_graded(counts, cfg, grid):
+    """The counts over all ranks; a note if over a twentieth of what ended is silent: another --task?"""
+    counts = all_sum(counts, grid)
+    if 20 * counts["silent"] > counts["ended"]:
+        silent = f"{counts['silent']:.0f} of {counts['ended']:.0f} sampled answers that end"
+        say(grid, f"note: {silent} claim nothing that --task {cfg.task} reads: they count as wrong")
+    return counts
 
 
 def greedy_pass(policy, tokenizer, rows, cfg, grid):
@@ -284,11 +302,12 @@ def eval_policy(directory, cfg, grid):
         "tokens": sum(len(answer.ids) for answer in flat(greedy + samples)),
         "majority": sum(majority_is_right(answers, cfg) for answers in samples),
     }
+    counts |= count_graded(greedy + samples, cfg)
     for k in ks:
         counts[f"pass@{k}"] = sum(pass_at_k(cfg.k, count_right(answers), k) for answers in samples)
     if reward:
         counts["best"] = count_right(best_answers(reward, tokenizer, mine, samples, cfg, grid))
-    counts = all_sum(counts, grid)
+    counts = sum_graded(counts, cfg, grid)
     n = counts["prompts"]
     out = {
         "pass@1": counts["greedy"] / n,

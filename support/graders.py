@@ -53,8 +53,9 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
 
     math           what stands in the last \boxed or \fbox, and in those that it is listed with
     gsm8k, arith   the last number marked by "####"; else by \boxed, "answer is" or "A:"; else the last
-                   number. A number is claimed whole or not at all (claims.py), and a marker without one
-                   claims nothing.
+                   number. A marked text claims the number that it begins with, or the only one of its line.
+                   A number is claimed whole or not at all (claims.py), and a marker without one claims
+                   nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
     What a reasoning model thinks (claims.THOUGHTS_BEGIN) is not read. What stands around a number or a box
     must be known to leave it as it is: words of Latin letters, marks, units; no other value in its sentence.
