@@ -122,8 +122,12 @@ def keys_read(fields, row):
         name, value = pick(fields, names)
         if name and not (names is CONTEXT and adds_nothing(value, fields)):
             read[name] = "prompt"
-    for key, name in reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ():
-        parts = ["prompt"] * ("prompt" in row and adds_to_prompt(fields, name, key in row))
+    keys = reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ()
+    split = {name: split_reply(fields[name], name) for _, name in keys}
+    contexts = used_contexts(fields, row, keys, split)
+    stated = "prompt" in read.values()
+    for key, name in keys:
+        parts = ["prompt"] * ("prompt" in row and len(contexts[name]) > stated)
         parts += [key] * (key in row and key in REPLIES)
         read |= {name: " and ".join(parts)} if parts else {}
     if row.get("label") is not None:
@@ -133,15 +137,6 @@ def keys_read(fields, row):
     read |= {"completions": "steps", "labels": "steps"} if "steps" in row else {}
     read |= {"margin": "margin"} if "margin" in row else {}
     return read
-
-
-def adds_to_prompt(fields, name, is_wanted):
-    """Whether a conversation holds the prompt, or other messages than the one that a row states."""
-    if name not in CONVERSATION and not is_dialogue(fields[name]):
-        return False
-    context, _ = split_reply(fields[name], name)
-    stated = read_prompt(fields)
-    return stated is None or len(context if is_wanted else up_to_prompt(context, stated)) > 1
 
 
 def refuse_header(fields):
@@ -462,24 +457,23 @@ def refuse_prm800k(fields):
 
 def read_conversation(fields, wanted):
     """Prompt and replies of one row: one prompt for all replies, and all of it."""
-    replies = {}
-    contexts = {}
-    stated = read_prompt(fields) if "prompt" in wanted else None
-    for key, name in reply_keys(fields, wanted):
-        context, replies[key] = split_reply(fields[name], name)
-        contexts[name] = context if key in wanted else up_to_prompt(context, stated)
-        goes_on = replies[key] is None and "response" in wanted and contexts[name] != context
+    keys = reply_keys(fields, wanted)
+    split = {name: split_reply(fields[name], name) for _, name in keys}
+    replies = {key: split[name][1] for key, name in keys}
+    contexts = used_contexts(fields, wanted, keys, split)
+    for name, context in contexts.items():
+        goes_on = split[name][1] is None and not {"prompt", "label"} >= {*wanted}
         require(
-            not goes_on,
+            not goes_on or context == split[name][0],
             f"{name} goes on after the prompt and its reply, and ends with another message of the user;"
-            f" expected the conversation up to the reply (--ignore_keys {name})",
+            f" expected the conversation up to the reply (--ignore_keys {name}, or the prompt's key)",
         )
     for key in ("chosen", "rejected", "response"):
         if key in wanted and replies.get(key) is None:
             raise missing(fields, key)
     check_same_reply(replies, wanted)
     if "prompt" in wanted:
-        prompt = join_context(stated, common_context(contexts))
+        prompt = join_context(read_prompt(fields), common_context(contexts))
         if prompt is None:
             raise missing(fields, "prompt")
         prompt = with_system(prompt, fields)
@@ -490,6 +484,26 @@ def read_conversation(fields, wanted):
         )
         replies["prompt"] = prompt
     return replies
+
+
+def used_contexts(fields, wanted, keys, split):
+    """{key of the row: the messages before its reply}, up to the stated prompt where that reply is not used.
+
+    A reply is used if its key is wanted, or if its text is that of a wanted one: it answers all that is
+    before it. chosen and rejected answer the same.
+    """
+    stated = read_prompt(fields) if "prompt" in wanted else None
+    replies = {name: said(reply) for name, (_, reply) in split.items() if reply}
+    used = {replies[name] for key, name in keys if key in wanted and name in replies}
+    given = fields.get("responses") if "responses" in wanted else ()
+    used |= {text.strip() for text in given or () if isinstance(text, str)}
+    whole = {name for key, name in keys if key in wanted or replies.get(name) in used}
+    whole |= {*PAIR} if whole & {*PAIR} else set()
+    contexts = {name: context for name, (context, _) in split.items()}
+    return {
+        name: context if name in whole else up_to_prompt(context, stated)
+        for name, context in contexts.items()
+    }
 
 
 def reply_keys(fields, wanted):

@@ -1772,6 +1772,26 @@ def test_a_conversation_that_goes_on_is_used_up_to_the_prompt_that_a_row_states(
     assert said(read["prompt"]) == "second" and read["read"]["chosen"] == "prompt and chosen"
 
 
+@pytest.mark.parametrize("longer", [LONGER, LONGER_HH], ids=["messages", "HH-RLHF"])
+def test_a_conversation_with_the_wanted_reply_is_used_whole(file, longer):
+    """As after a map that takes the last replies as texts, and keeps prompt, the first question."""
+    replies = {
+        ONE: {"response": "two", "chosen": longer, "rejected": longer.replace("two", "no")}
+        if longer is LONGER_HH
+        else {"response": "two", "messages": longer},
+        ("prompt", "chosen", "rejected"): {"chosen": "two", "rejected": "no", "messages": LONGER},
+        ("prompt", "responses"): {"responses": ["two", "no"], "labels": [1, 0], "messages": LONGER},
+    }
+    for needs, row in replies.items():
+        [read] = load_rows(file(row | {"prompt": "first"}), needs)
+        assert [message["content"] for message in read["prompt"]] == ["first", "one", "second"], needs
+        assert "prompt" in [read["read"].get(key) for key in ("messages", "chosen")]
+    for needs, row in replies.items():
+        if "messages" in row:
+            with pytest.raises(BadInput, match="messages goes on after the prompt"):
+                load_rows(file(row | {"prompt": "first", "messages": LONGER[:3]}), needs)
+
+
 def test_messages_that_are_longer_than_the_prompt(file):
     row = {"prompt": "first", "messages": [SYSTEM, *LONGER], "label": "1"}
     [read] = load_rows(file(row), ("prompt", "label"))
