@@ -41,13 +41,13 @@ VERDICTS = names_in("correct correctness score scores reward rewards rating rati
 VERDICTS_IN_WORDS = names_in("type category subset split")
 BAD = names_in(
     """
-    0 -1 false f bad poor worse worst incorrect wrong fail failed no negative lose loss loses lost reject
+    0 -1 - false f bad poor worse worst incorrect wrong fail failed no negative lose loss loses lost reject
     rejected undesirable dispreferred unsafe
     """
 )
 GOOD = names_in(
     """
-    1 true t good better best correct right pass passed yes positive win wins won accept accepted chosen
+    1 + true t good better best correct right pass passed yes positive win wins won accept accepted chosen
     desirable preferred safe
     """
 )

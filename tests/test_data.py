@@ -499,7 +499,16 @@ def test_messages_written_as_text(file, write):
 
 @pytest.mark.parametrize(
     "good, bad",
-    [(1, 0), (1.0, 0.0), ("1", "0"), (1, -1), ("True", "False"), ("chosen", "rejected"), (None, 0)],
+    [
+        (1, 0),
+        (1.0, 0.0),
+        ("1", "0"),
+        (1, -1),
+        ("True", "False"),
+        ("chosen", "rejected"),
+        ("+", "-"),
+        (None, 0),
+    ],
 )
 def test_labels_that_judge_the_response(file, good, bad):
     """KTO's rows, with other spellings of true and false. One row with label 0 can be an answer."""
