@@ -46,7 +46,7 @@ RUNS = {  # name: its --reward and --lr
     "per token, 1e-3": ("verifier", "1e-3"),
     "DPO, 2e-4": ("dpo", "2e-4"),
 }
-FOLDS = {0: tuple(RUNS), 1: ("Q-RM, 3e-4",)}  # held-out fold: the runs made for it
+FOLDS = {0: tuple(RUNS)}  # held-out fold: the runs made for it
 TRAIN = (
     "--stage rm --model {model} --data pairs.jsonl --lora_rank 16 --warmup 10 --batch_size 8 --save_every 10"
 )
@@ -197,7 +197,7 @@ def heads_on(answers, work):
 
 
 def print_transfer(name, kind, path, pairs, fold):
-    """Accuracy on the paper's pairs: of questions that training has not seen, and of those that it has.
+    """Accuracy on the paper's pairs: all, of questions that training has not seen, and of those that it has.
 
     The training answers are by other authors, and to these questions only where they are outside the fold.
     """
@@ -212,7 +212,8 @@ def print_transfer(name, kind, path, pairs, fold):
     for way in READ[kind]:
         values = [np.array([reads[way](z) for z in side]) for side in (chosen, rejected)]
         right = wins(*values)
-        cells = [f"{describe(right[one], questions[one])} of {one.sum()}" for one in (unseen, ~unseen)]
+        groups = (unseen | ~unseen, unseen, ~unseen)
+        cells = [f"{describe(right[group], questions[group])} of {group.sum()}" for group in groups]
         print(f"  {f'{name}, {way}':32}{'   '.join(cells)}")
 
 
@@ -234,7 +235,7 @@ def print_adapters(args, folder, solutions, fold):
     print(f"\ntoken credit: {notes.wrong.sum()} first wrong notes, and planted errors")
     for name, (answers, labels, scores, planted) in read.items():
         print_credit(name, scores, answers, labels, notes, planted)
-    print("\nthe paper's pairs: of questions held out, and of those trained on (with other answers)")
+    print("\nthe paper's pairs: all, of questions held out, and of those trained on (with other answers)")
     for name, file in files.items():
         print_transfer(name, RUNS[name][0], folder / f"transfer-{file}", read_pairs(args.data), fold)
 

@@ -480,7 +480,8 @@ def test_transfer_of_adapters_is_counted_apart_for_questions_not_trained_on(tmp_
     n = sum(held_out)
     assert 0 < n < 40 and [line.split(",")[1].split()[0] for line in lines] == ["mean", "last"]
     for line in lines:
-        assert f"1.000 (1.000 to 1.000) of {n}   0.000 (0.000 to 0.000) of {40 - n}" in line
+        assert f"of 40   1.000 (1.000 to 1.000) of {n}   0.000 (0.000 to 0.000) of {40 - n}" in line
+        assert f"{n / 40:.3f} (" in line
 
 
 def test_scores_of_adapters_go_to_their_answers(tmp_path):
