@@ -149,6 +149,8 @@ def say_first(tokenizer, row, examples, source, grid):
         lines.append(f"  {name:10}{shown}")
     if row.get("label") is not None:
         lines.append(f"  label     {printable(row['label'])}")
+    if "labels" in row:
+        lines.append(f"  labels    {' '.join('right' if right else 'wrong' for right in row['labels'])}")
     if "steps" in row:
         lines.append(f"  labels    {' '.join(f'{step.label:g}' for step in row['steps'])}")
     say_once(grid, "\n".join(lines))

@@ -286,6 +286,10 @@ def notes_on_absent(rows):
                 found.setdefault(key, []).append(text.strip())
     says = "which is used like other texts"
     notes = [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
+    ends = [said(row["prompt"]).rpartition("\n")[2] for row in rows if "prompt" in row]
+    ends = [end for end in ends if end.strip() and says_none(end)]
+    if ends:
+        notes.append(f"{len(ends)} prompts end with a line {ends[0]!r}, {says}")
     contexts = collections.Counter()  # of short texts: a spelling of none in any language is in many rows
     for row in rows:
         stated = [row["fields"][key] for key in CONTEXT if row["read"].get(key) == "prompt"]

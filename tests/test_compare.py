@@ -169,6 +169,7 @@ def test_best_of_n_goes_by_the_scores_of_the_reward_model(home, capsys):
     labels = [[text.endswith(f"#### {n + 2}") for text in row["responses"]] for n, row in enumerate(ROWS)]
     given = [row | {"labels": of_row} for row, of_row in zip(ROWS, labels)]
     assert evaluate(home, given, "--model", home / "rm") == graded
+    assert "  labels    right wrong right\n" in capsys.readouterr().out
     assert evaluate(home, given, "--model", home / "lm", "--reward_model", home / "rm") == graded
     longer = [{"prompt": "p" * 90, "responses": ["a", "b"], "labels": [0, 0]}, *given]
     capsys.readouterr()

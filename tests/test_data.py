@@ -1873,6 +1873,13 @@ def test_spellings_of_none(file):
         assert load_rows(file(row | {"input": text}), ONE)[0]["prompt"] == f"q\n\n{text}"
 
 
+def test_a_note_on_prompts_that_end_with_a_spelling_of_none(file):
+    lines = []
+    rows = [{"messages": [user(f"q\n\n{end}"), assistant("a")]} for end in ("<noinput>", "No input", "red")]
+    load_rows(file(*rows), ONE, log=lines.append)
+    assert len(lines) == 1 and "2 prompts end with a line '<noinput>', which is used" in lines[0]
+
+
 def test_labels_that_could_be_places_of_responses(file):
     rows = [{"prompt": f"q{i}", "responses": ["1 red", "2 green", "3"], "label": i} for i in (2, 0)]
     assert len(load_rows(file(*rows[1:]), ("prompt", "responses", "label"), log=list)) == 1
