@@ -349,7 +349,9 @@ def test_eval_of_a_policy_by_hand(run, start, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "load_reward", load_reward)
     data = write_jsonl(tmp_path / "d.jsonl", [{"prompt": p, "label": "5"} for p in PROMPTS])
     words = ["--data", data, "--task", "arith", "--k", 4, "--temperature", 0.7, "--seed", 3]
-    run("--stage", "eval", *words, "--reward_model", start)
+    printed = run("--stage", "eval", *words, "--reward_model", start)
+    silent = "note: 1 of 15 sampled answers that end claim nothing that --task arith reads"  # "no"
+    assert silent in printed
     found = json.loads((tmp_path / "out/eval.json").read_text())
     assert calls == [(0, 0.0, 1), (hash_seed(3, "eval"), 0.7, 4)]
     assert found["pass@1"] == 2 / 3 and found["n_prompts"] == 3
