@@ -56,7 +56,7 @@ READ = {"qrm": ("mean",), "orm": ("last",), "verifier": ("mean", "last"), "dpo":
 
 
 def balanced_pairs(pairs, authors):
-    """The first pairs of either order of two authors, as many of one as of the other: (P, 2) -> (P', 2)"""
+    """Of any two authors as many pairs won by the one as by the other, the first ones: (P, 2) -> (P', 2)"""
     counts = Counter(tuple(authors[pair]) for pair in pairs)
     taken, kept = Counter(), []
     for pair in pairs:
@@ -196,24 +196,24 @@ def heads_on(answers, work):
     return {name: values[chosen] for name, values in scores.items()}
 
 
-def print_transfer(name, kind, path, pairs, fold):
-    """Accuracy on the paper's pairs: all, of questions that training has not seen, and of those that it has.
+def print_transfer(name, kind, path, pairs, met):
+    """Accuracy on the paper's pairs: all, those whose questions training has met, and the others.
 
-    The training answers are by other authors, and to these questions only where they are outside the fold.
+    met   (P,) bool: of each pair; training knew its question, with answers of OpenAI's authors
     """
     chosen, rejected = [], []
     rows = read_lines(path)
     for right, wrong in zip(rows[0::2], rows[1::2]):
         chosen.append(right["scores"])
         rejected.append(wrong["scores"])
-    questions = np.array([pairs[int(row["id"].split()[1])][0] for row in rows[0::2]])
-    unseen = np.array([fold_of(question) == fold for question in questions])
+    places = [int(row["id"].split()[1]) for row in rows[0::2]]
+    questions = np.array([pairs[place][0] for place in places])
+    met = met[places]
     reads = {"mean": np.mean, "last": lambda scores: scores[-1], "sum": np.sum}
     for way in READ[kind]:
         values = [np.array([reads[way](z) for z in side]) for side in (chosen, rejected)]
         right = wins(*values)
-        groups = (unseen | ~unseen, unseen, ~unseen)
-        cells = [f"{describe(right[group], questions[group])} of {group.sum()}" for group in groups]
+        cells = [f"{describe(right[of], questions[of])} of {of.sum()}" for of in (met | ~met, met, ~met)]
         print(f"  {f'{name}, {way}':32}{'   '.join(cells)}")
 
 
@@ -223,7 +223,7 @@ def print_adapters(args, folder, solutions, fold):
     tokenizer = Tokenizer.load(args.model, "chatml")
     files = {name: f"{'-'.join(RUNS[name])}.jsonl" for name in FOLDS[fold]}
     read = {name: read_scores(folder / f"scores-{file}", solutions) for name, file in files.items()}
-    answers, labels, *_ = read["Q-RM, 3e-4"]
+    answers, labels, *_ = next(iter(read.values()))
     print(f"{len(labels.pairs)} pairs of {len(np.unique(labels.questions))} questions")
     heads = heads_on(answers, args.work)
     for name, (answers, labels, scores, _) in read.items():
@@ -235,9 +235,12 @@ def print_adapters(args, folder, solutions, fold):
     print(f"\ntoken credit: {notes.wrong.sum()} first wrong notes, and planted errors")
     for name, (answers, labels, scores, planted) in read.items():
         print_credit(name, scores, answers, labels, notes, planted)
-    print("\nthe paper's pairs: all, of questions held out, and of those trained on (with other answers)")
+    print("\nthe paper's pairs: all, of questions that training has met (with other answers), of others")
+    pairs = read_pairs(args.data)
+    known = {row["prompt"] for row in read_lines(folder / "pairs.jsonl")}
+    met = np.array([question in known for question, _ in pairs])
     for name, file in files.items():
-        print_transfer(name, RUNS[name][0], folder / f"transfer-{file}", read_pairs(args.data), fold)
+        print_transfer(name, RUNS[name][0], folder / f"transfer-{file}", pairs, met)
 
 
 def run_adapters(args):

@@ -125,13 +125,14 @@ def keys_read(fields, row):
     keys = reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ()
     split = {name: split_reply(fields[name], name) for _, name in keys}
     contexts = used_contexts(fields, row, keys, split)
-    stated = "prompt" in read.values()
+    known = 1 if "prompt" in read.values() else 0  # messages of the prompt, if it is stated
     for key, name in keys:
-        parts = ["prompt"] * ("prompt" in row and len(contexts[name]) > stated)
+        parts = ["prompt"] * ("prompt" in row and len(contexts[name]) > known)
         parts += [key] * (key in row and key in REPLIES)
         read |= {name: " and ".join(parts)} if parts else {}
-    if row.get("label") is not None:
-        read |= {name: "label" for name, _ in stated_labels(fields) if name not in read}
+    for name, label in stated_labels(fields) if row.get("label") is not None else ():
+        if label == row["label"] or label is not None and same_answer(label, row["label"], "math"):
+            read[name] = f"{read[name]} and label" if name in read else "label"
     read |= {"responses": "responses"} if "responses" in row else {}
     read |= {"labels": "labels"} if "labels" in row else {}
     read |= {"completions": "steps", "labels": "steps"} if "steps" in row else {}
@@ -462,9 +463,10 @@ def read_conversation(fields, wanted):
     replies = {key: split[name][1] for key, name in keys}
     contexts = used_contexts(fields, wanted, keys, split)
     for name, context in contexts.items():
-        goes_on = split[name][1] is None and not {"prompt", "label"} >= {*wanted}
+        reads_reply = bool({*wanted} - {"prompt", "label"})
+        goes_on = reads_reply and split[name][1] is None and context != split[name][0]
         require(
-            not goes_on or context == split[name][0],
+            not goes_on,
             f"{name} goes on after the prompt and its reply, and ends with another message of the user;"
             f" expected the conversation up to the reply (--ignore_keys {name}, or the prompt's key)",
         )
@@ -548,9 +550,8 @@ def check_same_reply(replies, wanted):
     used = [said(replies[key]) for key in ("response", "chosen", "rejected") if key in wanted]
     for name in CONVERSATION:
         if used and replies.get(name) is not None:
-            require(
-                said(replies[name]) in used, f"{name} ends with another reply than {' and '.join(wanted)}"
-            )
+            others = " and ".join(key for key in wanted if key in REPLIES)
+            require(said(replies[name]) in used, f"{name} ends with another reply than {others}")
 
 
 def said(reply):
@@ -574,9 +575,9 @@ def up_to_prompt(context, prompt):
 
     So a conversation whose reply is not wanted adds what was said before a prompt, and nothing after it.
     """
-    said_there = [message["content"].strip() for message in context]
-    if isinstance(prompt, str) and prompt.strip() in said_there:
-        return context[: len(context) - said_there[::-1].index(prompt.strip())]
+    asked = [message["role"] == "user" and message["content"].strip() for message in context]
+    if isinstance(prompt, str) and prompt.strip() in asked:
+        return context[: len(context) - asked[::-1].index(prompt.strip())]
     if isinstance(prompt, list) and context[: len(prompt)] == prompt:
         return prompt
     return context
@@ -659,7 +660,8 @@ def split_reply(value, name):
 
 def says_none(text):
     """Whether a text is a spelling of none, such as Alpaca's "<noinput>", or pandas' NaN."""
-    return NOTHING.fullmatch(str(text)[:40]) is not None
+    text = str(text).strip()
+    return len(text) <= 60 and NOTHING.fullmatch(text) is not None
 
 
 def adds_nothing(context, fields):

@@ -2,11 +2,12 @@
 
     [torchrun --nproc_per_node 2] python tests/pretend_device.py COMMANDS.json STOP_AFTER
 
-runs `train.main` for each list of flags in the file, on the device `gpu:0`; it is stopped after STOP_AFTER
-updates, if that is not 0. A tensor there holds a tensor on the CPU, which computes it. What a GPU refuses is
-refused here, too: an operation on tensors of both devices (scalars and indices may be on the CPU), numpy(), a
-generator of the CPU, and, as by NCCL, a collective on the CPU. Not covered: kernels, graphs, streams, memory,
-NCCL itself, and --remat, whose second forward pass aborts this torch on such a device.
+runs `train.main` for each list of flags in the file, on the device `gpu:0`, and stops, as if by Ctrl-C, after
+STOP_AFTER optimizer steps in all, if that is not 0. Each tensor there wraps a tensor on the CPU, on which
+every operation is computed. What a GPU refuses is refused here, too: an operation on tensors of both devices
+(indices may be on the CPU, and scalars that are only read), numpy(), a generator of the CPU, and, as by NCCL,
+a collective on the CPU. Not covered: kernels, graphs, streams, memory, NCCL itself, and --remat, whose second
+forward pass aborts this torch on such a device.
 """
 
 import contextlib
@@ -30,6 +31,8 @@ GPU = torch.device("cpu")  # after make_gpu(): gpu:0
 aten = torch.ops.aten
 BETWEEN_DEVICES = (aten._to_copy.default, aten.copy_.default)
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
+# Not even of the CPU; and no operation writes into one.
+TAKE_NO_SCALARS = ("_fused", "_foreach", "::cat", "::stack", "gather", "index_select", "embedding")
 
 
 class OnGPU(torch.Tensor):
@@ -111,8 +114,9 @@ def check_devices(function, args, kwargs):
     if function in INDEXED and isinstance(args[0], OnGPU):
         tensors = [args[0], *(x for x in args[2:] if isinstance(x, torch.Tensor))]  # indices may be anywhere
     here = [tuple(x.shape) for x in tensors if isinstance(x, OnGPU)]
-    lists = "_fused" in function.name() or "_foreach" in function.name()  # take no scalars of the CPU
-    there = [tuple(x.shape) for x in tensors if not isinstance(x, OnGPU) and (x.dim() > 0 or lists)]
+    writes_to_cpu = function._schema.is_mutable and not isinstance(args[0], OnGPU)
+    strict = writes_to_cpu or any(part in function.name() for part in TAKE_NO_SCALARS)
+    there = [tuple(x.shape) for x in tensors if not isinstance(x, OnGPU) and (x.dim() > 0 or strict)]
     if here and there:
         raise RuntimeError(f"{function} of tensors on {GPU}, {here}, and on the CPU, {there}")
     is_collective = function.namespace == "c10d" and function.name() != "c10d::barrier"
@@ -167,8 +171,10 @@ def pretended_gpu():
 
     def gather_objects(*args, **kwargs):
         Gpu.sends_objects = True
-        all_gather_object(*args, **kwargs)
-        Gpu.sends_objects = False
+        try:
+            all_gather_object(*args, **kwargs)
+        finally:
+            Gpu.sends_objects = False
 
     one_thread = torch.autograd.set_multithreading_enabled(False)  # else backward looks for the GPU's thread
     device = mock.patch.object(parallel, "my_device", lambda name: GPU)

@@ -1831,6 +1831,17 @@ def test_a_context_that_the_prompt_has_already(file, instruction, context, promp
     assert ("input" in read["read"]) == (prompt is not None)
 
 
+def test_texts_that_only_begin_as_none_does(file):
+    for text in ("N/A\n" + "-" * 40 + "\n3", "| NaN |" + " " * 40 + "| 3 |", "no input" + " " * 60 + "but 3"):
+        [read] = load_rows(file({"instruction": "q", "input": text, "output": "r"}), ONE)
+        assert read["prompt"] == f"q\n\n{text}"
+
+
+def test_a_prompt_that_the_assistant_repeats(file):
+    turns = [user("Hi"), assistant("Hi"), user("So?"), assistant("Fine.")]
+    assert load_rows(file({"prompt": "Hi", "messages": turns}), ("prompt",))[0]["prompt"] == [user("Hi")]
+
+
 def test_which_keys_a_label_was_read_from(file):
     needs = ("prompt", "label")
     row = {"question": "q", "answer": "so\n#### 70"}
@@ -1841,6 +1852,10 @@ def test_which_keys_a_label_was_read_from(file):
         assert read["label"] == "70" and ("solution" in read["read"]) == used
     [read] = load_rows(file({"prompt": "q", "label": "72", "answer": "70", "correct": False}), needs)
     assert read["read"] == {"prompt": "prompt", "label": "label"}
+    [read] = load_rows(file({"prompt": "q", "label": "18", "answer": "17 eggs"}), needs)
+    assert read["read"] == {"prompt": "prompt", "label": "label"}
+    [read] = load_rows(file(row), ("response", "label"))
+    assert read["read"] == {"answer": "response and label"}
     assert load_rows(file({"problem": "q", "solution": "72"}), needs)[0]["label"] == "72"
     [read] = load_rows(file({"problem": "q", "solution": r"So $\boxed{\text{(E)},}$"}), needs)  # in MATH
     assert read["label"] == r"\text{(E)}"

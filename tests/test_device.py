@@ -153,6 +153,8 @@ with pretended_gpu() as gpu:
         lambda: y[torch.tensor([0], device=gpu)],
         lambda: x.index_put_((torch.tensor([0, 1]),), y[:2]),
         lambda: x.numpy(),
+        lambda: y.sum().add_(x.sum()),
+        lambda: torch.stack([x[0], y[0]]),
         lambda: torch.rand(3, device=gpu, generator=torch.Generator()),
     ):
         try:

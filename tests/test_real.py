@@ -464,21 +464,21 @@ def test_adapters_train_on_other_folds_than_they_are_read_on(tmp_path, fold):
     assert len(set(authors.values())) == 1 and len(authors) == 4
 
 
-def test_transfer_of_adapters_is_counted_apart_for_questions_not_trained_on(tmp_path, capsys):
+def test_transfer_of_adapters_is_counted_apart_for_questions_of_the_training(tmp_path, capsys):
     pairs = [(f"What is {q} and 1?", [f"chosen {q}", f"rejected {q}"]) for q in range(40)]
-    held_out = [solutions.fold_of(question) == 2 for question, _ in pairs]
+    met = np.array([q % 3 == 0 for q in range(40)])
     adapters.write_transfer(pairs, tmp_path / "transfer.jsonl")
     rows = solutions.read_lines(tmp_path / "transfer.jsonl")
     for row in rows:
         _, number, kind = row["id"].split()
         assert row["prompt"] == pairs[int(number)][0] and row["response"].split() == [kind, number]
-        better = (kind == "chosen") == held_out[int(number)]  # right on held-out questions, wrong elsewhere
+        better = (kind == "chosen") == met[int(number)]  # right on questions that were met, wrong elsewhere
         row["scores"] = [9.0, 1.0 + better] if better else [0.0, 1.0]
     adapters.write_rows(tmp_path / "scores.jsonl", rows)
-    adapters.print_transfer("verifier", "verifier", tmp_path / "scores.jsonl", pairs, 2)
+    adapters.print_transfer("verifier", "verifier", tmp_path / "scores.jsonl", pairs, met)
     lines = capsys.readouterr().out.splitlines()
-    n = sum(held_out)
-    assert 0 < n < 40 and [line.split(",")[1].split()[0] for line in lines] == ["mean", "last"]
+    n = sum(met)
+    assert [line.split(",")[1].split()[0] for line in lines] == ["mean", "last"]
     for line in lines:
         assert f"of 40   1.000 (1.000 to 1.000) of {n}   0.000 (0.000 to 0.000) of {40 - n}" in line
         assert f"{n / 40:.3f} (" in line
