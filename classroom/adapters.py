@@ -13,6 +13,7 @@ import torch
 from heads import (
     Answers,
     answer_scores,
+    draw_answers,
     error_measures,
     find_notes,
     load_hidden,
@@ -235,6 +236,8 @@ def print_adapters(args, folder, solutions, fold):
     print(f"\ntoken credit: {notes.wrong.sum()} first wrong notes, and planted errors")
     for name, (answers, labels, scores, planted) in read.items():
         print_credit(name, scores, answers, labels, notes, planted)
+    of_tokens = {name: scores for name, (_, _, scores, _) in read.items()}
+    draw_answers(folder / "credit.svg", answers, solutions, labels, tokenizer, of_tokens)
     print("\nthe paper's pairs: all, of questions that training has met (with other answers), of others")
     pairs = read_pairs(args.data)
     known = {row["prompt"] for row in read_lines(folder / "pairs.jsonl")}

@@ -717,23 +717,29 @@ def run_picture(args):
     solutions = read_solutions(args.data)
     answers = load_hidden(args.work / "hidden")
     labels = solution_labels(answers, solutions)
-    tokenizer = Tokenizer.load(args.model, "chatml")
     scores = torch.load(args.work / "heads.pt", weights_only=False)["scores"]
+    scores = {name: scores[name] for name in ("Q-RM", "ORM", "per token")}
+    tokenizer = Tokenizer.load(args.model, "chatml")
+    draw_answers(args.work / "credit.svg", answers, solutions, labels, tokenizer, scores)
+
+
+def draw_answers(path, answers, solutions, labels, tokenizer, scores):
+    """An SVG file of two answers under each of the scores: {name: (n,) token scores}"""
     right, wrong, note = choose_for_picture(answers, solutions, labels)
     row = solutions[answers.rows[wrong]]
     text = row["answers"][answers.slots[wrong]]
     pieces = [tokenizer.token_bytes[i] for i in answers.ids[answers.tokens(wrong)].tolist()]
     marked = range(token_at(pieces, text, note.start(2)), token_at(pieces, text, note.end(2) - 1) + 1)
     drawn = []
-    for name in ("Q-RM", "ORM", "per token"):
-        z = (scores[name] - scores[name].mean()) / scores[name].std()
+    for name, of_tokens in scores.items():
+        z = (of_tokens - of_tokens.mean()) / of_tokens.std()
         rows = []
         for a, places in ((right, ()), (wrong, marked)):
             texts = tokenizer.token_texts(answers.ids[answers.tokens(a)].tolist())
             rows.append((texts, z[answers.tokens(a)].tolist(), places))
         drawn.append((f"{name}: a right answer, a wrong answer", rows))
-    write_atomically(args.work / "credit.svg", picture(row["question"][:COLUMNS], drawn))
-    print(f"{args.work / 'credit.svg'}: {row['question']}")
+    write_atomically(path, picture(row["question"][:COLUMNS], drawn))
+    print(f"{path}: {row['question']}")
 
 
 # --------------------------------------------------------------------------------------------------- transfer
