@@ -132,7 +132,7 @@ def test_a_run_goes_on_where_it_was_stopped(files, tmp_path):
     assert_near(numbers_of(tmp_path, "rm"), numbers_of(files, "rm"))
 
 
-@pytest.mark.parametrize("name, tp", [("rm", 2), ("ppo", 1)])
+@pytest.mark.parametrize("name, tp", [pytest.param("rm", 2, marks=pytest.mark.slow), ("ppo", 1)])
 def test_two_processes_send_what_is_on_the_device(files, tmp_path, name, tp):
     for made in ("sft", "rm", "orm"):
         if made != name:
