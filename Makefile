@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV = .venv/bin/python
 METHOD = tests/test_data.py tests/test_model.py tests/test_packed.py tests/test_qrm.py tests/test_rewards.py \
          tests/test_reinforce.py tests/test_ppo.py tests/test_house.py tests/test_readme.py tests/test_tables.py
-LONG = tests/test_train.py tests/test_trust.py tests/test_exercises.py tests/test_walkthrough.py
+LONG = tests/test_train.py tests/test_trust.py tests/test_exercises.py tests/test_walkthrough.py tests/test_device.py
 SEEDS = 0 1 2 3 4
 MINUTES = 240
 
