@@ -497,8 +497,8 @@ def used_contexts(fields, wanted, keys, split):
     stated = read_prompt(fields) if "prompt" in wanted else None
     replies = {name: said(reply) for name, (_, reply) in split.items() if reply}
     used = {replies[name] for key, name in keys if key in wanted and name in replies}
-    given = fields.get("responses") if "responses" in wanted else ()
-    used |= {text.strip() for text in given or () if isinstance(text, str)}
+    given = fields.get("responses") if "responses" in wanted else None
+    used |= {text.strip() for text in given if isinstance(text, str)} if isinstance(given, list) else set()
     whole = {name for key, name in keys if key in wanted or replies.get(name) in used}
     whole |= {*PAIR} if whole & {*PAIR} else set()
     contexts = {name: context for name, (context, _) in split.items()}

@@ -290,23 +290,26 @@ def notes_on_absent(rows):
     ends = [end for end in ends if end.strip() and says_none(end)]
     if ends:
         notes.append(f"{len(ends)} prompts end with a line {ends[0]!r}, {says}")
-    contexts = collections.Counter()  # of short texts: a spelling of none in any language is in many rows
+    return notes
+
+
+def notes_on_contexts(rows):
+    """What is added to prompts, and may say that there is nothing, or be in them already: list of texts"""
+    added = []  # (context, stated prompt)
     for row in rows:
-        stated = [row["fields"][key] for key in CONTEXT if row["read"].get(key) == "prompt"]
-        contexts.update(text.strip() for text in stated if len(text) <= 30)
-    for text, n in contexts.most_common(1):
-        if n >= max(3, len(rows) / 1000):
+        context = next((row["fields"][key] for key in CONTEXT if row["read"].get(key) == "prompt"), None)
+        prompt = next((row["fields"][key] for key in PROMPT if key in row["read"]), "")
+        if context is not None:
+            added.append((context.strip(), prompt))
+    notes = []
+    short = collections.Counter(context for context, _ in added if len(context) <= 30)
+    for text, n in short.most_common(1):
+        if n >= max(3, len(rows) / 1000):  # a spelling of none, in any language?
             notes.append(f"{n} rows have {text!r} beside their prompts, and it is added to them")
-    beside = []  # whether the prompt has its context in it already
-    for row in rows:
-        stated = [row["fields"][key] for key in CONTEXT if row["read"].get(key) == "prompt"]
-        prompts = [row["fields"][key] for key in PROMPT if isinstance(row["fields"].get(key), str)]
-        beside += [text.strip() in prompt for text in stated for prompt in prompts[:1]]
-    if 2 * sum(beside) > len(beside):
-        says = (
-            f"{sum(beside)} of {len(beside)} prompts have in them what is beside them, and it is added again"
-        )
-        notes.append(f"{says} (--ignore_keys, if they were joined)")
+    joined = sum(context in prompt for context, prompt in added)
+    if 2 * joined > len(added):
+        says = f"{joined} of {len(added)} prompts have in them what is beside them"
+        notes.append(f"{says}, and it is added again (--ignore_keys, if they were joined)")
     return notes
 
 
@@ -314,7 +317,7 @@ def notes_on_boxes(rows):
     """Which labels are one of several boxes, and which are several boxes: list of texts"""
     last, together = [], []  # their rows' lines
     for row in rows:
-        texts = [row["fields"][key] for key, what in row["read"].items() if what == "label"]
+        texts = [row["fields"][key] for key, what in row["read"].items() if "label" in what.split(" and ")]
         texts = [text for text in texts if isinstance(text, str) and text.count("\\boxed") > 1]
         several = any(boxed(text) != boxed(text.rpartition("\\boxed")[0]) for text in texts)
         if several:
@@ -326,6 +329,14 @@ def notes_on_boxes(rows):
             says = f"{len(lines)} solutions have several boxes, and {what} the label"
             notes.append(f"{says} (line {', '.join(map(str, lines[:20]))})")
     return notes
+
+
+def are_places(rows):
+    """Whether the label of every row could be the place of one of its given answers."""
+    labels = [row["label"] for row in rows if "responses" in row and row.get("label") is not None]
+    if len(labels) < max(2, len(rows)) or not all(map(str.isdecimal, labels)):
+        return False
+    return all(int(label) < len(row["responses"]) for label, row in zip(labels, rows))
 
 
 def notes_on_keys(rows, needs):
@@ -351,9 +362,7 @@ def notes_on_keys(rows, needs):
         if row.get("label") is not None and "prompt" in row:
             labels[plain_prompt(row["prompt"])].add(row["label"])
     notes += notes_on_boxes(rows)
-    chosen = [row for row in rows if "responses" in row and str(row.get("label")).isdigit()]
-    are_places = all(int(row["label"]) < len(row["responses"]) for row in chosen)
-    if are_places and len(chosen) == len(rows) > 1:
+    if are_places(rows):
         notes.append("all labels could be places in responses; they are read as answers")
     several = sum(len(of_prompt) > 1 for of_prompt in labels.values())
     if several:

@@ -20,6 +20,7 @@ from support.row import (
 )
 from support.row_notes import (
     notes_on_absent,
+    notes_on_contexts,
     notes_on_keys,
     notes_on_pairs,
     notes_on_prompts,
@@ -81,7 +82,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     if "response" in needs:
         notes += notes_on_replies(rows, needs)
     notes += notes_on_prompts(rows) + notes_on_keys(rows, needs)
-    for note in notes + notes_on_absent(rows) + notes_on_spelling(rows):
+    for note in notes + notes_on_absent(rows) + notes_on_contexts(rows) + notes_on_spelling(rows):
         log(f"{path}: note: {note}")
     return rows
 

@@ -192,6 +192,13 @@ def test_what_cannot_be_reranked(home, capsys):
     assert call(*words) == 2 and "none is left" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("given", [5, "a", {"a": 1}, [1]])
+def test_given_answers_that_are_no_texts(home, capsys, given):
+    path = write_jsonl(home / "n.jsonl", [ROWS[0] | {"responses": given, "label": "2"}])
+    assert call("--stage", "eval", "--data", path, "--model", home / "rm") == 2
+    assert "expected a list of texts" in capsys.readouterr().err
+
+
 def test_given_answers_without_a_readable_label_are_dropped(home, capsys):
     """As MATH's solutions whose box cannot be read whole; labels that are given are needed in every row."""
     rows = [row | {"solution": rf"\\boxed{{{n + 2}}}"} for n, row in enumerate(ROWS)]

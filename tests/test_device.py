@@ -1,4 +1,4 @@
-"""train.py on a GPU that tests/pretend_device.py makes of the CPU: every stage runs, with the CPU's numbers.
+"""train.py on a GPU that tests/pretend_device.py makes of the CPU: every stage with a model has its numbers.
 
 A tensor that is made on the wrong device, or a collective on the CPU, fails here as it would on a real GPU.
 """
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 RM = "--stage rm --model sft --data pairs.jsonl"
 RL = "--data rows.jsonl --model sft --limit 4 --steps 2 --batch_size 8 --minibatch 4 --max_new_tokens 16"
 COMMANDS = {  # what is written: the flags
-    "sft": "--stage sft --data rows.jsonl --steps 4 --batch_size 16",
+    "sft": "--stage sft --data rows.jsonl --steps 60 --batch_size 16",
     "rm": f"{RM} --steps 3 --save_every 1",
     "orm": f"{RM} --steps 2 --reward orm --lora_rank 2 --micro_tokens 150",
     "dpo": f"{RM} --steps 2 --reward dpo",
@@ -34,6 +34,7 @@ COMMANDS = {  # what is written: the flags
     "reinforce": f"--stage reinforce --reward outcome --group_size 4 --advantage grpo --kl k3 {RL}",
     "ppo": f"--stage ppo --reward_model rm --outcome_model orm --lora_rank 2 {RL}",
     "process": f"--stage reinforce --reward prm --reward_model prm --advantage process --group_size 4 {RL}",
+    "steps.jsonl": "--stage pairs --model sft --data rows.jsonl --k 4 --step_rollouts 1 --max_new_tokens 40",
     "policy": "--stage eval --model sft --reward_model rm --data rows.jsonl --limit 4 --max_new_tokens 16",
     "accuracy": "--stage eval --model rm --data pairs.jsonl",
     "judged": "--stage eval --reward judge --model sft --data pairs.jsonl --judge_prompt question.txt",
