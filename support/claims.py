@@ -59,7 +59,8 @@ def is_overruled(text, claim):
     for marked in (after_boxed, after_words):
         rest = marked(below)
         if rest is not None:
-            return claimed(rest) != claim
+            other = claimed(rest)
+            return None not in (other, claim) and meaning(other) != meaning(claim)
     return False
 
 
@@ -88,7 +89,16 @@ def after_boxed(text):
 
 
 FILLERS = "therefore|thus|then|simply|just|equal to|exactly|only|about|approximately|a total of|US(?=\\$)"
-OTHERS = re.compile(r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)\b[^.\n]*\Z")  # answer
+# "Each correct answer is", "half of the answer is"; not "half, so the answer is".
+OTHERS = re.compile(
+    r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)(?:\s+(?!so\b)[\w'’]+){0,2}\s+[*_]*\Z"
+)
+# Before the only number of a marked sentence: what says that another value is meant, or none.
+ELSEWHERE = re.compile(
+    rf"(?i)\b(?:zero|{NUMBER_WORD}|no|not|cannot|undefined|unknown)\b"
+    r"|\b(?:in|for|per|by|of|to|from|with|after|within|above|below|than|any|all|the|sin|cos|tan|ln|log"
+    r"|step|question|part|problem|example|equation|option|page)\W*\Z"
+)
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
 # A number and at most two words.
@@ -102,7 +112,7 @@ def after_words(text):
     or sentences with numbers, opens a solution and marks nothing.
     """
     for words in (r"(?<!wrong )\banswer[*_]*(?: is|:)", "^A:"):
-        if words == "^A:" and re.search(r"(?im)^\W{0,6}[BC]\W{0,2}:", text):  # a list of options
+        if words == "^A:" and re.search(r"(?m)^\W{0,6}[BC]\W{0,2}:", text):  # a list of options
             return None
         found = []
         for match in [*re.finditer(rf"(?m)(?i:{words})" if words != "^A:" else "(?m)^A:", text)][-20:]:
@@ -145,8 +155,9 @@ def claimed(rest):
         rest = rest[chain.end() :]
     rest = re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ "))
     numbers = [*itertools.islice(NUMBER.finditer(rest), 2)]
-    is_sentence = len(numbers) == 1 and re.search(r"[A-Za-z]{2}", rest[: numbers[0].start()])
-    return whole_number(numbers[0]) if numbers and (numbers[0].start() == 0 or is_sentence) else None
+    before = rest[: numbers[0].start()] if numbers else ""
+    is_sentence = len(numbers) == 1 and re.search(r"[A-Za-z]{2}", before) and not ELSEWHERE.search(before)
+    return whole_number(numbers[0]) if numbers and (before == "" or is_sentence) else None
 
 
 def whole_number(match):

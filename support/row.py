@@ -27,7 +27,7 @@ CONTEXT = ("input", "context")  # Alpaca, Dolly: goes with the instruction, afte
 IS_NEEDED = r"\s(?:is\s|was\s)?(?:needed|required|necessary|provided|given|applicable)"
 NOTHING = re.compile(
     rf"(?i)\W*(?:(?:no\s?(?:additional\s|further\s)?(?:in|out)put[es]?|none)(?:{IS_NEEDED})?|not{IS_NEEDED}"
-    r"|n/?a|nan|null|(?<=<)empty(?=>))\W*"
+    r"|n/a|(?-i:NA)|nan|null|(?<=<)empty(?=>))\W*"
 )
 SYSTEM = ("system", "system_prompt")  # a system message before the prompt
 RESPONSE = ("response", "completion", "output")
@@ -390,6 +390,8 @@ def label_in(fields, name):
         elif said := ANSWER_IS.match(value):
             value = value[said.end() :].removesuffix(".")
         value = re.sub(r"(?<!\\)[,;]+$", "", value.strip())  # of the sentence around it; \, is a space
+        if not value:
+            return None  # "The answer is", and nothing after it
     elif is_number(value):
         value = plain_digits(value)
     short = isinstance(value, str) and len(value) <= MAX_CHARS

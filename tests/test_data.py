@@ -1860,6 +1860,8 @@ def test_which_keys_a_label_was_read_from(file):
     [read] = load_rows(file({"problem": "q", "solution": r"So $\boxed{\text{(E)},}$"}), needs)  # in MATH
     assert read["label"] == r"\text{(E)}"
     assert load_rows(file({"problem": "q", "label": r"0.25\,"}), needs)[0]["label"] == r"0.25\,"
+    empty = [{"problem": "q", "label": label} for label in (",", "The answer is", "5")]
+    assert [row["label"] for row in load_rows(file(*empty), needs)] == ["5"]
 
 
 def test_alternatives_of_prm800k_are_no_steps(file):
@@ -1884,7 +1886,7 @@ def test_spellings_of_none(file):
     row = {"instruction": "q", "output": "r"}
     for text in ("<noinpute>", "No input is needed.", "No further input", "<empty>", "Not required", "NA"):
         assert load_rows(file(row | {"input": text}), ONE)[0]["prompt"] == "q"
-    for text in ("-", "no", "required", "empty", "none of these", "+", "no input file"):
+    for text in ("-", "no", "required", "empty", "none of these", "+", "no input file", "Na"):
         assert load_rows(file(row | {"input": text}), ONE)[0]["prompt"] == f"q\n\n{text}"
 
 
