@@ -125,7 +125,8 @@ def keys_read(fields, row):
     keys = reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ()
     split = {name: split_reply(fields[name], name) for _, name in keys}
     contexts = used_contexts(fields, row, keys, split)
-    known = 1 if "prompt" in read.values() else 0  # messages of the prompt, if it is stated
+    _, stated = pick(fields, PROMPT)
+    known = len(stated) if isinstance(stated, list) else int(stated is not None)  # messages
     for key, name in keys:
         parts = ["prompt"] * ("prompt" in row and len(contexts[name]) > known)
         parts += [key] * (key in row and key in REPLIES)
@@ -147,9 +148,9 @@ def refuse_header(fields):
 
 
 def states(fields, key):
-    """Whether a row says something of an optional key; a solution without \\boxed states no label."""
-    boxed_solution = key == "label" and "\\boxed" in str(fields.get("solution"))
-    return boxed_solution or any(not is_empty(fields.get(name)) for name in NAMES[key])
+    """Whether a row says something of an optional key."""
+    names = LABEL if key == "label" else NAMES[key]
+    return any(not is_empty(fields.get(name)) for name in names)
 
 
 def read_margin(value):
@@ -667,19 +668,22 @@ def says_none(text):
 
 
 def adds_nothing(context, fields):
-    """Whether a context says that there is none, or stands in the row's text prompt already: as lines of its
-    own, or anywhere if it is too long for chance."""
+    """Whether a context says that there is none, or stands in the row's text prompt already: as lines that
+    begin or end a paragraph, or anywhere if it is too long for chance (more than 60 characters)."""
     _, prompt = pick(fields, PROMPT)
     if says_none(context) or not isinstance(context, str) or not isinstance(prompt, str):
         return says_none(context)
     text = context.strip()
-    return f"\n{text}\n" in f"\n{prompt.strip()}\n" or len(text) > 60 and text in prompt
+    paragraphs = f"\n\n{prompt.strip()}\n\n"
+    is_paragraph = f"\n\n{text}\n" in paragraphs or f"\n{text}\n\n" in paragraphs
+    return is_paragraph or len(text) > 60 and text in prompt
 
 
 def read_prompt(fields):
     """The prompt that a row states: a text or messages, with what belongs to it; None if it states none.
 
-    A context that the prompt has in it already, as after a map that joined them, is not added again.
+    A context that the prompt has in it already, as after a map that joined them, is not added again
+    (adds_nothing).
     """
     name, prompt = pick(fields, PROMPT)
     context_name, context = pick(fields, CONTEXT)

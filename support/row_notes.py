@@ -3,7 +3,7 @@
 import collections
 import re
 
-from support.claims import boxed
+from support.claims import after_hashes, boxed, without_thoughts
 from support.row import (
     ABSENT,
     CONTEXT,
@@ -11,10 +11,10 @@ from support.row import (
     LABEL,
     OF_PROMPTS,
     OF_ROWS,
+    PAIR,
     PROMPT,
     REPLIES,
     RESPONSE,
-    SAMPLED,
     SOLUTION,
     is_empty,
     names_in,
@@ -89,9 +89,7 @@ def used_keys(rows):
         for key, value in row["fields"].items():
             if key in row["read"]:
                 used.setdefault(row["read"][key], collections.Counter())[key] += 1
-            elif not is_empty(value) and not (
-                key in SAMPLED and isinstance(row["fields"].get("tokenizer"), str)
-            ):
+            elif not is_empty(value) and key not in row["sampled"]:
                 unused[key] += 1
 
     def listed(keys):
@@ -114,13 +112,25 @@ RATED_PAIR = ("score", "scores", "rating", "ratings", "reward", "rewards")  # [c
 DECIMAL = re.compile(r"-?\d+(?:\.\d+)?(?:[eE]-?\d{1,2})?")
 
 
+def rated_pairs(raw):
+    """[(rating of chosen, rating of rejected)] of a row, from its own keys and those of objects in it."""
+    objects = [raw, *(value for value in raw.values() if isinstance(value, dict))]
+    found = []
+    for part in objects:
+        named = {key.replace("-", "_"): value for key, value in part.items()}
+        found += [(named[ours], named[other]) for ours, other in RATINGS if {ours, other} <= named.keys()]
+        lists = [named.get(name) for name in RATED_PAIR]
+        found += [tuple(value) for value in lists if isinstance(value, list) and len(value) == 2]
+    rated = [raw.get(name) for name in RATED_PAIR]
+    return found + [
+        (of["chosen"], of["rejected"]) for of in rated if isinstance(of, dict) and {*PAIR} <= of.keys()
+    ]
+
+
 def notes_on_pairs(rows):
     """What the user should know of pairs that are used against what they, or others, say: list of texts."""
-    raws = [{key.replace("-", "_"): value for key, value in row["raw"].items()} for row in rows]
-    pairs = [(raw.get(ours), raw.get(other)) for raw in raws for ours, other in RATINGS]
-    lists = [raw.get(name) for raw in raws for name in RATED_PAIR]
-    pairs += [tuple(value) for value in lists if isinstance(value, list) and len(value) == 2]
-    texts = [[str(x) for x in pair] for pair in pairs]
+    pairs = [pair for row in rows for pair in rated_pairs(row["raw"])]
+    texts = [[re.sub(r"\s*/\s*10?\Z", "", str(x)) for x in pair] for pair in pairs]  # 8/10
     rated = [[float(x) for x in pair] for pair in texts if all(map(DECIMAL.fullmatch, pair))]
     lower = sum(chosen < rejected for chosen, rejected in rated)
     equal = sum(chosen == rejected for chosen, rejected in rated)
@@ -151,12 +161,15 @@ def notes_on_sides(rows):
     """Which beginning or end most replies of one side of the pairs have, and few of the other: texts"""
     sides = {side: [said(row[side]) for row in rows] for side in ("chosen", "rejected")}
     notes = []
-    for where, part in (("begin", slice(20)), ("end", slice(-20, None))):
-        counts = {side: collections.Counter(text[part] for text in texts) for side, texts in sides.items()}
+    for where, part, least in (("begin", slice(20), 0), ("end", slice(-20, None), 20)):
+        counts = {
+            side: collections.Counter(text[part] for text in texts if len(text) > least)
+            for side, texts in sides.items()
+        }
         for side, other in (("chosen", "rejected"), ("rejected", "chosen")):
-            common, n = counts[side].most_common(1)[0]
-            if len(rows) >= 10 and 2 * n > len(rows) and 10 * counts[other][common] <= n:
-                notes.append(f"{n} {side} replies {where} with {common!r}, and few or none of the others")
+            for common, n in counts[side].most_common(1):
+                if len(rows) >= 10 and 2 * n > len(rows) and 10 * counts[other][common] <= n:
+                    notes.append(f"{n} {side} replies {where} with {common!r}, and few or none of the others")
     return notes
 
 
@@ -286,11 +299,16 @@ def notes_on_absent(rows):
                 found.setdefault(key, []).append(text.strip())
     says = "which is used like other texts"
     notes = [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
-    ends = [said(row["prompt"]).rpartition("\n")[2] for row in rows if "prompt" in row]
-    ends = [end for end in ends if end.strip() and says_none(end)]
+    ends = [said(row["prompt"]).rpartition("\n") for row in rows if "prompt" in row]
+    ends = [end for start, _, end in ends if start and end.strip() and says_none(end)]
     if ends:
         notes.append(f"{len(ends)} prompts end with a line {ends[0]!r}, {says}")
     return notes
+
+
+def without_marks(text):
+    """A text without its blanks, and without the numbers of footnotes ("[1]") that Wikipedia's texts have."""
+    return re.sub(r"\[\d+\]|\s", "", text)
 
 
 def notes_on_contexts(rows):
@@ -306,7 +324,7 @@ def notes_on_contexts(rows):
     for text, n in short.most_common(1):
         if n >= max(3, len(rows) / 1000):  # a spelling of none, in any language?
             notes.append(f"{n} rows have {text!r} beside their prompts, and it is added to them")
-    joined = sum(context in prompt for context, prompt in added)
+    joined = sum(without_marks(context) in without_marks(prompt) for context, prompt in added)
     if 2 * joined > len(added):
         says = f"{joined} of {len(added)} prompts have in them what is beside them"
         notes.append(f"{says}, and it is added again (--ignore_keys, if they were joined)")
@@ -318,7 +336,8 @@ def notes_on_boxes(rows):
     last, together = [], []  # their rows' lines
     for row in rows:
         texts = [row["fields"][key] for key, what in row["read"].items() if "label" in what.split(" and ")]
-        texts = [text for text in texts if isinstance(text, str) and text.count("\\boxed") > 1]
+        texts = [without_thoughts(text) for text in texts if isinstance(text, str)]
+        texts = [text for text in texts if text.count("\\boxed") > 1 and after_hashes(text) is None]
         several = any(boxed(text) != boxed(text.rpartition("\\boxed")[0]) for text in texts)
         if several:
             is_last = any(row["label"] == boxed(text) for text in texts)
@@ -329,6 +348,19 @@ def notes_on_boxes(rows):
             says = f"{len(lines)} solutions have several boxes, and {what} the label"
             notes.append(f"{says} (line {', '.join(map(str, lines[:20]))})")
     return notes
+
+
+def notes_on_steps(rows):
+    """Which steps have two labels after the same prompt and steps: list of texts"""
+    labels = collections.defaultdict(set)  # (prompt, the texts so far, all as one number) -> labels
+    for row in rows:
+        place = hash(plain_prompt(row["prompt"])) if "prompt" in row else 0
+        for step in row.get("steps", ()):
+            place = hash((place, step.text.strip()))
+            labels[place].add(step.label)
+    several = sum(len(of_step) > 1 for of_step in labels.values())
+    says = "have more than one label after the same prompt and steps, and each is learned"
+    return [f"{several} steps {says}"] if several else []
 
 
 def are_places(rows):

@@ -26,6 +26,7 @@ from support.row_notes import (
     notes_on_prompts,
     notes_on_replies,
     notes_on_spelling,
+    notes_on_steps,
     replied,
     replies_of,
     verdicts_among,
@@ -60,9 +61,8 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         if "label" in needs and row["label"] is None:
             unlabelled += 1
         else:
-            sampled = {key: fields[key] for key in SAMPLED if key in fields}
             read = keys_read(fields, row)
-            kept = {"line": line, "raw": raw, "fields": fields, "read": read, "sampled": sampled}
+            kept = {"line": line, "raw": raw, "fields": fields, "read": read, "sampled": sampled_in(fields)}
             rows.append({**row, **kept})
     require(rows or unlabelled, f"{path}: no rows; expected one JSON object a line")
     if limit and goes_on(lines):
@@ -76,7 +76,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         refuse_verdicts(rows)
         if "steps" in needs:
             refuse_one_sided(rows)
-            notes += refuse_answers(rows)
+            notes += refuse_answers(rows) + notes_on_steps(rows)
     if "chosen" in needs:
         notes += notes_on_pairs(rows)
     if "response" in needs:
@@ -85,6 +85,14 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
     for note in notes + notes_on_absent(rows) + notes_on_contexts(rows) + notes_on_spelling(rows):
         log(f"{path}: note: {note}")
     return rows
+
+
+def sampled_in(fields):
+    """What a row says of sampled ids: of a reply, and by a tokenizer that names its fingerprint; else {}."""
+    sampled = {key: fields[key] for key in SAMPLED if fields.get(key) is not None}
+    has_ids = not {"ids", "chosen_ids", "rejected_ids"}.isdisjoint(sampled)
+    is_named = re.fullmatch("[0-9a-f]{64}", str(sampled.get("tokenizer")))  # sha256
+    return sampled if has_ids and is_named else {}
 
 
 def goes_on(lines):

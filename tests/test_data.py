@@ -458,7 +458,7 @@ def test_texts_with_spelled_special_tokens(file, marker):
     begun = fine | {"response": marker.strip() + "4"}
     with pytest.raises(BadInput, match="line 1: 2 of 3 replies begin or end with the spelling"):
         load_rows(file(begun, begun, fine), ONE)
-    sampled = closed | {"tokenizer": "x", "ids": [1], "chosen_ids": [1], "rejected_ids": [1]}
+    sampled = closed | {"tokenizer": "0f" * 32, "ids": [1], "chosen_ids": [1], "rejected_ids": [1]}
     assert len(load_rows(file(sampled, sampled), ONE)) == 2  # trained on as ids
     graded = {"response": closed["response"], "label": "4"}
     assert len(load_rows(file(graded), ("response", "label"))) == 1
@@ -747,6 +747,9 @@ def test_a_note_on_replies_glued_to_their_prompts(prompt, reply, chat, noted):
     assert len(lines) == 2 * noted and all("replies touch their prompts" in line for line in lines)
 
 
+SAMPLED_PAIR = {"tokenizer": "0f" * 32, "chosen_ids": [1], "rejected_ids": [2]}
+
+
 def test_what_was_read_from_which_keys(file):
     rows = [{"instruction": "q", "input": "i", "output": "r", "id": 1, "score": 2, "url": None}]
     rows.append({"instruction": "q2", "input": "", "output": "r", "id": 2})
@@ -756,7 +759,7 @@ def test_what_was_read_from_which_keys(file):
         "prompt": "q",
         "chosen": "a",
         "rejected": "b",
-        "tokenizer": "x",
+        "tokenizer": "0f" * 32,
         "chosen_ids": [1],
         "margin": 1,
     }
@@ -772,6 +775,16 @@ def test_what_was_read_from_which_keys(file):
     found = used_keys(load_rows(file(pair | {"score_chosen": 8.5}), ONE))
     assert found == "prompt; response from messages; not used: chosen, rejected, score_chosen"
     assert used_keys(load_rows(file(pair), PAIRS)) == "prompt; chosen; rejected; not used: messages"
+    found = used_keys(load_rows(file({"messages": both, "system": "s"}), ("prompt",)))
+    assert found == "prompt from messages, system"
+    found = used_keys(
+        load_rows(file({"prompt": [user("q")], "chosen": both, "rejected": pair["rejected"]}), PAIRS)
+    )
+    assert found == "prompt; chosen; rejected"
+    longer = [user("a"), assistant("b"), *both]
+    two = [user("a"), assistant("b"), user("q")]
+    found = used_keys(load_rows(file({"prompt": two, "chosen": longer, "rejected": "s"}), PAIRS))
+    assert found == "prompt; chosen; rejected"
     ids = {"prompt": "q", "response": "r", "tokenizer": 5, "ids": "x"}
     assert used_keys(load_rows(file(ids), ONE)) == "prompt; response; not used: tokenizer, ids"
 
@@ -950,7 +963,17 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
         ),
         ([row for _, row in many], PAIRS, None),
         ([row | {"label": str(i % 5)} for i, row in many], PAIRS, None),  # answers
-        ([row | {"rejected": f"\ufffd{i}", "tokenizer": "x"} for i, row in many], PAIRS, None),  # sampled
+        ([row | {"rejected": f"\ufffd{i}"} | SAMPLED_PAIR for i, row in many], PAIRS, None),
+        (
+            [row | {"rejected": f"\ufffd{i}", "tokenizer": "gpt2"} for i, row in many],
+            PAIRS,
+            "12 rows have a sign",
+        ),
+        (
+            [row | {"rejected": f"\ufffd{i}", "tokenizer": "0f" * 32} for i, row in many],
+            PAIRS,
+            "12 rows have a sign",
+        ),
         ([{"prompt": f"So 5. #### {i}"} for i in (5, 6)], ("prompt",), "2 prompts have ####"),
         (
             [{"prompt": "q", "answer": i} for i in (5, 6)],
@@ -1354,6 +1377,9 @@ def test_rows_without_a_label_are_dropped_and_counted(file):
     assert row["label"] == r"\frac{1}{2}"  # what RL with a reward model reports pass@1 by
     unboxed = {"prompt": "q", "solution": "no box"}
     assert "label" not in load_rows(file(unboxed), ("prompt",), optional=("label",))[0]
+    for stated, label in (("7", "7"), ("so\n#### 7", "7"), (r"so \boxed{7}", "7")):
+        row = {"prompt": "q", "solution": stated}
+        assert load_rows(file(row), ("prompt",), optional=("label",))[0]["label"] == label
     rows = load_rows(file({"prompt": "q", "label": ""}), ("prompt",), optional=("label",), log=lines.append)
     assert "label" not in rows[0] and len(lines) == 3
 
@@ -1964,3 +1990,76 @@ def test_the_kind_of_eval_goes_by_keys_that_are_not_ignored(file, monkeypatch):
         stage="eval", data=str(file({"prompt": "q", "completions": ["a"], "labels": [1]}))
     )
     assert loading.kind_of_eval("rm", steps) == "steps"
+
+
+def test_a_short_context_among_lines_of_the_prompt_is_added(file):
+    """It is one of several things that the prompt lists, and what is asked about."""
+    listed = {"instruction": "Which fits?\nred\nblue\ncar", "input": "blue", "output": "ok"}
+    lines = []
+    assert load_rows(file(listed), ONE)[0]["prompt"] == "Which fits?\nred\nblue\ncar\n\nblue"
+    joined = listed | {"instruction": "Name it.\n\n### Input:\nblue\n\n### Response:"}
+    assert load_rows(file(joined), ONE, log=lines.append)[0]["prompt"] == joined["instruction"]
+
+
+def test_a_note_on_contexts_that_lost_their_footnotes(file):
+    """As Dolly's card recommends for its contexts from Wikipedia."""
+    rows = []
+    for i in range(4):
+        context = f"Adam was born in {1900 + i}.[1] He left in 1950.[2][3]"
+        cleaned = context.replace("[1]", "").replace("[2][3]", "")
+        rows.append({"instruction": f"When was he born?\n\n{cleaned}", "context": context, "response": "r"})
+    lines = []
+    load_rows(file(*rows), ONE, log=lines.append)
+    assert len(lines) == 1 and "4 of 4 prompts have in them what is beside them" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "rated",
+    [
+        {"metadata": {"score_chosen": 8.0, "score_rejected": 9.0}},
+        {"scores": {"chosen": "8/10", "rejected": "9/10"}},
+        {"scores": ["8 / 10", "9 / 10"]},
+        {"metadata": {"ratings": [1, 2]}},
+    ],
+)
+def test_ratings_inside_other_objects(file, rated):
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    lines = []
+    load_rows(file(pair | rated), PAIRS, log=lines.append)
+    assert len(lines) == 1 and "1 rows rate the chosen reply below the rejected one" in lines[0]
+
+
+def test_a_note_on_steps_with_two_labels(file):
+    row = {"prompt": "q", "completions": ["a", "b", "It is 5."], "labels": [1, 1, 1]}
+    needs = ("prompt", "steps")
+    for labels, n in (([1, -1, 1], 1), ([-1, -1, 1], 2), ([1, 1, 1], 0)):
+        lines = []
+        load_rows(file(row, row | {"labels": labels}), needs, log=lines.append)
+        assert len(lines) == (n > 0) and all(f"{n} steps have more than one label" in line for line in lines)
+    lines = []
+    load_rows(file(row, row | {"prompt": "z", "labels": [-1, -1, -1]}), needs, log=lines.append)
+    load_rows(
+        file(row, row | {"completions": ["z", "b", "It is 5."], "labels": [-1, -1, -1]}),
+        needs,
+        log=lines.append,
+    )
+    assert not lines
+
+
+def test_notes_are_said_once(file):
+    """A prompt that is "None" is no last line of a prompt, and "Yes." has one beginning or end."""
+    lines = []
+    load_rows(file({"prompt": "None", "response": "r"}), ONE, log=lines.append)
+    assert len(lines) == 1 and "1 rows have prompt 'None'" in lines[0]
+    lines = []
+    pairs = [{"prompt": f"q{i}", "chosen": "Yes.", "rejected": f"b{i}"} for i in range(12)]
+    load_rows(file(*pairs), PAIRS, log=lines.append)
+    assert len(lines) == 1 and "12 chosen replies begin with 'Yes.'" in lines[0]
+
+
+def test_a_note_on_boxes_reads_what_the_label_is_read_from(file):
+    boxes = r"\boxed{1}, so \boxed{2}"
+    for solution, n in ((boxes, 1), (r"<think>\boxed{1}</think> \boxed{2}", 0), (boxes + "\n#### 2", 0)):
+        lines = []
+        load_rows(file({"prompt": "q", "solution": solution}), ("prompt", "label"), log=lines.append)
+        assert len(lines) == n, lines
