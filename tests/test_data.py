@@ -783,7 +783,9 @@ def test_what_was_read_from_which_keys(file):
     assert found == "prompt; chosen; rejected"
     longer = [user("a"), assistant("b"), *both]
     two = [user("a"), assistant("b"), user("q")]
-    found = used_keys(load_rows(file({"prompt": two, "chosen": longer, "rejected": "s"}), PAIRS))
+    found = used_keys(
+        load_rows(file({"prompt": two, "chosen": longer, "rejected": [*two, assistant("s")]}), PAIRS)
+    )
     assert found == "prompt; chosen; rejected"
     ids = {"prompt": "q", "response": "r", "tokenizer": 5, "ids": "x"}
     assert used_keys(load_rows(file(ids), ONE)) == "prompt; response; not used: tokenizer, ids"
