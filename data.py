@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from support.files import BadInput, at_line, require
-from support.row import is_hh, prompt_text, same_label
+from support.row_labels import same_label
+from support.row_messages import is_hh, prompt_text
 from support.rows import OF_ONE_ROW, load_rows, turn_in  # noqa: F401 (load_rows: the first stop)
 from support.tokenizers import build_tokenizer
 

@@ -75,7 +75,7 @@ from support.loading import (
     reward_of_run,
     say_first,
 )
-from support.row import plain_prompt
+from support.row_messages import plain_prompt
 from support.settings import (
     ARITH,
     BESIDE,

@@ -45,7 +45,7 @@ from support.loading import (
 )
 from support.meanings import MAX_CHARS, meaning
 from support.rewards import answer_text
-from support.row import is_empty
+from support.row_keys import is_empty
 from support.sampling import generate
 from support.settings import out_path
 

@@ -18,7 +18,8 @@ from support.graders import can_match
 from support.judge import judge_reward, make_judge
 from support.meanings import is_value
 from support.rewards import graded_reward, user_reward
-from support.row import is_empty, plain_prompt
+from support.row_keys import is_empty
+from support.row_messages import plain_prompt
 from support.row_notes import used_keys
 from support.settings import GRADED_REWARDS
 from support.tokenizers import Tokenizer

@@ -4,8 +4,7 @@ import collections
 import re
 
 from support.claims import after_hashes, boxed, without_thoughts
-from support.row import (
-    ABSENT,
+from support.row_keys import (
     CONTEXT,
     CONVERSATION,
     LABEL,
@@ -18,12 +17,10 @@ from support.row import (
     SOLUTION,
     is_empty,
     names_in,
-    plain_prompt,
-    reply_keys,
-    said,
-    says_none,
     texts_in,
 )
+from support.row_labels import ABSENT
+from support.row_messages import plain_prompt, reply_keys, said, says_none
 from support.tokenizers import is_conversation
 
 

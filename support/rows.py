@@ -4,20 +4,9 @@ import itertools
 import re
 
 from support.files import BadInput, at_line, read_jsonl, require
-from support.row import (
-    CONVERSATION,
-    HARMLESS,
-    PAIR,
-    PROMPT,
-    RESPONSE,
-    SAMPLED,
-    SOLUTION,
-    is_empty,
-    keys_read,
-    read_row,
-    reply_keys,
-    said,
-)
+from support.row import keys_read, read_row
+from support.row_keys import CONVERSATION, HARMLESS, PAIR, PROMPT, RESPONSE, SAMPLED, SOLUTION, is_empty
+from support.row_messages import reply_keys, said
 from support.row_notes import (
     notes_on_absent,
     notes_on_contexts,

@@ -37,7 +37,7 @@ from parallel import Grid
 from support import loading, settings
 from support.files import BadInput, read_jsonl
 from support.graders import grade, gsm8k_label
-from support.row import said
+from support.row_messages import said
 from support.row_notes import used_keys
 from support.tokenizers import Tokenizer
 
