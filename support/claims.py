@@ -96,8 +96,9 @@ OTHERS = re.compile(
 # Before the only number of a marked sentence: what says that another value is meant, or none.
 ELSEWHERE = re.compile(
     rf"(?i)\b(?:zero|{NUMBER_WORD}|no|not|cannot|undefined|unknown)\b"
-    r"|\b(?:in|for|per|by|of|to|from|with|after|within|above|below|than|any|all|the|sin|cos|tan|ln|log"
-    r"|step|question|part|problem|example|equation|option|page)\W*\Z"
+    r"|\bof\b.*\btotal of\W*\Z"
+    r"|\b(?:in|for|per|by|(?<!total )of|to|from|with|after|within|above|below|than|any|all|the|sin|cos|tan|ln"
+    r"|log|step|question|part|problem|example|equation|option|page)\W*\Z"
 )
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")

@@ -634,6 +634,8 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         ("#### Therefore, Randy has 85 trees in total on his farm.", "85"),
         ("### Final Answer:\nJanet makes **$18** per day.", "18"),
         ("#### Betty has 20, so she needs $5 more.", None),
+        ("#### Therefore, John spent a total of $295.", "295"),
+        ("#### John spent half of a total of $295.", None),
         ("#### She has half of 10", None),
         ("#### It is not 10", None),
         ("#### ~5", None),
