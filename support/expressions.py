@@ -82,8 +82,10 @@ SPELLINGS = [
     (r"(?<!\\)\\[!,:; ]|\\q?quad|~|\\?\$|\N{EURO SIGN}|\N{POUND SIGN}", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\N{DEGREE SIGN}|\\degree(?![a-z])", " "),
     (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+    (r"(?<=\d)\s*\\(?:text|mbox|mathrm)\s*\{\s*([APap])\.?\s?[Mm]\.?\s*\}", "\x01\\1m\x02"),
     (r"(?i)(?<![a-z])([ap])\.\s?m\.?(?![a-z])", "\x01\\1m\x02"),
     (r"(?<=\d)(\s*)([APap])([Mm])(?![A-Za-z])", "\x01\\2m\x02"),
+    (r"(?<=\\\\)\[\d*\.?\d+\s?(?:pt|em|ex|mm|cm)\]", ""),  # how far below a matrix has its next row
 ]
 TEXT = r"\\(?:text|mbox|mathrm|textrm|textnormal|textbf|mathbf|textit|mathit|operatorname)\s*\{([^{}]*)\}"
 TOKEN = re.compile(

@@ -409,6 +409,9 @@ def is_unit(token):
     return token.kind == "word" and token.text in UNITS
 
 
+POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
+
+
 def without_unit(tokens):
     """-> tokens before % or a unit such as "cm" or "km/h", and the unit's words, abbreviations written out"""
     if len(tokens) > 1 and tokens[-1].text in ("%", "\\%"):
@@ -419,10 +422,12 @@ def without_unit(tokens):
         end -= 4 if tokens[-1].text == "}" else 2
     power = tokens[end:]
     unit = []
-    joins = ("/", "per", "square", "cubic")
+    joins = ("/", "per", *POWERS)
     while end > 1 and (is_unit(tokens[end - 1]) or unit and tokens[end - 1].text in joins):
         end -= 1
         unit.append(UNITS.get(tokens[end].text, tokens[end].text))
     if not unit or tokens[end - 1].text in ("_", "^", "+", "-", "*", "/", "="):
         return tokens, ()
-    return tokens[:end], (*unit[::-1], *(token.text for token in power if token.kind == "number"))
+    worded = [POWERS[word] for word in unit if word in POWERS]  # square feet are feet^2
+    unit = [word for word in unit[::-1] if word not in POWERS]
+    return tokens[:end], (*unit, *worded, *(token.text for token in power if token.kind == "number"))
