@@ -85,9 +85,10 @@ def same_meaning(answer: str, label: str) -> bool:
     An answer is a list of pieces (commas, "and", "or"), without order: each a number or expression
     (expressions.py), a set (no order), a tuple or interval (order, brackets), a union, a matrix, a ratio, a
     relation, or text. x = 5 is 5; where both answers name their values, the names count, and where one names
-    several, the order. An inequality of a name is an interval; an equation is one with its multiples. In a
-    list with \in or a relation other than =, "and" is not "or", and a comma is "or". A percentage is its
-    number, where % ends a value. A unit (UNITS) may be left out; if both have one, it must be the same.
+    several, the order. An inequality of a name is an interval, and several of one name are their union; an
+    equation is one with its multiples. In a list with \in or a relation other than =, "and" is not "or", and
+    a comma is "or". A percentage is its number, where % ends a value. A unit (UNITS) may be left out; if both
+    have one, it must be the same.
 
     An answer must be worked out: 9+1, 100/5, 2^{10}, \sqrt{25} and 5! are not 10, 20, 1024, 5 and 120, or a
     policy would learn to repeat the question; for the same reason 2(x+1) is not 2x+2, and x+x not 2x. Sums
@@ -187,6 +188,11 @@ def pieces_of(answer: str) -> list:
             pieces[i] = pieces[i]._replace(name=pieces[i - 1].name)
     if "and" in found and any(token.text in (*RELATIONS[1:], "\\in") for token in tokens):
         return [Piece(("and", *sorted(((piece.name, piece.value) for piece in pieces), key=repr)))]
+    inequalities = len(pieces) > 1 and len({piece.name for piece in pieces}) == 1 and pieces[0].name
+    if inequalities and all(piece.value[0] in ("(", "[") for piece in pieces):  # x < -1 or x > 1
+        found = [part for part in parts if any(token.text in RELATIONS[1:5] for token in part)]
+        values = sorted((piece.value for piece in pieces), key=repr)
+        pieces = [Piece(("union", *values), pieces[0].name)] if found == parts else pieces
     return pieces
 
 
