@@ -96,10 +96,13 @@ OTHERS = re.compile(
 # Before the only number of a marked sentence: what says that another value is meant, or none.
 ELSEWHERE = re.compile(
     rf"(?i)\b(?:zero|{NUMBER_WORD}|no|not|cannot|undefined|unknown)\b"
-    r"|\bof\b.*\btotal of\W*\Z"
-    r"|\b(?:in|for|per|by|(?<!total )of|to|from|with|after|within|above|below|than|any|all|the|sin|cos|tan|ln"
-    r"|log|step|question|part|problem|example|equation|option|page)\W*\Z"
+    r"|\b(?:half|thirds?|quarters?|percent)\b.*\bof\W*\Z"
+    r"|\b(?:rounded to|above|below|than|sin|cos|tan|ln|log"
+    r"|step|question|part|problem|example|equation|option|page)\W*\Z"
 )
+# Before the number that a marked sentence with others is about: "The cost of 3 is $"; and in another clause.
+IS_NUMBER = re.compile(r"(?i)\b(?:is|are|was|were|be|equals)\s[^\w.]*\Z")
+CLAUSE = re.compile(r"(?i).\b(?:that|which|who|where|as|since|because|so|but|while|if)\b|\d.*\band\b")
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
 # A number and at most two words.
@@ -141,10 +144,10 @@ TWO_NUMBERS = re.compile(r"\d\s+\$?\d+(?![\d/])")
 
 
 def claimed(rest):
-    """The number that a text after a marker begins with, at the end of its chain of equations; else the only
-    number of its line; else None.
+    """The number that a text after a marker begins with, at the end of its chain of equations; else the last
+    one of its line if that alone follows "is"; else the only one of the line; else None.
 
-    "5 + 5 = 10" says 10, "x = 5" says 5, and "She makes $18 a day." 18.
+    "5 + 5 = 10" says 10, "x = 5" says 5, "The cost of 3 is $12." 12, and "She makes $18 a day." 18.
     """
     rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest[:2000])
     rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", re.sub(r"\\(?:left|right)(?![a-z])", "", rest))
@@ -155,10 +158,15 @@ def claimed(rest):
     while (chain := EQUATION.match(rest)) and not TWO_NUMBERS.search(chain[1]):
         rest = rest[chain.end() :]
     rest = re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ "))
-    numbers = [*itertools.islice(NUMBER.finditer(rest), 2)]
-    before = rest[: numbers[0].start()] if numbers else ""
+    numbers = [*itertools.islice(NUMBER.finditer(rest), 20)]
+    if not numbers:
+        return None
+    before = rest[: numbers[0].start()]
+    stated = [number for number in numbers if IS_NUMBER.search(rest[: number.start()][-20:])]
+    if before != "" and stated == numbers[-1:] and not CLAUSE.search(rest[: stated[0].start()]):
+        return whole_number(stated[0])
     is_sentence = len(numbers) == 1 and re.search(r"[A-Za-z]{2}", before) and not ELSEWHERE.search(before)
-    return whole_number(numbers[0]) if numbers and (before == "" or is_sentence) else None
+    return whole_number(numbers[0]) if before == "" or is_sentence else None
 
 
 def whole_number(match):
