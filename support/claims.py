@@ -137,9 +137,11 @@ def after_words(text):
     return None
 
 
-# The left side of an equation: a letter, or a calculation; "6. 6 * 3 = 18" and "6 6 = 18" are none.
+# The left side of an equation: words or a letter, or a calculation; "6. 6 * 3 = 18" and "6 6 = 18" are none.
 CALCULATED = r"(?:[\d+*/×÷·^$\s{}-]|[.,](?=\d)|\\[dt]?frac)"
-EQUATION = re.compile(rf"([A-Za-z]\s*|(?:{CALCULATED}*\))?(?:{CALCULATED}|\({CALCULATED}*\))*)=\s*(?=[^\s=])")
+EQUATION = re.compile(
+    rf"([A-Za-z][A-Za-z'’ ]*|(?:{CALCULATED}*\))?(?:{CALCULATED}|\({CALCULATED}*\))*)=\s*(?=[^\s=])"
+)
 TWO_NUMBERS = re.compile(r"\d\s+\$?\d+(?![\d/])")
 
 

@@ -663,6 +663,8 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         ("#### The 3 of them are 12 or 13", None),
         ("Answer:\nJosh made a profit of $70,000.", "70000"),
         ("Answer: Bailey started with 60.", "60"),
+        ("Answer:\nTotal cost = $75 + $54 - $6 = $123", "123"),
+        ("#### If x = 5, then the total = 8", None),
         ("#### She has half of 10", None),
         ("#### It is not 10", None),
         ("#### ~5", None),
