@@ -42,6 +42,7 @@ def claimed_number(text: str) -> str | None:
     """
     text = re.sub(INVISIBLE, "", re.sub(DASHES, "-", text))
     text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
+    text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St)\.", r"\1", text)  # the end of no sentence
     for marked in (after_hashes, after_boxed, after_words):
         rest = marked(text)
         if rest is not None and marked is after_hashes and SECOND.search(rest[:300]):
@@ -105,8 +106,8 @@ IS_NUMBER = re.compile(r"(?i)\b(?:is|are|was|were|be|equals)\s[^\w.]*\Z")
 CLAUSE = re.compile(r"(?i).\b(?:that|which|who|where|as|since|because|so|but|while|if)\b|\d.*\band\b")
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
-# A number and at most two words.
-ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2}")
+# A number and at most three words.
+ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,3}")
 
 
 def after_words(text):

@@ -384,10 +384,11 @@ class Reader:
             named = tuple(token.text for token in self.tokens[place : self.i])
             value = hashed("index", named, self.index(), self.salt * self.is_symbolic(place))
         if self.peek() == "^":
-            if start.text in APPLIED:
-                raise NoValue("f^{-1}(x), f^2(x)")
+            is_inverse = self.peek(2 if self.peek(1) == "{" else 1) == "-"
             self.next()
             value = self.raised(value, self.group(), place)
+            if start.text in APPLIED and (is_inverse or self.peek() == "("):
+                raise NoValue("f^{-1}(x), f^2(x)")
             self.left = self.left or "power" * (start.text != "10" and self.is_plain(snapped(value), place))
         if self.peek() == "!":
             self.next()

@@ -19,7 +19,7 @@ from support.judge import judge_reward, make_judge
 from support.meanings import is_value
 from support.rewards import graded_reward, user_reward
 from support.row_keys import is_empty
-from support.row_messages import plain_prompt
+from support.row_messages import plain_prompt, said
 from support.row_notes import used_keys
 from support.settings import GRADED_REWARDS
 from support.tokenizers import Tokenizer
@@ -77,6 +77,14 @@ def ignored_keys(cfg):
 HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{(?!\s*(?:and|or)\b)[^{}]*[a-z]{3}")
 
 
+THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")  # 70,110
+
+
+def asks_for_list(row):
+    """Whether a prompt says how the values of its answer are separated."""
+    return "prompt" in row and "commas" in said(row["prompt"])
+
+
 def first_keys(path, cfg):
     """The keys of a file's first row, but for empty ones and those of --ignore_keys: what the file is."""
     _, row = next(read_jsonl(path), (0, {}))
@@ -108,6 +116,11 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
             f"{len(worded)} labels have words beside a number ({worded[0][:60]!r}); an answer needs them, too"
         )
         say(grid, f"{path}: note: {says}")
+    listed = [row for row in rows if THOUSANDS.fullmatch(row.get("label") or "") and asks_for_list(row)]
+    if listed and "label" in needs and cfg.task == "math":
+        first = f"line {listed[0]['line']} has {listed[0]['label']!r}"
+        says = f"{len(listed)} labels are read as one number, and their prompts ask for values with commas"
+        say(grid, f"{path}: note: {says} ({first}); a list has blanks behind its commas")
     rounded = [label for label in labels if re.search(r"\.\d{12}", label)]
     if rounded and "label" in needs:
         say(grid, f"{path}: note: {len(rounded)} labels have 12 decimals or more ({rounded[0][:60]!r})")

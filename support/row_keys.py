@@ -65,12 +65,18 @@ NAMES = {
 }
 
 
+# Every kind of space, and signs without a width (U+200B to U+200F, U+2060, U+FEFF, U+00AD).
+BLANKS = (
+    "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\xad"
+)
+
+
 def is_empty(value):
     """Whether a field says nothing: null, a blank text, or an object or a list of nulls."""
     if isinstance(value, (list, dict)):
         parts = value.values() if isinstance(value, dict) else value
         return all(not isinstance(part, str) and is_empty(part) for part in parts)
-    return value is None or isinstance(value, str) and not value.strip()
+    return value is None or isinstance(value, str) and not value.strip(BLANKS)
 
 
 def pick(fields, names):

@@ -199,7 +199,7 @@ def check_messages(value, name):
         )
         role = message["role"]
         require(role in ROLES, f"{name}: a message of role {role!r}; expected {', '.join(ROLES)}")
-        said = message["content"].strip() or role == "system"
+        said = not is_empty(message["content"]) or role == "system"
         require(said, f"{name}: the content of a message of the {role} is empty")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
@@ -226,7 +226,8 @@ def split_reply(value, name):
 IS_NEEDED = r"\s(?:is\s|was\s)?(?:needed|required|necessary|provided|given|applicable)"
 NOTHING = re.compile(
     rf"(?i)\W*(?:(?:no\s?(?:additional\s|further\s)?(?:in|out)put[es]?|none)(?:{IS_NEEDED})?|not{IS_NEEDED}"
-    r"|n/a|(?-i:NA)|nan|null|(?<=<)empty(?=>))\W*"
+    r"|n/a|(?-i:NA)|nan|null|(?<=<)empty(?=>)"
+    r"|(?:无|無|没有|沒有)(?:需|任何|提供|额外|额外的|相关)*(?:输入|輸入|内容|信息)?|不(?:适用|適用|需要输入)|无需)\W*"
 )
 
 

@@ -318,9 +318,10 @@ def notes_on_contexts(rows):
             added.append((context.strip(), prompt))
     notes = []
     short = collections.Counter(context for context, _ in added if len(context) <= 30)
-    for text, n in short.most_common(1):
-        if n >= max(3, len(rows) / 1000):  # a spelling of none, in any language?
-            notes.append(f"{n} rows have {text!r} beside their prompts, and it is added to them")
+    often = [(text, n) for text, n in short.most_common(5) if n >= max(3, len(rows) / 1000)]
+    if often:  # spellings of none, in any language?
+        counted = ", ".join(f"{text!r} (in {n})" for text, n in often)
+        notes.append(f"rows have {counted} beside their prompts, and it is added to them")
     joined = sum(without_marks(context) in without_marks(prompt) for context, prompt in added)
     if 2 * joined > len(added):
         says = f"{joined} of {len(added)} prompts have in them what is beside them"

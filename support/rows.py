@@ -47,10 +47,10 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         fields = {key: value for key, value in raw.items() if key not in ignore_keys}
         with at_line(path, line):
             row = read_row(fields, needs, optional)
+            read = keys_read(fields, row)
         if "label" in needs and row["label"] is None:
             unlabelled += 1
         else:
-            read = keys_read(fields, row)
             kept = {"line": line, "raw": raw, "fields": fields, "read": read, "sampled": sampled_in(fields)}
             rows.append({**row, **kept})
     require(rows or unlabelled, f"{path}: no rows; expected one JSON object a line")

@@ -1953,9 +1953,51 @@ def test_a_spelling_of_none_in_another_language_is_in_many_rows(file):
     rows = [{"instruction": f"q{i}", "input": text, "output": "r"} for i, text in enumerate("abcde")]
     for n, noted in ((3, 1), (2, 0)):
         lines = []
-        load_rows(file(*rows, *n * [rows[0] | {"input": "\u65e0\u8f93\u5165"}]), ONE, log=lines.append)
+        load_rows(file(*rows, *n * [rows[0] | {"input": "Aucune"}]), ONE, log=lines.append)
         assert len(lines) == noted
-        assert all("3 rows have '\u65e0\u8f93\u5165' beside their prompts" in line for line in lines)
+        assert all("rows have 'Aucune' (in 3) beside their prompts" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u65e0",
+        "\u65e0\u8f93\u5165",
+        "\uff08\u65e0\u8f93\u5165\uff09",
+        "\u65e0\u9700\u8f93\u5165\u3002",
+        "\u4e0d\u9002\u7528",
+    ],
+)
+def test_spellings_of_none_in_chinese(file, text):
+    [row] = load_rows(file({"instruction": "q", "input": text, "output": "r"}), ONE)
+    assert row["prompt"] == "q"
+    [row] = load_rows(file({"instruction": "q", "input": text + "\u4e86\u4eba", "output": "r"}), ONE)
+    assert row["prompt"].startswith("q\n\n")
+
+
+def test_signs_without_a_width_say_nothing(file):
+    row = {"prompt": "q", "chosen": "a", "rejected": "\u200b \u2060"}
+    with pytest.raises(BadInput, match="line 1: rejected is"):
+        load_rows(file(row), PAIRS)
+    with pytest.raises(BadInput, match="content of a message of the assistant is empty"):
+        load_rows(file({"messages": [user("q"), assistant("\ufeff")]}), ONE)
+    assert load_rows(file(row | {"rejected": "a\u200bb"}), PAIRS)
+
+
+def test_labels_that_are_lists_with_commas_are_noted(file, capsys):
+    """MATH-500's 70,110 is two values; 15 of MATH's labels are like it."""
+    ask = "Enter all the solutions, separated by commas."
+    rows = [
+        {"problem": ask, "answer": "70,110"},
+        {"problem": "q", "answer": "70,110"},
+        {"problem": f"{ask} z", "answer": "70, 110"},
+    ]
+    cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="math")
+    loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
+    assert (
+        "note: 1 labels are read as one number, and their prompts ask for values with commas (line 1 has"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_note_on_contexts_that_were_joined_by_a_blank(file):

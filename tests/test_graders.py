@@ -200,6 +200,8 @@ SAME = [  # (label, answer): equal for "ours"
     ("1<x<2 or 3<x<4", r"(3,4) \cup (1,2)"),
     ("x>1 or x<-1", "x<-1 or x>1"),
     (r"8 \text{ cubic feet}", r"8 \text{ ft}^{3}"),
+    (r"\frac{h^2}{m}", "h^{2}/m"),
+    ("f(x)^2", "f(x)f(x)"),
     (r"\begin{pmatrix} 1 \\[2pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ("{1:03PM}", r"1:03\text{ pm}"),
     ("{June20}", r"\text{June 20}"),
@@ -665,6 +667,8 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         ("Answer: Bailey started with 60.", "60"),
         ("Answer:\nTotal cost = $75 + $54 - $6 = $123", "123"),
         ("#### If x = 5, then the total = 8", None),
+        ("Answer: 540 meters per week\nConfidence: 100%", "540"),
+        ("Answer:\nMr. Jackson will need to buy 7 packs.", "7"),
         ("#### She has half of 10", None),
         ("#### It is not 10", None),
         ("#### ~5", None),
@@ -722,6 +726,27 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
 )
 def test_a_claim_beside_other_values(text, answer):
     assert extract_answer(text, "math" if "boxed" in text else "gsm8k") == answer
+
+
+@pytest.mark.parametrize(
+    "answer, label, right",
+    [
+        ("m + n = 5", "5", True),
+        ("AF^2+BF^2+CF^2 = 3R^2", "3R^2", True),
+        (r"\cos B = \frac{3}{2}", r"\frac{3}{2}", True),
+        ("h+k=16", "17", False),
+        ("25", "x^2+y^2=25", False),
+        ("y^2+x^2=25", "x^2+y^2=25", True),
+        ("x^2+y^2=24", "x^2+y^2=25", False),
+        ("3m+n=5", "5", False),
+        ("m-n=5", "5", False),
+        ("a+b=5=c", "5", False),
+        ("a+b=5, c=3", "5", False),
+    ],
+)
+def test_an_answer_may_say_what_was_asked_for(answer, label, right):
+    """The label says that by no equation: the equation of a circle is more than its right side."""
+    assert same_answer(answer, label, "math") == right
 
 
 @pytest.mark.parametrize("brackets", ["()", "[]", "{}"])
