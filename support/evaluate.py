@@ -96,9 +96,9 @@ def count_graded(samples, cfg):
 
 
 def sum_graded(counts, cfg, grid):
-    """The counts over all ranks; a note if over a twentieth of what ended is silent: another --task?"""
+    """The counts over all ranks; a note if some of what ended is silent: another --task or wording?"""
     counts = all_sum(counts, grid)
-    if 20 * counts["silent"] > counts["ended"]:
+    if counts["silent"]:
         silent = f"{counts['silent']:.0f} of {counts['ended']:.0f} sampled answers that end"
         say(grid, f"note: {silent} claim nothing that --task {cfg.task} reads: they count as wrong")
     return counts

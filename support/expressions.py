@@ -85,6 +85,7 @@ SPELLINGS = [
     (r"(?<=\d)\s*\\(?:text|mbox|mathrm)\s*\{\s*([APap])\.?\s?[Mm]\.?\s*\}", "\x01\\1m\x02"),
     (r"(?i)(?<![a-z])([ap])\.\s?m\.?(?![a-z])", "\x01\\1m\x02"),
     (r"(?<=\d)(\s*)([APap])([Mm])(?![A-Za-z])", "\x01\\2m\x02"),
+    (r"\\[hv]?phantom\s*(?:\{[^{}]*\}|\S)", " "),
     (r"(?<![A-Za-z])(sq|cu)\.\s*(?=[a-z])", r"\1 "),
     (r"(?<=\\\\)\[\d*\.?\d+\s?(?:pt|em|ex|mm|cm)\]", ""),  # how far below a matrix has its next row
 ]

@@ -128,9 +128,12 @@ def without_left_side(answer, label):
     """The right side of an answer such as m+n = 5, whose left side says what was asked for, if the label is
     no equation."""
     left, is_equation, right = answer.partition("=")
-    if not is_equation or re.search(r"[=<>]|\\(?:[lg]e|ne|in|approx)", right + label):
+    is_related = re.search(r"[<>]|\\(?:[lg]e|ne|in|approx)", right) or re.search(
+        r"[=<>]|\\(?:[lg]e|ne|in)", label
+    )
+    if not is_equation or is_related or not COMBINED.fullmatch(left):
         return answer
-    return right if COMBINED.fullmatch(left) else answer
+    return f"x = {right}"  # right may be a chain of equations
 
 
 SYMBOLS = {

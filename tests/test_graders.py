@@ -201,6 +201,7 @@ SAME = [  # (label, answer): equal for "ours"
     ("x>1 or x<-1", "x<-1 or x>1"),
     (r"8 \text{ cubic feet}", r"8 \text{ ft}^{3}"),
     (r"\frac{h^2}{m}", "h^{2}/m"),
+    (r"\begin{pmatrix} 1 \\ \phantom -1 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 1 \end{pmatrix}"),
     ("f(x)^2", "f(x)f(x)"),
     (r"\begin{pmatrix} 1 \\[2pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
     ("{1:03PM}", r"1:03\text{ pm}"),
@@ -742,6 +743,8 @@ def test_a_claim_beside_other_values(text, answer):
         ("m-n=5", "5", False),
         ("a+b=5=c", "5", False),
         ("a+b=5, c=3", "5", False),
+        ("h+k=2+3=5", "5", True),
+        ("h+k=2+3=6", "6", False),
     ],
 )
 def test_an_answer_may_say_what_was_asked_for(answer, label, right):
