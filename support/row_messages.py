@@ -1,5 +1,6 @@
 """The prompt and the replies of a row: texts, messages, and dialogues as text; one prompt for all replies."""
 
+import html
 import json
 import re
 
@@ -227,14 +228,14 @@ IS_NEEDED = r"\s(?:is\s|was\s)?(?:needed|required|necessary|provided|given|appli
 NOTHING = re.compile(
     rf"(?i)\W*(?:(?:no\s?(?:additional\s|further\s)?(?:in|out)put[es]?|none)(?:{IS_NEEDED})?|not{IS_NEEDED}"
     r"|n/a|(?-i:NA)|nan|null|(?<=<)empty(?=>)"
-    r"|(?:无|無|没有|沒有)(?:需|任何|提供|额外|额外的|相关)*(?:输入|輸入|内容|信息)?|不(?:适用|適用|需要输入)|无需)\W*"
+    r"|(?:无|無|没有|沒有)(?:需|任何|提供|额外|额外的|相关)*(?:[输輸][入出]|内容|信息)?|不(?:适用|適用|需要输入)|无需)\W*"
 )
 
 
 def says_none(text):
     """Whether a text is a spelling of none, such as Alpaca's "<noinput>", or pandas' NaN."""
     text = str(text).strip()
-    return len(text) <= 60 and NOTHING.fullmatch(text) is not None
+    return len(text) <= 60 and NOTHING.fullmatch(html.unescape(text)) is not None
 
 
 def adds_nothing(context, fields):

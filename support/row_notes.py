@@ -248,6 +248,7 @@ SPELLINGS = {  # of signs, by tools that write or read a text in another way tha
     "LaTeX with two backslashes": re.compile(r"\\\\(?:frac|sqrt|boxed|cdot|left|pi)(?![a-z])"),
     "LaTeX without its backslash": re.compile(r"(?<![\\\w{])(?:frac|sqrt|boxed)\{"),
     "a place that was not filled in": re.compile(r"\{\{ ?\w+ ?\}\}"),
+    "quotation marks twice, as CSV has them": re.compile(r'(?<!")""\w[^"\n]{0,80}""(?!")'),
     "HTML's spelling of a sign": re.compile(r"&(?:[a-zA-Z]{2,8}|#\d{2,6}|#x[\da-fA-F]{2,5});|<br ?/?>"),
 }
 # A text that is a value of JSON or Python: "..." with its marks, b'...', ['...'], [{'type': ...
@@ -286,6 +287,9 @@ def notes_on_spelling(rows):
     return notes
 
 
+NO_INPUT = re.compile(r"(?i)no\s?\w*\s?input|[无無没沒不]\w{0,4}[输輸]入")
+
+
 def notes_on_absent(rows):
     """Which keys have texts such as "nan", by which a tool says that there is none: list of texts"""
     found = {}  # key -> such texts
@@ -296,11 +300,20 @@ def notes_on_absent(rows):
                 found.setdefault(key, []).append(text.strip())
     says = "which is used like other texts"
     notes = [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
-    ends = [said(row["prompt"]).rpartition("\n") for row in rows if "prompt" in row]
-    ends = [end for start, _, end in ends if start and end.strip() and says_none(end)]
-    if ends:
-        notes.append(f"{len(ends)} prompts end with a line {ends[0]!r}, {says}")
+    joined = [none for row in rows if "prompt" in row and (none := none_in(said(row["prompt"])))]
+    if joined:
+        notes.append(f"{len(joined)} prompts have {joined[0]!r} at the end of a line, {says}")
     return notes
+
+
+def none_in(prompt):
+    """What says "no input" in a prompt to which it was joined: the end of a line with others; or None."""
+    if not NO_INPUT.search(prompt) and not says_none(prompt.rpartition("\n")[2]):
+        return None
+    lines = [line for line in prompt.split("\n") if line.strip()]
+    ends = [line.rpartition(": ")[2].strip() for line in lines]
+    found = [end for end in ends if says_none(end) and (NO_INPUT.search(end) or end == lines[-1].strip())]
+    return found[0] if found and found[0] != prompt.strip() else None
 
 
 def without_marks(text):
@@ -400,7 +413,7 @@ def notes_on_keys(rows, needs):
     echoed = sum(
         said(row["prompt"]) in [reply for _, reply in replies_of(row)] for row in rows if "prompt" in row
     )
-    if 2 * echoed > len(rows):
+    if echoed:
         notes.append(f"{echoed} rows have a reply that is the prompt itself")
     negative = sum(row.get("margin", 0.0) < 0 for row in rows)
     if negative:

@@ -129,7 +129,7 @@ def turns_of(roles, more):
     """A pattern for what opens a turn in a text: HH-RLHF, Vicuna, Alpaca; HelpSteer; models' templates."""
     line = r"(?:\A|[\n\r])"
     return re.compile(
-        rf"(?:{line}|### ?)(?:{roles}):|{line}<(?:{roles})>:"
+        rf"(?:{line}|### ?|(?<=[.?!]) +)(?:{roles}) ?:|{line}<(?:{roles})>:"
         rf"|(?-i:\b(?:{roles.upper()}):)|{line}(?:{roles})[\n\r]|{more}"
         rf"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:{roles})"
         rf"|<\|(?:{roles})\|>|<\uff5c(?:{roles})\uff5c>",

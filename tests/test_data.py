@@ -995,6 +995,18 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
         ),
         ([{"prompt": "q ", "response": "q"}], ONE, "1 rows have a reply that is the prompt itself"),
         (
+            [{"prompt": "q ", "response": "q"}, *[{"prompt": f"q{i}", "response": "r"} for i in range(9)]],
+            ONE,
+            "1 rows have a reply that is the prompt itself",
+        ),
+        ([{"prompt": "q", "response": 'He said ""go"".'}], ONE, "1 rows have quotation marks twice"),
+        ([{"prompt": "q", "response": 'x = """go"""\ny = ""'}], ONE, None),
+        (
+            [{"prompt": "q", "response": "So it is.  Human : Why?"}, {"prompt": "q", "response": "r"}],
+            ONE,
+            "1 of 2 replies have turns of a dialogue in them",
+        ),
+        (
             [row | {"rejected": " b"} for row in pairs],
             PAIRS,
             "4 rejected replies begin with a blank, and few",
@@ -1079,7 +1091,7 @@ def test_a_note_on_keys_that_may_belong_to_the_prompt(file):
     """Translate to: French, and German; but not where a prompt has several samples."""
     rows = [{"prompt": "Translate", "response": "r", "language": language} for language in ("de", "fr", "de")]
     samples = [
-        {"prompt": f"{i % 2}", "response": f"{i}", "language": "de", "model": f"m{i}", "id": f"{i}"}
+        {"prompt": f"{i % 2}", "response": f"r{i}", "language": "de", "model": f"m{i}", "id": f"{i}"}
         for i in range(4)
     ]
     for given, notes in (
@@ -1920,9 +1932,18 @@ def test_spellings_of_none(file):
 
 def test_a_note_on_prompts_that_end_with_a_spelling_of_none(file):
     lines = []
-    rows = [{"messages": [user(f"q\n\n{end}"), assistant("a")]} for end in ("<noinput>", "No input", "red")]
-    load_rows(file(*rows), ONE, log=lines.append)
-    assert len(lines) == 1 and "2 prompts end with a line '<noinput>', which is used" in lines[0]
+    none = (
+        *("q\n\n<noinput>", "q\n\nNo input", "Make a story: No Input", "q\n\u65e0\u8f93\u5165"),
+        "q\n\n### Input:\nNoinput\n\n### Response:",
+    )
+    other = ("q\n\nred", "No input is given to it", "A: None\nB: 5", "q: none of them", "No input")
+    rows = [{"messages": [user(prompt), assistant("a")]} for prompt in (*none, *other)]
+    load_rows(file(*rows[:-1]), ONE, log=lines.append)
+    lines = [line for line in lines if "have turns of a dialogue" not in line]
+    assert len(lines) == 1 and "5 prompts have '<noinput>' at the end of a line, which is used" in lines[0]
+    lines = []
+    load_rows(file(*rows[-1:]), ONE, log=lines.append)
+    assert len(lines) == 1 and "1 rows have messages" in lines[0], lines
 
 
 def test_labels_that_could_be_places_of_responses(file):
