@@ -300,20 +300,22 @@ def notes_on_absent(rows):
                 found.setdefault(key, []).append(text.strip())
     says = "which is used like other texts"
     notes = [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
-    joined = [none for row in rows if "prompt" in row and (none := none_in(said(row["prompt"])))]
+    prompts = [said(row["prompt"]) for row in rows if "prompt" in row]
+    alone = {text for texts in found.values() for text in texts}  # noted already
+    joined = [none for none in map(none_in, prompts) if none and none not in alone]
     if joined:
         notes.append(f"{len(joined)} prompts have {joined[0]!r} at the end of a line, {says}")
     return notes
 
 
 def none_in(prompt):
-    """What says "no input" in a prompt to which it was joined: the end of a line with others; or None."""
+    """What says "no input" in a prompt to which it was joined, at the end of a line; or None."""
     if not NO_INPUT.search(prompt) and not says_none(prompt.rpartition("\n")[2]):
         return None
     lines = [line for line in prompt.split("\n") if line.strip()]
     ends = [line.rpartition(": ")[2].strip() for line in lines]
     found = [end for end in ends if says_none(end) and (NO_INPUT.search(end) or end == lines[-1].strip())]
-    return found[0] if found and found[0] != prompt.strip() else None
+    return found[0] if found else None
 
 
 def without_marks(text):

@@ -1943,7 +1943,7 @@ def test_a_note_on_prompts_that_end_with_a_spelling_of_none(file):
     assert len(lines) == 1 and "5 prompts have '<noinput>' at the end of a line, which is used" in lines[0]
     lines = []
     load_rows(file(*rows[-1:]), ONE, log=lines.append)
-    assert len(lines) == 1 and "1 rows have messages" in lines[0], lines
+    assert len(lines) == 1 and "1 prompts have 'No input'" in lines[0]
 
 
 def test_labels_that_could_be_places_of_responses(file):
