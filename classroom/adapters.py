@@ -27,6 +27,7 @@ from solutions import (
     SAMPLERS,
     balanced_weights,
     best_of,
+    clustered_gap,
     describe,
     fold_of,
     mixed_pairs,
@@ -47,7 +48,8 @@ RUNS = {  # name: its --reward and --lr
     "per token, 1e-3": ("verifier", "1e-3"),
     "DPO, 2e-4": ("dpo", "2e-4"),
 }
-FOLDS = {0: tuple(RUNS)}  # held-out fold: the runs made for it
+FOLDS = {0: tuple(RUNS), 1: ("Q-RM, 3e-4", "DPO, 2e-4", "Q-RM, 1e-3")}  # held-out fold: its runs
+TRANSFER_FOLD = 0  # whose runs score the paper's pairs, too
 TRAIN = (
     "--stage rm --model {model} --data pairs.jsonl --lora_rank 16 --warmup 10 --batch_size 8 --save_every 10"
 )
@@ -178,12 +180,20 @@ def print_pairs(name, values, labels, head=None):
 
 def print_credit(name, scores, answers, labels, notes, planted):
     """Where the scores fall: error_measures at real errors, and planted_measures."""
-    print(f"  {name}")
-    for measure, found in error_measures(scores, answers, notes, labels).items():
-        print(f"    {measure:22}{describe(*map(np.array, zip(*found)))}   n = {len(found)}")
+    print_errors(name, error_measures(scores, answers, notes, labels))
     for measure, values in planted_table(planted).items():
         cell = describe(np.array(values), np.arange(len(values)))
         print(f"    planted, {measure:22}{cell}   n = {len(values)}")
+
+
+def print_errors(name, measures):
+    """error_measures, and by how much two of them exceed their controls one note earlier."""
+    print(f"  {name}")
+    for measure, found in measures.items():
+        print(f"    {measure:22}{describe(*map(np.array, zip(*found)))}   n = {len(found)}")
+    for measure in ("same kind", "paired"):
+        gap = clustered_gap(measures[measure], measures[f"{measure} before"])
+        print(f"    {f'{measure} minus before':22}{gap}")
 
 
 def heads_on(answers, work):
@@ -218,12 +228,21 @@ def print_transfer(name, kind, path, pairs, met):
         print(f"  {f'{name}, {way}':32}{'   '.join(cells)}")
 
 
+def file_of(name):
+    """What the files of a run end with."""
+    return f"{'-'.join(RUNS[name])}.jsonl"
+
+
+def read_fold(folder, solutions, fold):
+    """{run of a fold: read_scores of its file}"""
+    return {name: read_scores(folder / f"scores-{file_of(name)}", solutions) for name in FOLDS[fold]}
+
+
 def print_adapters(args, folder, solutions, fold):
     """The held-out fold: pairs, best of four, token credit, and the paper's pairs."""
-    print(f"fold {fold}: held-out pair accuracy: balanced, as pairs come; best of four")
+    print(f"\nfold {fold}: held-out pair accuracy: balanced, as pairs come; best of four")
     tokenizer = Tokenizer.load(args.model, "chatml")
-    files = {name: f"{'-'.join(RUNS[name])}.jsonl" for name in FOLDS[fold]}
-    read = {name: read_scores(folder / f"scores-{file}", solutions) for name, file in files.items()}
+    read = read_fold(folder, solutions, fold)
     answers, labels, *_ = next(iter(read.values()))
     print(f"{len(labels.pairs)} pairs of {len(np.unique(labels.questions))} questions")
     heads = heads_on(answers, args.work)
@@ -238,12 +257,39 @@ def print_adapters(args, folder, solutions, fold):
         print_credit(name, scores, answers, labels, notes, planted)
     of_tokens = {name: scores for name, (_, _, scores, _) in read.items()}
     draw_answers(folder / "credit.svg", answers, solutions, labels, tokenizer, of_tokens)
+    if fold != TRANSFER_FOLD:
+        return
     print("\nthe paper's pairs: all, of questions that training has met (with other answers), of others")
     pairs = read_pairs(args.data)
     known = {row["prompt"] for row in read_lines(folder / "pairs.jsonl")}
     met = np.array([question in known for question, _ in pairs])
-    for name, file in files.items():
-        print_transfer(name, RUNS[name][0], folder / f"transfer-{file}", pairs, met)
+    for name in read:
+        print_transfer(name, RUNS[name][0], folder / f"transfer-{file_of(name)}", pairs, met)
+
+
+def print_together(args, solutions):
+    """The runs that all folds have, over all of them: balanced pairs, and token credit."""
+    tokenizer = Tokenizer.load(args.model, "chatml")
+    folds = [read_fold(args.work / f"adapters-{fold}", solutions, fold) for fold in FOLDS]
+    print(f"\nfolds {', '.join(map(str, FOLDS))} together: balanced pairs, pairs as they come; token credit")
+    for name in [name for name in folds[0] if all(name in read for read in folds)]:
+        rights, clusters, weights = {}, [], []
+        measures = {}
+        for read in folds:
+            answers, labels, scores, _ = read[name]
+            clusters.append(labels.questions[labels.pairs[:, 0]])
+            weights.append(balanced_weights(*labels.authors[labels.pairs].T) * len(labels.pairs))
+            for way, values in read_answers(RUNS[name][0], scores, answers).items():
+                rights.setdefault(way, []).append(pair_accuracy(values, labels.pairs))
+            notes = find_notes(answers, solutions, tokenizer, labels)
+            for measure, found in error_measures(scores, answers, notes, labels).items():
+                measures.setdefault(measure, []).extend(found)
+        clusters, weights = np.concatenate(clusters), np.concatenate(weights)
+        for way, right in rights.items():
+            right = np.concatenate(right)
+            cells = [describe(right, clusters, weights), describe(right, clusters)]
+            print(f"  {f'{name}, {way}':32}{'   '.join(cells)} of {len(right)}")
+        print_errors(name, measures)
 
 
 def run_adapters(args):
@@ -259,7 +305,11 @@ def run_adapters(args):
             run = f"{kind}-{rate}"
             flags = f"{TRAIN.format(model=args.model.resolve())} --reward {kind} --lr {rate} --out {run}"
             run_stage(run, flags, folder, args.threads)
-            for data, scores in (("answers", "scores"), ("transfer", "transfer")):
+            read_on = {"answers": "scores", "transfer": "transfer"}
+            if fold != TRANSFER_FOLD:
+                del read_on["transfer"]
+            for data, scores in read_on.items():
                 flags = f"--stage score --model {run} --data {data}.jsonl --out {scores}-{run}.jsonl"
                 run_stage(f"{scores} {run}", flags, folder, args.threads)
         print_adapters(args, folder, solutions, fold)
+    print_together(args, solutions)

@@ -90,6 +90,24 @@ def clustered_interval(values, clusters, weights=None, draws=2000, seed=0):
     return float(low), float(high)
 
 
+def clustered_gap(ours, others, draws=2000, seed=0):
+    """The difference of two means with its 95 % interval, as a text: lists of (value, cluster)
+
+    Clusters are drawn with replacement, each with its values of both lists.
+    """
+    names, place = np.unique([name for _, name in [*ours, *others]], return_inverse=True)
+    values = np.array([value for value, _ in [*ours, *others]])
+    is_ours = np.arange(len(values)) < len(ours)
+    picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+    means, drawn = [], []
+    for side in (is_ours, ~is_ours):
+        sums, counts = np.bincount(place, values * side), np.bincount(place, side)
+        means.append(sums.sum() / counts.sum())
+        drawn.append(sums[picks].sum(1) / counts[picks].sum(1))
+    low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975])
+    return f"{means[0] - means[1]:.3f} ({low:.3f} to {high:.3f})"
+
+
 def wins(above, below):
     """1 where `above` is larger, .5 where both are equal, else 0."""
     return (above > below) + 0.5 * (above == below)

@@ -422,6 +422,18 @@ def test_print_rl_by_hand(tmp_path, capsys):
     assert ["ppo", "0.200", "+-", "0.028", "0.500", "0.750"] in lines  # sqrt(.2 x .8 / 200) = .0283
 
 
+def test_the_gap_of_two_means_and_its_interval():
+    """Of one cluster alone nothing varies; a cluster that is drawn brings its values of both lists."""
+    ours = [(1.0, 7), (0.0, 7)]
+    assert solutions.clustered_gap(ours, [(0.25, 7)]) == "0.250 (0.250 to 0.250)"
+    paired = [(value + 0.5, name) for name, value in enumerate([0.0, 3.0, 8.0])]
+    assert solutions.clustered_gap(paired, [(value - 0.5, name) for value, name in paired]) == (
+        "0.500 (0.500 to 0.500)"
+    )
+    apart = solutions.clustered_gap([(0.0, 1), (1.0, 2)], [(0.5, name) for name in (1, 2)])
+    assert apart == "0.000 (-0.500 to 0.500)"
+
+
 def test_balanced_pairs_by_hand():
     """Author 0 beats 1 three times and loses once; 2 beats 0 once and never loses."""
     authors = np.array([0, 1, 0, 1, 0, 1, 1, 0, 2, 0])
