@@ -42,6 +42,7 @@ def claimed_number(text: str) -> str | None:
     """
     text = re.sub(INVISIBLE, "", re.sub(DASHES, "-", text))
     text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
+    text = re.sub(r"(?im)^[ *_]{0,5}confidence\b.*", "", text)
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St)\.", r"\1", text)  # the end of no sentence
     for marked in (after_hashes, after_boxed, after_words):
         rest = marked(text)
@@ -95,19 +96,26 @@ OTHERS = re.compile(
     r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)(?:\s+(?!so\b)[\w'’]+){0,2}\s+[*_]*\Z"
 )
 # Before the only number of a marked sentence: what says that another value is meant, or none.
+NEGATED = r"(?:no|not|none|neither|nobody|never|cannot|undefined|unknown)"
 ELSEWHERE = re.compile(
-    rf"(?i)\b(?:zero|{NUMBER_WORD}|no|not|cannot|undefined|unknown)\b"
-    r"|\b(?:half|thirds?|quarters?|percent)\b.*\bof\W*\Z"
-    r"|\b(?:rounded to|above|below|than|sin|cos|tan|ln|log"
+    rf"(?i)\b(?:zero|{NUMBER_WORD}|{NEGATED})\b"
+    r"|\b(?:half|thirds?|quarters?|percent)\b.*\bof\W*(?:the|all|his|her|its)?\W*\Z"
+    r"|\b(?:rounded to|divide by|above|below|than|sin|cos|tan|ln|log"
     r"|step|question|part|problem|example|equation|option|page)\W*\Z"
 )
-# Before the number that a marked sentence with others is about: "The cost of 3 is $"; and in another clause.
-IS_NUMBER = re.compile(r"(?i)\b(?:is|are|was|were|be|equals)\s[^\w.]*\Z")
-CLAUSE = re.compile(r"(?i).\b(?:that|which|who|where|as|since|because|so|but|while|if)\b|\d.*\band\b")
+# Before the last number of a marked sentence: what makes it the result, as in "The cost of 3 is $"; but not
+# in another clause, and not "4 less than".
+IS_NUMBER = re.compile(r"(?i)(?:\b(?:is|are|was|were|equals|(?:will|would|should|must) be)\s|=)[^\w.]*\Z")
+CLAUSE = re.compile(
+    rf"(?i)\b{NEGATED}\b|[.!?]\s|.\b(?:that|which|who|where|as|since|because|so|but|while|if)\b"
+    r"|\d.*(?:\b(?:and|or|after|before|by|for|when|until|unless|once|although|though|whereas|given|assuming"
+    r"|meaning|with)\b|[;(]|,\s|\s[-–—]\s+(?!\W*\d))"
+)
+COMPARED = re.compile(r"\W*(?:\w+\s+){0,2}(?:less|more|fewer|times|older|younger|as|than|of|done)\b")
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
-# A number and at most three words.
-ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,3}")
+# A number and at most two words.
+ALONE = re.compile(r"[\s:=*_$({\\\[]*-?[\d.,/]+[^\w\n]*(?:[A-Za-z]+[^\w\n]*){0,2}")
 
 
 def after_words(text):
@@ -138,17 +146,15 @@ def after_words(text):
     return None
 
 
-# The left side of an equation: words or a letter, or a calculation; "6. 6 * 3 = 18" and "6 6 = 18" are none.
+# The left side of an equation: a letter, or a calculation; "6. 6 * 3 = 18" and "6 6 = 18" are none.
 CALCULATED = r"(?:[\d+*/×÷·^$\s{}-]|[.,](?=\d)|\\[dt]?frac)"
-EQUATION = re.compile(
-    rf"([A-Za-z][A-Za-z'’ ]*|(?:{CALCULATED}*\))?(?:{CALCULATED}|\({CALCULATED}*\))*)=\s*(?=[^\s=])"
-)
+EQUATION = re.compile(rf"([A-Za-z]\s*|(?:{CALCULATED}*\))?(?:{CALCULATED}|\({CALCULATED}*\))*)=\s*(?=[^\s=])")
 TWO_NUMBERS = re.compile(r"\d\s+\$?\d+(?![\d/])")
 
 
 def claimed(rest):
     """The number that a text after a marker begins with, at the end of its chain of equations; else the last
-    one of its line if that alone follows "is"; else the only one of the line; else None.
+    one of its line if that is its result (is_result); else the only one of the line; else None.
 
     "5 + 5 = 10" says 10, "x = 5" says 5, "The cost of 3 is $12." 12, and "She makes $18 a day." 18.
     """
@@ -161,15 +167,34 @@ def claimed(rest):
     while (chain := EQUATION.match(rest)) and not TWO_NUMBERS.search(chain[1]):
         rest = rest[chain.end() :]
     rest = re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ "))
-    numbers = [*itertools.islice(NUMBER.finditer(rest), 20)]
+    numbers = [*itertools.islice(NUMBER.finditer(rest), 21)]
     if not numbers:
         return None
     before = rest[: numbers[0].start()]
-    stated = [number for number in numbers if IS_NUMBER.search(rest[: number.start()][-20:])]
-    if before != "" and stated == numbers[-1:] and not CLAUSE.search(rest[: stated[0].start()]):
-        return whole_number(stated[0])
-    is_sentence = len(numbers) == 1 and re.search(r"[A-Za-z]{2}", before) and not ELSEWHERE.search(before)
-    return whole_number(numbers[0]) if before == "" or is_sentence else None
+    if before != "" and is_result(numbers, rest):
+        return whole_number(numbers[-1])
+    opens = rest.rstrip().endswith(":")  # "Dividing both sides by 2, we get:"
+    is_sentence = len(numbers) == 1 and not opens and re.search(r"[A-Za-z]{2}", before)
+    return whole_number(numbers[0]) if before == "" or is_sentence and not ELSEWHERE.search(before) else None
+
+
+def is_result(numbers, rest):
+    """Whether the last number of a marked sentence is what the sentence says of its subject, or computes."""
+    *others, last = [
+        re.sub(r"(?i)^(?:after|at|by|for|from|in|on|with)\b[^,]*,", "", rest[: number.start()])
+        for number in numbers
+    ]
+    stated = IS_NUMBER.search(last[-20:])
+    if (
+        len(numbers) > 20
+        or not stated
+        or CLAUSE.search(last)
+        or COMPARED.match(rest[numbers[-1].end() :][:40])
+    ):
+        return False
+    if stated[0].startswith("="):
+        return not re.search(rf"(?i)\b{NUMBER_WORD}\b", last)
+    return not any(IS_NUMBER.search(other[-20:]) for other in others)
 
 
 def whole_number(match):

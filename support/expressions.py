@@ -388,7 +388,7 @@ class Reader:
             is_inverse = self.peek(2 if self.peek(1) == "{" else 1) == "-"
             self.next()
             value = self.raised(value, self.group(), place)
-            if start.text in APPLIED and (is_inverse or self.peek() == "("):
+            if start.text in APPLIED and (is_inverse or self.peek() == "(" and not self.has_sum(self.i)):
                 raise NoValue("f^{-1}(x), f^2(x)")
             self.left = self.left or "power" * (start.text != "10" and self.is_plain(snapped(value), place))
         if self.peek() == "!":
@@ -459,11 +459,14 @@ class Reader:
 
     def is_applied(self, kind, text):
         """Whether P(2) may be a function's value: no sum is in the brackets, as in the product x(x+1)."""
-        inside = self.tokens[self.i + 2 :]
-        texts = [token.text for token in inside]
-        inside = texts[: texts.index(")")] if ")" in texts else texts
         is_name = kind == "letter" or text in NAMES and text != "\\pi"
-        return is_name and not any(sign in inside for sign in SIGNS)
+        return is_name and not self.has_sum(self.i + 1)
+
+    def has_sum(self, start):
+        """Whether a sum is in the brackets that open at a token."""
+        texts = [token.text for token in self.tokens[start + 1 :]]
+        inside = texts[: texts.index(")")] if ")" in texts else texts
+        return any(sign in inside for sign in SIGNS)
 
     def mixed(self, whole):
         """1\\frac12 and 1 1/2: the sum of a whole number and a fraction of two whole numbers."""

@@ -86,24 +86,25 @@ def same_meaning(answer: str, label: str) -> bool:
     (expressions.py), a set (no order), a tuple or interval (order, brackets), a union, a matrix, a ratio, a
     relation, or text. x = 5 is 5; where both answers name their values, the names count, and where one names
     several, the order. An inequality of a name is an interval, and several of one name are their union; an
-    equation is one with its multiples, and m+n = 5 is 5 where the label is none. In a list with \in or a
-    relation other than =, "and" is not "or", and a comma is "or". A percentage is its number, where % ends a
-    value. A unit (UNITS) may be left out; if both have one, it must be the same.
+    equation is one with its multiples. In a list with \in or a relation other than =, "and" is not "or", and
+    a comma is "or". A percentage is its number, where % ends a value. A unit (UNITS) may be left out; if both
+    have one, it must be the same.
 
     An answer must be worked out: 9+1, 100/5, 2^{10}, \sqrt{25} and 5! are not 10, 20, 1024, 5 and 120, or a
     policy would learn to repeat the question; for the same reason 2(x+1) is not 2x+2, and x+x not 2x. Sums
     and products of numbers are compared as they are written, since 10-15 may be a range and 2*3 a size; so is
     whatever has a word or a command that expressions.py does not list. Known misses, right answers marked
-    wrong: 0.5 for 50\%, 2516 for 2516_8, 1:03 for 1:03 PM, 12th for 12, a unit of one letter outside \text
-    (5 m for 5), names in other capitals (BA for AB, NO for No), rounding, decimal commas, identities of
-    functions, i^2 = -1, |x|, sums of matrices, conversion of units, \sqrt{4x} for 2\sqrt{x} (no root of
-    variables is worked out, since that of x^2 is not x), (1,2) for "x>1 and x<2".
+    wrong: 0.5 for 50\%, m+n = 5 for 5 (it may stand in the question), 2516 for 2516_8, 1:03 for 1:03 PM, 12th
+    for 12, a unit of one letter outside \text (5 m for 5), names in other capitals (BA for AB, NO for No),
+    rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion of units,
+    \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2) for "x>1
+    and x<2".
     Known hits: "x=1 and y=2" is "x=1 or y=2"; a list in another order, even where the order was asked for; 0x
     is 0 and 1x is x; small letters are factors (iv is vi); 2 = 7 says 7; products, quotients and powers of
     variables, fractions and roots that are left ((4a)^2 for 16a^2, \frac{84}{144} for \frac{7}{12}, \sqrt{8}
     for 2\sqrt{2}), which may be the question itself.
     """
-    ours, theirs = pieces_of(without_left_side(answer, label)), pieces_of(label)
+    ours, theirs = pieces_of(answer), pieces_of(label)
     if len(ours) == len(theirs):
         if same_equations(ours, theirs):
             return True
@@ -115,25 +116,6 @@ def same_meaning(answer: str, label: str) -> bool:
     if not same_units(answer, ours, label, theirs):
         return False
     return joined([piece.value for piece in ours]) == joined([piece.value for piece in theirs])
-
-
-# The left side of a + b = 5, AF^2 + BF^2 = 5, \cos B = 5: a sum, powers or a function of names.
-COMBINED = re.compile(
-    r"(?=.*[+^\\])[\s$]*(?:(?:\\(?:sin|cos|tan|cot|sec|csc|log|ln|alpha|beta|theta)(?![a-z])"
-    r"|[A-Za-z]|[_^]\{?\d\}?)[\s(){}]*[+]?[\s(){}]*){2,20}"
-)
-
-
-def without_left_side(answer, label):
-    """The right side of an answer such as m+n = 5, whose left side says what was asked for, if the label is
-    no equation."""
-    left, is_equation, right = answer.partition("=")
-    is_related = re.search(r"[<>]|\\(?:[lg]e|ne|in|approx)", right) or re.search(
-        r"[=<>]|\\(?:[lg]e|ne|in)", label
-    )
-    if not is_equation or is_related or not COMBINED.fullmatch(left):
-        return answer
-    return f"x = {right}"  # right may be a chain of equations
 
 
 SYMBOLS = {
@@ -451,9 +433,11 @@ def without_unit(tokens):
     joins = ("/", "per", *POWERS)
     while end > 1 and (is_unit(tokens[end - 1]) or unit and tokens[end - 1].text in joins):
         end -= 1
-        unit.append(UNITS.get(tokens[end].text, tokens[end].text))
+        word = tokens[end].text
+        if word in POWERS:  # square feet are feet 2
+            unit[-1:] = [POWERS[word], *unit[-1:]]
+        else:
+            unit.append(UNITS.get(word, word))
     if not unit or tokens[end - 1].text in ("_", "^", "+", "-", "*", "/", "="):
         return tokens, ()
-    worded = [POWERS[word] for word in unit if word in POWERS]  # square feet are feet^2
-    unit = [word for word in unit[::-1] if word not in POWERS]
-    return tokens[:end], (*unit, *worded, *(token.text for token in power if token.kind == "number"))
+    return tokens[:end], (*unit[::-1], *(token.text for token in power if token.kind == "number"))

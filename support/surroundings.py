@@ -161,7 +161,7 @@ BOX_FOLLOWS = re.compile(
          (?: $ | \n(?!\s*(?:&\s*)?[+*/^]) | [{PICTURE}。]
            | [,;.:…<](?!\s?(?:-?\d|\$-?\d+\$|\\\$\d|\$?[a-z]\s*=|\\(?:overline|dot|bar|infty)))
            | [=≈!?] | (?<=[\s$])\((?!\s*[a-z]\s*[-+*/^)])
-           | \$[a-z]\$-[a-z]{{3}}    # y-intercepts
+           | \$[a-z]\$-(?!{NO_COUNT}|fold|times)[a-z]{{3}}    # y-intercepts
            | &(?!\s*(?:[-+*/^]|\\times)) | [-–—]\s(?![\d$\\({{])
            | \\(?: \( | \[ | (?:end|approx|equiv|p?mod)(?![a-z])
                 | (?:text\w*|mbox|mathrm|operatorname)\s*\{{(?!\s*{NO_COUNT})

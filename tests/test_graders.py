@@ -201,6 +201,7 @@ SAME = [  # (label, answer): equal for "ours"
     ("x>1 or x<-1", "x<-1 or x>1"),
     (r"8 \text{ cubic feet}", r"8 \text{ ft}^{3}"),
     (r"\frac{h^2}{m}", "h^{2}/m"),
+    ("h^2(h+1)", "h^2(1+h)"),
     (r"\begin{pmatrix} 1 \\ \phantom -1 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 1 \end{pmatrix}"),
     ("f(x)^2", "f(x)f(x)"),
     (r"\begin{pmatrix} 1 \\[2pt] 2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
@@ -329,6 +330,8 @@ DIFFERENT = [
     (r"\text{(C)}", "D"),
     (r"9\text{ a.m.}", r"9\text{ p.m.}"),
     (r"9 \text{ AM}", r"9\text{ p.m.}"),
+    (r"5 \text{ feet per square inch}", r"5 \text{ square feet per inch}"),
+    ("m + n = 5", "5"),
     (r"864 \text{ cubic inches}", r"864 \mbox{ inches}^2"),
     ("x<-1 and x>1", r"(-\infty,-1)\cup(1,\infty)"),
     ("x<-1 or y>1", r"(-\infty,-1)\cup(1,\infty)"),
@@ -658,7 +661,7 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         ("#### Betty has 20, so she needs $5 more.", None),
         ("#### Therefore, John spent a total of $295.", "295"),
         ("#### John spent half of a total of $295.", None),
-        ("#### The cost of 3 for the two of them is $12.", "12"),
+        ("#### The cost of 3 pens of the two kinds is $12.", "12"),
         ("#### In 3 days the cost will be **$12** per day.", "12"),
         ("#### The first is 3 and the second is 12", None),
         ("#### It takes 60 days to write 3 books that are 400 pages each.", None),
@@ -669,6 +672,24 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
         ("Answer:\nTotal cost = $75 + $54 - $6 = $123", "123"),
         ("#### If x = 5, then the total = 8", None),
         ("Answer: 540 meters per week\nConfidence: 100%", "540"),
+        ("Answer: 16 eggs per day\nShe eats 3 and bakes 4, leaving 9. 9 x 2 = 18", "18"),
+        ("Answer: Mr. Johnson has 12+10=22 students.", "22"),
+        ("Answer: So Mrs. Brown's bills cost $150 + $20 = $170.", "170"),
+        ("Answer: The answer is Apples = 5. Oranges = 10", None),
+        ("#### Therefore, it will take 360/30 = 12 days for its height to be 600 inches.", None),
+        ("#### Kim needs 98 on the 4th test for her average to be 93.", None),
+        ("#### He has to sell 20 cups before his profit will be $110.", None),
+        ("#### He spends $64 on glasses (regular price is $5)", None),
+        ("#### Sam has $18 left, his goal is 20", None),
+        ("#### Josh made $70,000 after his house was $200,000", None),
+        ("#### After 3 days, the number of apples left is 12.", "12"),
+        ("#### After 3 days, the number of apples left is 12 less than before.", None),
+        ("#### Tom's age in 5 years will be 12 times Ann's", None),
+        ("#### Dividing both sides by 2, we get:", None),
+        ("#### None of the 10", None),
+        ("#### A quarter of the 8 slices", None),
+        ("#### The answer is not = 5", None),
+        ("#### She has 2 or twenty = 5", None),
         ("Answer:\nMr. Jackson will need to buy 7 packs.", "7"),
         ("#### She has half of 10", None),
         ("#### It is not 10", None),
@@ -727,29 +748,6 @@ def test_a_number_that_another_one_follows_in_its_sentence(text):
 )
 def test_a_claim_beside_other_values(text, answer):
     assert extract_answer(text, "math" if "boxed" in text else "gsm8k") == answer
-
-
-@pytest.mark.parametrize(
-    "answer, label, right",
-    [
-        ("m + n = 5", "5", True),
-        ("AF^2+BF^2+CF^2 = 3R^2", "3R^2", True),
-        (r"\cos B = \frac{3}{2}", r"\frac{3}{2}", True),
-        ("h+k=16", "17", False),
-        ("25", "x^2+y^2=25", False),
-        ("y^2+x^2=25", "x^2+y^2=25", True),
-        ("x^2+y^2=24", "x^2+y^2=25", False),
-        ("3m+n=5", "5", False),
-        ("m-n=5", "5", False),
-        ("a+b=5=c", "5", False),
-        ("a+b=5, c=3", "5", False),
-        ("h+k=2+3=5", "5", True),
-        ("h+k=2+3=6", "6", False),
-    ],
-)
-def test_an_answer_may_say_what_was_asked_for(answer, label, right):
-    """The label says that by no equation: the equation of a circle is more than its right side."""
-    assert same_answer(answer, label, "math") == right
 
 
 @pytest.mark.parametrize("brackets", ["()", "[]", "{}"])
