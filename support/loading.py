@@ -121,6 +121,10 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
         first = f"line {listed[0]['line']} has {listed[0]['label']!r}"
         says = f"{len(listed)} labels are read as one number, and their prompts ask for values with commas"
         say(grid, f"{path}: note: {says} ({first}); a list has blanks behind its commas")
+    points = [label for label in labels if re.fullmatch(r"[1-9]\d{0,2}\.000", label)]
+    if points and "label" in needs:
+        says = f"{len(points)} labels have a point and three zeros ({points[0]!r}), which is read as decimals"
+        say(grid, f"{path}: note: {says}")
     rounded = [label for label in labels if re.search(r"\.\d{12}", label)]
     if rounded and "label" in needs:
         say(grid, f"{path}: note: {len(rounded)} labels have 12 decimals or more ({rounded[0][:60]!r})")

@@ -138,7 +138,7 @@ def turns_of(roles, more):
 
 
 TURN = turns_of("assistant|bot|chatbot|ai", r"### Response:|\[/INST\]|<start_of_turn>model")
-ASKING = turns_of("human|user|prompter", r"### Instruction:|\[INST\]")
+ASKING = turns_of("human|user|prompter", r"### Instruction:|\n\d+\. Instruction:|\[INST\]")
 
 
 def turn_in(text):
@@ -181,11 +181,11 @@ def refuse_marked(rows):
         says = "replies have turns of a dialogue in them"
         notes += refuse_most(spelled(replies, turn), says, "replies alone")
     spoken = [row["prompt"] for row in prompted if not isinstance(row["prompt"], str)]
-    inside = [turn for prompt in spoken for text in texts_of(prompt) if (turn := turn_in(text))]
+    texts = [text for prompt in spoken for text in texts_of(prompt)]
+    inside = [turn for text in texts if (turn := TURN.search(text) or ASKING.search(text))]
     if inside:
-        notes.append(
-            f"{len(inside)} messages of prompts have turns of a dialogue in them (found {inside[0]!r})"
-        )
+        found = inside[0][0].strip()
+        notes.append(f"{len(inside)} messages of prompts have turns of a dialogue in them (found {found!r})")
     return notes
 
 

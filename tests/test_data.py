@@ -1002,6 +1002,19 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
         ([{"prompt": "q", "response": 'He said ""go"".'}], ONE, "1 rows have quotation marks twice"),
         ([{"prompt": "q", "response": 'x = """go"""\ny = ""'}], ONE, None),
         (
+            [{"messages": [user("q"), assistant("It is.  Human: so?"), user("z")]}],
+            ("prompt",),
+            "1 messages of prompts",
+        ),
+        (
+            [
+                {"prompt": "q", "response": "r\n##\n18. Instruction: Name it"},
+                {"prompt": "q", "response": "r"},
+            ],
+            ONE,
+            "1 of 2 replies have turns of a dialogue in them",
+        ),
+        (
             [{"prompt": "q", "response": "So it is.  Human : Why?"}, {"prompt": "q", "response": "r"}],
             ONE,
             "1 of 2 replies have turns of a dialogue in them",
@@ -2003,6 +2016,14 @@ def test_signs_without_a_width_say_nothing(file):
     with pytest.raises(BadInput, match="content of a message of the assistant is empty"):
         load_rows(file({"messages": [user("q"), assistant("\ufeff")]}), ONE)
     assert load_rows(file(row | {"rejected": "a\u200bb"}), PAIRS)
+
+
+def test_labels_with_a_point_before_thousands_are_noted(file, capsys):
+    """As a translation of GSM8K writes 70,000."""
+    rows = [{"question": f"q{i}", "answer": f"so\n#### {label}"} for i, label in enumerate(("70.000", "7.5"))]
+    cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="gsm8k")
+    loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
+    assert "note: 1 labels have a point and three zeros ('70.000')" in capsys.readouterr().out
 
 
 def test_labels_that_are_lists_with_commas_are_noted(file, capsys):
