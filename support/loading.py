@@ -16,11 +16,10 @@ from support.checkpoints import out_of_date
 from support.files import BadInput, read_json, read_jsonl, require
 from support.graders import can_match
 from support.judge import judge_reward, make_judge
-from support.meanings import is_value
 from support.rewards import graded_reward, user_reward
 from support.row_keys import is_empty
-from support.row_messages import plain_prompt, said
-from support.row_notes import used_keys
+from support.row_messages import plain_prompt
+from support.row_notes import notes_on_labels, used_keys
 from support.settings import GRADED_REWARDS
 from support.tokenizers import Tokenizer
 
@@ -73,18 +72,6 @@ def ignored_keys(cfg):
     return tuple(key.strip() for key in cfg.ignore_keys.split(",") if key.strip())
 
 
-# "21\text{ dogs}"; "12\text{ and }13" is a list.
-HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{(?!\s*(?:and|or)\b)[^{}]*[a-z]{3}")
-
-
-THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")  # 70,110
-
-
-def asks_for_list(row):
-    """Whether a prompt says how the values of its answer are separated."""
-    return "prompt" in row and "commas" in said(row["prompt"])
-
-
 def first_keys(path, cfg):
     """The keys of a file's first row, but for empty ones and those of --ignore_keys: what the file is."""
     _, row = next(read_jsonl(path), (0, {}))
@@ -107,27 +94,8 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     if path == cfg.data and cfg.heldout not in ("", path) and cfg.stage != "eval":  # eval learns from neither
         say_shared_prompts(cfg, grid)
     labels = {row["label"] for row in rows if row.get("label") is not None}
-    sentences = [label for label in labels if len(label.split()) > 8]
-    if sentences and "label" in needs:
-        say(grid, f"{path}: note: {len(sentences)} labels have more than 8 words ({sentences[0][:60]!r})")
-    worded = [label for label in labels if HAS_WORDS.search(label) and not is_value(label)]
-    if worded and "label" in needs and cfg.task == "math":
-        says = (
-            f"{len(worded)} labels have words beside a number ({worded[0][:60]!r}); an answer needs them, too"
-        )
-        say(grid, f"{path}: note: {says}")
-    listed = [row for row in rows if THOUSANDS.fullmatch(row.get("label") or "") and asks_for_list(row)]
-    if listed and "label" in needs and cfg.task == "math":
-        first = f"line {listed[0]['line']} has {listed[0]['label']!r}"
-        says = f"{len(listed)} labels are read as one number, and their prompts ask for values with commas"
-        say(grid, f"{path}: note: {says} ({first}); a list has blanks behind its commas")
-    points = [label for label in labels if re.fullmatch(r"[1-9]\d{0,2}\.000", label)]
-    if points and "label" in needs:
-        says = f"{len(points)} labels have a point and three zeros ({points[0]!r}), which is read as decimals"
-        say(grid, f"{path}: note: {says}")
-    rounded = [label for label in labels if re.search(r"\.\d{12}", label)]
-    if rounded and "label" in needs:
-        say(grid, f"{path}: note: {len(rounded)} labels have 12 decimals or more ({rounded[0][:60]!r})")
+    for note in notes_on_labels(rows, cfg.task) if "label" in needs else ():
+        say(grid, f"{path}: note: {note}")
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:
         which = [row for row in rows if row.get("label") in hopeless]

@@ -4,6 +4,7 @@ import collections
 import re
 
 from support.claims import after_hashes, boxed, without_thoughts
+from support.meanings import is_value
 from support.row_keys import (
     CONTEXT,
     CONVERSATION,
@@ -374,6 +375,55 @@ def notes_on_steps(rows):
     several = sum(len(of_step) > 1 for of_step in labels.values())
     says = "have more than one label after the same prompt and steps, and each is learned"
     return [f"{several} steps {says}"] if several else []
+
+
+# "21\\text{ dogs}"; "12\\text{ and }13" is a list.
+HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{(?!\s*(?:and|or)\b)[^{}]*[a-z]{3}")
+
+
+def is_sentence(row):
+    return len(row["label"].split()) > 8
+
+
+def has_three_zeros(row):
+    return re.fullmatch(r"[1-9]\d{0,2}\.000", row["label"]) is not None
+
+
+def has_many_decimals(row):
+    return re.search(r"\.\d{12}", row["label"]) is not None
+
+
+def has_words(row):
+    return HAS_WORDS.search(row["label"]) is not None and not is_value(row["label"])
+
+
+def is_asked_for_as_list(row):
+    """Of 70,110: its prompt says that commas separate values."""
+    is_number = re.fullmatch(r"\d{1,3}(?:,\d{3})+", row["label"])
+    return is_number is not None and "prompt" in row and "commas" in said(row["prompt"])
+
+
+LABELS = {  # what labels of a kind are noted for
+    is_sentence: "have more than 8 words",
+    has_three_zeros: "have a point and three zeros, which is read as decimals",
+    has_many_decimals: "have 12 decimals or more",
+}
+MATH_LABELS = {
+    has_words: "have words beside a number, which an answer needs, too",
+    is_asked_for_as_list: "are read as one number, and their prompts ask for values with commas",
+}
+
+
+def notes_on_labels(rows, task):
+    """Which labels may be no final answers, or are read in another way than they are meant: list of texts"""
+    labelled = [row for row in rows if row.get("label") is not None]
+    notes = []
+    for is_kind, says in {**LABELS, **(MATH_LABELS if task == "math" else {})}.items():
+        found = [row for row in labelled if is_kind(row)]
+        if found:
+            first = f"line {found[0]['line']} has {found[0]['label'][:60]!r}"
+            notes.append(f"{len(found)} labels {says} ({first})")
+    return notes
 
 
 def are_places(rows):

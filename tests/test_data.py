@@ -2023,7 +2023,10 @@ def test_labels_with_a_point_before_thousands_are_noted(file, capsys):
     rows = [{"question": f"q{i}", "answer": f"so\n#### {label}"} for i, label in enumerate(("70.000", "7.5"))]
     cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="gsm8k")
     loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
-    assert "note: 1 labels have a point and three zeros ('70.000')" in capsys.readouterr().out
+    assert (
+        "note: 1 labels have a point and three zeros, which is read as decimals (line 1 has '70.000')"
+        in capsys.readouterr().out
+    )
 
 
 def test_labels_that_are_lists_with_commas_are_noted(file, capsys):

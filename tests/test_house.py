@@ -63,6 +63,7 @@ ARROWS = {  # a file -> what of ours it may import
     ),
     "support.row_notes": (
         "support.claims",
+        "support.meanings",
         "support.row_keys",
         "support.row_labels",
         "support.row_messages",
