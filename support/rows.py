@@ -130,7 +130,7 @@ def turns_of(roles, more):
     line = r"(?:\A|[\n\r])"
     return re.compile(
         rf"(?:{line}|### ?|(?<=[.?!]) +)(?:{roles}) ?:|{line}<(?:{roles})>:"
-        rf"|(?-i:\b(?:{roles.upper()}):)|{line}(?:{roles})[\n\r]|{more}"
+        rf"|(?-i:\b(?:{roles.upper()}):)|{line}(?:{roles})[\n\r]|[\n\r](?:{roles})\Z|{more}"
         rf"|<(?:extra_id_\d+|start_of_turn|\|im_start\||\|start_header_id\|)>(?:{roles})"
         rf"|<\|(?:{roles})\|>|<\uff5c(?:{roles})\uff5c>",
         re.IGNORECASE,

@@ -1015,6 +1015,11 @@ def test_notes_on_keys_that_join_rows_or_contradict_them(file):
             "1 of 2 replies have turns of a dialogue in them",
         ),
         (
+            [{"prompt": "q", "response": "It is.\n\nHuman"}, {"prompt": "q", "response": "Human"}],
+            ONE,
+            "1 of 2 replies have turns of a dialogue in them",
+        ),
+        (
             [{"prompt": "q", "response": "So it is.  Human : Why?"}, {"prompt": "q", "response": "r"}],
             ONE,
             "1 of 2 replies have turns of a dialogue in them",
