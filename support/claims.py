@@ -95,23 +95,23 @@ FILLERS = "therefore|thus|then|simply|just|equal to|exactly|only|about|approxima
 OTHERS = re.compile(
     r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)(?:\s+(?!so\b)[\w'’]+){0,2}\s+[*_]*\Z"
 )
-# Before the only number of a marked sentence: what says that another value is meant, or none.
 NEGATED = r"(?:no|not|none|neither|nobody|never|cannot|undefined|unknown)"
+# Before the only number of a marked sentence: what says that another value is meant, or none.
 ELSEWHERE = re.compile(
     rf"(?i)\b(?:zero|{NUMBER_WORD}|{NEGATED})\b"
     r"|\b(?:half|thirds?|quarters?|percent)\b.*\bof\W*(?:the|all|his|her|its)?\W*\Z"
     r"|\b(?:rounded to|divide by|above|below|than|sin|cos|tan|ln|log"
     r"|step|question|part|problem|example|equation|option|page)\W*\Z"
 )
-# Before the last number of a marked sentence: what makes it the result, as in "The cost of 3 is $"; but not
-# in another clause, and not "4 less than".
-IS_NUMBER = re.compile(r"(?i)(?:\b(?:is|are|was|were|equals|(?:will|would|should|must) be)\s|=)[^\w.]*\Z")
+# Before the last number of a marked sentence: what makes it the result, as in "The cost of 3 pens is $"; but
+# not in another clause (CLAUSE), and not "4 less than" (NO_RESULT).
+BEFORE_RESULT = re.compile(r"(?i)(?:\b(?:is|are|was|were|equals|(?:will|would|should|must) be)\s|=)[^\w.]*\Z")
 CLAUSE = re.compile(
     rf"(?i)\b{NEGATED}\b|[.!?]\s|.\b(?:that|which|who|where|as|since|because|so|but|while|if)\b"
     r"|\d.*(?:\b(?:and|or|after|before|by|for|when|until|unless|once|although|though|whereas|given|assuming"
     r"|meaning|with)\b|[;(]|,\s|\s[-–—]\s+(?!\W*\d))"
 )
-COMPARED = re.compile(r"\W*(?:\w+\s+){0,2}(?:less|more|fewer|times|older|younger|as|than|of|done)\b")
+NO_RESULT = re.compile(r"\W*(?:\w+\s+){0,2}(?:less|more|fewer|times|older|younger|as|than|of|done)\b")
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
 # A number and at most two words.
@@ -156,7 +156,7 @@ def claimed(rest):
     """The number that a text after a marker begins with, at the end of its chain of equations; else the last
     one of its line if that is its result (is_result); else the only one of the line; else None.
 
-    "5 + 5 = 10" says 10, "x = 5" says 5, "The cost of 3 is $12." 12, and "She makes $18 a day." 18.
+    "5 + 5 = 10" says 10, "x = 5" says 5, "The cost of 3 pens is $12." 12, and "She makes $18 a day." 18.
     """
     rest = re.sub(r"(?i)^\W*(?:the\s+)?(?:final\s+)?answer(?:\s+is\b|\s*:)", "", rest[:2000])
     rest = re.sub(r"\\(?:times|cdot)(?![a-z])", "*", re.sub(r"\\(?:left|right)(?![a-z])", "", rest))
@@ -167,34 +167,34 @@ def claimed(rest):
     while (chain := EQUATION.match(rest)) and not TWO_NUMBERS.search(chain[1]):
         rest = rest[chain.end() :]
     rest = re.sub(r"^\+(?=[\d.$])", "", rest.lstrip("$ "))
-    numbers = [*itertools.islice(NUMBER.finditer(rest), 21)]
+    numbers = [*itertools.islice(NUMBER.finditer(rest), MAX_NUMBERS + 1)]
     if not numbers:
         return None
     before = rest[: numbers[0].start()]
-    if before != "" and is_result(numbers, rest):
+    if before != "" and len(numbers) <= MAX_NUMBERS and is_result(numbers, rest):
         return whole_number(numbers[-1])
     opens = rest.rstrip().endswith(":")  # "Dividing both sides by 2, we get:"
     is_sentence = len(numbers) == 1 and not opens and re.search(r"[A-Za-z]{2}", before)
     return whole_number(numbers[0]) if before == "" or is_sentence and not ELSEWHERE.search(before) else None
 
 
+MAX_NUMBERS = 20  # of a sentence
+
+
 def is_result(numbers, rest):
-    """Whether the last number of a marked sentence is what the sentence says of its subject, or computes."""
-    *others, last = [
-        re.sub(r"(?i)^(?:after|at|by|for|from|in|on|with)\b[^,]*,", "", rest[: number.start()])
-        for number in numbers
-    ]
-    stated = IS_NUMBER.search(last[-20:])
-    if (
-        len(numbers) > 20
-        or not stated
-        or CLAUSE.search(last)
-        or COMPARED.match(rest[numbers[-1].end() :][:40])
-    ):
+    """Whether the last number of a marked sentence is what the sentence says of its subject, or computes.
+
+    "In 5 days, " only opens the sentence.
+    """
+    opening = re.match(r"(?i)(?:after|at|by|for|from|in|on|with)\b[^,]*,", rest)
+    start = opening.end() if opening else 0
+    *others, last = [rest[start : number.start()] for number in numbers]
+    stated = BEFORE_RESULT.search(last[-20:])  # 20: room for "equals **$"
+    if not stated or CLAUSE.search(last) or NO_RESULT.match(rest[numbers[-1].end() :][:40]):
         return False
     if stated[0].startswith("="):
         return not re.search(rf"(?i)\b{NUMBER_WORD}\b", last)
-    return not any(IS_NUMBER.search(other[-20:]) for other in others)
+    return not any(BEFORE_RESULT.search(other[-20:]) for other in others)
 
 
 def whole_number(match):

@@ -95,10 +95,10 @@ def same_meaning(answer: str, label: str) -> bool:
     and products of numbers are compared as they are written, since 10-15 may be a range and 2*3 a size; so is
     whatever has a word or a command that expressions.py does not list. Known misses, right answers marked
     wrong: 0.5 for 50\%, m+n = 5 for 5 (it may stand in the question), 2516 for 2516_8, 1:03 for 1:03 PM, 12th
-    for 12, a unit of one letter outside \text (5 m for 5), names in other capitals (BA for AB, NO for No),
-    rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion of units,
-    \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2) for "x>1
-    and x<2".
+    for 12, a unit of one letter, "sq" and "cu" outside \text (5 m for 5), names in other capitals (BA for AB,
+    NO for No), rounding, decimal commas, identities of functions, i^2 = -1, |x|, sums of matrices, conversion
+    of units, \sqrt{4x} for 2\sqrt{x} (no root of variables is worked out, since that of x^2 is not x), (1,2)
+    for "x>1 and x<2".
     Known hits: "x=1 and y=2" is "x=1 or y=2"; a list in another order, even where the order was asked for; 0x
     is 0 and 1x is x; small letters are factors (iv is vi); 2 = 7 says 7; products, quotients and powers of
     variables, fractions and roots that are left ((4a)^2 for 16a^2, \frac{84}{144} for \frac{7}{12}, \sqrt{8}
@@ -190,12 +190,17 @@ def pieces_of(answer: str) -> list:
             pieces[i] = pieces[i]._replace(name=pieces[i - 1].name)
     if "and" in found and any(token.text in (*RELATIONS[1:], "\\in") for token in tokens):
         return [Piece(("and", *sorted(((piece.name, piece.value) for piece in pieces), key=repr)))]
-    inequalities = len(pieces) > 1 and len({piece.name for piece in pieces}) == 1 and pieces[0].name
-    if inequalities and all(piece.value[0] in ("(", "[") for piece in pieces):  # x < -1 or x > 1
-        found = [part for part in parts if any(token.text in RELATIONS[1:5] for token in part)]
+    names = {piece.name for piece in pieces}
+    of_one_name = len(pieces) > 1 and len(names) == 1 and "" not in names
+    are_intervals = all(piece.value[0] in ("(", "[") for piece in pieces)
+    if of_one_name and are_intervals and all(map(is_inequality, parts)):  # x < -1 or x > 1
         values = sorted((piece.value for piece in pieces), key=repr)
-        pieces = [Piece(("union", *values), pieces[0].name)] if found == parts else pieces
+        return [Piece(("union", *values), pieces[0].name)]
     return pieces
+
+
+def is_inequality(tokens):
+    return any(token.text in ("<", ">", "\\le", "\\ge") for token in tokens)
 
 
 def split(tokens, separators):
@@ -434,8 +439,8 @@ def without_unit(tokens):
     while end > 1 and (is_unit(tokens[end - 1]) or unit and tokens[end - 1].text in joins):
         end -= 1
         word = tokens[end].text
-        if word in POWERS:  # square feet are feet 2
-            unit[-1:] = [POWERS[word], *unit[-1:]]
+        if word in POWERS:  # before feet, which are in `unit` already: from its end to its beginning
+            unit.insert(-1, POWERS[word])
         else:
             unit.append(UNITS.get(word, word))
     if not unit or tokens[end - 1].text in ("_", "^", "+", "-", "*", "/", "="):

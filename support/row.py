@@ -1,16 +1,14 @@
-"""One row of a JSON lines file -> a prompt, replies, a label. Nothing that it says is ignored in silence."""
+"""One row of a JSON lines file: its prompt, replies, label, steps. What it says is not ignored in silence."""
 
 import json
 import re
 from typing import NamedTuple
 
 from support.files import BadInput, require
-from support.graders import same_answer
 from support.row_keys import (
     CANDIDATES,
     CONTEXT,
     HARMLESS,
-    LABEL,
     NAMES,
     PAIR,
     PROMPT,
@@ -25,13 +23,16 @@ from support.row_keys import (
     pick,
     texts_in,
 )
-from support.row_labels import is_number, read_label, stated_labels
-from support.row_messages import adds_nothing, read_conversation, reply_keys, split_reply, used_contexts
+from support.row_labels import is_number, read_label, same_label, stated_labels
+from support.row_messages import adds_nothing, read_conversation, reply_keys, split_reply, used_histories
 
 
 def read_row(fields, needs, optional=()):
-    """One row's canonical keys -> values; an empty label is None, an optional one that cannot be read is left
-    out."""
+    """One row's canonical keys -> values, with its margin if it is a pair; BadInput for what would be lost.
+
+    A label that is empty, or in a box that cannot be read whole, is None; an optional one that is no final
+    answer is left out.
+    """
     wanted = [*needs, *(key for key in optional if states(fields, key))]
     row = {}
     refuse_header(fields)
@@ -61,7 +62,7 @@ def read_row(fields, needs, optional=()):
 
 
 def keys_read(fields, row):
-    """{key of the row: what it was read as}, for a row as read_row returns it"""
+    """{key of the row: what it was read as}, for the canonical keys that read_row found"""
     read = {}
     for names in (PROMPT, CONTEXT, SYSTEM) if "prompt" in row else ():
         name, value = pick(fields, names)
@@ -69,7 +70,7 @@ def keys_read(fields, row):
             read[name] = "prompt"
     keys = reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ()
     split = {name: split_reply(fields[name], name) for _, name in keys}
-    contexts = used_contexts(fields, row, keys, split)
+    contexts = used_histories(fields, row, keys, split)
     _, stated = pick(fields, PROMPT)
     known = len(stated) if isinstance(stated, list) else int(stated is not None)  # messages
     for key, name in keys:
@@ -77,7 +78,7 @@ def keys_read(fields, row):
         parts += [key] * (key in row and key in REPLIES)
         read |= {name: " and ".join(parts)} if parts else {}
     for name, label in stated_labels(fields) if row.get("label") is not None else ():
-        if label == row["label"] or label is not None and same_answer(label, row["label"], "math"):
+        if same_label(label, row["label"]):
             read[name] = f"{read[name]} and label" if name in read else "label"
     read |= {"responses": "responses"} if "responses" in row else {}
     read |= {"labels": "labels"} if "labels" in row else {}
@@ -88,8 +89,7 @@ def keys_read(fields, row):
 
 def states(fields, key):
     """Whether a row says something of an optional key."""
-    names = LABEL if key == "label" else NAMES[key]
-    return any(not is_empty(fields.get(name)) for name in names)
+    return any(not is_empty(fields.get(name)) for name in NAMES[key])
 
 
 def read_margin(value):
@@ -127,7 +127,7 @@ class Step(NamedTuple):
     """A step of an answer and what it was found to be."""
 
     text: str  # ends with a line break, unless it is the last one of a finished answer
-    label: float  # 1 right, 0 neutral, -1 wrong
+    label: float  # from 1, right, by 0, neutral, to -1, wrong
 
 
 def read_steps(fields):
@@ -171,8 +171,8 @@ def refuse_header(fields):
 
 
 def refuse_verdict(fields):
-    """BadInput for a label that is no answer, wanted or not: TRL's unpaired preferences and PRM800K have
-    verdicts on the response there."""
+    """BadInput for a label that is no answer, wanted or not: TRL's unpaired preferences have a verdict on the
+    response there."""
     verdict = fields.get("label")
     require(
         is_empty(verdict) or isinstance(verdict, str) or is_number(verdict),

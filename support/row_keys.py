@@ -1,7 +1,7 @@
 """The keys of a row: what each of them says, in which spellings, and which of them say nothing.
 
-Every key is one of three: it says something this project uses (PROMPT to CONVERSATION), it is known to carry
-nothing for training (HARMLESS), or the row is refused by name, unless --ignore_keys lists the key.
+Every key of a row is one of three: it is read (SPEAKING, and CANDIDATES, STEPS or SAMPLED by the stages that
+use them), it may say what it likes (HARMLESS), or the row is refused by name, unless --ignore_keys lists it.
 """
 
 import json
@@ -29,7 +29,8 @@ def names_in(text):
     return set(text.split())
 
 
-# Keys that carry nothing for training: what a prompt is about, unless that is a part of the prompt ...
+# Keys that say nothing that is trained on, but for SAMPLED: what a prompt is about, unless that is a part of
+# the prompt ...
 OF_PROMPTS = names_in(
     """
     category categories subject level type difficulty domain topic task tags language lang source sources
@@ -54,14 +55,14 @@ OF_REPLIES = names_in(
     """
 )
 HARMLESS = OF_PROMPTS | OF_ROWS | OF_REPLIES
-# needs -> the keys that can supply it, for messages
+# needs -> the keys that can supply it
 NAMES = {
     "prompt": PROMPT,
     "response": (*RESPONSE, "answer", "solution"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "responses": ("responses",),
-    "label": ("label", "answer"),
+    "label": LABEL,
 }
 
 
@@ -80,7 +81,10 @@ def is_empty(value):
 
 
 def pick(fields, names):
-    """-> (key, value) of the one key among `names` that says something; BadInput if two of them disagree"""
+    """-> (key, value) of the one key among `names` that says something, or (None, None)
+
+    Raises BadInput if two of them disagree.
+    """
     found = [name for name in names if not is_empty(fields.get(name))]
     if not found:
         return None, None
@@ -97,10 +101,9 @@ def missing(fields, key):
     """The BadInput for a row that does not say `key`."""
     for name in sorted(NAMES[key], key=lambda name: not is_empty(fields.get(name))):
         if name in fields:
-            return BadInput(
-                f"{name} is {json.dumps(fields[name])[:60]}; expected a text that is not empty, "
-                'or a list of {"role", "content"} messages'
-            )
+            kinds = 'a text that is not empty, or a list of {"role", "content"} messages'
+            expected = "a list of texts" if name == "responses" else kinds
+            return BadInput(f"{name} is {json.dumps(fields[name])[:60]}; expected {expected}")
     for name in CONVERSATION:
         if key == "response" and not is_empty(fields.get(name)):
             return BadInput(f"{name} ends with a message of the user; expected the assistant's reply")

@@ -13,10 +13,11 @@ from support.row_keys import LABEL, NAMES, is_empty, missing
 from support.surroundings import NUMBER_WORD
 
 
-def read_label(fields, response=None):
-    """The label of a row as text, None if it is empty; BadInput if two fields state different values.
+def read_label(fields, reply_key=None):
+    """The label of a row as text, None if it is empty or in a box that cannot be read whole.
 
-    response   the field that supplies the response, which may well be wrong
+    reply_key   the key that the response is read from, which may well be wrong
+    Raises BadInput for no final answer, and if two keys state different ones.
     """
     found = stated_labels(fields)
     if not found:
@@ -25,7 +26,7 @@ def read_label(fields, response=None):
         raise missing(fields, "label")
     (first, label), *others = found
     for name, other in others:
-        if None in (label, other) or name == response:
+        if None in (label, other) or name == reply_key:
             continue
         differ = is_final(label) and is_final(other) and not same_answer(label, other, "math")
         require(
@@ -59,7 +60,7 @@ def same_label(one, other):
     return one == other or None not in (one, other) and same_answer(one, other, "math")
 
 
-# Labels that say that there is none, as pandas writes it.
+# Texts that say that there is none, as pandas writes it.
 ABSENT = ("nan", "NaN", "None", "none", "null", "NULL", "N/A", "n/a", "NA", "<NA>", "#N/A", "undefined")
 ANSWER_IS = re.compile(r"(?i)\W*(?:the\s+)?(?:final\s+|correct\s+)?answer(?:\s+is\b|\s*:)\s*:?")
 
@@ -71,7 +72,8 @@ def is_final(answer):
 
 
 def label_in(fields, name):
-    """What a field states as label, None if its box cannot be read whole; 1e-05 is 0.00001."""
+    """What a field states as label (1e-05 is 0.00001), None if its box cannot be read whole, or if nothing
+    follows "The answer is"; BadInput for what is no final answer."""
     value = fields[name]
     if isinstance(value, str):
         value = without_thoughts(value)

@@ -22,14 +22,14 @@ from support.tokenizers import ROLES, is_conversation
 
 
 def read_conversation(fields, wanted):
-    """Prompt and replies of one row: one prompt for all replies, and all of it."""
+    """{"prompt", "response" ...} of one row: one prompt for all replies, and all of it."""
     keys = reply_keys(fields, wanted)
     split = {name: split_reply(fields[name], name) for _, name in keys}
     replies = {key: split[name][1] for key, name in keys}
-    contexts = used_contexts(fields, wanted, keys, split)
-    for name, context in contexts.items():
+    histories = used_histories(fields, wanted, keys, split)
+    for name, history in histories.items():
         reads_reply = bool({*wanted} - {"prompt", "label"})
-        goes_on = reads_reply and split[name][1] is None and context != split[name][0]
+        goes_on = reads_reply and split[name][1] is None and history != split[name][0]
         require(
             not goes_on,
             f"{name} goes on after the prompt and its reply, and ends with another message of the user;"
@@ -40,7 +40,7 @@ def read_conversation(fields, wanted):
             raise missing(fields, key)
     check_same_reply(replies, wanted)
     if "prompt" in wanted:
-        prompt = join_context(read_prompt(fields), common_context(contexts))
+        prompt = whole_prompt(read_prompt(fields), common_history(histories))
         if prompt is None:
             raise missing(fields, "prompt")
         prompt = with_system(prompt, fields)
@@ -53,24 +53,25 @@ def read_conversation(fields, wanted):
     return replies
 
 
-def used_contexts(fields, wanted, keys, split):
-    """{key of the row: the messages before its reply}, up to the stated prompt where that reply is not used.
+def used_histories(fields, wanted, keys, split):
+    """{reply key of the row: the messages before its reply}; up to the stated prompt if it is not used.
 
     A reply is used if its key is wanted, or if its text is that of a wanted one: it answers all that is
     before it. chosen and rejected answer the same.
     """
     stated = read_prompt(fields) if "prompt" in wanted else None
-    replies = {name: said(reply) for name, (_, reply) in split.items() if reply}
+    replies = {name: last_text(reply) for name, (_, reply) in split.items() if reply}
     used = {replies[name] for key, name in keys if key in wanted and name in replies}
     given = fields.get("responses") if "responses" in wanted else None
-    used |= {text.strip() for text in given if isinstance(text, str)} if isinstance(given, list) else set()
+    if isinstance(given, list):
+        used |= {text.strip() for text in given if isinstance(text, str)}
     whole = {name for key, name in keys if key in wanted or replies.get(name) in used}
-    whole |= {*PAIR} if whole & {*PAIR} else set()
-    contexts = {name: context for name, (context, _) in split.items()}
-    return {
-        name: context if name in whole else up_to_prompt(context, stated)
-        for name, context in contexts.items()
-    }
+    if whole & {*PAIR}:
+        whole |= {*PAIR}
+    histories = {}
+    for name, (history, _) in split.items():
+        histories[name] = history if name in whole else up_to_prompt(history, stated)
+    return histories
 
 
 def reply_keys(fields, wanted):
@@ -79,10 +80,8 @@ def reply_keys(fields, wanted):
     if "response" in wanted:
         name, _ = pick(fields, RESPONSE)
         graded = "label" in wanted
-        others = (
-            (name, *CONVERSATION, *SOLUTION) if name or not has_empty_text(fields, RESPONSE, graded) else ()
-        )
-        name = next((name for name in others if name and not is_empty(fields.get(name))), None)
+        if name is None and not has_empty_text(fields, RESPONSE, graded):
+            name = next((key for key in (*CONVERSATION, *SOLUTION) if not is_empty(fields.get(key))), None)
         if name == "answer" and has_empty_text(fields, ("solution",)):
             name = None
         require(
@@ -112,54 +111,60 @@ def has_empty_text(fields, names, or_null=False):
 
 def check_same_reply(replies, wanted):
     """BadInput if `messages` ends with another reply than those that are used: it would be lost."""
-    used = [said(replies[key]) for key in ("response", "chosen", "rejected") if key in wanted]
+    used = [last_text(replies[key]) for key in ("response", "chosen", "rejected") if key in wanted]
     for name in CONVERSATION:
         if used and replies.get(name) is not None:
             others = " and ".join(key for key in wanted if key in REPLIES)
-            require(said(replies[name]) in used, f"{name} ends with another reply than {others}")
+            require(last_text(replies[name]) in used, f"{name} ends with another reply than {others}")
 
 
-def said(reply):
-    """The text of a reply."""
-    return reply.strip() if isinstance(reply, str) else reply[-1]["content"].strip()
+def last_text(said):
+    """A text, or that of the last of some messages, without blanks around it."""
+    return said.strip() if isinstance(said, str) else said[-1]["content"].strip()
 
 
-def common_context(contexts):
+def as_messages(prompt):
+    """A prompt as messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def common_history(histories):
     """The messages before every reply; BadInput if they differ, or if only one of a pair has any."""
-    if "chosen" in contexts and "rejected" in contexts:
-        same = contexts["chosen"] == contexts["rejected"]
+    if "chosen" in histories and "rejected" in histories:
+        same = histories["chosen"] == histories["rejected"]
         require(same, "chosen and rejected answer different messages; expected one prompt for both")
-    (first, context), *others = [(name, found) for name, found in contexts.items() if found] or [(None, [])]
+    (first, history), *others = [item for item in histories.items() if item[1]] or [(None, [])]
     for name, other in others:
-        require(other == context, f"{first} and {name} answer different messages; expected one prompt")
-    return context
+        require(other == history, f"{first} and {name} answer different messages; expected one prompt")
+    return history
 
 
-def up_to_prompt(context, prompt):
+def up_to_prompt(history, prompt):
     """The messages of a conversation up to the last one that is the stated prompt, if it goes on after that.
 
     So a conversation whose reply is not wanted adds what was said before a prompt, and nothing after it.
     """
-    asked = [message["role"] == "user" and message["content"].strip() for message in context]
+    asked = [message["role"] == "user" and message["content"].strip() for message in history]
     if isinstance(prompt, str) and prompt.strip() in asked:
-        return context[: len(context) - asked[::-1].index(prompt.strip())]
-    if isinstance(prompt, list) and context[: len(prompt)] == prompt:
+        return history[: len(history) - asked[::-1].index(prompt.strip())]
+    if isinstance(prompt, list) and history[: len(prompt)] == prompt:
         return prompt
-    return context
+    return history
 
 
-def join_context(prompt, context):
-    """The prompt that a row states and the messages before its replies, which must contain it."""
-    if not context:
-        return prompt
-    if isinstance(prompt, str):
-        asked = [message["content"].strip() for message in context if message["role"] == "user"]
+def whole_prompt(stated, history):
+    """The messages before a row's replies, or the prompt that it states if there are none; BadInput if they
+    do not contain it."""
+    if not history:
+        return stated
+    if isinstance(stated, str):
+        asked = [message["content"].strip() for message in history if message["role"] == "user"]
         require(
-            prompt.strip() in asked, "the conversation does not contain the prompt; expected the same one"
+            stated.strip() in asked, "the conversation does not contain the prompt; expected the same one"
         )
     else:
-        require(prompt in (None, context), "the conversation goes on from other messages than the prompt's")
-    return context
+        require(stated in (None, history), "the conversation goes on from other messages than the prompt's")
+    return history
 
 
 def is_dialogue(value):
@@ -182,7 +187,7 @@ def hh_messages(text):
     parts = re.split(r"(\A\n\nSystem|\n\nHuman|\n\nAssistant):", text)[1:]
     role = {"Human": "user", "Assistant": "assistant", "System": "system"}
     return [
-        {"role": role[name.strip()], "content": said.strip()} for name, said in zip(parts[0::2], parts[1::2])
+        {"role": role[name.strip()], "content": text.strip()} for name, text in zip(parts[0::2], parts[1::2])
     ]
 
 
@@ -200,8 +205,8 @@ def check_messages(value, name):
         )
         role = message["role"]
         require(role in ROLES, f"{name}: a message of role {role!r}; expected {', '.join(ROLES)}")
-        said = not is_empty(message["content"]) or role == "system"
-        require(said, f"{name}: the content of a message of the {role} is empty")
+        says_something = not is_empty(message["content"]) or role == "system"
+        require(says_something, f"{name}: the content of a message of the {role} is empty")
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -275,7 +280,7 @@ def read_prompt(fields):
 
 
 def prompt_text(row):
-    """The prompt of a row that states it as a text, whether or not it has a system message; else None."""
+    """The prompt that a row states as a text, alone if it has a system message; None if it states none so."""
     prompt = row["prompt"]
     if isinstance(prompt, str):
         return prompt
@@ -286,8 +291,7 @@ def prompt_text(row):
 def plain_prompt(prompt):
     """A prompt as a text that is the same for a text and for one message of it, with blanks around it or
     not."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return str([(message["role"], message["content"].strip()) for message in messages])
+    return str([(message["role"], message["content"].strip()) for message in as_messages(prompt)])
 
 
 def with_system(prompt, fields):
@@ -297,7 +301,7 @@ def with_system(prompt, fields):
         return prompt
     require(isinstance(system, str), f"{name} is {json.dumps(system)[:60]}; expected a text")
     first = {"role": "system", "content": system}
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = as_messages(prompt)
     if messages[0]["role"] != "system":
         return [first, *messages]
     require(messages[0] == first, f"{name} differs from the system message of the conversation; expected one")

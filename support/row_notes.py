@@ -8,7 +8,6 @@ from support.meanings import is_value
 from support.row_keys import (
     CONTEXT,
     CONVERSATION,
-    LABEL,
     OF_PROMPTS,
     OF_ROWS,
     PAIR,
@@ -21,7 +20,7 @@ from support.row_keys import (
     texts_in,
 )
 from support.row_labels import ABSENT
-from support.row_messages import plain_prompt, reply_keys, said, says_none
+from support.row_messages import hh_messages, is_hh, last_text, plain_prompt, says_none
 from support.tokenizers import is_conversation
 
 
@@ -31,7 +30,7 @@ def replies_of(row):
     replies += [("responses", text) for text in row.get("responses", [])]
     if "steps" in row:
         replies.append(("completions", "".join(step.text for step in row["steps"])))
-    return [(key, said(reply)) for key, reply in replies]
+    return [(key, last_text(reply)) for key, reply in replies]
 
 
 # Keys that may hold a verdict on the reply, beside label; keys that may do so in words; and these words.
@@ -71,6 +70,7 @@ def replied(row):
     """The text of a row's reply, whether or not it is wanted; "" if there is none."""
     found = [row["fields"].get(name) for name in (*RESPONSE, "chosen", *CONVERSATION, *SOLUTION)]
     value = next((value for value in found if not is_empty(value)), "")
+    value = hh_messages(value) if isinstance(value, str) and is_hh(value) else value
     if not is_conversation(value):
         return str(value)
     return value[-1]["content"] if value[-1]["role"] == "assistant" else ""
@@ -128,7 +128,7 @@ def rated_pairs(raw):
 def notes_on_pairs(rows):
     """What the user should know of pairs that are used against what they, or others, say: list of texts."""
     pairs = [pair for row in rows for pair in rated_pairs(row["raw"])]
-    texts = [[re.sub(r"\s*/\s*10?\Z", "", str(x)) for x in pair] for pair in pairs]  # 8/10
+    texts = [[re.sub(r"\s*/\s*10\Z", "", str(x)) for x in pair] for pair in pairs]  # 8/10
     rated = [[float(x) for x in pair] for pair in texts if all(map(DECIMAL.fullmatch, pair))]
     lower = sum(chosen < rejected for chosen, rejected in rated)
     equal = sum(chosen == rejected for chosen, rejected in rated)
@@ -147,7 +147,7 @@ def notes_on_pairs(rows):
     orders = []  # (prompt, chosen, rejected)
     for row in rows:
         prompt = plain_prompt(row["prompt"]) if "prompt" in row else ""
-        orders.append((prompt, said(row["chosen"]), said(row["rejected"])))
+        orders.append((prompt, last_text(row["chosen"]), last_text(row["rejected"])))
     known = {order for order in orders if order[1] != order[2]}
     turned = sum((prompt, rejected, chosen) in known for prompt, chosen, rejected in orders)
     if turned:
@@ -157,7 +157,7 @@ def notes_on_pairs(rows):
 
 def notes_on_sides(rows):
     """Which beginning or end most replies of one side of the pairs have, and few of the other: texts"""
-    sides = {side: [said(row[side]) for row in rows] for side in ("chosen", "rejected")}
+    sides = {side: [last_text(row[side]) for row in rows] for side in ("chosen", "rejected")}
     notes = []
     for where, part, least in (("begin", slice(20), 0), ("end", slice(-20, None), 20)):
         counts = {
@@ -174,7 +174,7 @@ def notes_on_sides(rows):
 def notes_on_replies(rows, needs):
     """What the user should know of replies that are learned from whatever is said of them: list of texts."""
     if "label" in needs:
-        same = [row for row in rows if reads_one_field(row["fields"], needs)]
+        same = [row for row in rows if "response and label" in row["read"].values()]
         where = f"line {same[0]['line']}" if same else ""
         says = f"{len(same)} rows have reply and label in one field ({where}): they grade themselves"
         return [says] if same else []
@@ -206,12 +206,6 @@ def kinds_of(values):
     """The words of a key that sorts its rows into a few kinds, in order; none if it has only one, or many."""
     words = words_of(values)
     return sorted(words) if 1 < len(words) <= 10 and 2 * len(words) <= len(values) else []
-
-
-def reads_one_field(fields, needs):
-    """Whether the response of a row is the text that states its label."""
-    stating = next(name for name in LABEL if not is_empty(fields.get(name)))
-    return dict(reply_keys(fields, needs))["response"] == stating
 
 
 def notes_on_prompts(rows):
@@ -267,7 +261,7 @@ def notes_on_spelling(rows):
 
     Replies whose sampled ids are known are not read as text.
     """
-    rows = [row for row in rows if "tokenizer" not in row["sampled"]]
+    rows = [row for row in rows if not row["sampled"]]
     texts = [texts_in([row["fields"][key] for key in row["read"]]) for row in rows]
     said = ["\0".join(of_row) for of_row in texts]
     flat = [[text for text in of_row if "\n" not in text and "\\n" in text] for of_row in texts]
@@ -292,18 +286,20 @@ NO_INPUT = re.compile(r"(?i)no\s?\w*\s?input|[无無没沒不]\w{0,4}[输輸]入
 
 
 def notes_on_absent(rows):
-    """Which keys have texts such as "nan", by which a tool says that there is none: list of texts"""
+    """Which keys have texts such as "nan", by which a tool says that there is none, and prompts to which such
+    a text was joined: list of texts"""
     found = {}  # key -> such texts
+    joined = []
     for row in rows:
         stated = [(key, row["fields"][key]) for key, what in row["read"].items() if what == "prompt"]
+        none = none_in(last_text(row["prompt"])) if "prompt" in row else None
+        if none and none not in [text.strip() for _, text in stated if isinstance(text, str)]:
+            joined.append(none)
         for key, text in [*stated, *replies_of(row)]:
             if isinstance(text, str) and (text.strip() in ABSENT or says_none(text)):
                 found.setdefault(key, []).append(text.strip())
     says = "which is used like other texts"
     notes = [f"{len(texts)} rows have {key} {texts[0]!r}, {says}" for key, texts in sorted(found.items())]
-    prompts = [said(row["prompt"]) for row in rows if "prompt" in row]
-    alone = {text for texts in found.values() for text in texts}  # noted already
-    joined = [none for none in map(none_in, prompts) if none and none not in alone]
     if joined:
         notes.append(f"{len(joined)} prompts have {joined[0]!r} at the end of a line, {says}")
     return notes
@@ -311,8 +307,6 @@ def notes_on_absent(rows):
 
 def none_in(prompt):
     """What says "no input" in a prompt to which it was joined, at the end of a line; or None."""
-    if not NO_INPUT.search(prompt) and not says_none(prompt.rpartition("\n")[2]):
-        return None
     lines = [line for line in prompt.split("\n") if line.strip()]
     ends = [line.rpartition(": ")[2].strip() for line in lines]
     found = [end for end in ends if says_none(end) and (NO_INPUT.search(end) or end == lines[-1].strip())]
@@ -369,7 +363,7 @@ def notes_on_steps(rows):
     labels = collections.defaultdict(set)  # (prompt, the texts so far, all as one number) -> labels
     for row in rows:
         place = hash(plain_prompt(row["prompt"])) if "prompt" in row else 0
-        for step in row.get("steps", ()):
+        for step in row["steps"]:
             place = hash((place, step.text.strip()))
             labels[place].add(step.label)
     several = sum(len(of_step) > 1 for of_step in labels.values())
@@ -377,7 +371,7 @@ def notes_on_steps(rows):
     return [f"{several} steps {says}"] if several else []
 
 
-# "21\\text{ dogs}"; "12\\text{ and }13" is a list.
+# "21\text{ dogs}"; "12\text{ and }13" is a list.
 HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{(?!\s*(?:and|or)\b)[^{}]*[a-z]{3}")
 
 
@@ -398,17 +392,17 @@ def has_words(row):
 
 
 def is_asked_for_as_list(row):
-    """Of 70,110: its prompt says that commas separate values."""
+    """Whether a label is a number with thousands, and its prompt says that commas separate values."""
     is_number = re.fullmatch(r"\d{1,3}(?:,\d{3})+", row["label"])
-    return is_number is not None and "prompt" in row and "commas" in said(row["prompt"])
+    return is_number is not None and "prompt" in row and "commas" in last_text(row["prompt"])
 
 
-LABELS = {  # what labels of a kind are noted for
+KINDS_OF_LABELS = {  # what labels of a kind are noted for
     is_sentence: "have more than 8 words",
     has_three_zeros: "have a point and three zeros, which is read as decimals",
     has_many_decimals: "have 12 decimals or more",
 }
-MATH_LABELS = {
+KINDS_OF_MATH_LABELS = {
     has_words: "have words beside a number, which an answer needs, too",
     is_asked_for_as_list: "are read as one number, and their prompts ask for values with commas",
 }
@@ -418,7 +412,8 @@ def notes_on_labels(rows, task):
     """Which labels may be no final answers, or are read in another way than they are meant: list of texts"""
     labelled = [row for row in rows if row.get("label") is not None]
     notes = []
-    for is_kind, says in {**LABELS, **(MATH_LABELS if task == "math" else {})}.items():
+    kinds = KINDS_OF_LABELS | (KINDS_OF_MATH_LABELS if task == "math" else {})
+    for is_kind, says in kinds.items():
         found = [row for row in labelled if is_kind(row)]
         if found:
             first = f"line {found[0]['line']} has {found[0]['label'][:60]!r}"
@@ -435,7 +430,7 @@ def are_places(rows):
 
 
 def notes_on_keys(rows, needs):
-    """Keys that sort rows, or join them, and are not used: list of texts"""
+    """Which keys sort rows, or join them, and are not used: list of texts"""
     notes = []
     unused = ("split", "label", "correct") if "chosen" in needs else ("split",)
     for key in unused:
@@ -452,18 +447,23 @@ def notes_on_keys(rows, needs):
         if joined:
             says = f"{len(joined)} values of {key} have several prompts, each of which is used on its own"
             notes.append(f"{says}; a dialogue is one row of messages")
+    return notes
+
+
+def notes_on_values(rows):
+    """What prompts, replies, labels and margins say that may not be meant: list of texts"""
+    notes = notes_on_boxes(rows)
+    if are_places(rows):
+        notes.append("all labels could be places in responses; they are read as answers")
     labels = collections.defaultdict(set)
     for row in rows:
         if row.get("label") is not None and "prompt" in row:
             labels[plain_prompt(row["prompt"])].add(row["label"])
-    notes += notes_on_boxes(rows)
-    if are_places(rows):
-        notes.append("all labels could be places in responses; they are read as answers")
     several = sum(len(of_prompt) > 1 for of_prompt in labels.values())
     if several:
         notes.append(f"{several} prompts have more than one label, each of which is right in its own row")
     echoed = sum(
-        said(row["prompt"]) in [reply for _, reply in replies_of(row)] for row in rows if "prompt" in row
+        last_text(row["prompt"]) in [reply for _, reply in replies_of(row)] for row in rows if "prompt" in row
     )
     if echoed:
         notes.append(f"{echoed} rows have a reply that is the prompt itself")
@@ -471,7 +471,7 @@ def notes_on_keys(rows, needs):
     if negative:
         notes.append(f"{negative} rows have a negative margin: the rejected reply may score higher")
     marked = sum(
-        re.search(r"#### ?[-$]?\d", said(row["prompt"])) is not None for row in rows if "prompt" in row
+        re.search(r"#### ?[-$]?\d", last_text(row["prompt"])) is not None for row in rows if "prompt" in row
     )
     if marked:
         notes.append(f"{marked} prompts have ####, which marks an answer")

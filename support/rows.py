@@ -6,7 +6,7 @@ import re
 from support.files import BadInput, at_line, read_jsonl, require
 from support.row import keys_read, read_row
 from support.row_keys import CONVERSATION, HARMLESS, PAIR, PROMPT, RESPONSE, SAMPLED, SOLUTION, is_empty
-from support.row_messages import reply_keys, said
+from support.row_messages import last_text, reply_keys
 from support.row_notes import (
     notes_on_absent,
     notes_on_contexts,
@@ -16,6 +16,7 @@ from support.row_notes import (
     notes_on_replies,
     notes_on_spelling,
     notes_on_steps,
+    notes_on_values,
     replied,
     replies_of,
     verdicts_among,
@@ -37,7 +38,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
        "read": {key of fields: what it was read as}, "sampled": see data.sampled_ids}. A prompt is a text or a
        list of {"role", "content"} that does not end with the assistant; a reply is a text or a list of one
        assistant message; a label is a text; steps are a list of Step. Beside "responses" a row may have
-       "labels".
+       "labels", a pair a "margin".
     Raises BadInput with the line number for a row that lacks something or says something that would be lost.
     """
     rows = []
@@ -58,7 +59,7 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         log(f"{path}: the first {limit} rows are read (--limit)")
     if unlabelled:
         log(f"{path}: dropped {unlabelled} rows with an empty or unreadable label; {len(rows)} left")
-    require(rows, f"{path}: no row is left: every label is empty")
+    require(rows, f"{path}: no row is left: every label is empty or unreadable")
     refuse_replaced(path, rows, needs)
     with at_line(path, rows[0]["line"]):
         notes = refuse_repeated(rows) + refuse_marked(rows)
@@ -70,14 +71,14 @@ def load_rows(path, needs, limit=0, optional=(), ignore_keys=(), log=print):
         notes += notes_on_pairs(rows)
     if "response" in needs:
         notes += notes_on_replies(rows, needs)
-    notes += notes_on_prompts(rows) + notes_on_keys(rows, needs)
+    notes += notes_on_prompts(rows) + notes_on_keys(rows, needs) + notes_on_values(rows)
     for note in notes + notes_on_absent(rows) + notes_on_contexts(rows) + notes_on_spelling(rows):
         log(f"{path}: note: {note}")
     return rows
 
 
 def sampled_in(fields):
-    """What a row says of sampled ids: of a reply, and by a tokenizer that names its fingerprint; else {}."""
+    """A row's sampled ids with the fingerprint of their tokenizer; {} without it, or ids of a reply."""
     sampled = {key: fields[key] for key in SAMPLED if fields.get(key) is not None}
     has_ids = not {"ids", "chosen_ids", "rejected_ids"}.isdisjoint(sampled)
     is_named = re.fullmatch("[0-9a-f]{64}", str(sampled.get("tokenizer")))  # sha256
@@ -93,12 +94,13 @@ def goes_on(lines):
 
 
 def refuse_repeated(rows):
-    """BadInput for a file most of whose replies have their prompts in them; in one row it can be chance."""
+    """BadInput for a file most of whose replies have their prompts in them; in one row it can be chance, and
+    is noted: list of texts."""
     found = {}
     for row in rows:
         for key, reply in replies_of(row) if "prompt" in row else ():
             stated = [row["fields"].get(name) for name in PROMPT]  # without its context
-            prompts = [said(row["prompt"]), *(text.strip() for text in stated if isinstance(text, str))]
+            prompts = [last_text(row["prompt"]), *(text.strip() for text in stated if isinstance(text, str))]
             repeated = [prompt[:40] for prompt in prompts if prompt and repeats(prompt, reply)]
             found.setdefault(key, []).append(repeated[0] if repeated else None)
     says = "replies begin with their prompt, or have it after a header, which would be trained on"
@@ -159,16 +161,16 @@ SERIALISED = re.compile(
 
 
 def refuse_marked(rows):
-    """BadInput if most prompts, or replies, begin or end with the spelling of a special token.
+    """BadInput if most prompts, or replies, have marks of a chat in them; else notes: list of texts.
 
-    It would be read letter by letter, beside the token itself. A reply whose ids are known is not read as
-    text.
+    Spellings of special tokens, where a text begins or ends, would be read letter by letter; messages written
+    as text, and turns inside a reply, as one message. A reply whose ids are known is not read as text.
     """
     prompted = [row for row in rows if "prompt" in row]  # replies without prompts are only graded
     prompts = {"prompt": [text for row in prompted for text in texts_of(row["prompt"])]}
     replies = {}
     for row in prompted:
-        for key, reply in replies_of(row) if "tokenizer" not in row["sampled"] else ():
+        for key, reply in () if row["sampled"] else replies_of(row):
             replies.setdefault(key, []).append(reply)
     token = "the spelling of a special token, which would be read as letters (a chat template was applied?)"
     notes = []
@@ -191,7 +193,7 @@ def refuse_marked(rows):
 
 def texts_of(prompt):
     """The texts of a prompt's messages, without blanks around them."""
-    return [prompt.strip()] if isinstance(prompt, str) else [said([message]) for message in prompt]
+    return [prompt.strip()] if isinstance(prompt, str) else [last_text([message]) for message in prompt]
 
 
 def spelled(texts, marker):

@@ -37,7 +37,7 @@ from parallel import Grid
 from support import loading, settings
 from support.files import BadInput, read_jsonl
 from support.graders import grade, gsm8k_label
-from support.row_messages import said
+from support.row_messages import last_text
 from support.row_notes import used_keys
 from support.tokenizers import Tokenizer
 
@@ -1829,14 +1829,14 @@ def test_a_conversation_that_goes_on_is_used_up_to_the_prompt_that_a_row_states(
     """As Dataset.map leaves it: prompt and response of the first exchange beside the whole transcript."""
     row = {"prompt": "first", "response": "one", "label": "1", "chosen": longer, "rejected": longer}
     [read] = load_rows(file(row), needs)
-    assert said(read["prompt"]) == "first" and said(read.get("response", "one")) == "one"
+    assert last_text(read["prompt"]) == "first" and last_text(read.get("response", "one")) == "one"
     assert not {"chosen", "rejected"} & set(read["read"])
     last = row | {"prompt": "second", "response": "two"}
     [read] = load_rows(file(last), needs)
     assert [message["content"] for message in read["prompt"]] == ["first", "one", "second"]
     assert read["read"]["chosen"] == "prompt"
     [read] = load_rows(file(row), ("prompt", "chosen", "rejected"))
-    assert said(read["prompt"]) == "second" and read["read"]["chosen"] == "prompt and chosen"
+    assert last_text(read["prompt"]) == "second" and read["read"]["chosen"] == "prompt and chosen"
 
 
 @pytest.mark.parametrize("longer", [LONGER, LONGER_HH], ids=["messages", "HH-RLHF"])
@@ -1866,7 +1866,7 @@ def test_messages_that_are_longer_than_the_prompt(file):
     [read] = load_rows(file(row | {"prompt": [user("first")], "messages": LONGER}), ("prompt",))
     assert read["prompt"] == [user("first")] and "messages" not in read["read"]
     [read] = load_rows(file(row), ONE)  # the reply of messages answers all that is before it
-    assert said(read["prompt"]) == "second" and said(read["response"]) == "two"
+    assert last_text(read["prompt"]) == "second" and last_text(read["response"]) == "two"
     with pytest.raises(BadInput, match="line 1: messages ends with a message of the user"):
         load_rows(file({"messages": LONGER[:3]}), ONE)
     with pytest.raises(BadInput, match="line 1: messages is .*expected .* a list of"):
