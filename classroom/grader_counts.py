@@ -4,7 +4,8 @@
 
     --gsm8k, --math   rows with labels, in any spelling that --data takes. Each label is changed by one random
                       character, 8 times, and graded as an answer to the label it came from: a change that
-                      alters the value must not be judged equal.
+                      alters the value must not be judged equal. Of GSM8K's own rows the last sentence of
+                      each solution is graded, too, behind "#### ", as models write it.
     --math_verify     a checkout of github.com/huggingface/Math-Verify: the (gold, prediction, expected)
                       triples of its tests are read from the source and judged, not run.
     --show            also lists what was judged otherwise than expected
@@ -29,6 +30,7 @@ from support.graders import extract_answer, grade, same_answer
 from support.rows import load_rows
 
 CHANGES = 8  # of each label
+SENTENCES = {"right": "right", "none": "claim nothing", "other": "claim another number"}
 MARKS = {"gsm8k": ("#### {}", r"\boxed{{{}}}", "The answer is {}"), "math": (r"\boxed{{{}}}",)}
 
 # -------------------------------------------------------------------------------- changed labels
@@ -99,6 +101,29 @@ def changed_labels(labels, task):
     return altered, equal
 
 
+# -------------------------------------------------------------------------------- last sentences
+
+
+def last_sentence(solution):
+    """The last sentence of a solution without its "####" line and calculator notes; "" if it has none."""
+    lines = [line for line in solution.split("\n") if line.strip() and "####" not in line]
+    sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", lines[-1].strip()) if lines else [""]
+    return re.sub(r"<<[^<>]*>>", "", sentences[-1])
+
+
+def graded_sentences(rows):
+    """{"right", "none" (nothing is claimed), "other" (another number): [(sentence, label)]}"""
+    found = {"right": [], "none": [], "other": []}
+    for row in rows:
+        text = row["fields"].get("answer")
+        if isinstance(text, str) and "####" in text:
+            sentence = last_sentence(text)
+            claim, right = grade(f"#### {sentence}", row["label"], "gsm8k")
+            kind = "right" if right else "none" if claim is None else "other"
+            found[kind].append((sentence, row["label"]))
+    return found
+
+
 # -------------------------------------------------------------------------------- Math-Verify's triples
 
 
@@ -158,11 +183,18 @@ def judged_triples(directory):
 
 def print_changes(path, task, show):
     """The line of a file of labels, with --show also what was judged equal."""
-    labels = [row["label"] for row in load_rows(path, ("label",))]
+    rows = load_rows(path, ("label",))
+    labels = [row["label"] for row in rows]
     altered, equal = changed_labels(labels, task)
     print(f"{task}: {len(equal)} of {altered} changes of {len(labels)} labels judged equal ({path})")
     for label, text in equal if show else ():
         print(f"  {text!r} for {label!r}")
+    found = graded_sentences(rows) if task == "gsm8k" else {}
+    if any(found.values()):
+        counted = [f"{len(found[kind])} {says}" for kind, says in SENTENCES.items()]
+        print(f"{task}: last sentences behind ####: {', '.join(counted)} ({path})")
+        for sentence, label in found["other"] if show else ():
+            print(f"  {sentence!r} for {label!r}")
 
 
 def print_triples(directory, show):

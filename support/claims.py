@@ -111,6 +111,11 @@ CLAUSE = re.compile(
     r"|\d.*(?:\b(?:and|or|after|before|by|for|when|until|unless|once|although|though|whereas|given|assuming"
     r"|meaning|with)\b|[;(]|,\s|\s[-–—]\s+(?!\W*\d))"
 )
+# Before a last "=": another equation, another sentence, or words instead of a number.
+OTHER_EQUATION = re.compile(
+    rf"(?i)\b(?:{NEGATED}|because)\b|[.!?]\s|=.*(?:,\s|;|\b(?:and|or|so)\b)|\b{NUMBER_WORD}\W*\Z"
+)
+CONDITION = re.compile(r"(?i)(?:since|because|if|as|when|given|although|though)\b[^,]*\d[^,]*,\s")
 NO_RESULT = re.compile(r"\W*(?:\w+\s+){0,2}(?:less|more|fewer|times|older|younger|as|than|of|done)\b")
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
 STATES = re.compile(rf"(?i)\d|\b(?:zero|{NUMBER_WORD})\b")
@@ -173,8 +178,8 @@ def claimed(rest):
     before = rest[: numbers[0].start()]
     if before != "" and len(numbers) <= MAX_NUMBERS and is_result(numbers, rest):
         return whole_number(numbers[-1])
-    opens = rest.rstrip().endswith(":")  # "Dividing both sides by 2, we get:"
-    is_sentence = len(numbers) == 1 and not opens and re.search(r"[A-Za-z]{2}", before)
+    is_opened = rest.rstrip().endswith(":") or CONDITION.match(rest)  # "Dividing both sides by 2, we get:"
+    is_sentence = len(numbers) == 1 and not is_opened and re.search(r"[A-Za-z]{2}", before)
     return whole_number(numbers[0]) if before == "" or is_sentence and not ELSEWHERE.search(before) else None
 
 
@@ -190,10 +195,12 @@ def is_result(numbers, rest):
     start = opening.end() if opening else 0
     *others, last = [rest[start : number.start()] for number in numbers]
     stated = BEFORE_RESULT.search(last[-20:])  # 20: room for "equals **$"
-    if not stated or CLAUSE.search(last) or NO_RESULT.match(rest[numbers[-1].end() :][:40]):
+    if not stated or NO_RESULT.match(rest[numbers[-1].end() :][:40]):
         return False
     if stated[0].startswith("="):
-        return not re.search(rf"(?i)\b{NUMBER_WORD}\b", last)
+        return not OTHER_EQUATION.search(last)
+    if CLAUSE.search(last) or CONDITION.match(rest):
+        return False
     return not any(BEFORE_RESULT.search(other[-20:]) for other in others)
 
 

@@ -328,7 +328,7 @@ def notes_on_contexts(rows):
             added.append((context.strip(), prompt))
     notes = []
     short = collections.Counter(context for context, _ in added if len(context) <= 30)
-    often = [(text, n) for text, n in short.most_common(5) if n >= max(3, len(rows) / 1000)]
+    often = [(text, n) for text, n in short.most_common(10) if n >= 3]
     if often:  # spellings of none, in any language?
         counted = ", ".join(f"{text!r} (in {n})" for text, n in often)
         notes.append(f"rows have {counted} beside their prompts, and it is added to them")

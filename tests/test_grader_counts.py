@@ -105,6 +105,22 @@ def test_the_command(tmp_path, capsys):
     assert "'0x' for '0'" in shown  # equal in value, but not by what this file knows
 
 
+def test_last_sentences_are_graded_behind_a_mark(tmp_path, capsys):
+    solutions = [
+        "He has 2+3=<<2+3=5>>5 pens. So he has 5 pens.\n#### 5",
+        "So it is seven.\n#### 7",
+        "She has 8.\n#### 9",
+    ]
+    path = tmp_path / "gsm8k.jsonl"
+    path.write_text("".join(json.dumps({"question": "q", "answer": text}) + "\n" for text in solutions))
+    assert grader_counts.last_sentence(solutions[0]) == "So he has 5 pens."
+    assert grader_counts.last_sentence("#### 5") == ""
+    assert grader_counts.main(["--gsm8k", str(path), "--show"]) == 0
+    counted = capsys.readouterr().out
+    assert "last sentences behind ####: 1 right, 1 claim nothing, 1 claim another number" in counted
+    assert "'She has 8.' for '9'" in counted
+
+
 def test_the_command_refuses(tmp_path, capsys):
     assert grader_counts.main(["--math_verify", str(tmp_path)]) == 2
     assert "expected a checkout of Math-Verify" in capsys.readouterr().err
