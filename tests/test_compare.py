@@ -180,7 +180,7 @@ def test_best_of_n_goes_by_the_scores_of_the_reward_model(home, capsys):
 def test_what_cannot_be_reranked(home, capsys):
     path = write_jsonl(home / "c.jsonl", ROWS)
     for model, says in (
-        ("rm", "expected label or answer, or labels: right or wrong"),
+        ("rm", "expected label or answer or solution, or labels: right or wrong"),
         ("lm", "is no reward model"),
     ):
         capsys.readouterr()
