@@ -193,7 +193,7 @@ def print_errors(name, measures):
         print(f"    {measure:22}{describe(*map(np.array, zip(*found)))}   n = {len(found)}")
     for measure in ("same kind", "paired"):
         gap = clustered_gap(measures[measure], measures[f"{measure} before"])
-        print(f"    {f'{measure} minus before':22}{gap}")
+        print(f"    {f'{measure} minus before':24}{gap}")
 
 
 def heads_on(answers, work):

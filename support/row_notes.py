@@ -391,10 +391,17 @@ def has_words(row):
     return HAS_WORDS.search(row["label"]) is not None and not is_value(row["label"])
 
 
+ASKS_FOR_SEVERAL = re.compile(r"(?i)\bcommas\b|\ball\b")  # "Find all solutions"
+
+
 def is_asked_for_as_list(row):
-    """Whether a label is a number with thousands, and its prompt says that commas separate values."""
+    """Whether a label is a number with thousands, and its prompt speaks of all values, or of commas."""
     is_number = re.fullmatch(r"\d{1,3}(?:,\d{3})+", row["label"])
-    return is_number is not None and "prompt" in row and "commas" in last_text(row["prompt"])
+    return (
+        is_number is not None
+        and "prompt" in row
+        and ASKS_FOR_SEVERAL.search(last_text(row["prompt"])) is not None
+    )
 
 
 KINDS_OF_LABELS = {  # what labels of a kind are noted for
@@ -404,7 +411,7 @@ KINDS_OF_LABELS = {  # what labels of a kind are noted for
 }
 KINDS_OF_MATH_LABELS = {
     has_words: "have words beside a number, which an answer needs, too",
-    is_asked_for_as_list: "are read as one number, and their prompts ask for values with commas",
+    is_asked_for_as_list: "are read as one number, and their prompts may ask for several",
 }
 
 

@@ -2041,11 +2041,12 @@ def test_labels_that_are_lists_with_commas_are_noted(file, capsys):
         {"problem": ask, "answer": "70,110"},
         {"problem": "q", "answer": "70,110"},
         {"problem": f"{ask} z", "answer": "70, 110"},
+        {"problem": "Find all solutions.", "answer": "81,256"},
     ]
     cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="math")
     loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
     assert (
-        "note: 1 labels are read as one number, and their prompts ask for values with commas (line 1 has"
+        "note: 2 labels are read as one number, and their prompts may ask for several (line 1 has"
         in capsys.readouterr().out
     )
 
