@@ -379,8 +379,8 @@ def is_sentence(row):
     return len(row["label"].split()) > 8
 
 
-def has_three_zeros(row):
-    return re.fullmatch(r"[1-9]\d{0,2}\.000", row["label"]) is not None
+def has_three_decimals(row):
+    return re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", row["label"]) is not None
 
 
 def has_many_decimals(row):
@@ -406,7 +406,7 @@ def is_asked_for_as_list(row):
 
 KINDS_OF_LABELS = {  # what labels of a kind are noted for
     is_sentence: "have more than 8 words",
-    has_three_zeros: "have a point and three zeros, which is read as decimals",
+    has_three_decimals: "have a point and three digits, which are read as decimals",
     has_many_decimals: "have 12 decimals or more",
 }
 KINDS_OF_MATH_LABELS = {

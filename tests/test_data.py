@@ -2025,11 +2025,11 @@ def test_signs_without_a_width_say_nothing(file):
 
 def test_labels_with_a_point_before_thousands_are_noted(file, capsys):
     """As a translation of GSM8K writes 70,000."""
-    rows = [{"question": f"q{i}", "answer": f"so\n#### {label}"} for i, label in enumerate(("70.000", "7.5"))]
+    rows = [{"question": f"q{i}", "answer": f"so\n#### {label}"} for i, label in enumerate(("1.080", "7.5"))]
     cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="gsm8k")
     loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
     assert (
-        "note: 1 labels have a point and three zeros, which is read as decimals (line 1 has '70.000')"
+        "note: 1 labels have a point and three digits, which are read as decimals (line 1 has '1.080')"
         in capsys.readouterr().out
     )
 
