@@ -391,7 +391,7 @@ def has_words(row):
     return HAS_WORDS.search(row["label"]) is not None and not is_value(row["label"])
 
 
-ASKS_FOR_SEVERAL = re.compile(r"(?i)\bcommas\b|\ball\b")  # "Find all solutions"
+ASKS_FOR_SEVERAL = re.compile(r"(?i)\bcommas\b|\b(?:find|give|list|enter|determine|compute)\s+all\b")
 
 
 def is_asked_for_as_list(row):
@@ -408,10 +408,10 @@ KINDS_OF_LABELS = {  # what labels of a kind are noted for
     is_sentence: "have more than 8 words",
     has_three_decimals: "have a point and three digits, which are read as decimals",
     has_many_decimals: "have 12 decimals or more",
+    is_asked_for_as_list: "are read as one number, and their prompts may ask for several",
 }
 KINDS_OF_MATH_LABELS = {
     has_words: "have words beside a number, which an answer needs, too",
-    is_asked_for_as_list: "are read as one number, and their prompts may ask for several",
 }
 
 
@@ -433,7 +433,7 @@ def are_places(rows):
     labels = [row["label"] for row in rows if "responses" in row and row.get("label") is not None]
     if len(labels) < max(2, len(rows)) or not all(map(str.isdecimal, labels)):
         return False
-    return all(int(label) < len(row["responses"]) for label, row in zip(labels, rows))
+    return all(int(label) <= len(row["responses"]) for label, row in zip(labels, rows))  # from 0 or from 1
 
 
 def notes_on_keys(rows, needs):

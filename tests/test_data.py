@@ -1967,7 +1967,7 @@ def test_a_note_on_prompts_that_end_with_a_spelling_of_none(file):
 def test_labels_that_could_be_places_of_responses(file):
     rows = [{"prompt": f"q{i}", "responses": ["1 red", "2 green", "3"], "label": i} for i in (2, 0)]
     assert len(load_rows(file(*rows[1:]), ("prompt", "responses", "label"), log=list)) == 1
-    for label, noted in ((0, 1), (7, 0)):
+    for label, noted in ((0, 1), (3, 1), (4, 0)):
         lines = []
         load_rows(file(*rows, rows[0] | {"label": label}), ("prompt", "responses", "label"), log=lines.append)
         assert sum("could be places in responses" in line for line in lines) == noted
@@ -2034,7 +2034,8 @@ def test_labels_with_a_point_before_thousands_are_noted(file, capsys):
     )
 
 
-def test_labels_that_are_lists_with_commas_are_noted(file, capsys):
+@pytest.mark.parametrize("task", ["math", "gsm8k"])
+def test_labels_that_are_lists_with_commas_are_noted(file, capsys, task):
     """MATH-500's 70,110 is two values; 15 of MATH's labels are like it."""
     ask = "Enter all the solutions, separated by commas."
     rows = [
@@ -2043,7 +2044,7 @@ def test_labels_that_are_lists_with_commas_are_noted(file, capsys):
         {"problem": f"{ask} z", "answer": "70, 110"},
         {"problem": "Find all solutions.", "answer": "81,256"},
     ]
-    cfg = settings.Config(stage="pairs", data=str(file(*rows)), task="math")
+    cfg = settings.Config(stage="pairs", data=str(file(*rows)), task=task)
     loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
     assert (
         "note: 2 labels are read as one number, and their prompts may ask for several (line 1 has"
