@@ -44,6 +44,7 @@ def claimed_number(text: str) -> str | None:
     text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
     text = re.sub(r"(?im)^[ *_]{0,5}confidence\b.*", "", text)
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St)\.", r"\1", text)  # the end of no sentence
+    text = before_next_question(text)
     for marked in (after_hashes, after_boxed, after_words):
         rest = marked(text)
         if rest is not None and marked is after_hashes and SECOND.search(rest[:300]):
@@ -53,6 +54,21 @@ def claimed_number(text: str) -> str | None:
             return None if marked is after_hashes and is_overruled(text, claim) else claim
     numbers = list(NUMBER.finditer(text))
     return whole_number(numbers[-1]) if numbers else None
+
+
+NEXT_QUESTION = re.compile(
+    r"\n[ \t*_#]*(?:Question|Q|Problem)\b[^\n:]{0,5}:|<\|(?:im_end|eot_id|endoftext)\|>"
+)
+
+
+def before_next_question(text):
+    """A text up to where a model that was not stopped goes on to another question, below a marked answer."""
+    for found in itertools.islice(NEXT_QUESTION.finditer(text), 3):
+        above = text[: found.start()]
+        rests = [marked(above) for marked in (after_hashes, after_words)]
+        if any(rest is not None and claimed(rest) is not None for rest in rests):
+            return above
+    return text
 
 
 def is_overruled(text, claim):
@@ -93,7 +109,8 @@ def after_boxed(text):
 FILLERS = "therefore|thus|then|simply|just|equal to|exactly|only|about|approximately|a total of|US(?=\\$)"
 # "Each correct answer is", "half of the answer is"; not "half, so the answer is".
 OTHERS = re.compile(
-    r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)(?:\s+(?!so\b)[\w'’]+){0,2}\s+[*_]*\Z"
+    r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)"
+    r"(?:[ \t]+(?!so\b)[\w'’]+){0,2}[ \t]+[*_]*\Z"
 )
 NEGATED = r"(?:no|not|none|neither|nobody|never|cannot|undefined|unknown)"
 # Before the only number of a marked sentence: what says that another value is meant, or none.
