@@ -94,7 +94,7 @@ def read_rows(path, needs, cfg, grid, limit=0, optional=()):
     if path == cfg.data and cfg.heldout not in ("", path) and cfg.stage != "eval":  # eval learns from neither
         say_shared_prompts(cfg, grid)
     labels = {row["label"] for row in rows if row.get("label") is not None}
-    for note in notes_on_labels(rows, cfg.task) if "label" in needs else ():
+    for note in notes_on_labels(rows, cfg.task):
         say(grid, f"{path}: note: {note}")
     hopeless = {label for label in labels if not can_match(label, cfg.task, cfg.grader)}
     if hopeless:

@@ -397,11 +397,8 @@ ASKS_FOR_SEVERAL = re.compile(r"(?i)\bcommas\b|\b(?:find|give|list|enter|determi
 def is_asked_for_as_list(row):
     """Whether a label is a number with thousands, and its prompt speaks of all values, or of commas."""
     is_number = re.fullmatch(r"\d{1,3}(?:,\d{3})+", row["label"])
-    return (
-        is_number is not None
-        and "prompt" in row
-        and ASKS_FOR_SEVERAL.search(last_text(row["prompt"])) is not None
-    )
+    asked = " ".join(texts_in([row["fields"].get(name) for name in (*PROMPT, *CONVERSATION)]))
+    return is_number is not None and ASKS_FOR_SEVERAL.search(asked) is not None
 
 
 KINDS_OF_LABELS = {  # what labels of a kind are noted for

@@ -2044,12 +2044,17 @@ def test_labels_that_are_lists_with_commas_are_noted(file, capsys, task):
         {"problem": f"{ask} z", "answer": "70, 110"},
         {"problem": "Find all solutions.", "answer": "81,256"},
     ]
-    cfg = settings.Config(stage="pairs", data=str(file(*rows)), task=task)
-    loading.read_rows(cfg.data, ("prompt", "label"), cfg, Grid())
-    assert (
-        "note: 2 labels are read as one number, and their prompts may ask for several (line 1 has"
-        in capsys.readouterr().out
+    says = "note: 2 labels are read as one number, and their prompts may ask for several (line 1 has"
+    cfg = settings.Config(
+        stage="pairs", data=str(file(*[row | {"response": "r"} for row in rows])), task=task
     )
+    for needs, optional in (
+        (("prompt", "label"), ()),
+        (("response", "label"), ()),
+        (("prompt",), ("label",)),
+    ):
+        loading.read_rows(cfg.data, needs, cfg, Grid(), optional=optional)
+        assert says in capsys.readouterr().out
 
 
 def test_a_note_on_contexts_that_were_joined_by_a_blank(file):
