@@ -305,10 +305,9 @@ def run_adapters(args):
             run = f"{kind}-{rate}"
             flags = f"{TRAIN.format(model=args.model.resolve())} --reward {kind} --lr {rate} --out {run}"
             run_stage(run, flags, folder, args.threads)
-            read_on = {"answers": "scores", "transfer": "transfer"}
-            if fold != TRANSFER_FOLD:
-                del read_on["transfer"]
-            for data, scores in read_on.items():
+            for data, scores in (("answers", "scores"), ("transfer", "transfer")):
+                if data == "transfer" and fold != TRANSFER_FOLD:
+                    continue
                 flags = f"--stage score --model {run} --data {data}.jsonl --out {scores}-{run}.jsonl"
                 run_stage(f"{scores} {run}", flags, folder, args.threads)
         print_adapters(args, folder, solutions, fold)

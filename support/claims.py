@@ -42,7 +42,7 @@ def claimed_number(text: str) -> str | None:
     """
     text = re.sub(INVISIBLE, "", re.sub(DASHES, "-", text))
     text = re.sub(r"\{,\}|(?<=\d),?\\[!,]\s*(?=\d{3})", ",", text)
-    text = re.sub(r"(?im)^[ *_]{0,5}confidence\b.*", "", text)
+    text = re.sub(r"(?im)^[ *_]{0,5}confidence\b.*", "", text)  # "Confidence: 90%" below an answer
     text = re.sub(r"\b(Mr|Mrs|Ms|Dr|St)\.", r"\1", text)  # the end of no sentence
     text = before_next_question(text)
     for marked in (after_hashes, after_boxed, after_words):
@@ -92,9 +92,9 @@ HEADING = re.compile(r"[\s*_]*(?:\(?\d+(?:[.):]|st|nd|rd|th)\s+)?[^\W\d_]|.*:[\s
 
 
 def after_hashes(text):
-    """What follows the last "####" that is no heading (with lines below); or None."""
+    """What follows the last "####" that is no heading of lines with numbers below; or None."""
     found = None
-    end = len(text.rstrip())
+    end = max(map(text.rfind, "0123456789"))  # the last digit
     for match in re.finditer(r"####((?:(?!####)[^\n])*)", text):
         heading = match.end() < end and HEADING.match(match[1])
         found = found if heading else match[1]
@@ -132,6 +132,7 @@ CLAUSE = re.compile(
 OTHER_EQUATION = re.compile(
     rf"(?i)\b(?:{NEGATED}|because)\b|[.!?]\s|=.*(?:,\s|;|\b(?:and|or|so)\b)|\b{NUMBER_WORD}\W*\Z"
 )
+# "Since each tile is 1 inch, ..." says nothing of the result.
 CONDITION = re.compile(r"(?i)(?:since|because|if|as|when|given|although|though)\b[^,]*\d[^,]*,\s")
 NO_RESULT = re.compile(r"\W*(?:\w+\s+){0,2}(?:less|more|fewer|times|older|younger|as|than|of|done)\b")
 LIST_MARK = re.compile(r"[-+*•]\s+|\d{1,2}[.)]\s+(?=[A-Za-z])")
@@ -158,7 +159,7 @@ def after_words(text):
             item = LIST_MARK.match(text[start : start + 9]) if "\n" in opening else None
             start += item.end() if item else 0
             rest = text[start : start + 2000].split("\n")[0]
-            more = text[start + len(rest) :].strip() or re.search(r"[.;]\s.*\d", rest[:300])
+            more = re.search(r"\d", text[start + len(rest) :]) or re.search(r"[.;]\s.*\d", rest[:300])
             opens = more and match[0].endswith(":")
             if not opens or ALONE.fullmatch(rest):  # "Answer: 16 - 3 = 13 are left." opens a solution
                 found.append(rest)

@@ -54,19 +54,21 @@ def extract_answer(text: str, task: str, grader: str = "ours") -> str | None:
     math           what stands in the last \boxed or \fbox, and in those that it is listed with
     gsm8k, arith   the last number marked by "####"; else by \boxed, "answer is" or "A:"; else the last
                    number. A marked text claims the number that it begins with, or the last one of its
-                   line if that alone follows "is", or the only one.
+                   line if that is its result ("... is 8", "... = 8"), or the only one.
                    A number is claimed whole or not at all (claims.py), and a marker without one claims
                    nothing.
                    strict: the first "#### number" and nothing else. authors: see authors_number.
     What a reasoning model thinks (claims.THOUGHTS_BEGIN) is not read. What stands around a number or a box
     must be known to leave it as it is: words of Latin letters, marks, units; no other value in its sentence.
     Known misses: without a marker, a closing remark with another number ("... in 2 days"); a marked sentence
-    with other numbers ("He has 5 and gets 3 more.") but for "... is 8."; number words; times ("2 pm"); "2
+    with other numbers ("He has 5 and gets 3 more."), without a result; number words; times ("2 pm"); "2
     million", "3 dozen", and "5 pairs", which may mean 10; "5 (3 + 2)"; "5!", which may be a factorial; a
     check after "####" on its line; other scripts. Known hits that a reader might dispute: a correction that
     is on a later line, or in words that CORRECTION lacks; the last of several values that are no list ("So
-    x = 6, y = 12"); "18 short" and other losses in words; a unit after a box, which is not compared with the
-    label's; "5 twins" claims 5, and "3 in 4" claims 3.
+    x = 6, y = 12"); an explanation with numbers below a marked sentence; a marked sentence that begins with
+    a number and goes on to its result ("60 miles in 2 hours is 30 mph" claims 60); "18 short" and other
+    losses in words; a unit after a box, which is not compared with the label's; "5 twins" claims 5, and "3 in
+    4" claims 3.
     """
     if task not in TASKS or grader not in GRADERS:
         raise BadInput(

@@ -200,6 +200,7 @@ def pieces_of(answer: str) -> list:
 
 
 def is_inequality(tokens):
+    """Whether tokens have a relation with a direction, as x < 5."""
     return any(token.text in ("<", ">", "\\le", "\\ge") for token in tokens)
 
 

@@ -41,9 +41,9 @@ def read_row(fields, needs, optional=()):
     if {"prompt", "response", "chosen", "rejected"} & set(wanted):
         row = read_conversation(fields, wanted)
     if "label" in wanted:
-        response = dict(reply_keys(fields, wanted)).get("response")
+        reply_key = dict(reply_keys(fields, wanted)).get("response")
         try:
-            row["label"] = read_label(fields, response)
+            row["label"] = read_label(fields, reply_key)
         except BadInput:
             if "label" in needs:
                 raise
@@ -70,11 +70,11 @@ def keys_read(fields, row):
             read[name] = "prompt"
     keys = reply_keys(fields, row) if {"prompt", *REPLIES} & set(row) else ()
     split = {name: split_reply(fields[name], name) for _, name in keys}
-    contexts = used_histories(fields, row, keys, split)
+    histories = used_histories(fields, row, keys, split)
     _, stated = pick(fields, PROMPT)
     known = len(stated) if isinstance(stated, list) else int(stated is not None)  # messages
     for key, name in keys:
-        parts = ["prompt"] * ("prompt" in row and len(contexts[name]) > known)
+        parts = ["prompt"] * ("prompt" in row and len(histories[name]) > known)
         parts += [key] * (key in row and key in REPLIES)
         read |= {name: " and ".join(parts)} if parts else {}
     for name, label in stated_labels(fields) if row.get("label") is not None else ():

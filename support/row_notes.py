@@ -376,18 +376,22 @@ HAS_WORDS = re.compile(r"\d(?:\s|\\[;,:! ])*\\(?:text|mbox|mathrm)\w*\s*\{(?!\s*
 
 
 def is_sentence(row):
+    """Whether a label has more words than a final answer has."""
     return len(row["label"].split()) > 8
 
 
 def has_three_decimals(row):
+    """Whether a label is like 70.000, which may mean thousands."""
     return re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", row["label"]) is not None
 
 
 def has_many_decimals(row):
+    """Whether a label was written by floating-point arithmetic, as 0.30000000000000004."""
     return re.search(r"\.\d{12}", row["label"]) is not None
 
 
 def has_words(row):
+    """Whether a label has a number and words that are no unit."""
     return HAS_WORDS.search(row["label"]) is not None and not is_value(row["label"])
 
 
