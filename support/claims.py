@@ -52,18 +52,23 @@ def claimed_number(text: str) -> str | None:
         if rest is not None:
             claim = claimed(rest)
             return None if marked is after_hashes and is_overruled(text, claim) else claim
+    line, _, below = text.rpartition("####")[2].partition("\n")
+    if "####" in text and re.search(r"\d", line) and not re.search(r"\d", below):
+        return claimed(line)  # it is no heading: "#### She makes $18 on 2 days.\nLet me know!"
     numbers = list(NUMBER.finditer(text))
     return whole_number(numbers[-1]) if numbers else None
 
 
-NEXT_QUESTION = re.compile(
-    r"\n[ \t*_#]*(?:Question|Q|Problem)\b[^\n:]{0,5}:|<\|(?:im_end|eot_id|endoftext)\|>"
-)
+QUESTION = re.compile(r"(?:\A|\n)[ \t*_#]*(?:Question|Q)\b[^\n:]{0,5}:")
+END = re.compile(r"<\|(?:im_end|eot_id|endoftext)\|>")  # of a message
 
 
 def before_next_question(text):
-    """A text up to where a model that was not stopped goes on to another question, below a marked answer."""
-    for found in itertools.islice(NEXT_QUESTION.finditer(text), 3):
+    """A text up to where a model that was not stopped goes on to another question, below a marked answer.
+
+    If questions are numbered parts of the solution, one of them stands above its first answer.
+    """
+    for found in filter(None, (END.search(text), QUESTION.search(text))):
         above = text[: found.start()]
         rests = [marked(above) for marked in (after_hashes, after_words)]
         if any(rest is not None and claimed(rest) is not None for rest in rests):
@@ -92,9 +97,9 @@ HEADING = re.compile(r"[\s*_]*(?:\(?\d+(?:[.):]|st|nd|rd|th)\s+)?[^\W\d_]|.*:[\s
 
 
 def after_hashes(text):
-    """What follows the last "####" that is no heading of lines with numbers below; or None."""
+    """What follows the last "####" that is no heading (with lines below); or None."""
     found = None
-    end = max(map(text.rfind, "0123456789"))  # the last digit
+    end = len(text.rstrip())
     for match in re.finditer(r"####((?:(?!####)[^\n])*)", text):
         heading = match.end() < end and HEADING.match(match[1])
         found = found if heading else match[1]
@@ -110,7 +115,7 @@ FILLERS = "therefore|thus|then|simply|just|equal to|exactly|only|about|approxima
 # "Each correct answer is", "half of the answer is"; not "half, so the answer is".
 OTHERS = re.compile(
     r"(?i)\b(?:each|every|half|twice|wrong|incorrect|earlier|unrounded)"
-    r"(?:[ \t]+(?!so\b)[\w'’]+){0,2}[ \t]+[*_]*\Z"
+    r"(?:[ \t]+(?!so\b)[\w'’]+){0,2}(?:[ \t]+|\n)[*_]*\Z"
 )
 NEGATED = r"(?:no|not|none|neither|nobody|never|cannot|undefined|unknown)"
 # Before the only number of a marked sentence: what says that another value is meant, or none.
@@ -150,7 +155,7 @@ def after_words(text):
     for words in (r"(?<!wrong )\banswer[*_]*(?: is|:)", "^A:"):
         if words == "^A:" and re.search(r"(?m)^\W{0,6}[BC]\W{0,2}:", text):  # a list of options
             return None
-        found = []
+        found, openings = [], []
         for match in [*re.finditer(rf"(?m)(?i:{words})" if words != "^A:" else "(?m)^A:", text)][-20:]:
             if OTHERS.search(text[: match.start()][-30:]):
                 continue
@@ -159,11 +164,16 @@ def after_words(text):
             item = LIST_MARK.match(text[start : start + 9]) if "\n" in opening else None
             start += item.end() if item else 0
             rest = text[start : start + 2000].split("\n")[0]
-            more = re.search(r"\d", text[start + len(rest) :]) or re.search(r"[.;]\s.*\d", rest[:300])
-            opens = more and match[0].endswith(":")
+            below = text[start + len(rest) :]
+            goes_on = re.search(r"[.;]\s.*\d", rest[:300])
+            opens = match[0].endswith(":") and (goes_on or below.strip())
             if not opens or ALONE.fullmatch(rest):  # "Answer: 16 - 3 = 13 are left." opens a solution
                 found.append(rest)
-        found = [rest for rest in found if STATES.search(re.split(r"(?<!\d)[.!?]\s", rest[:300])[0])]
+            elif not goes_on and not re.search(r"\d", below):  # but none with numbers
+                openings = [rest]
+        found = [
+            rest for rest in found or openings if STATES.search(re.split(r"(?<!\d)[.!?]\s", rest[:300])[0])
+        ]
         if found:
             return re.sub(rf"(?i)^\W*(?:{FILLERS})\b,?", "", found[-1])
     return None

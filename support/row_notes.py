@@ -381,8 +381,8 @@ def is_sentence(row):
 
 
 def has_three_decimals(row):
-    """Whether a label is like 70.000, which may mean thousands."""
-    return re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", row["label"]) is not None
+    """Whether a label is like 70.000 or 1.080, which may mean thousands."""
+    return re.fullmatch(r"[1-9]\d{0,2}\.\d\d0", row["label"]) is not None
 
 
 def has_many_decimals(row):
@@ -395,13 +395,16 @@ def has_words(row):
     return HAS_WORDS.search(row["label"]) is not None and not is_value(row["label"])
 
 
-ASKS_FOR_SEVERAL = re.compile(r"(?i)\bcommas\b|\b(?:find|give|list|enter|determine|compute)\s+all\b")
+ASKS_FOR_SEVERAL = re.compile(
+    r"(?i)\bseparated\s+by\s+commas\b|\b(?:find|list|enter|determine|compute)\s+all\b"
+)
 
 
 def is_asked_for_as_list(row):
-    """Whether a label is a number with thousands, and its prompt speaks of all values, or of commas."""
+    """Whether a label is a number with thousands, and its prompt asks for all values, or separates them."""
     is_number = re.fullmatch(r"\d{1,3}(?:,\d{3})+", row["label"])
-    asked = " ".join(texts_in([row["fields"].get(name) for name in (*PROMPT, *CONVERSATION)]))
+    stated = [row["fields"].get(name) for name in PROMPT]  # of a row that is read without its prompt
+    asked = last_text(row["prompt"]) if "prompt" in row else " ".join(texts_in(stated))
     return is_number is not None and ASKS_FOR_SEVERAL.search(asked) is not None
 
 
@@ -430,11 +433,14 @@ def notes_on_labels(rows, task):
 
 
 def are_places(rows):
-    """Whether the label of every row could be the place of one of its given answers."""
+    """Whether the label of every row could be the place of one of its given answers, and is none of them."""
     labels = [row["label"] for row in rows if "responses" in row and row.get("label") is not None]
     if len(labels) < max(2, len(rows)) or not all(map(str.isdecimal, labels)):
         return False
-    return all(int(label) <= len(row["responses"]) for label, row in zip(labels, rows))  # from 0 or from 1
+    if any(row["label"] in [text.strip() for text in row["responses"]] for row in rows):
+        return False
+    left = [len(row["responses"]) - int(row["label"]) for row in rows]
+    return min(left) > 0 or min(left) == 0 and "0" not in labels  # counted from 0, or from 1
 
 
 def notes_on_keys(rows, needs):

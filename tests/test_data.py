@@ -1965,12 +1965,21 @@ def test_a_note_on_prompts_that_end_with_a_spelling_of_none(file):
 
 
 def test_labels_that_could_be_places_of_responses(file):
-    rows = [{"prompt": f"q{i}", "responses": ["1 red", "2 green", "3"], "label": i} for i in (2, 0)]
-    assert len(load_rows(file(*rows[1:]), ("prompt", "responses", "label"), log=list)) == 1
-    for label, noted in ((0, 1), (3, 1), (4, 0)):
+    row = {"prompt": "q", "responses": ["1 red", "2 green", "3 blue"]}
+    assert len(load_rows(file(row | {"label": 0}), ("prompt", "responses", "label"), log=list)) == 1
+    named = row | {"responses": ["1", "2", "3"]}
+    for label, noted in (((2, 0, 0), 1), ((2, 0, 3), 0), ((1, 2, 3), 1), ((1, 2, 4), 0)):
+        rows = [row | {"prompt": f"q{n}", "label": n} for n in label]
         lines = []
-        load_rows(file(*rows, rows[0] | {"label": label}), ("prompt", "responses", "label"), log=lines.append)
+        load_rows(file(*rows), ("prompt", "responses", "label"), log=lines.append)
         assert sum("could be places in responses" in line for line in lines) == noted
+    lines = []
+    load_rows(
+        file(*[named | {"prompt": f"q{n}", "label": n} for n in (1, 2)]),
+        ("prompt", "responses", "label"),
+        log=lines.append,
+    )
+    assert not any("could be places" in line for line in lines)  # they are answers
 
 
 @pytest.mark.parametrize("turn", ["<human>: hi\n<bot>: yo\n<human>: so?", "prompter: hi\nassistant: yo"])
@@ -2034,6 +2043,13 @@ def test_labels_with_a_point_before_thousands_are_noted(file, capsys):
     )
 
 
+@pytest.mark.parametrize("heading", ["Conclusion", "Case of 3"])
+def test_a_label_in_a_box_below_a_heading(file, heading):
+    solution = f"#### Step 1\nAdd.\n#### {heading}\nSo it is $\\boxed{{x+y}}$."
+    [row] = load_rows(file({"problem": "q", "solution": solution}), ("prompt", "label"))
+    assert row["label"] == "x+y"
+
+
 @pytest.mark.parametrize("task", ["math", "gsm8k"])
 def test_labels_that_are_lists_with_commas_are_noted(file, capsys, task):
     """MATH-500's 70,110 is two values; 15 of MATH's labels are like it."""
@@ -2043,10 +2059,11 @@ def test_labels_that_are_lists_with_commas_are_noted(file, capsys, task):
         {"problem": "q", "answer": "70,110"},
         {"problem": f"{ask} z", "answer": "70, 110"},
         {"problem": "Find all solutions.", "answer": "81,256"},
+        {"problem": "They give all of their 1,200 apples. Write it without commas.", "answer": "1,240"},
     ]
     says = "note: 2 labels are read as one number, and their prompts may ask for several (line 1 has"
     cfg = settings.Config(
-        stage="pairs", data=str(file(*[row | {"response": "r"} for row in rows])), task=task
+        stage="pairs", data=str(file(*[row | {"response": "find all"} for row in rows])), task=task
     )
     for needs, optional in (
         (("prompt", "label"), ()),
